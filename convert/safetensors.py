@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a safetensors checkpoint holds: names, dtypes, shapes and places, never the data.
+
+A checkpoint is one file, or a folder with model.safetensors or an index and its shards. Any fault
+is a CheckpointError of one line that names the file, the tensor and what was expected. What a
+header may say is in header.py.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+from convert import header
+from convert.header import MalformedError, TensorInfo, quote
+from jaxserve.errors import CheckpointError, one_line
+
+__all__ = ["TensorInfo", "read_checkpoint", "read_header"]
+
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_INDEX = 32_000_000  # DeepSeek-V3, 91k tensors, has 9 MB
+
+# Formats people point at by mistake. All but gguf are pickles, which run code when opened.
+_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf"}
+_HINT_SAVE = "save the model as safetensors (save_pretrained does by default)"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
+    """Every tensor of a file, or of a folder with model.safetensors or an index and shards."""
+    path = Path(path)
+    if not _is_folder(path):
+        return read_header(path)
+    single = path / "model.safetensors"
+    if os.path.lexists(single):
+        return read_header(single)
+    index = path / "model.safetensors.index.json"
+    if os.path.lexists(index):
+        return _read_shards(index)
+    suffixes = {Path(name).suffix for name in _listing(path)}
+    if ".safetensors" in suffixes:
+        problem = "has neither model.safetensors nor model.safetensors.index.json"
+        _fail(path, problem, "name one .safetensors file, or download the index too")
+    if suffixes & _FOREIGN:
+        _fail(path, "holds weights only in a format that is not read here", _HINT_SAVE)
+    _fail(path, "holds no safetensors checkpoint", "name a model folder or a .safetensors file")
+
+
+def read_header(path: str | Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, in the order of the data."""
+    path = Path(path)
+    if path.suffix.lower() in _FOREIGN:
+        _fail(path, f"is a {path.suffix} file, not safetensors", _HINT_SAVE)
+    with _open(path) as (file, size):
+        if size < 8:
+            _fail(path, f"is too short to be safetensors: {size} bytes, expected at least 8")
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            _fail(path, f"claims a header of {length} bytes, expected at most {MAX_HEADER}")
+        if length > size - 8:
+            _fail(path, f"claims a header of {length} bytes, but only {size - 8} bytes follow")
+        text = file.read(length)
+    if len(text) != length:
+        _fail(path, f"changed while being read: {len(text)} header bytes, expected {length}")
+    try:
+        return header.parse(text, size=size, file=path)
+    except MalformedError as error:
+        _fail(path, str(error))
+
+
+# -- folders
+
+
+def _read_shards(index: Path) -> dict[str, TensorInfo]:
+    weight_map = _weight_map(index)
+    shards = {shard: read_header(index.parent / shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            problem = f"tensor {quote(name)} is not in {quote(shard)}, where the index has it"
+            _fail(index, problem)
+    tensors: dict[str, TensorInfo] = {}
+    for shard, held in shards.items():
+        for name, info in held.items():
+            if weight_map.get(name) != shard:
+                _fail(index, f"tensor {quote(name)} is in {quote(shard)}, but not by the index")
+            tensors[name] = info
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    with _open(index) as (file, size):
+        if size > MAX_INDEX:
+            _fail(index, f"has {size} bytes, expected at most {MAX_INDEX}")
+        raw = file.read(MAX_INDEX)
+    # An index holds two flat objects. Thousands of brackets are an attempt to make the parser
+    # recurse, or to make objects twenty times the size of their text.
+    if raw.count(b"[") + raw.count(b"{") > 1000:
+        _fail(index, "has over 1000 brackets, expected two flat JSON objects")
+    try:
+        content: Any = json.loads(raw.decode(), object_pairs_hook=_unique)
+    except MalformedError as error:
+        _fail(index, str(error))
+    except (ValueError, RecursionError):
+        _fail(index, "is not valid JSON")
+    weight_map = cast(Any, content).get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        _fail(index, "must be a JSON object with a non-empty object weight_map")
+    for name, shard in cast(dict[str, object], weight_map).items():
+        # A shard lies beside its index. Anything that is more than a plain file name is refused,
+        # on every platform alike, before it touches the file system.
+        plain = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\:")
+        if not plain or not cast(str, shard).endswith(".safetensors"):
+            problem = f"weight_map sends tensor {quote(name)} to {quote(str(shard))}"
+            _fail(index, f"{problem}, expected the plain name of a .safetensors file beside it")
+    return cast(dict[str, str], weight_map)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise MalformedError(f"names {quote(twice)} twice")
+    return found
+
+
+# -- the file system
+
+
+@contextmanager
+def _open(path: Path) -> Generator[tuple[BinaryIO, int]]:
+    """The file and its size. Opening a pipe could block for ever, so it is refused before that."""
+    with _os_errors(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            _fail(path, "is not a regular file", "name a model folder or a .safetensors file")
+        with open(path, "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+
+
+def _is_folder(path: Path) -> bool:
+    with _os_errors(path):
+        return stat.S_ISDIR(os.stat(path).st_mode)
+
+
+def _listing(path: Path) -> list[str]:
+    with _os_errors(path):
+        return os.listdir(path)
+
+
+@contextmanager
+def _os_errors(path: Path) -> Generator[None]:
+    if "\0" in str(path):
+        _fail(path, "is not a file name", "name a model folder or a .safetensors file")
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        _fail(path, f"cannot be read ({reason})", "check the path and its permissions")
+
+
+def _fail(path: Path, problem: str, hint: str = "download the file again") -> NoReturn:
+    raise CheckpointError(f"{one_line(str(path), limit=1000)}: {problem}", hint) from None

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jaxserve devices`: what jax sees on this machine, and how the kernels would run on it."""
+
+import json as json_module
+from dataclasses import dataclass
+from typing import Any, cast
+
+from jaxserve.errors import JaxserveError
+
+
+@dataclass(frozen=True)
+class Devices:
+    """List the devices that jax sees and say how kernels would run on them."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def run(self) -> None:
+        import jax
+
+        from pallas_kernels import dispatch
+
+        try:
+            devices = cast(Any, jax).devices()  # its stub says half of the type
+        except RuntimeError as error:
+            # jax says so when the platform in JAX_PLATFORMS is absent or its driver fails.
+            raise JaxserveError(f"jax finds no device ({error})", "check JAX_PLATFORMS") from None
+        rows = [_row(device) for device in devices]
+        kernels = dispatch.implementation()
+        if self.json:
+            print(json_module.dumps({"kernels": kernels, "devices": rows}))
+            return
+        for row in rows:
+            memory = row["memory_bytes"]
+            size = f"{memory / 2**30:.1f} GiB" if memory else "memory unknown"
+            print(f"{row['id']:4}  {row['platform']:5} {row['kind']:24} {size}")
+        print(f"kernels: {kernels}")
+
+
+def _row(device: Any) -> dict[str, Any]:
+    # None on platforms that keep no such books, as the CPU.
+    stats: dict[str, Any] = device.memory_stats() or {}
+    return {
+        "id": device.id,
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "memory_bytes": stats.get("bytes_limit"),
+    }

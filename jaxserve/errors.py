@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors a user can cause. A leaf: all of ours may import it, it imports nothing of ours."""
+
+
+def one_line(text: str, *, limit: int = 200) -> str:
+    """`text` safe to print on one line of a terminal or a log.
+
+    Names come out of files that nobody vouches for: control characters would forge log lines or
+    drive the terminal, lone surrogates cannot be encoded, and a name may be megabytes long.
+    """
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class JaxserveError(Exception):
+    """A fault the user can mend. Its text is one line: what was wrong; what to do."""
+
+    def __init__(self, problem: str, hint: str) -> None:
+        self.problem = one_line(problem, limit=2000)
+        self.hint = one_line(hint, limit=2000)
+        super().__init__(f"{self.problem}; {self.hint}")
+
+    def __reduce__(self) -> tuple[type["JaxserveError"], tuple[str, str]]:
+        # Errors cross processes; the default would call the class with the joined text and fail.
+        return type(self), (self.problem, self.hint)
+
+
+class CheckpointError(JaxserveError):
+    """A checkpoint that is absent, damaged or hostile."""

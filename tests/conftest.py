@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under: CPU, eight devices, strict promotion; a guard against compiles."""
+
+import contextlib
+import os
+from collections.abc import Callable, Generator
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Comes before any test file is imported, so before anything asks jax for a device."""
+    controls_workers = config.getoption("numprocesses") and not hasattr(config, "workerinput")
+    if not controls_workers:  # a process that runs no tests need not wait for these imports
+        _configure_jax()
+        _configure_hypothesis()
+
+
+def _configure_jax() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _configure_hypothesis() -> None:
+    from hypothesis import settings
+
+    # No deadline: on a busy machine a first compile takes seconds. Where CI is set, the same
+    # examples every time: a change must not turn red, or green, by luck.
+    settings.register_profile("here", deadline=None)
+    settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+    settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+# Each names its function; a trace without a compile already costs the step its milliseconds.
+COMPILE_EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace",
+    "/jax/core/compile/backend_compile_duration": "compile",
+}
+
+ForbidCompiles = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def forbid_compiles() -> ForbidCompiles:
+    """`with forbid_compiles():` after warm-up: a trace or compile inside, in any thread, fails."""
+    return _forbid_compiles
+
+
+@contextlib.contextmanager
+def _forbid_compiles() -> Generator[None]:
+    import jax.monitoring
+
+    late: list[str] = []
+
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
+        if event in COMPILE_EVENTS:
+            late.append(f"{COMPILE_EVENTS[event]} of {details.get('fun_name', 'unknown function')}")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    if late:
+        pytest.fail(f"after warm-up: {', '.join(late)}")

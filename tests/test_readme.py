@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's map of the code equals the tree."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEADING = "## Map of the code"
+CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")  # every file of these is on the map
+OURS = (*CODE, "tests")  # of tests, every folder
+
+
+def read_map(readme: str) -> list[str]:
+    """The paths on the map: folders end in a slash and hold the deeper lines that follow."""
+    found: list[str] = []
+    folders: list[str] = []
+    for line in readme.partition(HEADING)[2].partition("\n## ")[0].splitlines():
+        if not line.startswith("    "):
+            continue
+        name, *about = line.split(maxsplit=1)
+        depth = (len(line) - len(line.lstrip()) - 4) // 2
+        assert about, f"{name} has no description"
+        assert depth <= len(folders), f"{name} is indented too far"
+        del folders[depth:]
+        found.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return found
+
+
+def tree(root: Path) -> set[str]:
+    """What a complete map lists."""
+    found: set[str] = set()
+    for package in OURS:
+        for path in (root / package).rglob("*"):
+            if path.suffix not in (".py", ".json") or "results" in path.parts:
+                continue
+            relative = path.relative_to(root)
+            found |= {f"{folder}/" for folder in map(str, relative.parents) if folder != "."}
+            if package in CODE:
+                found.add(str(relative))
+    return found
+
+
+def differences(root: Path, readme: str) -> list[str]:
+    listed = read_map(readme)
+    inside = {path for path in listed if path.split("/")[0] in OURS}
+    twice = {path for path in listed if listed.count(path) > 1}
+    wanted = tree(root)
+    return sorted(
+        [f"{path} is on the map twice" for path in twice]
+        + [f"{path} is on the map only" for path in listed if not _exists(root, path)]
+        + [f"{path} is missing from the map" for path in wanted - inside]
+    )
+
+
+def _exists(root: Path, path: str) -> bool:
+    return (root / path).is_dir() if path.endswith("/") else (root / path).is_file()
+
+
+def test_map_equals_the_tree() -> None:
+    assert differences(ROOT, (ROOT / "README.md").read_text()) == []
+
+
+SMALL = f"""# x
+{HEADING}
+
+    jaxserve/        the server
+      __init__.py    nothing
+      cli/           the command
+        main.py      all of it
+    tests/           mirror
+    Makefile         make
+
+## Next
+    other.py         not on the map
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    for path in ("jaxserve/__init__.py", "jaxserve/cli/main.py", "tests/test_x.py", "Makefile"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    return tmp_path
+
+
+def test_right_map_passes(small: Path) -> None:
+    (small / "jaxserve/__pycache__").mkdir()
+    (small / "jaxserve/__pycache__/x.pyc").touch()
+    assert differences(small, SMALL) == []
+
+
+def test_wrong_maps_fail(small: Path) -> None:
+    (small / "jaxserve/cli/new.py").touch()
+    (small / "tests/kernels").mkdir()
+    (small / "tests/kernels/test_y.py").touch()
+    (small / "Makefile").unlink()
+    assert differences(small, SMALL.replace("    tests/", "    tests/  again\n    tests/")) == [
+        "Makefile is on the map only",
+        "jaxserve/cli/new.py is missing from the map",
+        "tests/ is on the map twice",
+        "tests/kernels/ is missing from the map",
+    ]
+    with pytest.raises(AssertionError, match="no description"):
+        read_map(SMALL.replace("all of it", ""))
