@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention loop in plain jax.numpy, shared by the `reference` twins: what CPU users run.
+
+Owns: a loop over rows, over tiles of query tokens, over chunks of KV blocks, each with a trip count that is
+read from the batch. So the work follows the tokens that exist, not the width of the block table (a gather of
+the whole table was 5 to 20 times slower at short contexts), and one row's result cannot depend on another.
+Knows nothing about what a block holds: an op passes `read`.
+
+All arithmetic is float32, whatever the inputs: XLA's CPU matmuls are much slower in bfloat16.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+NEG = -1e30
+CHUNK_TOKENS = 128  # KV tokens per loop step; 128 was the fastest of 16 to 256 for most shapes on two cores
+QUERY_TILE = 64  # query tokens per tile of a ragged row
+
+
+class Chunk(NamedTuple):
+    """KV tokens of some blocks, heads first, in float32 and with their scales applied."""
+
+    keys: jax.Array  # [kv_heads, tokens, key_dim]
+    values: jax.Array  # [kv_heads, tokens, value_dim]
+
+
+type Read = Callable[[jax.Array], Chunk]  # block ids [n] -> Chunk
+
+
+def _attend_tile(
+    query: jax.Array,
+    positions: jax.Array,
+    blocks: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    *,
+    read: Read,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
+    value_dim: int,
+) -> jax.Array:
+    """One tile of one row: query [kv_heads, group, tile, dim] against the KV tokens [start, stop)."""
+    kv_heads, group, tile, dim = query.shape
+    flat = query.reshape(kv_heads, group * tile, dim) * scale
+    where = jnp.broadcast_to(positions[None, :], (group, tile)).reshape(-1)
+    per_chunk = max(1, CHUNK_TOKENS // block_size)
+    first_block = start // block_size
+
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        maximum, total, out = state
+        first = first_block + i * per_chunk
+        chunk = read(lax.dynamic_slice(blocks, (first,), (per_chunk,)))
+        token = first * block_size + jnp.arange(per_chunk * block_size, dtype=jnp.int32)
+        exists = (token >= start) & (token < stop)
+        # Slots nobody wrote may hold anything, NaN too: zero weight does not cancel it, so the values go.
+        values = jnp.where(exists[None, :, None], chunk.values, 0.0)
+        scores = jnp.einsum("hrd,htd->hrt", flat, chunk.keys)
+        if soft_cap is not None:
+            scores = jnp.tanh(scores / soft_cap) * soft_cap
+        visible = exists[None, :] & (token[None, :] <= where[:, None])
+        if window is not None:
+            visible = visible & (token[None, :] > where[:, None] - window)
+        scores = jnp.where(visible[None], scores, NEG)
+        new_maximum = jnp.maximum(maximum, scores.max(-1))
+        rescale = jnp.exp(maximum - new_maximum)
+        weights = jnp.exp(scores - new_maximum[..., None])
+        out = out * rescale[..., None] + jnp.einsum("hrt,htd->hrd", weights, values)
+        return new_maximum, total * rescale + weights.sum(-1), out
+
+    rows = (kv_heads, group * tile)
+    maximum, total = jnp.full(rows, NEG, jnp.float32), jnp.zeros(rows, jnp.float32)
+    if sinks is not None:
+        by_head = jnp.broadcast_to(sinks.reshape(kv_heads, group, 1), (kv_heads, group, tile)).reshape(rows)
+        maximum, total = by_head, jnp.where(stop > 0, 1.0, total)
+    out = jnp.zeros((*rows, value_dim), jnp.float32)
+    chunks = (jnp.maximum(stop - first_block * block_size, 0) + per_chunk * block_size - 1) // (per_chunk * block_size)
+    _, total, out = lax.fori_loop(0, chunks, step, (maximum, total, out))
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    return out.reshape(kv_heads, group, tile, value_dim)
+
+
+def attend(
+    q: jax.Array,
+    *,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    decode_only: bool,
+    kv_heads: int,
+    value_dim: int,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
+    read: Read,
+) -> jax.Array:
+    """Attention of every row; zeros for the tokens of no row. Returns [tokens, heads, value_dim] in q's dtype."""
+    tokens, heads, dim = q.shape
+    group = heads // kv_heads
+    # Slices of a fixed size must not run over an edge, where JAX would shift them: pad both.
+    per_chunk = max(1, CHUNK_TOKENS // block_size)
+    tables = jnp.pad(block_tables, ((0, 0), (0, per_chunk)))
+    query_tile = min(QUERY_TILE, tokens)
+    queries = jnp.pad(q.astype(jnp.float32), ((0, query_tile), (0, 0), (0, 0)))
+
+    def rows(out: jax.Array, first: jax.Array, last: jax.Array, tile: int) -> jax.Array:
+        def row(r: jax.Array, out: jax.Array) -> jax.Array:
+            begin, count = cu_q_lens[r], cu_q_lens[r + 1] - cu_q_lens[r]
+            kv_len = kv_lens[r]
+
+            def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+                offset = i * tile
+                query = lax.dynamic_slice(queries, (begin + offset, 0, 0), (tile, heads, dim))
+                query = query.reshape(tile, kv_heads, group, dim).transpose(1, 2, 0, 3)
+                position = kv_len - count + offset
+                result = _attend_tile(
+                    query,
+                    position + jnp.arange(tile, dtype=jnp.int32),
+                    tables[r],
+                    jnp.int32(0) if window is None else jnp.maximum(position - window + 1, 0),
+                    jnp.minimum(kv_len, position + tile),
+                    read=read,
+                    block_size=block_size,
+                    scale=scale,
+                    window=window,
+                    soft_cap=soft_cap,
+                    sinks=sinks,
+                    value_dim=value_dim,
+                )
+                result = result.transpose(2, 0, 1, 3).reshape(tile, heads, value_dim)
+                # A last, partly filled tile also writes tokens of the next row, which comes later and wins.
+                return lax.dynamic_update_slice(out, result, (begin + offset, 0, 0))
+
+            return lax.fori_loop(0, (count + tile - 1) // tile, one_tile, out)
+
+        return lax.fori_loop(first, last, row, out)
+
+    out = jnp.zeros((tokens + query_tile, heads, value_dim), jnp.float32)
+    out = rows(out, jnp.int32(0), distribution[0], 1)
+    if not decode_only:
+        out = rows(out, distribution[0], distribution[1], query_tile)
+    exists = jnp.arange(tokens, dtype=jnp.int32) < cu_q_lens[distribution[1]]
+    return jnp.where(exists[:, None, None], out[:tokens], 0.0).astype(q.dtype)

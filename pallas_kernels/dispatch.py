@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an op runs: the only place that knows platforms and Pallas dialects.
+
+kernel     the Pallas kernel, compiled for the GPU (Triton dialect)
+interpret  the same kernel run by Pallas' interpreter, on any platform; slow, for tests
+reference  the twin in plain jax.numpy; what the CPU runs
+
+Chosen when an op is traced, from the default backend, unless `use(...)` says otherwise. The choice is part of
+the traced program: a function that was jitted under one choice keeps it.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+type Implementation = Literal["kernel", "interpret", "reference"]
+
+_forced: contextvars.ContextVar[Implementation | None] = contextvars.ContextVar("implementation", default=None)
+
+
+def implementation() -> Implementation:
+    """The implementation that an op traced now would use."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return "kernel" if jax.default_backend() == "gpu" else "reference"
+
+
+@contextlib.contextmanager
+def use(choice: Implementation) -> Iterator[None]:
+    """Force an implementation for every op traced inside the block."""
+    if choice not in ("kernel", "interpret", "reference"):
+        raise ValueError(f"implementation is {choice!r}, expected 'kernel', 'interpret' or 'reference'")
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def device_kind() -> str:
+    """Name of the device that is compiled for, such as "NVIDIA H200"; it keys the tile table."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
+
+
+def whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """Hand a kernel the whole array: in this dialect that is a pointer, nothing is copied."""
+    ndim = len(array.shape)
+    return pl.BlockSpec(array.shape, lambda *_: (0,) * ndim)
+
+
+def kernel_call(
+    kernel: Callable[..., None],
+    *,
+    grid: Sequence[int],
+    inputs: dict[str, jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    aliases: dict[str, int] | None = None,
+    num_warps: int,
+    num_stages: int,
+    name: str,
+) -> list[Any]:
+    """Run `kernel(refs: dict, *output_refs)` over the grid, every array handed over whole.
+
+    `aliases` maps the name of an input to the position of the output that shares its memory. The first grid
+    axis may have 2^31 - 1 programs, the other two 65535.
+    """
+    if any(size > limit for size, limit in zip(grid[1:], (65535, 65535), strict=False)):
+        raise ValueError(f"{name}: grid {tuple(grid)} exceeds (2147483647, 65535, 65535)")
+    if math.prod(grid) == 0:
+        raise ValueError(f"{name}: grid {tuple(grid)} is empty")
+
+    def named(*refs: Any) -> None:
+        kernel(*refs)
+
+    named.__name__ = name  # what profilers and compiler dumps show
+    order = sorted(inputs)  # the order in which a dict is flattened
+    return pl.pallas_call(
+        named,
+        grid=tuple(grid),
+        in_specs=[{key: whole(inputs[key]) for key in order}],
+        out_specs=[whole(shape) for shape in outputs],
+        out_shape=list(outputs),
+        input_output_aliases={order.index(key): out for key, out in (aliases or {}).items()},
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=implementation() == "interpret",
+        name=name,
+    )(inputs)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the keys and values of new tokens into their slots of the paged pools, in place.
+
+    pool[slots[t] // block_size, slots[t] % block_size] = new[t]   for every t with 0 <= slots[t] < blocks * block_size
+
+    k_pool, v_pool  [blocks, block_size, kv_heads, dim]
+    k, v            [tokens, kv_heads, dim]                     float32 | bfloat16 | float16
+    slots           int32 [tokens]    block * block_size + offset, each slot at most once; negative: skipped
+    k_scale, v_scale  for one-byte pools, float32: [kv_heads] given scales, read; or [blocks, block_size, kv_heads]
+                    one scale per slot and head, computed here from the token (absolute maximum) and written
+
+A pool of k's dtype takes the values as they are. A one-byte pool takes value / scale, clipped to the range of its
+dtype and, for int8, rounded half up; without scales only float8 can be written. `latent_write` is the same for the
+one pool of latents that MLA keeps. The pools must be donated by the caller's jit, or XLA copies them first.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import checks, dispatch
+from pallas_kernels.flash import next_power_of_two
+
+
+class Written(NamedTuple):
+    """The pools and scales after the write; the scales are None where none were given."""
+
+    k_pool: jax.Array
+    v_pool: jax.Array
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+
+
+class _Stream(NamedTuple):
+    """One pool [blocks, block_size, heads, dim] with what goes into it."""
+
+    name: str
+    pool: jax.Array
+    new: jax.Array
+    scale: jax.Array | None
+
+
+def kv_write(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> Written:
+    """Write both pools in one pass over the tokens."""
+    for name, pool, new in (("k", k_pool, k), ("v", v_pool, v)):
+        checks.check_rank(f"{name}_pool", pool, "blocks block_size kv_heads dim")
+        checks.check_rank(name, new, "tokens kv_heads dim")
+    streams = (_Stream("k", k_pool, k, k_scale), _Stream("v", v_pool, v, v_scale))
+    (k_pool, k_scale), (v_pool, v_scale) = _write(streams, slots)
+    return Written(k_pool, v_pool, k_scale, v_scale)
+
+
+def latent_write(
+    pool: jax.Array, new: jax.Array, slots: jax.Array, *, pool_scale: jax.Array | None = None
+) -> jax.Array:
+    """Write latents [tokens, dim] into a pool [blocks, block_size, dim]; `pool_scale` is float32 [1]."""
+    checks.check_rank("pool", pool, "blocks block_size dim")
+    checks.check_rank("new", new, "tokens dim")
+    if pool_scale is not None:
+        checks.check_shape("pool_scale", pool_scale, (1,), "one number for the whole pool")
+    stream = _Stream("latent", pool[:, :, None, :], new[:, None, :], pool_scale)
+    [(written, _)] = _write((stream,), slots)
+    return written.reshape(pool.shape)
+
+
+def _check(stream: _Stream, slots: jax.Array) -> None:
+    name, pool, new, scale = stream
+    checks.check_float(name, new)
+    checks.check_kv_dtype(new.dtype, pool.dtype)
+    checks.check_pool(f"{name}_pool", pool.shape, pool.dtype)
+    checks.check_kv_scale(f"{name}_scale", scale, pool, pool.shape[2])
+    checks.check_shape("slots", slots, (new.shape[0],), f"{name} has {new.shape[0]} tokens")
+    checks.require(
+        new.shape[1:] == pool.shape[2:],
+        f"{name} has heads and dim {tuple(new.shape[1:])}, its pool {tuple(pool.shape[2:])}",
+    )
+    checks.require(
+        pool.dtype != jnp.int8 or scale is not None,
+        f"{name}_pool is int8 and {name}_scale is None: int8 needs scales, per head or per slot",
+    )
+
+
+def _write(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[jax.Array, jax.Array | None]]:
+    checks.check_int32("slots", slots)
+    for stream in streams:
+        _check(stream, slots)
+    if checks.is_concrete(slots):
+        check_slots(np.asarray(slots), slots_in_pool=streams[0].pool.shape[0] * streams[0].pool.shape[1])
+    if slots.shape[0] == 0:
+        return [(stream.pool, stream.scale) for stream in streams]
+    if dispatch.implementation() == "reference":
+        return [reference(*stream[1:], slots) for stream in streams]
+    return _kernel_call(streams, slots)
+
+
+def check_slots(slots: np.ndarray, *, slots_in_pool: int) -> None:
+    """Check slot ids on the host: within the pool, and no slot twice."""
+    used = slots[slots >= 0]
+    checks.require(
+        used.size == 0 or int(used.max()) < slots_in_pool,
+        f"slot {int(used.max(initial=0))} is outside of the pool of {slots_in_pool} slots",
+    )
+    ids, counts = np.unique(used, return_counts=True)
+    checks.require(
+        ids.size == used.size,
+        f"slot {ids[counts > 1][:1]} is written {counts[counts > 1][:1]} times in one call, expected once",
+    )
+
+
+def _largest(dtype: jnp.dtype) -> float:
+    """Largest magnitude that a one-byte KV dtype holds (int8 symmetrically)."""
+    return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+
+
+def _encode(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x / scale in a one-byte dtype. Casts to float8 do not saturate, so clip first."""
+    if scale is not None:
+        x = x / scale
+    x = jnp.clip(x, -_largest(dtype), _largest(dtype))
+    return (jnp.floor(x + 0.5) if dtype == jnp.int8 else x).astype(dtype)
+
+
+def _scale_of(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The scale that maps the largest magnitude along the last axis onto the dtype's; 1 for all zeros."""
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    return jnp.where(largest > 0, largest / _largest(dtype), 1.0)
+
+
+# --- reference twin ---------------------------------------------------------------------------------------------
+
+
+def reference(
+    pool: jax.Array, new: jax.Array, scale: jax.Array | None, slots: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """The same in plain jax.numpy; what the CPU runs."""
+    blocks, block_size = pool.shape[:2]
+    # A negative index would wrap around; one behind the end is dropped.
+    target = jnp.where(slots < 0, blocks * block_size, slots)
+
+    def put(into: jax.Array, values: jax.Array) -> jax.Array:
+        flat = into.reshape(blocks * block_size, *into.shape[2:])
+        return flat.at[target].set(values, mode="drop", unique_indices=False).reshape(into.shape)
+
+    if not checks.is_one_byte(pool.dtype):
+        return put(pool, new), None
+    x = new.astype(jnp.float32)
+    if scale is None or scale.ndim == 1:
+        return put(pool, _encode(x, None if scale is None else scale[None, :, None], pool.dtype)), scale
+    per_slot = _scale_of(x, pool.dtype)
+    return put(pool, _encode(x, per_slot[..., None], pool.dtype)), put(scale, per_slot)
+
+
+# --- kernel -----------------------------------------------------------------------------------------------------
+
+
+def _kernel(refs: dict[str, Any], *out_refs: Any, outputs: dict[str, int], names: tuple[str, ...]) -> None:
+    token = pl.program_id(0)
+    slot = refs["slots"][token]
+    blocks, block_size = out_refs[0].shape[:2]
+
+    @pl.when((slot >= 0) & (slot < blocks * block_size))
+    def _() -> None:
+        block, offset = slot // block_size, slot % block_size
+        for name in names:
+            pool = out_refs[outputs[f"{name}_pool"]]
+            heads, dim = pool.shape[2:]
+            head = jnp.arange(next_power_of_two(heads), dtype=jnp.int32)
+            column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
+            exists = (head < heads)[:, None] & (column < dim)[None, :]
+            new = refs[name]
+            x = plt.load(new.at[token, head[:, None], column[None, :]], mask=exists, other=jnp.zeros((), new.dtype))
+            if checks.is_one_byte(pool.dtype):
+                x = x.astype(jnp.float32)
+                scale = None
+                if f"{name}_scale" in outputs:
+                    scale = _scale_of(x, pool.dtype)
+                    plt.store(out_refs[outputs[f"{name}_scale"]].at[block, offset, head], scale, mask=head < heads)
+                elif f"{name}_scale" in refs:
+                    scale = plt.load(refs[f"{name}_scale"].at[head], mask=head < heads, other=1.0)
+                x = _encode(x, None if scale is None else scale[:, None], pool.dtype)
+            plt.store(pool.at[block, offset, head[:, None], column[None, :]], x, mask=exists)
+
+
+def _kernel_call(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[jax.Array, jax.Array | None]]:
+    inputs: dict[str, jax.Array] = {"slots": slots}
+    outputs: dict[str, int] = {}
+    for name, pool, new, scale in streams:
+        inputs[name] = new
+        inputs[f"{name}_pool"] = pool
+        outputs[f"{name}_pool"] = len(outputs)
+        if scale is not None:
+            inputs[f"{name}_scale"] = scale
+            if scale.ndim == 3:
+                outputs[f"{name}_scale"] = len(outputs)
+    names = tuple(stream.name for stream in streams)
+
+    def kernel(refs: dict[str, Any], *out_refs: Any) -> None:
+        _kernel(refs, *out_refs, outputs=outputs, names=names)
+
+    written = dispatch.kernel_call(
+        kernel,
+        grid=(slots.shape[0],),
+        inputs=inputs,
+        outputs=[jax.ShapeDtypeStruct(inputs[key].shape, inputs[key].dtype) for key in outputs],
+        aliases=outputs,
+        num_warps=4,
+        num_stages=1,
+        name="kv_write",
+    )
+    result = dict(zip(outputs, written, strict=True))
+    return [(result[f"{s.name}_pool"], result.get(f"{s.name}_scale", s.scale)) for s in streams]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a paged latent cache (DeepSeek's MLA), in the absorbed form.
+
+The key projection is folded into the query and the value projection follows the op, so that every query head
+reads the same latent: keys are the whole of it, values its first `latent_dim` columns.
+
+    out[t, h] = softmax_j(scale * q[t, h] . C[row(t), j]) @ C[row(t), j, :latent_dim],   j <= position(t)
+
+    q           [tokens, heads, latent_dim + rope_dim]   float32 | bfloat16 | float16
+    pool        [blocks, block_size, latent_dim + rope_dim]   q's dtype, or int8 | float8_e4m3fn | float8_e5m2
+    pool_scale  float32 scalar array [1], for a one-byte pool
+    block_tables, kv_lens, cu_q_lens, distribution: as in `paged_attention`
+
+Returns [tokens, heads, latent_dim] in q's dtype. `scale` has no default: the model's is that of the unabsorbed
+head dim, which this op cannot know. Padding and accumulation as in `paged_attention`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import blockwise, checks, dispatch, flash, tuning
+from pallas_kernels.tuning import DecodeTiles, RaggedTiles
+
+MAX_LATENT_DIM = 512
+MAX_ROPE_DIM = 128
+_PROGRAMS_WANTED = 132 * 2
+
+
+def mla_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    *,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    latent_dim: int,
+    scale: float,
+    pool_scale: jax.Array | None = None,
+    decode_only: bool = False,
+    decode_tiles: DecodeTiles | None = None,
+    ragged_tiles: RaggedTiles | None = None,
+) -> jax.Array:
+    """Latent attention of a ragged batch; `decode_only` and the tiles as in `paged_attention`."""
+    _check(q, pool, latent_dim, pool_scale)
+    batch: dict[str, jax.Array] = dict(
+        block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution
+    )
+    checks.check_ragged_call(q=q, pool=pool, decode_only=decode_only, **batch)
+    options: dict[str, Any] = dict(latent_dim=latent_dim, scale=scale, pool_scale=pool_scale, decode_only=decode_only)
+    if dispatch.implementation() == "reference":
+        return reference(q, pool, **batch, **options)
+    return _kernel(q, pool, batch=batch, **options, decode_tiles=decode_tiles, ragged_tiles=ragged_tiles)
+
+
+def _check(q: jax.Array, pool: jax.Array, latent_dim: int, pool_scale: jax.Array | None) -> None:
+    checks.check_rank("q", q, "tokens heads latent+rope")
+    checks.check_rank("pool", pool, "blocks block_size latent+rope")
+    checks.check_float("q", q)
+    checks.require(
+        q.shape[2] == pool.shape[2], f"latent sizes differ: q has {q.shape[2]} columns, the pool {pool.shape[2]}"
+    )
+    checks.check_head_dim("latent_dim", latent_dim, limit=min(MAX_LATENT_DIM, q.shape[2]))
+    rope_dim = q.shape[2] - latent_dim
+    checks.require(rope_dim <= MAX_ROPE_DIM, f"rope dim is {rope_dim}, the kernels take 0 to {MAX_ROPE_DIM}")
+    checks.check_kv_dtype(q.dtype, pool.dtype)
+    checks.check_pool("pool", pool.shape, pool.dtype)
+    if pool_scale is not None:
+        checks.check_kv_scale("pool_scale", pool_scale, pool, 1)
+        checks.check_shape("pool_scale", pool_scale, (1,), "one number for the whole pool")
+
+
+# --- reference twin ---------------------------------------------------------------------------------------------
+
+
+def reference(
+    q: jax.Array,
+    pool: jax.Array,
+    *,
+    block_tables: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    latent_dim: int,
+    scale: float,
+    pool_scale: jax.Array | None,
+    decode_only: bool,
+) -> jax.Array:
+    """The same in plain jax.numpy; what the CPU runs."""
+
+    def read(blocks: jax.Array) -> blockwise.Chunk:
+        latent = pool[blocks].astype(jnp.float32)
+        if pool_scale is not None:
+            latent = latent * pool_scale[0]
+        latent = latent.reshape(1, -1, pool.shape[2])
+        return blockwise.Chunk(latent, latent[..., :latent_dim])
+
+    return blockwise.attend(
+        q,
+        block_tables=block_tables,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        distribution=distribution,
+        decode_only=decode_only,
+        kv_heads=1,
+        value_dim=latent_dim,
+        block_size=pool.shape[1],
+        scale=scale,
+        window=None,
+        soft_cap=None,
+        sinks=None,
+        read=read,
+    )
+
+
+# --- kernel -----------------------------------------------------------------------------------------------------
+
+
+def _read(*, block_size: int, key_parts: tuple[flash.Part, ...], values: int, dtype: jnp.dtype) -> flash.Read:
+    def read(
+        refs: flash.Refs, row: jax.Array, head_group: jax.Array, tokens: jax.Array, valid: jax.Array | None
+    ) -> flash.Tile:
+        block, slot = flash.locate(refs["block_tables"], row, tokens, valid, block_size=block_size)
+        keys = tuple(flash.load_rows(refs["pool"], (block, slot), part, valid).astype(dtype) for part in key_parts)
+        scale = refs["pool_scale"][0] if "pool_scale" in refs else None
+        return flash.Tile(keys, keys[:values], scale, scale)
+
+    return read
+
+
+def default_decode_tiles(*, rows: int, heads: int) -> DecodeTiles:
+    """Latents are wide (1152 bytes a token in bfloat16): small tiles, and splits until the GPU is full."""
+    splits = max(1, min(32, -(-_PROGRAMS_WANTED // (rows * -(-heads // HEADS_PER_PROGRAM)))))
+    return DecodeTiles(block_kv=32, splits=splits, num_warps=8 if heads > 16 else 4, num_stages=2)
+
+
+# More heads share one read of the latent, but their float32 outputs (512 columns each) must fit the registers.
+HEADS_PER_PROGRAM = 64
+
+
+def tile_key(q: jax.Array, pool: jax.Array, rows: int) -> str:
+    return tuning.key(
+        block_size=pool.shape[1],
+        dim=q.shape[2],
+        dtype=q.dtype.name,
+        heads=q.shape[1],
+        kv=pool.dtype.name,
+        rows=flash.next_power_of_two(rows),
+    )
+
+
+def _kernel(
+    q: jax.Array,
+    pool: jax.Array,
+    *,
+    batch: dict[str, jax.Array],
+    latent_dim: int,
+    scale: float,
+    pool_scale: jax.Array | None,
+    decode_only: bool,
+    decode_tiles: DecodeTiles | None,
+    ragged_tiles: RaggedTiles | None,
+) -> jax.Array:
+    heads, dim = q.shape[1:]
+    rows = batch["kv_lens"].shape[0]
+    value_parts = flash.split_parts(latent_dim)
+    key_parts = value_parts + flash.split_parts(dim - latent_dim, start=latent_dim)
+    attention = flash.Flash(
+        heads=heads,
+        group=min(heads, HEADS_PER_PROGRAM),
+        key_parts=key_parts,
+        value_parts=value_parts,
+        scale=scale,
+        window=None,
+        soft_cap=None,
+        read=_read(block_size=pool.shape[1], key_parts=key_parts, values=len(value_parts), dtype=q.dtype),
+    )
+    inputs = {"q": q, "pool": pool, **batch}
+    if pool_scale is not None:
+        inputs["pool_scale"] = pool_scale
+    return flash.attention(
+        attention,
+        inputs,
+        decode_only=decode_only,
+        decode_tiles=decode_tiles
+        or tuning.choose("mla_decode", tile_key(q, pool, rows), default_decode_tiles(rows=rows, heads=heads)),
+        ragged_tiles=ragged_tiles
+        or tuning.choose(
+            "mla_ragged", tile_key(q, pool, 1), RaggedTiles(block_rows=64, block_kv=32, num_warps=8, num_stages=2)
+        ),
+        name="mla",
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile choices: a table measured on a device (`tuning.json`), with reasoned defaults where it has no entry.
+
+Owns: the names of the knobs and the look-up. The GPU run book (`python -m benchmarks.gpu --section sweep`)
+writes the table; nothing here guesses from a device's name.
+
+tuning.json: {device kind: {op: {key: {knob: value}}}}, keys as `key(...)` spells them.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import dispatch
+
+TABLE = Path(__file__).with_name("tuning.json")
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    block_kv: int = 64  # KV tokens per loop step
+    splits: int = 1  # programs that share one row and head group
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class RaggedTiles:
+    block_rows: int = 128  # (query token, head of the group) pairs per program
+    block_kv: int = 64
+    num_warps: int = 8
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class SamplingTiles:
+    block: int = 4096  # vocabulary entries per loop step
+    pivots: int = 8  # thresholds tried per pass over the row
+    num_warps: int = 16
+
+
+type Tiles = DecodeTiles | RaggedTiles | SamplingTiles
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    return json.loads(TABLE.read_text())
+
+
+def key(**properties: Any) -> str:
+    """One spelling of a shape, such as "dim=128 dtype=bfloat16 group=4 rows=64"."""
+    return " ".join(f"{name}={properties[name]}" for name in sorted(properties))
+
+
+def choose[T: Tiles](op: str, shape: str, default: T) -> T:
+    """The measured tiles of this op and shape (a `key(...)`) on this kind of device, else `default`."""
+    measured = _table().get(dispatch.device_kind(), {}).get(op, {}).get(shape)
+    if measured is None:
+        return default
+    known = {f.name for f in fields(default)}
+    unknown = set(measured) - known
+    if unknown:
+        raise ValueError(f"{TABLE.name}: {op} has knobs {sorted(unknown)}, expected some of {sorted(known)}")
+    return replace(default, **measured)
