@@ -37,7 +37,8 @@ def copy_blocks(pool: jax.Array, sources: jax.Array, destinations: jax.Array) ->
         checks.require(both.size == 0, f"block {both[:1]} is both source and destination of one call")
         _check_once(written)
     if dispatch.implementation() == "reference":
-        return reference_scatter(pool, reference_gather(pool, sources), jnp.where(sources < 0, -1, destinations))
+        readable = (sources >= 0) & (sources < pool.shape[0])
+        return reference_scatter(pool, reference_gather(pool, sources), jnp.where(readable, destinations, -1))
     return _move(pool, None, sources, destinations)
 
 

@@ -136,7 +136,8 @@ def _encode(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Arra
 def _scale_of(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The scale that maps the largest magnitude along the last axis onto the dtype's; 1 for all zeros."""
     largest = jnp.max(jnp.abs(x), axis=-1)
-    return jnp.where(largest > 0, largest / _largest(dtype), 1.0)
+    # Times the reciprocal: compilers turn a division by a constant into that, some do and some do not.
+    return jnp.where(largest > 0, largest * (1.0 / _largest(dtype)), 1.0)
 
 
 # --- reference twin ---------------------------------------------------------------------------------------------

@@ -130,14 +130,29 @@ def _read(*, block_size: int, key_parts: tuple[flash.Part, ...], values: int, dt
     return read
 
 
-def default_decode_tiles(*, rows: int, heads: int) -> DecodeTiles:
+def heads_per_program(heads: int, q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> int:
+    """More heads share one read of the latent, but their float32 outputs (512 columns) must fit the registers."""
+    if q_dtype == jnp.float32:
+        return min(heads, 16)
+    return min(heads, 32 if checks.is_one_byte(kv_dtype) else 64)
+
+
+def default_decode_tiles(*, rows: int, heads: int, q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> DecodeTiles:
     """Latents are wide (1152 bytes a token in bfloat16): small tiles, and splits until the GPU is full."""
-    splits = max(1, min(32, -(-_PROGRAMS_WANTED // (rows * -(-heads // HEADS_PER_PROGRAM)))))
-    return DecodeTiles(block_kv=32, splits=splits, num_warps=8 if heads > 16 else 4, num_stages=2)
+    programs = rows * -(-heads // heads_per_program(heads, q_dtype, kv_dtype))
+    splits = max(1, min(32, -(-_PROGRAMS_WANTED // programs)))
+    if q_dtype == jnp.float32:
+        return DecodeTiles(block_kv=16, splits=splits, num_warps=8, num_stages=1)
+    wide = heads > 16 or checks.is_one_byte(kv_dtype)  # four warps spill when they convert the latent too
+    return DecodeTiles(block_kv=32, splits=splits, num_warps=8 if wide else 4, num_stages=2)
 
 
-# More heads share one read of the latent, but their float32 outputs (512 columns each) must fit the registers.
-HEADS_PER_PROGRAM = 64
+def default_ragged_tiles(*, q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> RaggedTiles:
+    if q_dtype == jnp.float32:
+        return RaggedTiles(block_rows=16, block_kv=16, num_warps=8, num_stages=1)
+    if checks.is_one_byte(kv_dtype):
+        return RaggedTiles(block_rows=32, block_kv=32, num_warps=8, num_stages=2)
+    return RaggedTiles(block_rows=64, block_kv=16, num_warps=8, num_stages=2)
 
 
 def tile_key(q: jax.Array, pool: jax.Array, rows: int) -> str:
@@ -165,11 +180,12 @@ def _kernel(
 ) -> jax.Array:
     heads, dim = q.shape[1:]
     rows = batch["kv_lens"].shape[0]
+    dtypes = {"q_dtype": q.dtype, "kv_dtype": pool.dtype}
     value_parts = flash.split_parts(latent_dim)
     key_parts = value_parts + flash.split_parts(dim - latent_dim, start=latent_dim)
     attention = flash.Flash(
         heads=heads,
-        group=min(heads, HEADS_PER_PROGRAM),
+        group=heads_per_program(heads, **dtypes),
         key_parts=key_parts,
         value_parts=value_parts,
         scale=scale,
@@ -185,10 +201,7 @@ def _kernel(
         inputs,
         decode_only=decode_only,
         decode_tiles=decode_tiles
-        or tuning.choose("mla_decode", tile_key(q, pool, rows), default_decode_tiles(rows=rows, heads=heads)),
-        ragged_tiles=ragged_tiles
-        or tuning.choose(
-            "mla_ragged", tile_key(q, pool, 1), RaggedTiles(block_rows=64, block_kv=32, num_warps=8, num_stages=2)
-        ),
+        or tuning.choose("mla_decode", tile_key(q, pool, rows), default_decode_tiles(rows=rows, heads=heads, **dtypes)),
+        ragged_tiles=ragged_tiles or tuning.choose("mla_ragged", tile_key(q, pool, 1), default_ragged_tiles(**dtypes)),
         name="mla",
     )

@@ -195,10 +195,19 @@ def _read(
     return read
 
 
-def default_decode_tiles(*, rows: int, head_groups: int) -> DecodeTiles:
+def default_decode_tiles(*, rows: int, head_groups: int, dtype: jnp.dtype, dim: int) -> DecodeTiles:
     """Enough splits to fill the GPU, no more than needed: each split costs a partial output."""
     splits = max(1, min(32, -(-_PROGRAMS_WANTED // (rows * head_groups))))
+    if dtype == jnp.float32:  # three products each: smaller tiles, or the registers spill
+        narrow = dim <= 128
+        return DecodeTiles(32 if narrow else 16, splits=splits, num_warps=4 if narrow else 8, num_stages=2)
     return DecodeTiles(splits=splits)
+
+
+def default_ragged_tiles(*, dtype: jnp.dtype, dim: int) -> RaggedTiles:
+    if dtype == jnp.float32:
+        return RaggedTiles(64, 16, 4, 2) if dim <= 128 else RaggedTiles(16, 16, 8, 2)
+    return RaggedTiles()
 
 
 def tile_key(q: jax.Array, k_pool: jax.Array, rows: int) -> str:
@@ -258,8 +267,13 @@ def _kernel(
         decode_only=decode_only,
         decode_tiles=decode_tiles
         or tuning.choose(
-            "paged_decode", tile_key(q, k_pool, rows), default_decode_tiles(rows=rows, head_groups=kv_heads)
+            "paged_decode",
+            tile_key(q, k_pool, rows),
+            default_decode_tiles(rows=rows, head_groups=kv_heads, dtype=q.dtype, dim=max(dim, v_dim)),
         ),
-        ragged_tiles=ragged_tiles or tuning.choose("paged_ragged", tile_key(q, k_pool, 1), RaggedTiles()),
+        ragged_tiles=ragged_tiles
+        or tuning.choose(
+            "paged_ragged", tile_key(q, k_pool, 1), default_ragged_tiles(dtype=q.dtype, dim=max(dim, v_dim))
+        ),
         name="paged",
     )

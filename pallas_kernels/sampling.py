@@ -22,6 +22,7 @@ The top N come best first, equals by ascending id; where fewer exist, token -1 a
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -234,6 +235,16 @@ def reference(
 # --- kernel -----------------------------------------------------------------------------------------------------
 
 
+def tile_key(vocabulary: int, dtype: str, mode: Mode) -> str:
+    return tuning.key(dtype=dtype, mode=mode, vocabulary=next_power_of_two(vocabulary))
+
+
+def tiles_for(vocabulary: int, dtype: str, mode: Mode) -> SamplingTiles:
+    """The measured tiles, with chunks no wider than the row needs."""
+    tiles = tuning.choose("sampling", tile_key(vocabulary, dtype, mode), SamplingTiles())
+    return replace(tiles, block=min(tiles.block, next_power_of_two(max(vocabulary, 128))))
+
+
 def _memory_row(ref: Any, row: jax.Array, block: int) -> Row:
     """A row of logits that stays in device memory and is read `block` entries at a time."""
     size = ref.shape[1]
@@ -285,10 +296,7 @@ def _kernel_call(
     tiles: SamplingTiles | None,
 ) -> Sampled:
     rows, vocabulary = logits.shape
-    if tiles is None:
-        key = tuning.key(dtype=logits.dtype.name, mode=plan.mode, vocabulary=next_power_of_two(vocabulary))
-        tiles = tuning.choose("sampling", key, SamplingTiles())
-    tiles = SamplingTiles(min(tiles.block, next_power_of_two(max(vocabulary, 128))), tiles.pivots, tiles.num_warps)
+    tiles = tiles or tiles_for(vocabulary, logits.dtype.name, plan.mode)
     named = params._asdict() if isinstance(params, SamplingParams) else {"tokens": params}
     optional = {} if raw_logits is None else {"raw_logits": raw_logits}
     outputs = [jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)]

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel compiles for an H200 at serving shapes, and into what it should: no spills, matrix instructions where
+there are products, nothing copied that is as large as a cache, in place where in place is promised.
+
+`resources.json` records each kernel's registers and shared memory. A change that moves them must record them anew,
+so that it is seen: JAXSERVE_RECORD=1 .venv-cuda/bin/python -m pytest tests/cuda -n 0
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels.kv_write import kv_write, latent_write
+from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
+from tests.cuda.hopper import Compiled, compile_for_h200
+
+RECORD = Path(__file__).with_name("resources.json")
+S: Any = jax.ShapeDtypeStruct  # stands in for arrays
+I32, F32, BF16 = jnp.int32, jnp.float32, jnp.bfloat16
+SHARED_LIMIT = 232_448  # bytes one program may have on Hopper
+
+
+def check_resources(case: str, compiled: Compiled, *, products: bool, spills: bool = False) -> None:
+    """Gates for all kernels of a program, and the comparison with the record."""
+    ours = {
+        n: k for n, k in compiled.kernels.items() if n in compiled.launches and not n.startswith(("loop_", "wrapped"))
+    }
+    assert ours
+    seen = {}
+    for name, kernel in ours.items():
+        launch = compiled.launches[name]
+        assert spills or kernel.spill_bytes == 0, f"{name} spills {kernel.spill_bytes} bytes"
+        assert launch.shared_bytes <= SHARED_LIMIT
+        if products and not name.endswith("_combine"):
+            assert kernel.tensor_cores > 0, f"{name} uses no matrix instructions"
+        seen[name] = {
+            "registers": kernel.registers,
+            "shared_bytes": launch.shared_bytes,
+            "threads": launch.threads,
+            "wgmma": kernel.wgmma,
+            "mma": kernel.mma,
+        }
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if os.environ.get("JAXSERVE_RECORD"):
+        RECORD.write_text(json.dumps(recorded | {case: seen}, indent=1, sort_keys=True) + "\n")
+    else:
+        assert seen == recorded.get(case), "differs from resources.json; if that is meant, record it: see above"
+
+
+def check_no_copies(compiled: Compiled, *shapes: tuple[int, ...]) -> None:
+    """No instruction but a kernel makes an array as large as one of these."""
+    sizes = {math.prod(shape) for shape in shapes}
+    for line in compiled.hlo.splitlines():
+        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|fusion|transpose|convert)\(", line)
+        if made:
+            assert math.prod(int(n) for n in made[1].split(",")) not in sizes, line.strip()[:200]
+
+
+def batch(rows: int, width: int = 512) -> dict[str, Any]:
+    return dict(
+        block_tables=S((rows, width), I32),
+        kv_lens=S((rows,), I32),
+        cu_q_lens=S((rows + 1,), I32),
+        distribution=S((2,), I32),
+    )
+
+
+def attend(q: Any, k: Any, v: Any, described: Any, arrays: Any, **options: Any) -> jax.Array:
+    return paged_attention(q, k, v, **described, **arrays, **options)
+
+
+def paged(tokens: int, rows: int, heads: int, kv_heads: int, dim: int, **options: Any) -> Compiled:
+    dtype, kv, block_size = options.pop("dtype", BF16), options.pop("kv", None), options.pop("block_size", 16)
+    pool = S((4096, block_size, kv_heads, dim), kv or dtype)
+    arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
+
+    def call(q: Any, k: Any, v: Any, described: Any, arrays: Any) -> jax.Array:
+        return attend(q, k, v, described, arrays, **options)
+
+    compiled = compile_for_h200(call, S((tokens, heads, dim), dtype), pool, pool, batch(rows), arrays)
+    check_no_copies(compiled, pool.shape)
+    return compiled
+
+
+HEADS = {
+    "llama-8b": (32, 8, 128),
+    "llama-70b/8": (8, 1, 128),
+    "qwen3-30b-a3b": (32, 4, 128),
+    "qwen3-235b": (64, 4, 128),
+    "gemma-3-12b": (16, 8, 256),
+    "phi-2": (32, 32, 80),
+    "phi-3": (32, 32, 96),
+    "stablelm": (32, 32, 112),
+    "gpt-oss": (64, 8, 64),
+    "deepseek unabsorbed": (16, 16, 192),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 256])
+@pytest.mark.parametrize("model", HEADS)
+def test_decode(model: str, rows: int) -> None:
+    check_resources(f"decode {model} rows={rows}", paged(rows, rows, *HEADS[model], decode_only=True), products=True)
+
+
+@pytest.mark.parametrize("tokens", [64, 2048, 8192])
+@pytest.mark.parametrize("model", HEADS)
+def test_mixed(model: str, tokens: int) -> None:
+    compiled = paged(tokens, 256, *HEADS[model])
+    check_resources(f"mixed {model} tokens={tokens}", compiled, products=True)
+    assert compiled.kernels["paged_ragged"].wgmma > 0  # prefill is bound by products: it needs Hopper's own
+
+
+@pytest.mark.parametrize("block_size", [8, 256])
+def test_block_sizes(block_size: int) -> None:
+    check_resources(f"block_size={block_size}", paged(512, 64, 32, 8, 128, block_size=block_size), products=True)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 12, 16])
+def test_groups(group: int) -> None:
+    check_resources(f"group={group}", paged(512, 64, 8 * group, 8, 128), products=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, F32], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_other_dtypes(dtype: Any, dim: int) -> None:
+    check_resources(f"{dtype.__name__} dim={dim}", paged(512, 64, 32, 8, dim, dtype=dtype), products=True)
+
+
+@pytest.mark.parametrize("kv", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("per_slot", [False, True])
+def test_one_byte_kv(kv: Any, per_slot: bool) -> None:
+    scale = S((4096, 16, 8) if per_slot else (8,), F32)
+    compiled = paged(512, 64, 32, 8, 128, kv=kv, k_scale=scale, v_scale=scale)
+    check_resources(f"{kv.__name__} {'per slot' if per_slot else 'per head'}", compiled, products=True)
+
+
+def test_options() -> None:
+    compiled = paged(2048, 64, 64, 8, 64, window=128, soft_cap=30.0, sinks=S((64,), F32))
+    check_resources("window, soft cap and sinks", compiled, products=True)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("rows, decode_only", [(1, True), (64, True), (256, True), (64, False)])
+@pytest.mark.parametrize("kv", [BF16, jnp.float8_e4m3fn], ids=lambda d: d.__name__)
+def test_mla(heads: int, rows: int, decode_only: bool, kv: Any) -> None:
+    def call(q: Any, pool: Any, described: Any) -> jax.Array:
+        return mla_attention(q, pool, **described, latent_dim=512, scale=0.1, decode_only=decode_only)
+
+    pool = S((4096, 64, 576), kv)
+    compiled = compile_for_h200(call, S((rows if decode_only else 4096, heads, 576), BF16), pool, batch(rows))
+    check_no_copies(compiled, pool.shape)
+    case = f"mla heads={heads} rows={rows} {'decode' if decode_only else 'mixed'} {kv.__name__}"
+    check_resources(case, compiled, products=True)
+
+
+def test_mla_float32() -> None:
+    """Latents of 512 float32 columns do not fit the registers. It spills and is slow; it must compile."""
+
+    def call(q: Any, pool: Any, described: Any) -> jax.Array:
+        return mla_attention(q, pool, **described, latent_dim=512, scale=0.1)
+
+    compiled = compile_for_h200(call, S((512, 16, 576), F32), S((4096, 64, 576), F32), batch(64))
+    check_resources("mla float32", compiled, products=True, spills=True)
+
+
+@pytest.mark.parametrize("kv", [BF16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda d: d.__name__)
+def test_kv_write_is_in_place(kv: Any) -> None:
+    pool, new = S((4096, 16, 8, 128), kv), S((256, 8, 128), BF16)
+    scale = None if kv == BF16 else S((4096, 16, 8), F32)
+
+    def call(kp: Any, vp: Any, ks: Any, vs: Any, k: Any, v: Any, slots: Any) -> Any:
+        return kv_write(kp, vp, k, v, slots, k_scale=ks, v_scale=vs)
+
+    compiled = compile_for_h200(call, pool, pool, scale, scale, new, new, S((256,), I32), donate=(0, 1, 2, 3))
+    check_no_copies(compiled, pool.shape)
+    check_resources(f"kv_write {kv.__name__}", compiled, products=False)
+    scales = 0 if scale is None else math.prod(scale.shape) * 4
+    assert compiled.alias_bytes == 2 * (math.prod(pool.shape) * jnp.dtype(kv).itemsize + scales)
+
+
+def test_latent_write_is_in_place() -> None:
+    pool = S((4096, 64, 576), BF16)
+    compiled = compile_for_h200(latent_write, pool, S((256, 576), BF16), S((256,), I32), donate=(0,))
+    check_no_copies(compiled, pool.shape)
+    check_resources("latent_write", compiled, products=False)
+    assert compiled.alias_bytes == math.prod(pool.shape) * 2
+
+
+@pytest.mark.parametrize("dtype", [BF16, jnp.int8, jnp.float8_e4m3fn], ids=lambda d: d.__name__)
+def test_block_moves(dtype: Any) -> None:
+    pool, blocks = S((4096, 16, 8, 128), dtype), S((64,), I32)
+    staged = S((64, 16, 8, 128), dtype)
+    size = math.prod(pool.shape) * jnp.dtype(dtype).itemsize
+    for name, compiled, aliased in (
+        ("copy", compile_for_h200(copy_blocks, pool, blocks, blocks, donate=(0,)), size),
+        ("gather", compile_for_h200(gather_blocks, pool, blocks), 0),
+        ("scatter", compile_for_h200(scatter_blocks, pool, staged, blocks, donate=(0,)), size),
+    ):
+        check_no_copies(compiled, pool.shape)
+        check_resources(f"{name} {dtype.__name__}", compiled, products=False)
+        assert compiled.alias_bytes == aliased
+
+
+@pytest.mark.parametrize("mode", ["greedy", "random", "filtered"])
+@pytest.mark.parametrize("logprobs, top_n", [(None, 0), ("raw", 5), ("processed", 20)])
+def test_sampling(mode: Any, logprobs: Any, top_n: int) -> None:
+    p = SamplingParams(*(S((256,), d) for d in (F32, I32, F32, F32, jnp.uint32, I32)))
+    logits = S((256, 128256), F32)
+    compiled = compile_for_h200(lambda x, p: sample(x, p, mode=mode, logprobs=logprobs, top_n=top_n), logits, p)
+    check_no_copies(compiled, logits.shape)
+    check_resources(f"sample {mode} {logprobs} {top_n}", compiled, products=False)
+    assert compiled.temp_bytes < 2**20  # no sorted copy, no noise array
+
+
+def test_token_logprobs() -> None:
+    logits = S((512, 151936), BF16)
+    compiled = compile_for_h200(lambda x, t: token_logprobs(x, t, top_n=20), logits, S((512,), I32))
+    check_no_copies(compiled, logits.shape)
+    check_resources("token_logprobs", compiled, products=False)
+    assert compiled.temp_bytes < 2**20
+
+
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_layers_update_their_pools_in_place(decode_only: bool) -> None:
+    """Write, then read, layer after layer, as a step does: XLA copies no pool, and gives none a second home."""
+    tokens, layers = (64, 4) if decode_only else (512, 4)
+    pool, described = S((4096, 16, 8, 128), BF16), batch(64)
+
+    def step(pools: Any, x: Any, slots: Any, described: Any) -> Any:
+        written = []
+        for k_pool, v_pool in pools:
+            result = kv_write(k_pool, v_pool, x[:, :8], x[:, 8:16], slots)
+            x = x + paged_attention(x, result.k_pool, result.v_pool, **described, decode_only=decode_only)
+            written.append((result.k_pool, result.v_pool))
+        return written, x
+
+    compiled = compile_for_h200(
+        step, [(pool, pool)] * layers, S((tokens, 32, 128), BF16), S((tokens,), I32), described, donate=(0,)
+    )
+    check_no_copies(compiled, pool.shape)
+    assert compiled.alias_bytes >= 2 * layers * math.prod(pool.shape) * 2
+    assert compiled.temp_bytes < 2**26

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention: twin against float64 by the book, kernel (interpreted) against the twin."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.tuning import DecodeTiles, RaggedTiles
+from tests.kernels.oracles import Batch, dense_attention, error, make_batch, rounded
+
+MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 37, 16, 2], kv_lens=[40, 1, 5, 100, 16, 65], decode_rows=2)
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
+DECODE_TILES = DecodeTiles(block_kv=16, splits=3, num_warps=4, num_stages=2)
+RAGGED_TILES = RaggedTiles(block_rows=32, block_kv=16, num_warps=4, num_stages=2)
+
+
+def run(batch: Batch, implementation: dispatch.Implementation, *, dtype: Any = jnp.float32, kv: Any = None, **options):
+    # The tables' unused entries are hopelessly out of range: outside of jit the op would still accept them, since
+    # nothing may follow them.
+    pools = (jnp.asarray(x, jnp.float32).astype(kv or dtype) for x in (batch.k, batch.v))
+    with dispatch.use(implementation):
+        return paged_attention(jnp.asarray(batch.q, dtype), *pools, **batch.described(), **options)
+
+
+def as_stored(batch: Batch, dtype: Any, kv: Any = None) -> Batch:
+    """The batch with the rounding that its dtypes bring, which is no error of the op."""
+    k, v = (rounded(x, kv or dtype) for x in (batch.k, batch.v))
+    return Batch(rounded(batch.q, dtype), k, v, *(getattr(batch, n) for n in batch.described()))
+
+
+def check(batch: Batch, *, dtype: Any = jnp.float32, kv: Any = None, **options: Any) -> None:
+    """Both implementations against float64, and exact zeros in padding."""
+    truth_options = {k: v for k, v in options.items() if k in ("window", "soft_cap", "sinks")}
+    expected = dense_attention(
+        as_stored(batch, dtype, kv), scale=options.get("scale", batch.q.shape[2] ** -0.5), **truth_options
+    )
+    for implementation in ("reference", "interpret"):
+        got = run(batch, implementation, dtype=dtype, kv=kv, **options)
+        assert got.dtype == dtype
+        assert error(got, expected) < TOLERANCE[dtype], implementation
+        assert not np.asarray(got[batch.used_tokens :].astype(jnp.float32)).any(), implementation
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_dtypes(dtype: Any, decode_only: bool) -> None:
+    decode: dict[str, Any] = dict(q_lens=[1] * 4, kv_lens=[1, 15, 16, 90], decode_rows=4, padding_tokens=1)
+    lengths = decode if decode_only else MIXED
+    check(make_batch(np.random.default_rng(0), **lengths), dtype=dtype, decode_only=decode_only)
+
+
+@pytest.mark.parametrize("kv_heads, group", [(2, 1), (1, 3), (2, 4), (1, 7), (2, 8), (1, 12), (1, 16), (1, 71)])
+def test_head_groups(kv_heads: int, group: int) -> None:
+    batch = make_batch(np.random.default_rng(1), **MIXED, kv_heads=kv_heads, group=group, dim=32)
+    check(batch, ragged_tiles=RAGGED_TILES, decode_tiles=DECODE_TILES)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 72, 80, 96, 112, 128, 192, 256])
+def test_head_dims(dim: int) -> None:
+    check(make_batch(np.random.default_rng(2), **MIXED, dim=dim))
+
+
+def test_values_may_have_another_dim_than_keys() -> None:
+    check(make_batch(np.random.default_rng(3), **MIXED, dim=96, v_dim=64))
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
+def test_block_sizes(block_size: int) -> None:
+    edge = block_size
+    batch = make_batch(
+        np.random.default_rng(4),
+        q_lens=[1, 1, 1, 1, edge - 1, edge, 3, 2],
+        kv_lens=[1, edge - 1, edge, edge + 1, edge - 1, edge, edge + 2, 2 * edge + 5],
+        decode_rows=4,
+        dim=32,
+        block_size=block_size,
+    )
+    check(batch, decode_tiles=DECODE_TILES)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 33, 1000])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_windows(window: int, splits: int) -> None:
+    tiles = DecodeTiles(block_kv=16, splits=splits)
+    check(make_batch(np.random.default_rng(5), **MIXED, dim=32), window=window, decode_tiles=tiles)
+
+
+def test_window_never_reads_blocks_before_it() -> None:
+    """A sliding-window model frees the blocks that left every window: their table entries are then the null block."""
+    batch = make_batch(np.random.default_rng(6), q_lens=[1, 4], kv_lens=[100, 90], decode_rows=1, padding_rows=0)
+    window, freed = 20, batch.block_tables.copy()
+    for row, length in enumerate((100, 87)):
+        freed[row, : (length - window) // 16] = 0
+    narrowed = Batch(batch.q, batch.k, batch.v, freed, batch.kv_lens, batch.cu_q_lens, batch.distribution)
+    for implementation in ("reference", "interpret"):
+        expected = np.asarray(run(batch, implementation, window=window))
+        np.testing.assert_array_equal(np.asarray(run(narrowed, implementation, window=window)), expected)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_scale_soft_cap_and_sinks(splits: int) -> None:
+    rng = np.random.default_rng(7)
+    batch = make_batch(rng, **MIXED, group=3, dim=32)
+    tiles = DecodeTiles(block_kv=16, splits=splits)
+    sinks = jnp.asarray(rng.standard_normal(6) * 3, jnp.float32)
+    check(batch, scale=0.3, decode_tiles=tiles)
+    check(batch, soft_cap=2.0, decode_tiles=tiles)
+    check(batch, sinks=sinks, decode_tiles=tiles)
+    check(batch, scale=0.4, soft_cap=5.0, sinks=sinks, window=24, decode_tiles=tiles)
+
+
+@pytest.mark.parametrize("kv", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("per_slot", [False, True])
+def test_one_byte_kv_with_scales(kv: Any, per_slot: bool) -> None:
+    rng = np.random.default_rng(8)
+    batch = make_batch(rng, **MIXED, dim=32)
+    shape = batch.k.shape[:3] if per_slot else (2,)
+    scales = [rng.uniform(0.01, 0.03, shape).astype(np.float32) for _ in range(2)]
+    stored = []
+    for pool, scale in zip((batch.k, batch.v), scales, strict=True):
+        codes = np.clip(np.nan_to_num(pool) / scale[..., None], -127, 127)
+        stored.append(np.floor(codes) if kv == jnp.int8 else codes)
+    # What the pool holds is the truth here: quantisation itself is kv_write's business.
+    decoded = [rounded(x, kv) * s[..., None] for x, s in zip(stored, scales, strict=True)]
+    described = [getattr(batch, name) for name in batch.described()]
+    expected = dense_attention(Batch(batch.q, *decoded, *described), scale=32**-0.5)
+    for implementation in ("reference", "interpret"):
+        k_scale, v_scale = (jnp.asarray(s) for s in scales)
+        options: dict[str, Any] = dict(kv=kv, k_scale=k_scale, v_scale=v_scale, decode_tiles=DECODE_TILES)
+        got = run(Batch(batch.q, *stored, *described), implementation, **options)
+        assert error(got, expected) < 1e-5, implementation
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 1024])
+def test_row_counts_with_padding_rows(rows: int) -> None:
+    rng = np.random.default_rng(9)
+    used = max(1, rows - 3)
+    lengths = [int(n) for n in rng.integers(1, 20, used)]
+    batch = make_batch(
+        rng,
+        q_lens=[1] * used,
+        kv_lens=lengths,
+        decode_rows=used,
+        kv_heads=1,
+        group=2,
+        dim=16,
+        block_size=8,
+        padding_rows=rows - used,
+        padding_tokens=rows - used,
+    )
+    expected = dense_attention(batch, scale=0.25)
+    # The interpreter copies every array for every program: the largest batch is the twin's alone.
+    for implementation in ("reference", "interpret") if rows <= 64 else ("reference",):
+        got = run(batch, implementation, decode_only=True)
+        assert error(got, expected) < 2e-6
+        assert not np.asarray(got)[used:].any()
+
+
+def test_a_batch_of_nothing_gives_zeros() -> None:
+    batch = make_batch(np.random.default_rng(10), q_lens=[], kv_lens=[], padding_rows=4, padding_tokens=4)
+    for implementation in ("reference", "interpret"):
+        for decode_only in (True, False):
+            got = np.asarray(run(batch, implementation, decode_only=decode_only))
+            np.testing.assert_array_equal(got, np.zeros_like(got))
+
+
+def test_rows_without_kv_give_zeros() -> None:
+    batch = make_batch(np.random.default_rng(11), q_lens=[1, 1, 4], kv_lens=[9, 0, 0], decode_rows=2)
+    sinks = jnp.ones(4, jnp.float32)
+    for implementation in ("reference", "interpret"):
+        for options in ({}, {"sinks": sinks}):
+            got = np.asarray(run(batch, implementation, **options))
+            assert got[0].any() and not got[1:].any(), implementation
+
+
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+def test_a_row_does_not_depend_on_its_batch(implementation: dispatch.Implementation) -> None:
+    """Bitwise: the same row alone, beside others, and as decode row of a mixed step."""
+    rng = np.random.default_rng(12)
+    batch = make_batch(rng, q_lens=[1, 1, 1], kv_lens=[70, 33, 5], decode_rows=3, padding_rows=0, padding_tokens=0)
+    options: dict[str, Any] = dict(decode_tiles=DECODE_TILES, ragged_tiles=RAGGED_TILES)
+    together = np.asarray(run(batch, implementation, decode_only=True, **options))
+    mixed = np.asarray(run(batch, implementation, **options))
+    np.testing.assert_array_equal(mixed, together)
+    for row in range(3):
+        alone = Batch(
+            batch.q[row : row + 1],
+            batch.k,
+            batch.v,
+            batch.block_tables[row : row + 1],
+            batch.kv_lens[row : row + 1],
+            np.asarray([0, 1], np.int32),
+            np.asarray([1, 1], np.int32),
+        )
+        got = np.asarray(run(alone, implementation, decode_only=True, **options))
+        np.testing.assert_array_equal(got[0], together[row])
+
+
+def test_chunked_prefill_equals_whole_prefill() -> None:
+    """The last tokens of a prompt see the same, whether they come with the rest or in a chunk of their own."""
+    rng = np.random.default_rng(13)
+    whole = make_batch(rng, q_lens=[90], kv_lens=[90], padding_rows=0, padding_tokens=0)
+    for implementation in ("reference", "interpret"):
+        expected = np.asarray(run(whole, implementation))[50:]
+        chunk = Batch(
+            whole.q[50:],
+            whole.k,
+            whole.v,
+            whole.block_tables,
+            whole.kv_lens,
+            np.asarray([0, 40], np.int32),
+            whole.distribution,
+        )
+        np.testing.assert_allclose(np.asarray(run(chunk, implementation)), expected, atol=2e-6)
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_random_ragged_batches(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    block_size = data.draw(st.sampled_from([8, 16, 32]), label="block_size")
+    decode_rows = data.draw(st.integers(0, 3), label="decode_rows")
+    prefix = st.sampled_from([0, 1, block_size - 1, block_size, block_size + 1, 70])
+    prefixes = [data.draw(prefix, label="prefix") for _ in range(decode_rows + data.draw(st.integers(0, 3)))]
+    q_lens = [1] * decode_rows + [data.draw(st.integers(0, 40), label="q_len") for _ in prefixes[decode_rows:]]
+    batch = make_batch(
+        rng,
+        q_lens=q_lens,
+        kv_lens=[p + n for p, n in zip(prefixes, q_lens, strict=True)],
+        decode_rows=decode_rows,
+        kv_heads=data.draw(st.sampled_from([1, 2])),
+        group=data.draw(st.sampled_from([1, 3, 4])),
+        dim=32,
+        block_size=block_size,
+        padding_rows=data.draw(st.integers(1, 2)),
+        padding_tokens=data.draw(st.integers(1, 20)),
+    )
+    window = data.draw(st.sampled_from([None, 5, 40]), label="window")
+    check(batch, window=window, decode_tiles=DECODE_TILES, ragged_tiles=RAGGED_TILES)
+
+
+def test_the_twin_can_be_jitted_over_padded_buckets(forbid_compiles) -> None:
+    """One compiled program serves every batch of a bucket."""
+
+    @jax.jit
+    def step(q, k, v, described):
+        return paged_attention(q, k, v, **described)
+
+    rng = np.random.default_rng(14)
+    shapes: dict[str, Any] = dict(kv_heads=1, group=2, dim=16, block_size=8)
+    first = make_batch(rng, q_lens=[1, 9], kv_lens=[20, 9], decode_rows=1, padding_tokens=6, **shapes)
+    second = make_batch(rng, q_lens=[3, 12], kv_lens=[9, 20], decode_rows=0, padding_tokens=1, **shapes)
+
+    def call(batch: Batch) -> np.ndarray:
+        arrays = (jnp.asarray(x, jnp.float32) for x in (batch.q, batch.k, batch.v))
+        return np.asarray(step(*arrays, batch.described()))
+
+    call(first)
+    expected = dense_attention(second, scale=0.25)
+    with forbid_compiles():
+        got = call(second)
+    assert error(got, expected) < 2e-6
