@@ -17,8 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 NEG = -1e30
-CHUNK_TOKENS = 128  # KV tokens per loop step; 128 was the fastest of 16 to 256 for most shapes on two cores
 QUERY_TILE = 64  # query tokens per tile of a ragged row
+# KV tokens per loop step: as many as fill half a MiB while they last, then few, so that short rows waste little.
+# A step costs tens of microseconds however small it is, more of it with many query tokens to multiply by: on two
+# cores these were the best of 32 to 1024 tokens.
+LARGE_CHUNK_BYTES = 2**19
+SMALL_CHUNK_DECODE, SMALL_CHUNK_RAGGED = 128, 64
 
 
 class Chunk(NamedTuple):
@@ -29,6 +33,12 @@ class Chunk(NamedTuple):
 
 
 type Read = Callable[[jax.Array], Chunk]  # block ids [n] -> Chunk
+
+
+def chunk_blocks(block_size: int, columns: int, query_tile: int) -> tuple[int, int]:
+    """Blocks per large and per small chunk, for tokens of so many float32 columns over all KV heads."""
+    small = max(1, (SMALL_CHUNK_DECODE if query_tile == 1 else SMALL_CHUNK_RAGGED) // block_size)
+    return max(small, LARGE_CHUNK_BYTES // (4 * columns * block_size)), small
 
 
 def _attend_tile(
@@ -50,12 +60,9 @@ def _attend_tile(
     kv_heads, group, tile, dim = query.shape
     flat = query.reshape(kv_heads, group * tile, dim) * scale
     where = jnp.broadcast_to(positions[None, :], (group, tile)).reshape(-1)
-    per_chunk = max(1, CHUNK_TOKENS // block_size)
-    first_block = start // block_size
 
-    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(first: jax.Array, per_chunk: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         maximum, total, out = state
-        first = first_block + i * per_chunk
         chunk = read(lax.dynamic_slice(blocks, (first,), (per_chunk,)))
         token = first * block_size + jnp.arange(per_chunk * block_size, dtype=jnp.int32)
         exists = (token >= start) & (token < stop)
@@ -80,8 +87,14 @@ def _attend_tile(
         by_head = jnp.broadcast_to(sinks.reshape(kv_heads, group, 1), (kv_heads, group, tile)).reshape(rows)
         maximum, total = by_head, jnp.where(stop > 0, 1.0, total)
     out = jnp.zeros((*rows, value_dim), jnp.float32)
-    chunks = (jnp.maximum(stop - first_block * block_size, 0) + per_chunk * block_size - 1) // (per_chunk * block_size)
-    _, total, out = lax.fori_loop(0, chunks, step, (maximum, total, out))
+    state = (maximum, total, out)
+    first, end = start // block_size, (stop + block_size - 1) // block_size
+    large, small = chunk_blocks(block_size, kv_heads * dim, tile)
+    whole = jnp.maximum(end - first, 0) // large
+    state = lax.fori_loop(0, whole, lambda i, s: step(first + i * large, large, s), state)
+    rest_first = first + whole * large
+    rest = (jnp.maximum(end - rest_first, 0) + small - 1) // small
+    _, total, out = lax.fori_loop(0, rest, lambda i, s: step(rest_first + i * small, small, s), state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     return out.reshape(kv_heads, group, tile, value_dim)
 
@@ -107,8 +120,7 @@ def attend(
     tokens, heads, dim = q.shape
     group = heads // kv_heads
     # Slices of a fixed size must not run over an edge, where JAX would shift them: pad both.
-    per_chunk = max(1, CHUNK_TOKENS // block_size)
-    tables = jnp.pad(block_tables, ((0, 0), (0, per_chunk)))
+    tables = jnp.pad(block_tables, ((0, 0), (0, chunk_blocks(block_size, kv_heads * dim, 1)[0])))
     query_tile = min(QUERY_TILE, tokens)
     queries = jnp.pad(q.astype(jnp.float32), ((0, query_tile), (0, 0), (0, 0)))
 
