@@ -235,14 +235,15 @@ def reference(
 # --- kernel -----------------------------------------------------------------------------------------------------
 
 
-def tile_key(vocabulary: int, dtype: str, mode: Mode) -> str:
-    return tuning.key(dtype=dtype, mode=mode, vocabulary=next_power_of_two(vocabulary))
+def tile_key(logits: jax.Array, mode: Mode) -> str:
+    rows, vocabulary = (next_power_of_two(n) for n in logits.shape)
+    return tuning.key(dtype=logits.dtype.name, mode=mode, rows=rows, vocabulary=vocabulary)
 
 
-def tiles_for(vocabulary: int, dtype: str, mode: Mode) -> SamplingTiles:
+def tiles_for(logits: jax.Array, mode: Mode) -> SamplingTiles:
     """The measured tiles, with chunks no wider than the row needs."""
-    tiles = tuning.choose("sampling", tile_key(vocabulary, dtype, mode), SamplingTiles())
-    return replace(tiles, block=min(tiles.block, next_power_of_two(max(vocabulary, 128))))
+    tiles = tuning.choose("sampling", tile_key(logits, mode), SamplingTiles())
+    return replace(tiles, block=min(tiles.block, next_power_of_two(max(logits.shape[1], 128))))
 
 
 def _memory_row(ref: Any, row: jax.Array, block: int) -> Row:
@@ -295,8 +296,8 @@ def _kernel_call(
     params: SamplingParams | jax.Array,
     tiles: SamplingTiles | None,
 ) -> Sampled:
-    rows, vocabulary = logits.shape
-    tiles = tiles or tiles_for(vocabulary, logits.dtype.name, plan.mode)
+    rows = logits.shape[0]
+    tiles = tiles or tiles_for(logits, plan.mode)
     named = params._asdict() if isinstance(params, SamplingParams) else {"tokens": params}
     optional = {} if raw_logits is None else {"raw_logits": raw_logits}
     outputs = [jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)]

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Float64 truths that share no code with the kernels or their twins, and the random batches they are tried on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,17 @@ def make_batch(
     q[:tokens] = rng.standard_normal((tokens, kv_heads * group, dim))
     distribution = np.asarray([decode_rows, len(q_lens)], np.int32)
     return Batch(q, k, v, tables, lens, cu, distribution)
+
+
+# The interpreter's programs are large, and what LLVM gains on them here is less than what it costs.
+INTERPRETER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def call_jitted(implementation: dispatch.Implementation, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) as one compiled program of the given implementation."""
+    options = INTERPRETER_OPTIONS if implementation == "interpret" else None
+    with dispatch.use(implementation):
+        return jax.jit(function, compiler_options=options)(*arguments)
 
 
 def rounded(x: np.ndarray, dtype: Any) -> np.ndarray:

@@ -55,7 +55,7 @@ def test_any_block_shape(implementation: dispatch.Implementation, shape: tuple[i
     np.testing.assert_array_equal(np.asarray(got), expected)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.permutations(range(6)), st.integers(1, 3))
 def test_random_moves(order: list[int], count: int) -> None:
     """Any disjoint sources and destinations; a round trip through staging gives the pool back."""

@@ -127,5 +127,6 @@ def test_default_splits_fill_the_device_and_no_more() -> None:
 
 def test_small_vocabularies_get_small_chunks() -> None:
     """A chunk is never wider than the row; asking for more would only waste lanes."""
-    assert sampling.tiles_for(100, "float32", "greedy").block == 128
-    assert sampling.tiles_for(128256, "float32", "greedy").block == SamplingTiles().block
+    small, large = jnp.zeros((1, 100), jnp.float32), jnp.zeros((1, 128256), jnp.float32)
+    assert sampling.tiles_for(small, "greedy").block == 128
+    assert sampling.tiles_for(large, "greedy").block == SamplingTiles().block

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import Batch, dense_attention, error, make_batch, rounded
+from tests.kernels.oracles import Batch, call_jitted, dense_attention, error, make_batch, rounded
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 21, 2], kv_lens=[40, 1, 5, 50, 33], decode_rows=2)
 TILES: dict[str, Any] = dict(
@@ -30,10 +31,11 @@ def latent_batch(seed: int, *, heads: int, latent: int, rope: int, dtype: Any = 
 
 def run(batch: Batch, implementation: dispatch.Implementation, *, dtype: Any = jnp.float32, **options: Any):
     pool = jnp.asarray(batch.k[:, :, 0], jnp.float32).astype(dtype)
-    with dispatch.use(implementation):
-        return mla_attention(
-            jnp.asarray(batch.q, dtype), pool, **batch.described(), latent_dim=batch.v.shape[3], **options
-        )
+
+    def call(q: jax.Array, pool: jax.Array, described: Any) -> jax.Array:
+        return mla_attention(q, pool, **described, latent_dim=batch.v.shape[3], **options)
+
+    return call_jitted(implementation, call, jnp.asarray(batch.q, dtype), pool, batch.described())
 
 
 @pytest.mark.parametrize("implementation", ["reference", "interpret"])

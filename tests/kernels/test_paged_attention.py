@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import Batch, dense_attention, error, make_batch, rounded
+from tests.kernels.oracles import Batch, call_jitted, dense_attention, error, make_batch, rounded
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 37, 16, 2], kv_lens=[40, 1, 5, 100, 16, 65], decode_rows=2)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
@@ -22,11 +22,13 @@ RAGGED_TILES = RaggedTiles(block_rows=32, block_kv=16, num_warps=4, num_stages=2
 
 
 def run(batch: Batch, implementation: dispatch.Implementation, *, dtype: Any = jnp.float32, kv: Any = None, **options):
-    # The tables' unused entries are hopelessly out of range: outside of jit the op would still accept them, since
-    # nothing may follow them.
-    pools = (jnp.asarray(x, jnp.float32).astype(kv or dtype) for x in (batch.k, batch.v))
-    with dispatch.use(implementation):
-        return paged_attention(jnp.asarray(batch.q, dtype), *pools, **batch.described(), **options)
+    arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
+    k, v = (jnp.asarray(x, jnp.float32).astype(kv or dtype) for x in (batch.k, batch.v))
+
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, described: Any, arrays: Any) -> jax.Array:
+        return paged_attention(q, k, v, **described, **arrays, **options)
+
+    return call_jitted(implementation, call, jnp.asarray(batch.q, dtype), k, v, batch.described(), arrays)
 
 
 def as_stored(batch: Batch, dtype: Any, kv: Any = None) -> Batch:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section `check_sampling`: tokens, validity and log-probabilities against float64, and tokens against the CPU twin."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu import poison
+from benchmarks.gpu.book import Page, Row
+from benchmarks.gpu.check_attention import implementation
+from benchmarks.gpu.references import judge, wide
+from pallas_kernels import dispatch
+from pallas_kernels.sampling import LogprobMode, Mode, Sampled, SamplingParams, sample
+
+type Array = np.ndarray
+
+COLUMNS = ("rows", "wrong", "near_ties", "twin_differs", "logprob_err", "written", "ok")
+
+
+MODES: tuple[Mode, ...] = ("greedy", "random", "filtered")
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")  # the first of SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    name: str
+    mode: Mode
+    rows: int = 24
+    vocabulary: int = 128256
+    dtype: str = "float32"
+    logprobs: LogprobMode | None = None
+    top_n: int = 0
+    spread: float = 3.0  # standard deviation of the logits
+
+
+def draw_params(rng: np.random.Generator, case: SamplingCase) -> SamplingParams:
+    """Every row asks for something else: some greedy, each filter alone, all at once."""
+    n = case.rows
+    filtered = case.mode == "filtered"
+    temperature = np.zeros(n) if case.mode == "greedy" else rng.uniform(0.2, 2.0, n)
+    top_k = np.where(rng.random(n) < 0.5, rng.choice([1, 2, 50, 1000, case.vocabulary - 1, 2 * case.vocabulary], n), 0)
+    top_p = np.where(rng.random(n) < 0.5, rng.uniform(0.05, 0.999, n), 1.0)
+    min_p = np.where(rng.random(n) < 0.3, rng.uniform(0.001, 0.3, n), 0.0)
+    if filtered:
+        temperature[rng.random(n) < 0.15] = 0
+    numbers: list[Any] = [
+        temperature.astype(np.float32),
+        (top_k if filtered else np.zeros(n)).astype(np.int32),
+        (top_p if filtered else np.ones(n)).astype(np.float32),
+        (min_p if filtered else np.zeros(n)).astype(np.float32),
+        rng.integers(0, 2**32, n, np.uint32),
+        rng.integers(0, 100_000, n).astype(np.int32),
+    ]
+    return SamplingParams(*numbers)
+
+
+def draw_logits(rng: np.random.Generator, case: SamplingCase) -> Array:
+    """Random rows, a few of them awkward: NaN, nothing finite, all equal, mostly excluded, one entry left."""
+    x = (case.spread * rng.standard_normal((case.rows, case.vocabulary), np.float32)).astype(jnp.dtype(case.dtype))
+    awkward = rng.permutation(case.rows)
+    x[awkward[0], case.vocabulary // 2] = np.nan
+    if case.rows > 7:
+        x[awkward[1]] = -np.inf
+        x[awkward[2]] = 1.5
+        x[awkward[3], rng.random(case.vocabulary) < 0.9] = -np.inf
+        x[awkward[4]] = -np.inf
+        x[awkward[4], case.vocabulary - 1] = -4.0
+        x[awkward[5], :3] = np.inf
+    return x
+
+
+def twin(case: SamplingCase, logits: Array, params: SamplingParams) -> Array:
+    """The tokens that the CPU draws, with the plain twin of the op."""
+
+    def plain(logits: jax.Array, params: SamplingParams) -> jax.Array:
+        return sample(logits, params, mode=case.mode).tokens
+
+    with jax.default_device(jax.devices("cpu")[0]), dispatch.use("reference"):
+        return np.asarray(jax.jit(plain)(logits, params))
+
+
+def digest(tokens: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32)).hexdigest()[:16]
+
+
+def check_logprobs(x: Array, keep: Array, inverse: float, *, r: int, out: Sampled) -> float:
+    """Largest error of the row's log-probabilities; infinite where a rank or a top token is wrong."""
+    assert out.logprobs is not None
+    token, top_n = int(out.tokens[r]), out.logprobs.top_tokens.shape[1]
+    live = np.where(keep, x, -np.inf)
+    log_mass = np.log(np.exp((live - live.max()) * inverse).sum())
+
+    def logprob(value: Any) -> Any:
+        return (value - live.max()) * inverse - log_mass
+
+    if int(out.logprobs.ranks[r]) != int((live > x[token]).sum()) + 1:
+        return np.inf
+    order = np.lexsort((np.arange(x.size), -live))[:top_n]
+    exists = live[order] > -np.inf
+    if not (out.logprobs.top_tokens[r] == np.where(exists, order, -1)).all():
+        return np.inf
+    expected = np.append(logprob(live[order][exists]), logprob(x[token]))
+    found = np.append(out.logprobs.top_logprobs[r][exists], out.logprobs.logprobs[r]).astype(np.float64)
+    return float(np.abs(found - expected).max())
+
+
+def check(rng: np.random.Generator, case: SamplingCase) -> Row:
+    logits, params = draw_logits(rng, case), draw_params(rng, case)
+
+    def draw(given: tuple[jax.Array, SamplingParams]) -> Sampled:
+        return sample(*given, mode=case.mode, logprobs=case.logprobs, top_n=case.top_n)
+
+    outcome = poison.run(draw, jax.tree.map(jnp.asarray, (logits, params)))
+    out, other = outcome.first, twin(case, logits, params)
+    wrong, near, twin_wrong, logprob_error = [], 0, 0, 0.0
+    for r, row in enumerate(wide(logits)):
+        is_valid = not (np.isnan(row).any() or (row == np.inf).any() or (row == -np.inf).all())
+        token = int(out.tokens[r])
+        if bool(out.valid[r]) != is_valid or (not is_valid and token != 0):
+            wrong.append(r)
+        if not is_valid:
+            continue
+        asked = {name: values[r].item() for name, values in zip(_FILTERS, params, strict=False)}
+        noise = dict(seed=int(params.seed[r]), position=int(params.position[r]))
+        verdict = judge(row, token, **noise, **asked)
+        if not verdict.accepted:
+            wrong.append(r)
+            continue
+        near += not verdict.exact
+        twin_wrong += not judge(row, int(other[r]), **noise, **asked).accepted
+        if case.logprobs is not None:
+            processed = case.logprobs == "processed"
+            keep = verdict.survivors if processed else row > -np.inf
+            inverse = 1 / asked["temperature"] if processed and asked["temperature"] > 0 else 1.0
+            logprob_error = max(logprob_error, check_logprobs(row, keep, inverse, r=r, out=out))
+    return {
+        "rows": case.rows,
+        "wrong": len(wrong),
+        "wrong_rows": wrong,
+        "near_ties": near,  # rows where float64 draws another token, its score within 1e-4
+        "twin_differs": int((out.tokens != other).sum()),
+        "twin_wrong": twin_wrong,
+        "tokens_hash": digest(out.tokens),
+        "twin_hash": digest(other),
+        "logprob_err": logprob_error,
+        "written": outcome.repeatable,
+        "aliased": outcome.aliased,
+        "ok": not wrong and twin_wrong == 0 and outcome.repeatable and logprob_error <= 2e-4,
+    }
+
+
+def cases(tiny: bool) -> list[SamplingCase]:
+    if tiny:
+        size: dict[str, Any] = dict(rows=9, vocabulary=257)
+        return [
+            SamplingCase("greedy", "greedy", **size),
+            SamplingCase("filtered bfloat16 raw top 3", "filtered", dtype="bfloat16", logprobs="raw", top_n=3, **size),
+        ]
+    found = [SamplingCase(f"{mode} {dtype}", mode, dtype=dtype) for mode in MODES for dtype in ("float32", "bfloat16")]
+    return [
+        *found,
+        SamplingCase("filtered float16", "filtered", dtype="float16"),
+        SamplingCase("filtered raw top 5", "filtered", logprobs="raw", top_n=5),
+        SamplingCase("filtered processed top 20", "filtered", logprobs="processed", top_n=20),
+        SamplingCase("greedy raw top 1", "greedy", logprobs="raw", top_n=1),
+        SamplingCase("filtered peaked", "filtered", spread=12.0),
+        SamplingCase("filtered flat", "filtered", spread=0.01),
+        SamplingCase("filtered 151936", "filtered", vocabulary=151936),
+        SamplingCase("filtered 262144", "filtered", vocabulary=262144, rows=12),
+        SamplingCase("filtered 1000", "filtered", vocabulary=1000, rows=200),
+        SamplingCase("random 33", "random", vocabulary=33, rows=300),
+    ]
+
+
+def run(page: Page) -> None:
+    with implementation(page):
+        page.each(cases(page.settings.tiny), lambda case: check(page.rng, case), name=lambda case: case.name)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section `hazards`: what can go wrong on a GPU and nowhere else.
+
+races          the same call over and over gives the same bits
+far offsets    pools beyond 2^31 elements, and beyond 4 GiB in one byte, written and read at their far end
+grid limits    1024 rows, 8192 tokens, and both
+CUDA graphs    the kernels are captured, and what that saves per call
+donation       a pool keeps its place in memory through a chain of steps
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import models
+from benchmarks.gpu import inputs, references, time_others, timing
+from benchmarks.gpu.book import Page, Row
+from benchmarks.gpu.check_attention import TOLERANCE, compare, implementation
+from benchmarks.gpu.inputs import MlaCase, PagedCase, PagedInputs, Ragged
+from benchmarks.gpu.poison import same_bits
+from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.sampling import SamplingParams, sample
+from pallas_kernels.tuning import DecodeTiles
+
+COLUMNS = ("value", "rel_error", "tolerance", "ok")
+
+type Array = np.ndarray
+type Case = tuple[str, Callable[[], Row]]
+
+
+# --- races ------------------------------------------------------------------------------------------------------
+
+
+def repeated(function: Callable[[Any], Any], arguments: Any, *, times: int) -> Row:
+    """How many of the calls differ from the first in any bit."""
+    call = jax.jit(function)
+    first = jax.tree.map(np.asarray, call(arguments))
+    # Launched without waiting: a race shows best when the GPU is busy.
+    others = [call(arguments) for _ in range(times - 1)]
+    different = sum(not same_bits(jax.tree.map(np.asarray, other), first) for other in others)
+    return {"value": different, "calls": times, "ok": different == 0}
+
+
+def _attention(function: Callable[..., Any], given: PagedInputs, *, times: int) -> Row:
+    arrays = {name: jnp.asarray(array) for name, array in given.arrays.items()}
+    return repeated(lambda arrays: function(**arrays, **given.options), arrays, times=times)
+
+
+def _race_sampling(rng: np.random.Generator, *, tiny: bool, times: int) -> Row:
+    vocabulary, rows = (300, 4) if tiny else (128256, 64)
+    logits = jnp.asarray(3 * rng.standard_normal((rows, vocabulary), np.float32))
+    numbers: list[Any] = [np.full(rows, 0.9, np.float32), np.full(rows, 50, np.int32)]
+    numbers += [np.full(rows, 0.9, np.float32), np.full(rows, 0.01, np.float32)]
+    numbers += [np.arange(rows, dtype=np.uint32), np.arange(rows, dtype=np.int32)]
+
+    def draw(logits: jax.Array) -> Any:
+        return sample(logits, SamplingParams(*numbers), mode="filtered", logprobs="raw", top_n=2)
+
+    return repeated(draw, logits, times=times)
+
+
+def _race_writes(rng: np.random.Generator, *, tiny: bool, times: int) -> Row:
+    blocks, tokens, block = (4, 9, (8, 2, 16)) if tiny else (512, 4096, (16, 8, 128))
+    pool = timing.random_pool(jax.ShapeDtypeStruct((blocks, *block), jnp.float8_e4m3fn))
+    scale = jnp.ones((blocks, *block[:2]), jnp.float32)
+    new = [inputs.normal(rng, (tokens, *block[1:]), "bfloat16") for _ in range(2)]
+    slots = rng.permutation(blocks * block[0])[:tokens].astype(np.int32)
+
+    def write(given: Any) -> Any:
+        pool, scale, (k, v), slots = given
+        return kv_write(pool, pool, k, v, slots, k_scale=scale, v_scale=scale)
+
+    return repeated(write, (pool, scale, new, slots), times=times)
+
+
+def race_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
+    times = 3 if tiny else 50
+    heads, latent = (inputs.TINY_PAGED, inputs.TINY_MLA) if tiny else ({}, {})
+    lengths = (3, 20) if tiny else tuple(int(n) for n in rng.integers(1, 2000, 64))
+    decode = Ragged(decode=lengths)
+    mixed = Ragged(decode=lengths[:2], chunks=((700, 700), (300, 900), (17, 17)))
+    splits: dict[str, Any] = {"decode_tiles": DecodeTiles(splits=2 if tiny else 8)}
+
+    def paged(case: PagedCase) -> Callable[[], Row]:
+        return lambda: _attention(paged_attention, inputs.paged(rng, case), times=times)
+
+    def latents(ragged: Ragged) -> Row:
+        return _attention(mla_attention, inputs.mla(rng, MlaCase("", ragged, **latent)), times=times)
+
+    found = [
+        ("race: decode in splits", paged(PagedCase("", decode, options=splits, **heads))),
+        ("race: latent decode", lambda: latents(decode)),
+        ("race: sampling", lambda: _race_sampling(rng, tiny=tiny, times=times)),
+        ("race: kv_write", lambda: _race_writes(rng, tiny=tiny, times=times)),
+    ]
+    if not tiny:
+        found += [
+            ("race: decode", paged(PagedCase("", decode))),
+            ("race: mixed", paged(PagedCase("", mixed))),
+            ("race: latent mixed", lambda: latents(mixed)),
+        ]
+    return found
+
+
+# --- far offsets ------------------------------------------------------------------------------------------------
+
+
+def _blocks(pool: jax.Array, ids: Array) -> Array:
+    """These blocks by XLA's own slices, which share no code with the kernels."""
+    return np.asarray(jax.jit(lambda pool: jnp.stack([pool[int(at)] for at in ids]))(pool))
+
+
+def far(rng: np.random.Generator, *, blocks: int, block: tuple[int, int, int], kv: str, heads: int) -> Row:
+    """Blocks at both ends of two pools, and around each power of two, through all that reads and writes them."""
+    block_size, kv_heads, dim = block
+    middle = blocks // 2
+    ids = np.array([0, 1, middle - 1, middle, middle + 1, blocks - 3, blocks - 2, blocks - 1], np.int32)
+    rng.shuffle(ids)
+    kv_len = len(ids) * block_size
+    new = {n: inputs.normal(rng, (kv_len, kv_heads, dim), "bfloat16") for n in ("k", "v")}
+    slots = (ids[:, None] * block_size + np.arange(block_size, dtype=np.int32)).reshape(-1)
+    order = rng.permutation(kv_len)
+
+    fill = jax.jit(lambda: jnp.full((blocks, *block), jnp.nan, jnp.dtype(kv)))
+    write = jax.jit(kv_write, donate_argnums=(0, 1))
+    k_pool, v_pool, _, _ = write(fill(), fill(), new["k"][order], new["v"][order], slots[order])
+    stored = {n: new[n].astype(jnp.dtype(kv)).reshape(len(ids), *block) for n in ("k", "v")}
+    pools = {"k": k_pool, "v": v_pool}
+    wrote = all(same_bits(_blocks(pools[n], ids), stored[n]) for n in pools)
+
+    ragged = Ragged(decode=(kv_len, kv_len - 1), chunks=((5, kv_len),), padding_rows=0)
+    q = inputs.normal(rng, (2 + 5 + 3, heads, dim), "bfloat16")
+    description = dict(
+        block_tables=np.stack([ids] * 3),
+        kv_lens=np.array([kv_len, kv_len - 1, kv_len], np.int32),
+        cu_q_lens=np.array([0, 1, 2, 7], np.int32),
+        distribution=np.array([len(ragged.decode), 3], np.int32),
+    )
+    out = np.asarray(jax.jit(paged_attention)(q, k_pool, v_pool, **description))
+    expected = np.zeros(q.shape)
+    keys, values = (references.wide(stored[n]).reshape(kv_len, kv_heads, dim).transpose(1, 0, 2) for n in ("k", "v"))
+    positions = np.array([kv_len - 1, kv_len - 2, *range(kv_len - 5, kv_len)])
+    expected[:7] = references.dense(references.wide(q[:7]), keys, values, positions, scale=dim**-0.5)
+    row = compare(out, expected, TOLERANCE["bfloat16"])
+    del k_pool, pools
+    moved = _move_far(v_pool, ids, stored["v"])
+    row |= {"value": blocks * int(np.prod(block)), "written_right": wrote, "moved_right": moved}
+    row["ok"] = bool(row["ok"] and wrote and moved)
+    return row
+
+
+def _move_far(pool: jax.Array, ids: Array, stored: Array) -> bool:
+    """Gather the blocks, copy each to its neighbour two places on, scatter them back reversed."""
+    gathered = np.asarray(jax.jit(gather_blocks)(pool, ids))
+    right = same_bits(gathered, stored)
+    free = np.array([at for at in (2, 3, pool.shape[0] - 5, pool.shape[0] - 4) if at not in ids], np.int32)
+    sources = ids[: len(free)]
+    pool = jax.jit(copy_blocks, donate_argnums=0)(pool, sources, free)
+    right &= same_bits(_blocks(pool, free), stored[: len(free)])
+    pool = jax.jit(scatter_blocks, donate_argnums=0)(pool, stored[::-1].copy(), ids)
+    right &= same_bits(_blocks(pool, ids), stored[::-1])
+    pool.delete()
+    return bool(right)
+
+
+def far_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
+    if tiny:
+        return [("far: bfloat16", lambda: far(rng, blocks=32, block=(8, 2, 16), kv="bfloat16", heads=4))]
+    block = (16, 8, 128)
+    size = int(np.prod(block))
+    return [
+        (
+            f"far: {kv} {name}",
+            lambda kv=kv, total=total: far(rng, blocks=total // size + 64, block=block, kv=kv, heads=32),
+        )
+        for kv, name, total in (
+            ("bfloat16", "beyond 2^31 elements", 2**31),
+            ("bfloat16", "beyond 2^32 elements", 2**32),
+            ("float8_e4m3fn", "just below 2 GiB", 2**31 - 65 * size),
+            ("float8_e4m3fn", "beyond 4 GiB", 2**32),
+            ("float8_e4m3fn", "beyond 8 GiB", 2**33),
+        )
+    ]
+
+
+# --- grid limits ------------------------------------------------------------------------------------------------
+
+
+def limit_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
+    if tiny:
+        shapes = {"limit: 20 rows": Ragged(decode=(5,) * 20)}
+        heads = inputs.TINY_PAGED
+    else:
+        shapes = {
+            "limit: 1024 decode rows": Ragged(decode=tuple(int(n) for n in rng.integers(0, 200, 1024))),
+            "limit: 8192 tokens in one row": Ragged(chunks=((8192, 8192),)),
+            "limit: 1024 rows of 8 tokens": Ragged(chunks=((8, 30),) * 1024, padding_tokens=0),
+            "limit: 512 decode rows and 7680 tokens": Ragged((77,) * 512, ((7000, 7000), (680, 700)), padding_tokens=0),
+            "limit: one row of 131072 tokens": Ragged(decode=(131072,)),
+        }
+        heads = dict(inputs.TINY_PAGED, dim=64, block_size=16)
+
+    def measure(ragged: Ragged) -> Row:
+        given = inputs.paged(rng, PagedCase("", ragged, **heads))
+        call = jax.jit(lambda arrays: paged_attention(**arrays, **given.options))
+        out = np.asarray(call({name: jnp.asarray(array) for name, array in given.arrays.items()}))
+        return compare(out, references.paged(given), TOLERANCE["bfloat16"])
+
+    return [(name, lambda ragged=ragged: measure(ragged)) for name, ragged in shapes.items()]
+
+
+# --- CUDA graphs and donation -----------------------------------------------------------------------------------
+
+
+def graphs(*, tiny: bool) -> Row:
+    """Do the kernels run inside a CUDA graph by default, and what does a small call cost in one and outside.
+
+    XLA writes its launch plan where it is told to; a captured kernel stands below a command buffer there.
+    """
+    case = time_others.write_case(models.TINY if tiny else models.LLAMA_8B, 4 if tiny else 64)
+    few, many = (1, 2) if tiny else (8, 40)
+    plain = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        programs = {few: case.compile(few), many: case.compile(many, **dump)}
+        plans = [path.read_text() for path in Path(folder).rglob("*thunk_sequence*")]
+    without = {n: case.compile(n, **plain) for n in (few, many)} if plain else programs
+    captured = any("kCommandBuffer" in plan for plan in plans)
+    row: Row = {"captured": captured, "plans": len(plans)}
+    for name, these in (("graph", programs), ("launches", without)):
+        arrays = case.on_device(tuple(timing.random_pool(spec) for spec in case.pool))
+        measured = timing.slope(these, arrays, donate=True)
+        row |= {f"{name}_us": measured.us, f"{name}_spread": measured.spread, f"{name}_fixed_us": measured.fixed_us}
+    row["value"] = row["launches_us"] - row["graph_us"]  # what the graph saves per call
+    row["ok"] = captured or tiny
+    return row
+
+
+def donation(*, tiny: bool) -> Row:
+    """The pools come out of a step where they went in, step after step."""
+    case = time_others.write_case(models.TINY if tiny else models.LLAMA_8B, 4 if tiny else 64)
+    arrays = case.on_device(tuple(timing.random_pool(spec) for spec in case.pool))
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(arrays.carry)]
+    step = case.chain(1)
+    carry = arrays.carry
+    for _ in range(5):
+        carry = step(carry, arrays.fixed, arrays.sets)
+    after = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(carry)]
+    moved = sum(a != b for a, b in zip(before, after, strict=True))
+    return {"value": moved, "ok": moved == 0}
+
+
+def run(page: Page) -> None:
+    tiny = page.settings.tiny
+    cases = [
+        ("CUDA graphs", lambda: graphs(tiny=tiny)),
+        ("donation", lambda: donation(tiny=tiny)),
+        *race_cases(page.rng, tiny=tiny),
+        *limit_cases(page.rng, tiny=tiny),
+        *far_cases(page.rng, tiny=tiny),
+    ]
+    with implementation(page):
+        page.each(cases, lambda case: case[1](), name=lambda case: case[0])

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast the kernels' plain twins are on this CPU: `python -m benchmarks.kernels [--json FILE]`.
+
+The twin of paged attention, which CPU users run, against dense attention over exactly the tokens that exist:
+contiguous keys and values, the same heads, no paging, no padding, in the faster of two spellings (two einsums, or
+`jax.nn.dot_product_attention`). One process measures them in interleaved rounds; what is printed is the median of
+the ratio round by round, below 1 where the twin is the faster, and its interquartile range. Aims: at most 1.5 for
+decode and 2.0 for prefill.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import facts, models
+from pallas_kernels.paged_attention import paged_attention
+
+BLOCK_SIZE = 16
+WIDTH_TOKENS = 8192  # what the block table could hold: as a server's, wider than any row here
+DECODE_AIM, PREFILL_AIM = 1.5, 2.0
+
+
+HEADS = (models.LLAMA_8B, models.SMALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    case: str
+    heads: str
+    twin_ms: float
+    dense_ms: float
+    ratio: float
+    spread: float
+    aim: float
+
+
+def dense_library(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q [rows, new, heads, dim], k and v [rows, tokens, kv_heads, dim]; causal, the new tokens are the last."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=q.shape[1] > 1)
+
+
+def dense_einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    rows, new, heads, dim = q.shape
+    tokens, kv_heads = k.shape[1:3]
+    grouped = q.reshape(rows, new, kv_heads, heads // kv_heads, dim) * dim**-0.5
+    scores = jnp.einsum("bqhgd,bthd->bhgqt", grouped, k)
+    if new > 1:
+        visible = jnp.arange(tokens)[None, :] <= jnp.arange(new)[:, None]
+        scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+    return jnp.einsum("bhgqt,bthd->bqhgd", jax.nn.softmax(scores, axis=-1), v).reshape(q.shape)
+
+
+def interleaved(calls: Sequence[Callable[[], jax.Array]], seconds: float) -> list[list[float]]:
+    """Milliseconds of every call, in rounds: what slows the machine for a while slows all of them."""
+    for call in calls:
+        call().block_until_ready()
+    rounds: list[list[float]] = []
+    deadline = time.perf_counter() + seconds
+    while len(rounds) < 5 or (time.perf_counter() < deadline and len(rounds) < 200):
+        rounds.append([])
+        for call in calls:
+            start = time.perf_counter()
+            call().block_until_ready()
+            rounds[-1].append((time.perf_counter() - start) * 1e3)
+    return rounds
+
+
+def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, seconds: float, seed: int) -> Row:
+    """`rows` sequences of `tokens` tokens each; prefill computes all of them, decode the last one."""
+    rng = np.random.default_rng(seed)
+    per_row = -(-tokens // BLOCK_SIZE)
+    blocks = rows * per_row + 1
+    table = np.zeros((rows, WIDTH_TOKENS // BLOCK_SIZE), np.int32)
+    table[:, :per_row] = rng.permutation(np.arange(1, blocks)).reshape(rows, per_row)
+    shape = (blocks, BLOCK_SIZE, heads.kv_heads, heads.dim)
+    k_pool, v_pool = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
+    k, v = (p[table[:, :per_row]].reshape(rows, -1, *shape[2:])[:, :tokens] for p in (k_pool, v_pool))
+    new = tokens if prefill else 1
+    q = jnp.asarray(rng.standard_normal((rows * new, heads.heads, heads.dim), np.float32))
+    described = dict(
+        block_tables=jnp.asarray(table),
+        kv_lens=jnp.full((rows,), tokens, jnp.int32),
+        cu_q_lens=jnp.arange(rows + 1, dtype=jnp.int32) * new,
+        distribution=jnp.asarray([0 if prefill else rows, rows], jnp.int32),
+    )
+    twin = jax.jit(lambda q, k, v, d: paged_attention(q, k, v, **d, decode_only=not prefill))
+    spellings = (jax.jit(dense_einsum), jax.jit(dense_library))
+    q_dense = q.reshape(rows, new, heads.heads, heads.dim)
+    got = np.asarray(twin(q, k_pool, v_pool, described))
+    for dense in spellings:
+        np.testing.assert_allclose(got, np.asarray(dense(q_dense, k, v)).reshape(got.shape), atol=2e-5)
+    calls = [lambda: twin(q, k_pool, v_pool, described), *(functools.partial(d, q_dense, k, v) for d in spellings)]
+    rounds = interleaved(calls, seconds)
+    twin_ms, *dense_ms = (statistics.median(times) for times in zip(*rounds, strict=True))
+    best = 1 + dense_ms.index(min(dense_ms))
+    ratios = sorted(times[0] / times[best] for times in rounds)
+    return Row(
+        case=f"prefill {rows} x {tokens}" if prefill else f"decode  B={rows} context={tokens}",
+        heads=heads.name,
+        twin_ms=twin_ms,
+        dense_ms=min(dense_ms),
+        ratio=statistics.median(ratios),
+        spread=ratios[len(ratios) * 3 // 4] - ratios[len(ratios) // 4],
+        aim=PREFILL_AIM if prefill else DECODE_AIM,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Twins against dense attention.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each row")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    print(f"jax {jax.__version__}, float32, block size {BLOCK_SIZE}, tables of {WIDTH_TOKENS} tokens")
+    print(f"{'case':28} {'heads':10} {'twin ms':>9} {'dense ms':>9} {'ratio':>7} {'spread':>7} {'aim':>5}")
+    rows: list[Row] = []
+    for heads in HEADS:
+        shapes = [(b, n, False) for b in (1, 8, 32) for n in (128, 1024, 4096)] + [(1, 512, True), (8, 64, True)]
+        for count, tokens, prefill in shapes:
+            row = measure(
+                heads=heads, rows=count, tokens=tokens, prefill=prefill, seconds=options.seconds, seed=options.seed
+            )
+            rows.append(row)
+            verdict = "" if row.ratio <= row.aim else "  above the aim"
+            print(
+                f"{row.case:28} {row.heads:10} {row.twin_ms:9.2f} {row.dense_ms:9.2f} {row.ratio:7.2f} "
+                f"{row.spread:7.2f} {row.aim:5.1f}{verdict}",
+                flush=True,
+            )
+    if options.json:
+        told = facts.collect() | {"processor": facts.processor(), "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
