@@ -11,7 +11,11 @@ over (`Row`): the kernel folds chunk by chunk from memory, the twin in one piece
 5. argmax of logit / temperature + Gumbel noise over the survivors           one pass
 
 No sort: a search keeps an interval that holds the wanted value, tries some pivots inside in one pass over the row,
-and stops when the interval holds one distinct value. Values are compared through an order-preserving map to int32.
+and stops when the interval holds one distinct value.
+
+A row that lies in memory is folded in lanes. The first pass also keeps the two best entries of every lane
+(`Candidates`): when all survivors are among them, as nearly always when a few hundred of 128k survive, steps 3 to 5
+run on those, which stay in registers, and the row is not read again but for the mass that top-p alone needs.
 """
 
 from collections.abc import Callable
@@ -29,12 +33,13 @@ type Step = Callable[[tuple[jax.Array, ...], jax.Array, jax.Array], tuple[jax.Ar
 
 
 class Row(NamedTuple):
-    """One row of logits as float32; entries that do not exist are -inf, zeros have no sign."""
+    """One row of logits as float32; entries that do not exist are -inf."""
 
     size: int  # entries
     # fold(step, *initial scalars, enabled=True) -> accumulators [n]; not enabled, a fold need not run
     fold: Callable[..., tuple[jax.Array, ...]]
     at: Callable[[jax.Array], jax.Array]  # at(id) -> its logit
+    in_lanes: bool  # folded in several steps: lane i of the accumulators sees entries i, n + i, 2n + i, ...
 
 
 class Params(NamedTuple):
@@ -49,14 +54,13 @@ class Params(NamedTuple):
 
 
 class Survivors(NamedTuple):
-    """The entries that passed the filters: above `key`, and those equal to it from id `first_tie` on."""
+    """The entries that passed the filters: above `value`, and those equal to it from id `first_tie` on."""
 
-    key: jax.Array
+    value: jax.Array
     first_tie: jax.Array
 
     def keep(self, x: jax.Array, ids: jax.Array) -> jax.Array:
-        key = sort_key(x)
-        return (x > -INF) & ((key > self.key) | ((key == self.key) & (ids >= self.first_tie)))
+        return (x > -INF) & ((x > self.value) | ((x == self.value) & (ids >= self.first_tie)))
 
 
 class Summary(NamedTuple):
@@ -66,20 +70,21 @@ class Summary(NamedTuple):
     valid: jax.Array  # no NaN, no +inf, at least one finite value
 
 
+class Candidates(NamedTuple):
+    """The two best entries of every lane, as a row of its own, and the best value of all the other entries."""
+
+    row: Row
+    best_other: jax.Array
+
+
 def sort_key(x: jax.Array) -> jax.Array:
-    """float32 -> int32 with the same order."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
+    """float32 -> int32 with the same order; the two zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0.0, 0.0, x), jnp.int32)
     return bits ^ ((bits >> 31) & INT32_MAX)
 
 
 def from_sort_key(key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(key ^ ((key >> 31) & INT32_MAX), jnp.float32)
-
-
-def tidy(x: jax.Array) -> jax.Array:
-    """Logits as the search wants them: float32, and no negative zero."""
-    x = x.astype(jnp.float32)
-    return jnp.where(x == 0.0, 0.0, x)
 
 
 def take_best(best: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -88,85 +93,111 @@ def take_best(best: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return maximum, jnp.min(jnp.where(best == maximum, ids, INT32_MAX))
 
 
-def summarize(row: Row) -> Summary:
+def summarize(row: Row, *, want_candidates: bool = False) -> tuple[Summary, Candidates | None]:
+    """The first pass. Only a row that is folded in lanes has candidates to keep."""
+
     def step(acc: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
-        best, best_id, smallest, bad = acc
+        best, best_id, smallest, bad, *more = acc
         better = x > best
+        if more:
+            second, second_id, other = more
+            beats_second = x > second  # so does what beats the best
+            more = [
+                jnp.where(better, best, jnp.where(beats_second, x, second)),
+                jnp.where(better, best_id, jnp.where(beats_second, ids, second_id)),
+                jnp.maximum(other, jnp.where(beats_second, second, x)),
+            ]
         return (
             jnp.where(better, x, best),
             jnp.where(better, ids, best_id),
             jnp.where(x > -INF, jnp.minimum(smallest, x), smallest),
             jnp.where((x != x) | (x == INF), 1, bad),
+            *more,
         )
 
-    best, best_id, smallest, bad = row.fold(step, jnp.float32(-INF), jnp.int32(0), jnp.float32(INF), jnp.int32(0))
+    lowest, nobody = jnp.float32(-INF), jnp.int32(0)
+    keeps = (lowest, nobody, lowest) if want_candidates and row.in_lanes else ()
+    best, best_id, smallest, bad, *more = row.fold(step, lowest, nobody, jnp.float32(INF), jnp.int32(0), *keeps)
     maximum, argmax = take_best(best, best_id)
     valid = (jnp.max(bad) == 0) & (maximum > -INF)
     # A row that is not valid still runs through the rest: give it numbers that end every loop.
-    return Summary(
+    summary = Summary(
         jnp.where(valid, maximum, 0.0), jnp.where(valid, argmax, 0), jnp.where(valid, jnp.min(smallest), 0.0), valid
     )
+    if not more:
+        return summary, None
+    second, second_id, other = more
+
+    def fold(step: Step, *initial: jax.Array, enabled: Any = True) -> tuple[jax.Array, ...]:
+        del enabled  # what is in registers costs next to nothing
+        acc = tuple(jnp.full(best.shape, value, value.dtype) for value in initial)
+        return step(step(acc, best, best_id), second, second_id)
+
+    return summary, Candidates(Row(row.size, fold, row.at, in_lanes=False), jnp.max(other))
 
 
 def search(
     row: Row,
     *,
-    keys: Callable[[jax.Array, jax.Array], jax.Array],
+    values: Callable[[jax.Array, jax.Array], jax.Array],
     weights: Callable[[jax.Array], jax.Array],
     target: jax.Array,
     low: jax.Array,
     high: jax.Array,
     enabled: jax.Array,
     pivots: int,
-    linear: bool,
 ) -> jax.Array:
-    """The largest key v in [low, high] with sum(weights of keys >= v) >= target; `low` if there is none.
+    """The largest value v in [low, high] with sum(weights of values >= v) >= target; `low` if there is none.
 
-    `keys(x, ids)` gives int32 keys, those below `low` are out of the search. Half of the pivots divide the interval
-    of keys evenly, which bounds the passes; with `linear` the others divide the values evenly, which for logits
-    converges about twice as fast. Not enabled: `low`, at no cost.
+    `values(x, ids)` are float32 or int32, as low and high; those below `low` are out of the search. One pivot halves
+    the interval by representation, which bounds the passes whatever the values are; the others divide it evenly by
+    value, which for logits converges fast. Not enabled: `low`, at no cost.
     """
-    by_value = pivots // 2 if linear else 0
-    by_key = pivots - by_value
+    is_float = low.dtype == jnp.float32
+    to_key, from_key = (sort_key, from_sort_key) if is_float else (lambda x: x, lambda key: key)
+    highest, lowest = (INF, -INF) if is_float else (INT32_MAX, -INT32_MAX - 1)
 
     def thresholds(low: jax.Array, high: jax.Array) -> list[jax.Array]:
         width = lax.bitcast_convert_type(high - low, jnp.uint32)  # up to 2^32 - 1: exact in 32 bits, unsigned
-        step = lax.bitcast_convert_type(width // jnp.uint32(by_key + 1), jnp.int32)
-        found = [low + step * (j + 1) for j in range(by_key)]
-        bottom, top = from_sort_key(low), from_sort_key(high - 1)
-        found += [sort_key(bottom + (top - bottom) * ((j + 1) / (by_value + 1))) for j in range(by_value)]
-        return [jnp.minimum(jnp.maximum(p, low + 1), high - 1) for p in found]
+        found = [low + lax.bitcast_convert_type(width // jnp.uint32(2), jnp.int32)]
+        if is_float:
+            bottom, top = from_key(low), from_key(high)
+            found += [to_key(bottom + (top - bottom) * (j / pivots)) for j in range(1, pivots)]
+        else:
+            step = lax.bitcast_convert_type(width // jnp.uint32(pivots), jnp.int32)
+            found += [low + step * j for j in range(1, pivots)]
+        return [jnp.minimum(jnp.maximum(p, low + 1), high) for p in found]
 
     def narrow(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, _, _ = state  # the wanted key is in [low, high)
+        low, high, _, _ = state  # keys; the wanted one is in [low, high]
         tried = thresholds(low, high)
+        low_value, high_value, *tried_values = (from_key(key) for key in (low, high, *tried))
 
         def step(acc: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array) -> tuple[jax.Array, ...]:
             first, last, *sums = acc
-            key, weight = keys(x, ids), weights(x)
-            inside = (key >= low) & (key < high)
+            value, weight = values(x, ids), weights(x)
+            inside = (value >= low_value) & (value <= high_value)  # closed: denormals compare as zero
             return (
-                jnp.where(inside, jnp.minimum(first, key), first),
-                jnp.where(inside, jnp.maximum(last, key), last),
-                *(s + jnp.where(key >= p, weight, 0.0) for s, p in zip(sums, tried, strict=True)),
+                jnp.where(inside, jnp.minimum(first, value), first),
+                jnp.where(inside, jnp.maximum(last, value), last),
+                *(s + jnp.where(value >= p, weight, 0.0) for s, p in zip(sums, tried_values, strict=True)),
             )
 
-        first, last, *sums = row.fold(
-            step, jnp.int32(INT32_MAX), jnp.int32(-INT32_MAX - 1), *(jnp.float32(0),) * pivots
-        )
+        edges = (jnp.asarray(edge, low_value.dtype) for edge in (highest, lowest))
+        first, last, *sums = row.fold(step, *edges, *(jnp.float32(0),) * pivots)
         first, last = jnp.min(first), jnp.max(last)
         next_low, next_high = low, high
         for p, s in zip(tried, sums, strict=True):
             reached = jnp.sum(s) >= target
             next_low = jnp.where(reached, jnp.maximum(next_low, p), next_low)
-            next_high = jnp.where(reached, next_high, jnp.minimum(next_high, p))
-        found = jnp.where(first <= last, first, low)
+            next_high = jnp.where(reached, next_high, jnp.minimum(next_high, p - 1))
+        found = jnp.where(first <= last, to_key(first), low)
         return next_low, next_high, found, first >= last
 
-    _, _, found, _ = lax.while_loop(
-        lambda state: ~state[3], narrow, (low, high + 1, low, ~enabled & jnp.full((), True))
-    )
-    return found
+    start = to_key(low)
+    initial = (start, to_key(high), start, ~enabled & jnp.full((), True))
+    _, _, found, _ = lax.while_loop(lambda state: ~state[3], narrow, initial)
+    return from_key(found)
 
 
 def total(
@@ -185,72 +216,83 @@ def weight_of(maximum: jax.Array, inverse_temperature: jax.Array) -> Callable[[j
     return lambda x: jnp.exp((x - maximum) * inverse_temperature)
 
 
-def filter_row(row: Row, params: Params, summary: Summary, *, pivots: int) -> Survivors:
-    """min-p, then top-k, then top-p. Greedy rows keep everything."""
-    sampled = params.temperature > 0
+def filter_row(
+    row: Row,
+    params: Params,
+    summary: Summary,
+    *,
+    pivots: int,
+    enabled: jax.Array | bool = True,
+    whole: Row | None = None,
+) -> tuple[Survivors, jax.Array]:
+    """min-p, then top-k, then top-p. Greedy rows keep everything. Not enabled: something, at no cost.
+
+    `whole` is the row that `row` holds the candidates of. Then the result is right if every entry of it that is not
+    in `row` is below the second thing returned.
+    """
+    sampled = (params.temperature > 0) & enabled
     temperature = jnp.where(sampled, params.temperature, 1.0)
-    top = sort_key(summary.maximum)
-    low = sort_key(summary.smallest)
-    has_min_p = sampled & (params.min_p > 0)
+    has_min_p, has_top_k = sampled & (params.min_p > 0), sampled & (params.top_k > 0) & (params.top_k < row.size)
     below = summary.maximum + temperature * jnp.log(jnp.where(has_min_p, params.min_p, 1.0))
-    low = jnp.where(has_min_p, jnp.maximum(low, jnp.minimum(sort_key(tidy(below)), top)), low)
-
-    def value_key(x: jax.Array, ids: jax.Array) -> jax.Array:
-        return sort_key(x)
-
+    below = jnp.minimum(below, summary.maximum)  # rounding must not drop the best
+    low = jnp.where(has_min_p, jnp.maximum(summary.smallest, below), summary.smallest)
     low = search(  # ties at the k-th value are kept
         row,
-        keys=value_key,
-        weights=lambda x: jnp.where(x > -INF, 1.0, 0.0),
+        values=lambda x, ids: x,
+        weights=jnp.ones_like,
         target=params.top_k.astype(jnp.float32),
         low=low,
-        high=top,
-        enabled=sampled & (params.top_k > 0) & (params.top_k < row.size),
+        high=summary.maximum,
+        enabled=has_top_k,
         pivots=pivots,
-        linear=True,
     )
 
     # Kept: entries with less than p of the mass before them, seen from the top, so that the best is always kept.
     # Among equals at the boundary the higher ids come first: the order of a stable ascending sort.
     nucleus = sampled & (params.top_p < 1)
     weight = weight_of(summary.maximum, 1.0 / temperature)
-    [mass] = total(row, lambda x, ids: jnp.where(sort_key(x) >= low, weight(x), 0.0), enabled=nucleus)
+
+    def mass_of(row: Row, enabled: jax.Array) -> jax.Array:
+        return total(row, lambda x, ids: jnp.where(x >= low, weight(x), 0.0), enabled=enabled)[0]
+
+    mass = mass_of(row, nucleus)
+    if whole is not None:  # without top-k, candidates are not all that has mass
+        mass = jnp.where(has_top_k, mass, mass_of(whole, nucleus & ~has_top_k))
     target = params.top_p * mass
-    key = search(
+    value = search(
         row,
-        keys=value_key,
+        values=lambda x, ids: x,
         weights=weight,
         target=target,
         low=low,
-        high=top,
+        high=summary.maximum,
         enabled=nucleus,
         pivots=pivots,
-        linear=True,
     )
     above, ties = total(
         row,
-        lambda x, ids: jnp.where(sort_key(x) > key, weight(x), 0.0),
-        lambda x, ids: jnp.where(sort_key(x) == key, 1.0, 0.0),
+        lambda x, ids: jnp.where(x > value, weight(x), 0.0),
+        lambda x, ids: jnp.where(x == value, 1.0, 0.0),
         enabled=nucleus,
     )
-    each = jnp.maximum(weight(from_sort_key(key)), jnp.float32(1e-38))
+    each = jnp.maximum(weight(value), jnp.float32(1e-38))
     kept_ties = jnp.maximum(jnp.ceil((target - above) / each), 1.0)
     first_tie = search(
         row,
-        keys=lambda x, ids: jnp.where(sort_key(x) == key, ids, -1),
-        weights=lambda x: jnp.where(sort_key(x) == key, 1.0, 0.0),
+        values=lambda x, ids: jnp.where(x == value, ids, -1),
+        weights=lambda x: jnp.where(x == value, 1.0, 0.0),
         target=kept_ties,
         low=jnp.int32(0),
         high=jnp.int32(row.size - 1),
         enabled=nucleus & (ties > 1) & (kept_ties < ties),
         pivots=pivots,
-        linear=False,
     )
-    return Survivors(key, first_tie)
+    # Top-p after top-k weighs all that top-k left; alone, it weighs the whole row, wherever its entries are.
+    return Survivors(value, first_tie), jnp.where(has_top_k, low, value)
 
 
 def keep_all(summary: Summary) -> Survivors:
-    return Survivors(sort_key(summary.smallest), jnp.int32(0))
+    return Survivors(summary.smallest, jnp.int32(0))
 
 
 def _mix(h: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -278,8 +320,10 @@ def gumbel_noise(seed: jax.Array, position: jax.Array, ids: jax.Array) -> jax.Ar
     return -jnp.log(exponential)
 
 
-def draw(row: Row, params: Params, summary: Summary, survivors: Survivors) -> jax.Array:
-    """Gumbel-max over the survivors; greedy rows take the plain maximum."""
+def draw(
+    row: Row, params: Params, summary: Summary, survivors: Survivors, *, enabled: jax.Array | bool = True
+) -> jax.Array:
+    """Gumbel-max over the survivors; greedy rows take the plain maximum. Not enabled: nothing to rely on."""
     sampled = params.temperature > 0
     inverse = 1.0 / jnp.where(sampled, params.temperature, 1.0)
 
@@ -290,15 +334,31 @@ def draw(row: Row, params: Params, summary: Summary, survivors: Survivors) -> ja
         better = score > best
         return jnp.where(better, score, best), jnp.where(better, ids, best_id)
 
-    _, token = take_best(*row.fold(step, jnp.float32(-INF), jnp.int32(0)))
+    folded = row.fold(step, jnp.float32(-INF), jnp.int32(0), enabled=sampled & summary.valid & enabled)
+    _, token = take_best(*folded)
     return jnp.where(sampled & summary.valid, token, summary.argmax)
 
 
 def sample_row(row: Row, params: Params, *, mode: str, pivots: int) -> tuple[jax.Array, Summary, Survivors]:
     """One token. `mode` says what the row may ask for: "greedy", "random" (no filters) or "filtered"."""
-    summary = summarize(row)
-    survivors = filter_row(row, params, summary, pivots=pivots) if mode == "filtered" else keep_all(summary)
-    token = summary.argmax if mode == "greedy" else draw(row, params, summary, survivors)
+    summary, candidates = summarize(row, want_candidates=mode == "filtered")
+    if mode == "greedy":
+        return summary.argmax, summary, keep_all(summary)
+    if mode == "random":
+        survivors = keep_all(summary)
+        return draw(row, params, summary, survivors), summary, survivors
+    if candidates is None:
+        survivors, _ = filter_row(row, params, summary, pivots=pivots)
+        return draw(row, params, summary, survivors), summary, survivors
+    few, above = filter_row(candidates.row, params, summary, pivots=pivots, whole=row)
+    enough = candidates.best_other < above
+    many, _ = filter_row(row, params, summary, pivots=pivots, enabled=~enough)
+    survivors = Survivors(*(jnp.where(enough, a, b) for a, b in zip(few, many, strict=True)))
+    token = jnp.where(
+        enough,
+        draw(candidates.row, params, summary, survivors),
+        draw(row, params, summary, survivors, enabled=~enough),
+    )
     return token, summary, survivors
 
 

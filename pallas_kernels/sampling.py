@@ -174,7 +174,7 @@ def _one_row(
     """Token, validity, and the row, survivors and likelihood that its log-probabilities come from."""
     if plan.given:
         assert not isinstance(params, Params)
-        token, summary = params, row_sampler.summarize(row)
+        token, (summary, _) = params, row_sampler.summarize(row)
         survivors = row_sampler.keep_all(summary)
     else:
         assert isinstance(params, Params)
@@ -186,7 +186,7 @@ def _one_row(
         assert isinstance(params, Params)
         inverse = 1.0 / jnp.where(params.temperature > 0, params.temperature, 1.0)
     else:
-        source: Summary = summary if raw is None else row_sampler.summarize(raw)
+        source: Summary = summary if raw is None else row_sampler.summarize(raw)[0]
         row, summary, survivors = raw or row, source, row_sampler.keep_all(source)
     return token, summary.valid, row, survivors, row_sampler.likelihood(row, token, summary, survivors, inverse)
 
@@ -205,13 +205,13 @@ def reference(
             del enabled  # rows run side by side here: there is no skipping one
             return step(tuple(jnp.full(x.shape, value, value.dtype) for value in initial), x, ids)
 
-        return Row(x.shape[0], fold, lambda token: x[token])
+        return Row(x.shape[0], fold, lambda token: x[token], in_lanes=False)
 
     def one(x: jax.Array, raw: jax.Array | None, p: tuple[jax.Array, ...] | jax.Array) -> Sampled:
-        raw_row = None if raw is None else as_row(row_sampler.tidy(raw))
+        raw_row = None if raw is None else as_row(raw.astype(jnp.float32))
         row_params = Params(*p) if isinstance(p, tuple) else p
         token, valid, row, survivors, likely = _one_row(
-            plan, as_row(row_sampler.tidy(x)), raw_row, row_params, pivots=_TWIN_PIVOTS
+            plan, as_row(x.astype(jnp.float32)), raw_row, row_params, pivots=_TWIN_PIVOTS
         )
         if likely is None:
             return Sampled(token, valid, None)
@@ -254,13 +254,13 @@ def _memory_row(ref: Any, row: jax.Array, block: int) -> Row:
         def chunk(i: jax.Array, acc: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             ids = i * block + jnp.arange(block, dtype=jnp.int32)
             x = plt.load(ref.at[row, ids], mask=ids < size, other=jnp.full((), -jnp.inf, ref.dtype))
-            return step(acc, row_sampler.tidy(x), ids)
+            return step(acc, x.astype(jnp.float32), ids)
 
         accumulators = tuple(jnp.full((block,), value, value.dtype) for value in initial)
         chunks = jnp.where(enabled, jnp.int32(pl.cdiv(size, block)), 0)
         return lax.fori_loop(0, chunks, chunk, accumulators)
 
-    return Row(size, fold, lambda token: row_sampler.tidy(ref[row, token]))
+    return Row(size, fold, lambda token: ref[row, token].astype(jnp.float32), in_lanes=True)
 
 
 def _kernel(refs: dict[str, Any], *out_refs: Any, plan: _Plan, tiles: SamplingTiles) -> None:

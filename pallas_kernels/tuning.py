@@ -36,7 +36,7 @@ class RaggedTiles:
 
 @dataclass(frozen=True)
 class SamplingTiles:
-    block: int = 4096  # vocabulary entries per loop step
+    block: int = 2048  # vocabulary entries per loop step: the lanes of a row
     pivots: int = 8  # thresholds tried per pass over the row
     num_warps: int = 16
 

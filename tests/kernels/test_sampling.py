@@ -171,6 +171,23 @@ def test_vocabulary_sizes(implementation: dispatch.Implementation, size: int) ->
 
 
 @BOTH
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 20])
+def test_survivors_that_share_a_lane(implementation: dispatch.Implementation, top_k: int) -> None:
+    """The kernel keeps the two best of each of its 128 lanes; here the best entries all fall into lane 5."""
+    rng = np.random.default_rng(11)
+    logits = rng.standard_normal((4, 700)).astype(np.float32)
+    logits[:, 5::128] += np.asarray([[20], [0], [8], [8]], np.float32)
+    logits[3, [5, 133]] = logits[3, 261]  # ties with an entry that is not kept
+    asked: dict[str, Any] = dict(temperature=1.0, top_k=top_k, top_p=0.9, min_p=0.0)
+    exact: dict[str, Any] = asked | {"top_p": float(np.float32(0.9))}
+    result = run(implementation, logits, params(4, **asked), logprobs="processed", top_n=700)
+    for row in range(4):
+        expected = set(np.flatnonzero(surviving(logits[row], **exact)))
+        assert kept_ids(result, row) == expected
+        assert int(result.tokens[row]) in expected
+
+
+@BOTH
 def test_tokens_are_the_argmax_of_logits_and_noise(implementation: dispatch.Implementation) -> None:
     """Gumbel-max by the book, with the noise that the hash gives for (seed, position, id)."""
     rng = np.random.default_rng(2)
