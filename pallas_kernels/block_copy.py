@@ -28,6 +28,7 @@ _CHUNK = 4096  # elements per program
 
 def copy_blocks(pool: jax.Array, sources: jax.Array, destinations: jax.Array) -> jax.Array:
     """Copy blocks within a pool."""
+    pool, sources, destinations = (jnp.asarray(array) for array in (pool, sources, destinations))
     _check(pool, sources=sources, destinations=destinations)
     checks.check_shape("destinations", destinations, tuple(sources.shape), "as many as sources")
     if checks.is_concrete(sources, destinations):
@@ -44,7 +45,9 @@ def copy_blocks(pool: jax.Array, sources: jax.Array, destinations: jax.Array) ->
 
 def gather_blocks(pool: jax.Array, blocks: jax.Array) -> jax.Array:
     """Copy blocks out of a pool into a new array [n, ...]."""
+    pool, blocks = jnp.asarray(pool), jnp.asarray(blocks)
     _check(pool, blocks=blocks)
+    checks.check_offsets("the staging array", (blocks.shape[0], *pool.shape[1:]), pool.dtype)
     if dispatch.implementation() == "reference":
         return reference_gather(pool, blocks)
     return _move(None, pool, blocks, None)
@@ -52,7 +55,9 @@ def gather_blocks(pool: jax.Array, blocks: jax.Array) -> jax.Array:
 
 def scatter_blocks(pool: jax.Array, staged: jax.Array, blocks: jax.Array) -> jax.Array:
     """Copy staged blocks [n, ...] into a pool."""
+    pool, staged, blocks = (jnp.asarray(array) for array in (pool, staged, blocks))
     _check(pool, blocks=blocks)
+    checks.check_offsets("staged", staged.shape, staged.dtype)
     checks.check_shape("staged", staged, (blocks.shape[0], *pool.shape[1:]), "one per id, shaped as the pool's blocks")
     checks.require(staged.dtype == pool.dtype, f"staged is {staged.dtype} and the pool {pool.dtype}: expected the same")
     if checks.is_concrete(blocks):
@@ -63,7 +68,11 @@ def scatter_blocks(pool: jax.Array, staged: jax.Array, blocks: jax.Array) -> jax
 
 
 def _check(pool: jax.Array, **ids: jax.Array) -> None:
-    checks.require(pool.ndim >= 2, f"a pool has at least 2 axes [blocks, ...], got shape {tuple(pool.shape)}")
+    checks.require(
+        pool.ndim >= 2 and pool.size > 0,
+        f"a pool has at least 2 axes [blocks, ...] and 1 element, got shape {tuple(pool.shape)}",
+    )
+    checks.check_offsets("pool", pool.shape, pool.dtype)
     for name, array in ids.items():
         checks.check_rank(name, array, "n")
         checks.check_int32(name, array)

@@ -10,6 +10,7 @@ concrete arrays; under `jax.jit` they are not, so a caller that jits checks its 
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,28 @@ def check_kv_dtype(q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> None:
     )
 
 
+def check_kv_pools(k_pool: jax.Array, v_pool: jax.Array) -> None:
+    """K and V go together, block by block; their head dims may differ."""
+    check_rank("k_pool", k_pool, "blocks block_size kv_heads dim")
+    check_rank("v_pool", v_pool, "blocks block_size kv_heads dim")
+    require(
+        k_pool.shape[:3] == v_pool.shape[:3] and k_pool.dtype == v_pool.dtype,
+        f"k_pool is {k_pool.dtype} {tuple(k_pool.shape)} and v_pool {v_pool.dtype} {tuple(v_pool.shape)}: "
+        "expected the same blocks, block_size, kv_heads and dtype",
+    )
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        check_head_dim(f"head dim of {name}", pool.shape[3])
+        check_pool(name, pool.shape, pool.dtype)
+
+
+def check_number(name: str, value: float | None, *, positive: bool = False) -> None:
+    """A number on the host: it is compiled into the kernel."""
+    require(
+        value is None or (isinstance(value, numbers.Real) and math.isfinite(value) and (value > 0 or not positive)),
+        f"{name} is {value!r}, expected a {'positive' if positive else 'finite'} number, not an array",
+    )
+
+
 def check_head_dim(name: str, dim: int, *, limit: int = MAX_HEAD_DIM) -> None:
     require(0 < dim <= limit, f"{name} is {dim}, the kernels take 1 to {limit}")
 
@@ -86,11 +109,17 @@ def check_pool(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
     wider but not for one-byte elements between 2 and 4 GiB, where an offset would wrap.
     """
     check_block_size(shape[1])
+    require(math.prod(shape) > 0, f"{name} has shape {tuple(shape)}, expected at least 1 along every axis")
     slots = shape[0] * shape[1]
     require(
         slots <= INT32_MAX,
         f"{name} has {shape[0]} blocks of {shape[1]} slots = {slots} slots, slot ids are int32: at most {INT32_MAX}",
     )
+    check_offsets(name, shape, dtype)
+
+
+def check_offsets(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    """That every element of an array `[blocks, ...]` can be addressed, see `check_pool`."""
     itemsize = jnp.dtype(dtype).itemsize
     size = math.prod(shape) * itemsize
     if itemsize == 1 and INT32_MAX < size <= 2**32:
@@ -184,6 +213,7 @@ def check_ragged_call(
     tokens = q.shape[0]
     check_rank("block_tables", block_tables, "rows width")
     rows, width = block_tables.shape
+    require(rows > 0, f"block_tables has {rows} rows, expected at least 1; rows may be padding")
     require(width > 0, f"block_tables is too narrow: {width} blocks per row, expected at least 1")
     check_shape("kv_lens", kv_lens, (rows,), f"block_tables has {rows} rows")
     check_shape("cu_q_lens", cu_q_lens, (rows + 1,), f"rows + 1, block_tables has {rows} rows")

@@ -5,8 +5,10 @@ kernel     the Pallas kernel, compiled for the GPU (Triton dialect)
 interpret  the same kernel run by Pallas' interpreter, on any platform; slow, for tests
 reference  the twin in plain jax.numpy; what the CPU runs
 
-Chosen when an op is traced, from the default backend, unless `use(...)` says otherwise. The choice is part of
-the traced program: a function that was jitted under one choice keeps it.
+Chosen when an op is traced, from the default device, unless `use(...)` says otherwise. The choice is part of the
+traced program: a function that was jitted under one choice keeps it.
+
+Under `jax.shard_map` the ops need `check_vma=False`: Pallas calls do not say how their outputs vary over the mesh.
 """
 
 import contextlib
@@ -29,7 +31,9 @@ def implementation() -> Implementation:
     forced = _forced.get()
     if forced is not None:
         return forced
-    return "kernel" if jax.default_backend() == "gpu" else "reference"
+    chosen = jax.config.jax_default_device  # set by `with jax.default_device(...)`: a device, or a platform's name
+    platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
+    return "kernel" if platform in ("gpu", "cuda") else "reference"
 
 
 @contextlib.contextmanager

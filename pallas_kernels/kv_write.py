@@ -11,7 +11,8 @@
 
 A pool of k's dtype takes the values as they are. A one-byte pool takes value / scale, clipped to the range of its
 dtype and, for int8, rounded half up; without scales only float8 can be written. `latent_write` is the same for the
-one pool of latents that MLA keeps. The pools must be donated by the caller's jit, or XLA copies them first.
+one pool of latents that MLA keeps. The pools must be donated by the caller's jit, or XLA copies them first; one
+array cannot be donated as both.
 """
 
 from typing import Any, NamedTuple
@@ -55,9 +56,11 @@ def kv_write(
     v_scale: jax.Array | None = None,
 ) -> Written:
     """Write both pools in one pass over the tokens."""
-    for name, pool, new in (("k", k_pool, k), ("v", v_pool, v)):
-        checks.check_rank(f"{name}_pool", pool, "blocks block_size kv_heads dim")
-        checks.check_rank(name, new, "tokens kv_heads dim")
+    k_pool, v_pool, k, v, slots = (jnp.asarray(array) for array in (k_pool, v_pool, k, v, slots))
+    k_scale, v_scale = (None if scale is None else jnp.asarray(scale) for scale in (k_scale, v_scale))
+    checks.check_kv_pools(k_pool, v_pool)
+    checks.check_rank("k", k, "tokens kv_heads dim")
+    checks.check_rank("v", v, "tokens kv_heads dim")
     streams = (_Stream("k", k_pool, k, k_scale), _Stream("v", v_pool, v, v_scale))
     (k_pool, k_scale), (v_pool, v_scale) = _write(streams, slots)
     return Written(k_pool, v_pool, k_scale, v_scale)
@@ -67,6 +70,7 @@ def latent_write(
     pool: jax.Array, new: jax.Array, slots: jax.Array, *, pool_scale: jax.Array | None = None
 ) -> jax.Array:
     """Write latents [tokens, dim] into a pool [blocks, block_size, dim]; `pool_scale` is float32 [1]."""
+    pool, new, slots = (jnp.asarray(array) for array in (pool, new, slots))
     checks.check_rank("pool", pool, "blocks block_size dim")
     checks.check_rank("new", new, "tokens dim")
     if pool_scale is not None:
@@ -134,10 +138,13 @@ def _encode(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Arra
 
 
 def _scale_of(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The scale that maps the largest magnitude along the last axis onto the dtype's; 1 for all zeros."""
-    largest = jnp.max(jnp.abs(x), axis=-1)
+    """The scale that maps the largest magnitude along the last axis onto the dtype's; 1 for all zeros.
+
+    Also 1 where the scale would be a denormal: processors take that for zero, and 0 / 0 is NaN.
+    """
     # Times the reciprocal: compilers turn a division by a constant into that, some do and some do not.
-    return jnp.where(largest > 0, largest * (1.0 / _largest(dtype)), 1.0)
+    scale = jnp.max(jnp.abs(x), axis=-1) * (1.0 / _largest(dtype))
+    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
 
 
 # --- reference twin ---------------------------------------------------------------------------------------------

@@ -44,18 +44,21 @@ def mla_attention(
     ragged_tiles: RaggedTiles | None = None,
 ) -> jax.Array:
     """Latent attention of a ragged batch; `decode_only` and the tiles as in `paged_attention`."""
-    _check(q, pool, latent_dim, pool_scale)
-    batch: dict[str, jax.Array] = dict(
-        block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution
-    )
+    q, pool = jnp.asarray(q), jnp.asarray(pool)
+    pool_scale = None if pool_scale is None else jnp.asarray(pool_scale)
+    _check(q, pool, latent_dim, pool_scale, scale)
+    described = dict(block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution)
+    batch: dict[str, jax.Array] = {name: jnp.asarray(array) for name, array in described.items()}
     checks.check_ragged_call(q=q, pool=pool, decode_only=decode_only, **batch)
-    options: dict[str, Any] = dict(latent_dim=latent_dim, scale=scale, pool_scale=pool_scale, decode_only=decode_only)
+    options: dict[str, Any] = dict(
+        latent_dim=latent_dim, scale=float(scale), pool_scale=pool_scale, decode_only=decode_only
+    )
     if dispatch.implementation() == "reference":
         return reference(q, pool, **batch, **options)
     return _kernel(q, pool, batch=batch, **options, decode_tiles=decode_tiles, ragged_tiles=ragged_tiles)
 
 
-def _check(q: jax.Array, pool: jax.Array, latent_dim: int, pool_scale: jax.Array | None) -> None:
+def _check(q: jax.Array, pool: jax.Array, latent_dim: int, pool_scale: jax.Array | None, scale: float) -> None:
     checks.check_rank("q", q, "tokens heads latent+rope")
     checks.check_rank("pool", pool, "blocks block_size latent+rope")
     checks.check_float("q", q)
@@ -67,6 +70,11 @@ def _check(q: jax.Array, pool: jax.Array, latent_dim: int, pool_scale: jax.Array
     checks.require(rope_dim <= MAX_ROPE_DIM, f"rope dim is {rope_dim}, the kernels take 0 to {MAX_ROPE_DIM}")
     checks.check_kv_dtype(q.dtype, pool.dtype)
     checks.check_pool("pool", pool.shape, pool.dtype)
+    checks.check_number("scale", scale)
+    checks.require(q.shape[1] > 0, f"q has {q.shape[1]} heads, expected at least 1")
+    checks.require(
+        pool.dtype != jnp.int8 or pool_scale is not None, "the pool is int8 and pool_scale None: int8 needs a scale"
+    )
     if pool_scale is not None:
         checks.check_kv_scale("pool_scale", pool_scale, pool, 1)
         checks.check_shape("pool_scale", pool_scale, (1,), "one number for the whole pool")

@@ -26,6 +26,7 @@ zeros. Accumulation, softmax and split partials are float32.
 The interface follows the TPU kernel of the same kind (ragged, decode rows first), less its middle number.
 """
 
+import numbers
 from typing import Any
 
 import jax
@@ -61,15 +62,16 @@ def paged_attention(
 
     The tiles are chosen from the shapes; pass them to measure others.
     """
-    _check(q, k_pool, v_pool, sinks, k_scale, v_scale, window, soft_cap)
-    batch: dict[str, jax.Array] = dict(
-        block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution
-    )
+    q, k_pool, v_pool = (jnp.asarray(array) for array in (q, k_pool, v_pool))
+    sinks, k_scale, v_scale = (None if array is None else jnp.asarray(array) for array in (sinks, k_scale, v_scale))
+    _check(q, k_pool, v_pool, sinks, k_scale, v_scale, window, soft_cap, scale)
+    described = dict(block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution)
+    batch: dict[str, jax.Array] = {name: jnp.asarray(array) for name, array in described.items()}
     checks.check_ragged_call(q=q, pool=k_pool, decode_only=decode_only, **batch)
     options: dict[str, Any] = dict(
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        window=window,
-        soft_cap=soft_cap,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=None if window is None else int(window),
+        soft_cap=None if soft_cap is None else float(soft_cap),
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
@@ -89,35 +91,35 @@ def _check(
     v_scale: jax.Array | None,
     window: int | None,
     soft_cap: float | None,
+    scale: float | None,
 ) -> None:
     checks.check_rank("q", q, "tokens heads dim")
-    checks.check_rank("k_pool", k_pool, "blocks block_size kv_heads dim")
-    checks.check_rank("v_pool", v_pool, "blocks block_size kv_heads dim")
     checks.check_float("q", q)
+    checks.check_kv_pools(k_pool, v_pool)
     _, heads, dim = q.shape
     kv_heads = k_pool.shape[2]
-    checks.check_head_dim("head dim", dim)
-    checks.check_head_dim("head dim of v_pool", v_pool.shape[3])
     checks.require(k_pool.shape[3] == dim, f"head dims differ: q has {dim}, k_pool has {k_pool.shape[3]}")
     checks.require(
-        k_pool.shape[:3] == v_pool.shape[:3] and k_pool.dtype == v_pool.dtype,
-        f"k_pool is {k_pool.dtype} {k_pool.shape} and v_pool {v_pool.dtype} {v_pool.shape}: "
-        "expected the same blocks, block_size, kv_heads and dtype",
-    )
-    checks.require(
-        kv_heads > 0 and heads % kv_heads == 0,
+        heads > 0 and heads % kv_heads == 0,
         f"q has {heads} heads and the pool {kv_heads} KV heads: the first must be a multiple of the second",
     )
     checks.check_kv_dtype(q.dtype, k_pool.dtype)
-    checks.check_pool("k_pool", k_pool.shape, k_pool.dtype)
-    checks.check_pool("v_pool", v_pool.shape, v_pool.dtype)
     checks.check_kv_scale("k_scale", k_scale, k_pool, kv_heads)
     checks.check_kv_scale("v_scale", v_scale, v_pool, kv_heads)
+    checks.require(
+        k_pool.dtype != jnp.int8 or (k_scale is not None and v_scale is not None),
+        f"the pools are int8, k_scale is {'None' if k_scale is None else 'given'} and v_scale "
+        f"{'None' if v_scale is None else 'given'}: int8 needs both",
+    )
     if sinks is not None:
         checks.check_shape("sinks", sinks, (heads,), f"q has {heads} heads")
         checks.require(sinks.dtype == jnp.float32, f"sinks must be float32, got {sinks.dtype}")
-    checks.require(window is None or window > 0, f"window is {window}, expected a positive number of tokens or None")
-    checks.require(soft_cap is None or soft_cap > 0, f"soft_cap is {soft_cap}, expected a positive number or None")
+    checks.check_number("scale", scale)
+    checks.check_number("soft_cap", soft_cap, positive=True)
+    checks.require(
+        window is None or (isinstance(window, numbers.Integral) and window > 0),
+        f"window is {window!r}, expected a positive whole number of tokens or None",
+    )
 
 
 # --- reference twin ---------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def sample(
     """`mode` is the caller's promise of what any row asks for: "greedy" (every temperature is 0), "random" (no row
     filters) or "filtered" (anything); the smaller modes make fewer passes over the logits.
     """
+    logits, params = jnp.asarray(logits), SamplingParams(*(jnp.asarray(p) for p in params))
     _check(logits, top_n)
     checks.require(mode in ("greedy", "random", "filtered"), f"mode is {mode!r}, expected greedy, random or filtered")
     checks.require(logprobs in (None, "raw", "processed"), f"logprobs is {logprobs!r}, expected None, raw or processed")
@@ -102,6 +103,7 @@ def token_logprobs(
     logits: jax.Array, tokens: jax.Array, *, top_n: int = 0, tiles: SamplingTiles | None = None
 ) -> Logprobs:
     """Raw log-probabilities of given tokens int32 [rows], for scoring and prompt logprobs."""
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     _check(logits, top_n)
     checks.check_int32("tokens", tokens)
     checks.check_shape("tokens", tokens, (logits.shape[0],), f"logits have {logits.shape[0]} rows")

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's map of the code equals the tree."""
 
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -105,3 +108,16 @@ def test_wrong_maps_fail(small: Path) -> None:
     ]
     with pytest.raises(AssertionError, match="no description"):
         read_map(SMALL.replace("all of it", ""))
+
+
+def test_the_example_runs() -> None:
+    """As a reader would paste it; its rows are those of a pool in which only the new tokens are not zero."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    out = np.asarray(names["out"])
+    assert out.shape == (6, 8, 64)
+    # The decode row sees 39 zero keys and one of ones, whose logit is 64 / sqrt(64).
+    np.testing.assert_allclose(out[0], np.exp(8.0) / (np.exp(8.0) + 39), rtol=1e-6)
+    np.testing.assert_allclose(out[1:], 1.0, rtol=1e-6)
+    assert float(names["k_pool"].sum()) == 6 * 2 * 64

@@ -22,9 +22,10 @@ class Devices:
 
         try:
             devices = cast(Any, jax).devices()  # its stub says half of the type
-        except RuntimeError as error:
-            # jax says so when the platform in JAX_PLATFORMS is absent or its driver fails.
-            raise JaxserveError(f"jax finds no device ({error})", "check JAX_PLATFORMS") from None
+        except (RuntimeError, AssertionError) as error:
+            # What jax raises when a platform in JAX_PLATFORMS fails to start, and when its plugin is not installed.
+            why = str(error) or "a platform that JAX_PLATFORMS names is not installed"
+            raise JaxserveError(f"jax finds no device ({why})", "check JAX_PLATFORMS") from None
         rows = [_row(device) for device in devices]
         kernels = dispatch.implementation()
         if self.json:

@@ -53,6 +53,9 @@ def write(k: Shape = (3, 2, 16), pool: Shape = (5, 8, 2, 16), slots: list[int] |
     kv_write(of(pool, dtype), of(pool, dtype), of(k), of(k), ids, **options)
 
 
+K = jnp.ones((2, 2, 8), jnp.float32)  # two tokens
+
+
 def ids(*values: int) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
@@ -86,6 +89,14 @@ PAGED: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("sinks", lambda: paged(sinks=of((3,))), ["(3,)", "(4,)"]),
     ("sinks dtype", lambda: paged(sinks=of((4,), jnp.bfloat16)), ["float32", "bfloat16"]),
     ("scale for what", lambda: paged(k_scale=of((2,))), ["k_scale", "float32", "int8"]),
+    ("int8 bare", lambda: paged(k_dtype=jnp.int8, k_scale=of((2,))), ["int8", "v_scale None"]),
+    ("scale nan", lambda: paged(scale=float("nan")), ["scale is nan", "finite"]),
+    ("scale array", lambda: paged(scale=of((1,))), ["scale is", "not an array"]),
+    ("window half", lambda: paged(window=2.5), ["window is 2.5", "whole"]),
+    ("no rows", lambda: paged(block_tables=of((0, 2), jnp.int32)), ["0 rows", "at least 1"]),
+    ("no heads", lambda: paged(q=(4, 0, 16)), ["0 heads", "2 KV heads"]),
+    ("no KV heads", lambda: paged(k=(5, 8, 0, 16)), ["(5, 8, 0, 16)", "at least 1"]),
+    ("no blocks", lambda: paged(k=(0, 8, 2, 16)), ["(0, 8, 2, 16)", "at least 1"]),
     ("scale shape", lambda: paged(k_dtype=jnp.int8, v_dtype=jnp.int8, k_scale=of((3,))), ["(3,)", "(2,)", "(5, 8, 2)"]),
     ("table rank", lambda: paged(block_tables=[1, 2]), ["2 axes", "got 1"]),
     ("table width", lambda: paged(block_tables=of((2, 0), jnp.int32)), ["too narrow", "0 blocks", "at least 1"]),
@@ -114,6 +125,23 @@ OTHERS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("latent dtype", lambda: mla(dtype=jnp.bfloat16), ["float32", "bfloat16"]),
     ("latent scale", lambda: mla(dtype=jnp.int8, pool_scale=of((2,))), ["(2,)", "(1,)"]),
     ("latent table", lambda: mla(kv_lens=[9, 17]), ["too narrow", "17", "16"]),
+    ("latent heads", lambda: mla(q=(4, 0, 48)), ["0 heads", "at least 1"]),
+    ("latent int8", lambda: mla(dtype=jnp.int8), ["int8", "pool_scale None"]),
+    ("latent number", lambda: mla(scale=float("inf")), ["scale is inf", "finite"]),
+    (
+        "two pools",
+        lambda: kv_write(of((4, 8, 2, 8)), of((2, 8, 2, 8)), K, K, ids(3, 4)),
+        ["(4, 8, 2, 8)", "(2, 8, 2, 8)"],
+    ),
+    ("two sizes", lambda: kv_write(of((4, 16, 2, 8)), of((8, 8, 2, 8)), K, K, ids(3, 4)), ["(4, 16, 2", "(8, 8, 2"]),
+    (
+        "two dtypes",
+        lambda: kv_write(of((4, 8, 2, 8)), of((4, 8, 2, 8), jnp.int8), K, K, ids(3, 4)),
+        ["float32", "int8"],
+    ),
+    ("wide write", lambda: write(k=(3, 2, 300), pool=(5, 8, 2, 300)), ["300", "256"]),
+    ("empty pool", lambda: write(pool=(0, 8, 2, 16)), ["(0, 8, 2, 16)", "at least 1"]),
+    ("empty blocks", lambda: gather_blocks(of((4, 0)), ids(1)), ["(4, 0)", "1 element"]),
     ("write heads", lambda: write(k=(3, 3, 16)), ["(3, 16)", "(2, 16)"]),
     ("write rank", lambda: write(k=(3, 32)), ["3 axes", "got 2"]),
     ("write slots", lambda: write(slots=[1, 2]), ["(2,)", "(3,)"]),
@@ -202,8 +230,18 @@ def test_an_op_checks_its_pool_too() -> None:
     def step(pool: jax.Array, new: jax.Array, slots: jax.Array, scale: jax.Array) -> jax.Array:
         return kv_write(pool, pool, new, new, slots, k_scale=scale, v_scale=scale).k_pool
 
+    slots = jax.ShapeDtypeStruct((4,), jnp.int32)
     with pytest.raises(ValueError, match="cannot be addressed"):
-        jax.eval_shape(step, pool, new, jax.ShapeDtypeStruct((4,), jnp.int32), scale)
+        jax.eval_shape(step, pool, new, slots, scale)
+    for move in (lambda p, i: copy_blocks(p, i, i + 4), gather_blocks):
+        with pytest.raises(ValueError, match=r"pool of int8 .* cannot be addressed"):
+            jax.eval_shape(move, pool, slots)
+    small = jax.ShapeDtypeStruct((8, *pool.shape[1:]), jnp.int8)
+    many = jax.ShapeDtypeStruct(pool.shape[:1], jnp.int32)
+    with pytest.raises(ValueError, match=r"staging array of int8 .* cannot be addressed"):
+        jax.eval_shape(gather_blocks, small, many)
+    with pytest.raises(ValueError, match=r"staged of int8 .* cannot be addressed"):
+        jax.eval_shape(scatter_blocks, small, pool, many)
 
 
 def test_host_check_ignores_what_nobody_reads() -> None:

@@ -18,6 +18,13 @@ def test_the_cpu_runs_the_twins() -> None:
     assert dispatch.implementation() == "reference"
 
 
+def test_the_default_device_decides() -> None:
+    with jax.default_device("gpu"):  # only named: nothing is placed there
+        assert dispatch.implementation() == "kernel"
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert dispatch.implementation() == "reference"
+
+
 def test_overrides_nest_and_end() -> None:
     with dispatch.use("interpret"):
         assert dispatch.implementation() == "interpret"

@@ -103,6 +103,18 @@ def test_scales_per_slot_are_made_from_the_token(implementation: dispatch.Implem
 
 
 @BOTH
+@pytest.mark.parametrize("dtype", list(LARGEST), ids=lambda d: d.__name__)
+def test_tiny_tokens_do_not_become_nan(implementation: dispatch.Implementation, dtype: Any) -> None:
+    """Their scale would be a denormal, which counts as zero, and 0 / 0 is NaN in float8."""
+    k = np.zeros((len(SLOTS), HEADS, DIM), np.float32)
+    k[:, :, 0] = [1e-36, 1e-38, 2e-38]
+    scale = jnp.zeros((BLOCKS, BLOCK_SIZE, HEADS), jnp.float32)
+    zeros = jnp.zeros((BLOCKS, BLOCK_SIZE, HEADS, DIM), dtype)
+    result = run(implementation, zeros, zeros, k, k, k_scale=scale, v_scale=scale)
+    assert np.isfinite(np.asarray(result.k_pool.astype(jnp.float32))).all()
+
+
+@BOTH
 def test_slots_outside_of_the_pool_write_nothing(implementation: dispatch.Implementation) -> None:
     """Under jit nobody can raise: an id behind the end must not land in another's block."""
     k, v = tokens(4, jnp.float32)
