@@ -197,18 +197,18 @@ def _read(
     return read
 
 
-def default_decode_tiles(*, rows: int, head_groups: int, dtype: jnp.dtype, dim: int) -> DecodeTiles:
+def default_decode_tiles(*, rows: int, head_groups: int, group: int, dtype: jnp.dtype, dim: int) -> DecodeTiles:
     """Enough splits to fill the GPU, no more than needed: each split costs a partial output."""
     splits = max(1, min(32, -(-_PROGRAMS_WANTED // (rows * head_groups))))
+    wide = group > 32  # so many heads in one program need the registers of eight warps
     if dtype == jnp.float32:  # three products each: smaller tiles, or the registers spill
-        narrow = dim <= 128
-        return DecodeTiles(32 if narrow else 16, splits=splits, num_warps=4 if narrow else 8, num_stages=2)
-    return DecodeTiles(splits=splits)
+        return DecodeTiles(32 if dim <= 128 else 16, splits, num_warps=8 if wide or dim > 128 else 4, num_stages=2)
+    return DecodeTiles(splits=splits, num_warps=8 if wide else 4)
 
 
-def default_ragged_tiles(*, dtype: jnp.dtype, dim: int) -> RaggedTiles:
+def default_ragged_tiles(*, group: int, dtype: jnp.dtype, dim: int) -> RaggedTiles:
     if dtype == jnp.float32:
-        return RaggedTiles(64, 16, 4, 2) if dim <= 128 else RaggedTiles(16, 16, 8, 2)
+        return RaggedTiles(64, 16, 8 if group > 64 else 4, 2) if dim <= 128 else RaggedTiles(16, 16, 8, 2)
     return RaggedTiles()
 
 
@@ -244,6 +244,7 @@ def _kernel(
     _, heads, dim = q.shape
     _, block_size, kv_heads, v_dim = v_pool.shape
     rows = batch["kv_lens"].shape[0]
+    shape: dict[str, Any] = dict(group=heads // kv_heads, dtype=q.dtype, dim=max(dim, v_dim))
     key_parts, value_parts = flash.split_parts(dim), flash.split_parts(v_dim)
     attention = flash.Flash(
         heads=heads,
@@ -271,11 +272,9 @@ def _kernel(
         or tuning.choose(
             "paged_decode",
             tile_key(q, k_pool, rows),
-            default_decode_tiles(rows=rows, head_groups=kv_heads, dtype=q.dtype, dim=max(dim, v_dim)),
+            default_decode_tiles(rows=rows, head_groups=kv_heads, **shape),
         ),
         ragged_tiles=ragged_tiles
-        or tuning.choose(
-            "paged_ragged", tile_key(q, k_pool, 1), default_ragged_tiles(dtype=q.dtype, dim=max(dim, v_dim))
-        ),
+        or tuning.choose("paged_ragged", tile_key(q, k_pool, 1), default_ragged_tiles(**shape)),
         name="paged",
     )

@@ -78,12 +78,20 @@ def main(arguments: Sequence[str]) -> int:
     sections = chosen(given.section, made)
     tiny = given.size == "tiny"
     refused = refusal(tiny)
+    if not given.seconds >= 0:  # nor NaN
+        made.error(f"--seconds is {given.seconds}, expected 0 or more")
+    out = given.out or facts.default_out(tiny=tiny)
+    if not refused:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refused = f"cannot make the folder for the results: {error}; name another with --out"
     if refused:
         print(f"error: {refused}")
         return 1
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
     settings = book.Settings(
-        out=given.out or facts.default_out(tiny=tiny),
+        out=out,
         tiny=tiny,
         seed=int(time.time()) if given.seed is None else given.seed,
         seconds=given.seconds,

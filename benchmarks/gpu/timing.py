@@ -46,7 +46,7 @@ class Target:
 
     def met(self, row: Row) -> bool | None:
         found = row.get(self.quantity)
-        if found is None:
+        if found is None or row.get("us") is None:
             return None
         return bool(found <= self.value if self.at_most else found >= self.value)
 
@@ -185,7 +185,9 @@ def achieved(case: Timed, timing: Timing, ceilings: Ceilings) -> Row:
     """The row of a timing: rates, shares of the ceilings, and the target if there is one."""
     row: Row = {**case.facts, "us": timing.us, "spread": timing.spread, "fixed_us": timing.fixed_us}
     row |= {"bytes": case.bytes, "flops": case.flops}
-    if timing.us > 0:
+    if timing.us <= 0:  # the noise was larger than the calls: no time at all is better than that one
+        row |= {"us": None, "noise_us": timing.us}
+    else:
         row["gbps"] = case.bytes / timing.us / 1e3
         row["tflops"] = case.flops / timing.us / 1e6
         row["copy_pct"] = 100 * row["gbps"] / ceilings.copy if ceilings.copy else None

@@ -130,6 +130,12 @@ def test_groups(group: int) -> None:
     check_resources(f"group={group}", paged(512, 64, 8 * group, 8, 128), products=True)
 
 
+@pytest.mark.parametrize("dim, dtype", [(64, BF16), (256, BF16), (64, F32), (128, F32)])
+def test_many_query_heads_on_one_kv_head(dim: int, dtype: Any) -> None:
+    """Falcon-7B has 71."""
+    check_resources(f"group=71 dim={dim} {dtype.__name__}", paged(512, 64, 71, 1, dim, dtype=dtype), products=True)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, F32], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_other_dtypes(dtype: Any, dim: int) -> None:

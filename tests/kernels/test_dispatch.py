@@ -124,7 +124,7 @@ def test_the_shipped_table_names_known_ops_and_knobs() -> None:
 
 def test_default_splits_fill_the_device_and_no_more() -> None:
     bf16 = jnp.dtype("bfloat16")
-    shape: dict[str, Any] = dict(dtype=bf16, dim=128)
+    shape: dict[str, Any] = dict(group=4, dtype=bf16, dim=128)
     paged = [paged_attention.default_decode_tiles(rows=r, head_groups=8, **shape).splits for r in (1, 8, 64, 256)]
     assert paged == [32, 17, 3, 1]
     dtypes: dict[str, Any] = dict(q_dtype=bf16, kv_dtype=bf16)
