@@ -51,16 +51,33 @@ def dense_library(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=q.shape[1] > 1)
 
 
-def dense_einsum(q: jax.Array, k: jax.Array, v: jax.Array, *, layout: str = "bthd") -> jax.Array:
-    """The same; k and v as `layout` says."""
+def dense_einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same."""
     rows, new, heads, dim = q.shape
-    tokens, kv_heads = k.shape[layout.index("t")], k.shape[layout.index("h")]
+    kv_heads = k.shape[2]
     grouped = q.reshape(rows, new, kv_heads, heads // kv_heads, dim) * dim**-0.5
-    scores = jnp.einsum(f"bqhgd,{layout}->bhgqt", grouped, k)
+    weights = _softmax(jnp.einsum("bqhgd,bthd->bhgqt", grouped, k))
+    return jnp.einsum("bhgqt,bthd->bqhgd", weights, v).reshape(q.shape)
+
+
+def dense_heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """k and v [rows, kv_heads, tokens, dim]: plain batched matmuls."""
+    rows, new, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    flat = q.transpose(0, 2, 1, 3).reshape(rows, kv_heads, -1, dim) * dim**-0.5
+    scores = jnp.einsum("bhrd,bhtd->bhrt", flat, k).reshape(rows, kv_heads, heads // kv_heads, new, -1)
+    weights = _softmax(scores).reshape(rows, kv_heads, heads // kv_heads * new, -1)
+    out = jnp.einsum("bhrt,bhtd->bhrd", weights, v)
+    return out.reshape(rows, heads, new, dim).transpose(0, 2, 1, 3)
+
+
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Over the tokens that are visible; scores [rows, kv_heads, group, new, tokens]."""
+    new, tokens = scores.shape[3:]
     if new > 1:
         visible = jnp.arange(tokens)[None, :] <= jnp.arange(new)[:, None]
         scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
-    return jnp.einsum(f"bhgqt,{layout}->bqhgd", jax.nn.softmax(scores, axis=-1), v).reshape(q.shape)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def interleaved(calls: Sequence[Callable[[], jax.Array]], seconds: float) -> list[list[float]]:
@@ -98,8 +115,11 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
     )
     twin = jax.jit(lambda q, k, v, d: paged_attention(q, k, v, **d, decode_only=not prefill))
     k_heads, v_heads = (jnp.asarray(np.asarray(x).transpose(0, 2, 1, 3).copy()) for x in (k, v))
-    heads_first = jax.jit(functools.partial(dense_einsum, layout="bhtd"))
-    sides = ((jax.jit(dense_einsum), k, v), (jax.jit(dense_library), k, v), (heads_first, k_heads, v_heads))
+    sides = (
+        (jax.jit(dense_einsum), k, v),
+        (jax.jit(dense_library), k, v),
+        (jax.jit(dense_heads_first), k_heads, v_heads),
+    )
     q_dense = q.reshape(rows, new, heads.heads, heads.dim)
     got = np.asarray(twin(q, k_pool, v_pool, described))
     for dense, *kv in sides:
