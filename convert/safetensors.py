@@ -160,5 +160,5 @@ def _os_errors(path: Path) -> Generator[None]:
         _fail(path, f"cannot be read ({reason})", "check the path and its permissions")
 
 
-def _fail(path: Path, problem: str, hint: str = "download the file again") -> NoReturn:
+def _fail(path: Path, problem: str, hint: str = "if it is a safetensors file, download it again") -> NoReturn:
     raise CheckpointError(f"{one_line(str(path), limit=1000)}: {problem}", hint) from None
