@@ -169,8 +169,8 @@ def test_offsets_are_wide_where_pools_are_large(blocks: int, dtype: Any, wide: b
     """The pools between (one byte, 2 to 4 GiB) are refused: see test_bad_input."""
     pool, described = S((blocks, 16, 8, 128), dtype), batch(64)
 
-    def attend(q: Any, k: Any, v: Any, described: Any) -> jax.Array:
-        return paged_attention(q, k, v, **described, decode_only=True)
+    def attend(q: Any, k: Any, v: Any, described: Any, scale: Any) -> jax.Array:
+        return paged_attention(q, k, v, **described, decode_only=True, k_scale=scale, v_scale=scale)
 
     def write(kp: Any, vp: Any, k: Any, slots: Any, scale: Any) -> Any:
         return kv_write(kp, vp, k, k, slots, k_scale=scale, v_scale=scale)
@@ -178,7 +178,10 @@ def test_offsets_are_wide_where_pools_are_large(blocks: int, dtype: Any, wide: b
     scale = S((8,), F32) if dtype == jnp.int8 else None
     element = {BF16: "bf16", jnp.int8: "i8"}[dtype]
     for ir in (
-        triton_ir(attend, S((64, 32, 128), BF16), pool, pool, described),
+        triton_ir(attend, S((64, 32, 128), BF16), pool, pool, described, scale),
+        triton_ir(copy_blocks, pool, S((4,), I32), S((4,), I32)),
+        triton_ir(gather_blocks, pool, S((4,), I32)),
+        triton_ir(scatter_blocks, pool, S((4, 16, 8, 128), dtype), S((4,), I32)),
         triton_ir(write, pool, pool, S((64, 8, 128), BF16), S((64,), I32), scale),
     ):
         # Pointer arithmetic on pool-typed pointers, in tensors of the pool's tiles.
