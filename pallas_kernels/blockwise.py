@@ -20,7 +20,7 @@ NEG = -1e30
 QUERY_TILE = 64  # query tokens per tile of a ragged row
 # KV tokens per loop step: as many as fill half a MiB while they last, then few, so that short rows waste little.
 # A step costs tens of microseconds however small it is, more of it with many query tokens to multiply by: on two
-# cores these were the best of 32 to 1024 tokens.
+# cores these were about the best of those tried, 32 tokens to 1 MiB.
 LARGE_CHUNK_BYTES = 2**19
 SMALL_CHUNK_DECODE, SMALL_CHUNK_RAGGED = 128, 64
 

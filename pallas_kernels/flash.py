@@ -151,8 +151,8 @@ def locate(
 
 
 def _float32_precision() -> lax.PrecisionLike:
-    """Three tf32 products on the matrix units come within 2^-21 of float32; plain float32 dots would run off them,
-    and spill. The interpreter runs on the CPU, which has no tf32."""
+    """Three tf32 products keep about float32's precision on the matrix units; plain float32 dots run off them, and
+    spill. The interpreter runs on the CPU, which has no tf32."""
     if dispatch.implementation() == "kernel":
         return lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.Precision.HIGHEST

@@ -14,8 +14,9 @@ No sort: a search keeps an interval that holds the wanted value, tries some pivo
 and stops when the interval holds one distinct value.
 
 A row that lies in memory is folded in lanes. The first pass also keeps the two best entries of every lane
-(`Candidates`): when all survivors are among them, as nearly always when a few hundred of 128k survive, steps 3 to 5
-run on those, which stay in registers, and the row is not read again but for the mass that top-p alone needs.
+(`Candidates`): when all survivors are among them, steps 3 to 5 run on those, which stay in registers, and the row is
+not read again but for the mass that top-p alone needs. With 2048 lanes and survivors strewn evenly that fails for 50
+of them in about 1 row of 200, for 100 in 1 of 25, for 300 in 2 of 3; then the passes run over the whole row.
 """
 
 from collections.abc import Callable
