@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer, and the two ways to carry it out: over paged KV (serving), or dense (scoring, training).
+
+A layer computes queries, keys and values and hands them to a `Core`; it does not know which. Queries are grouped by
+the KV head they share, so that one cut along the KV heads serves all of attention.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.kv_cache import LayerCache
+from jaxserve.models.layers import Linear, Normalize, lift, param
+from jaxserve.models.rope import Angles, rotate
+from jaxserve.models.spec import Attention
+from jaxserve.parallel import mesh
+from pallas_kernels.kv_write import kv_write, latent_write
+from pallas_kernels.mla_attention import mla_attention
+from pallas_kernels.paged_attention import paged_attention
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a core needs to know beyond the arrays."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+class Core(Protocol):
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """q [..., kv_heads, group, dim], k and v [..., kv_heads, dim] -> [..., kv_heads, group, v_dim]."""
+        ...
+
+
+class GroupedAttention(nnx.Module):
+    def __init__(self, spec: Attention, hidden: int, *, kv_repeat: int, dtype: jnp.dtype) -> None:
+        self.spec = spec
+        kv_heads, group = spec.kv_heads * kv_repeat, spec.group // kv_repeat
+        heads = {"kv_heads": kv_heads, "group": group, "head_dim": spec.head_dim}
+        # Of each KV head: its queries, then its key, then its value.
+        self.qkv = Linear(heads | {"group": group + 2}, {"hidden": hidden}, bias=spec.qkv_bias, dtype=dtype)
+        self.out = Linear({"hidden": hidden}, heads, bias=spec.out_bias, dtype=dtype)
+        keys = {"kv_heads": kv_heads, "head_dim": spec.head_dim}
+        if spec.qk_norm_over == "head":
+            heads = keys = {"head_dim": spec.head_dim}
+        own = spec.qk_norm_over == "own_head"  # then the axes that name the head are not normalized over
+        self.q_norm = Normalize(spec.qk_norm, heads, own=2 * own, dtype=dtype) if spec.qk_norm else None
+        self.k_norm = Normalize(spec.qk_norm, keys, own=1 * own, dtype=dtype) if spec.qk_norm else None
+        self.sinks = param({"kv_heads": kv_heads, "group": group}, jnp.dtype(jnp.float32)) if spec.sinks else None
+
+    def __call__(self, x: jax.Array, turn: Angles | None, core: Core) -> tuple[jax.Array, LayerCache | None]:
+        qkv = self.qkv(x)
+        group = qkv.shape[-2] - 2
+        q, k, v = qkv[..., :group, :], qkv[..., group, :], qkv[..., group + 1, :]
+        if not self.spec.norm_after_rope:
+            q, k = self._norm(q, k)
+        if self.spec.rope is not None:
+            assert turn is not None
+            cos, sin = turn
+            q = rotate(q, (cos[..., None, :], sin[..., None, :]), interleaved=self.spec.rope.interleaved)
+            k = rotate(k, turn, interleaved=self.spec.rope.interleaved)
+        if self.spec.norm_after_rope:
+            q, k = self._norm(q, k)
+        options = Options(scale=self.spec.scale, window=self.spec.window, soft_cap=self.spec.soft_cap)
+        sinks = None if self.sinks is None else self.sinks[...]
+        out, cache = core.attend(q, k, v, sinks=sinks, options=options)
+        return self.out(out), cache
+
+    def _norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paged:
+    """Writes the new tokens' KV into this layer's pools, then attends over the pools."""
+
+    inputs: ModelInputs
+    cache: LayerCache
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
+    ) -> tuple[jax.Array, LayerCache | None]:
+        def local(
+            q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, cache: LayerCache, inputs: ModelInputs
+        ) -> tuple[jax.Array, LayerCache]:
+            written = kv_write(cache["k"], cache["v"], k, v, inputs.slots)
+            out = paged_attention(
+                q.reshape(q.shape[0], -1, q.shape[-1]),
+                written.k_pool,
+                written.v_pool,
+                **_ragged(inputs),
+                sinks=None if sinks is None else sinks.reshape(-1),
+                scale=options.scale,
+                window=options.window,
+                soft_cap=options.soft_cap,
+            )
+            return out.reshape(*q.shape[:-1], v.shape[-1]), {"k": written.k_pool, "v": written.v_pool}
+
+        heads, pool = mesh.partition((None, "kv_heads")), mesh.partition((None, None, "kv_heads"))
+        pools = {"k": pool, "v": pool}
+        specs = heads, heads, heads, None if sinks is None else mesh.partition(("kv_heads",)), pools, P()
+        return mesh.island(local, specs, (heads, pools))(q, k, v, sinks, self.cache, self.inputs)
+
+    def attend_latent(
+        self, q: jax.Array, latent: jax.Array, *, latent_dim: int, scale: float
+    ) -> tuple[jax.Array, LayerCache]:
+        """q [tokens, heads, latent + rope] over latents [tokens, latent + rope] -> [tokens, heads, latent]."""
+
+        def local(q: jax.Array, latent: jax.Array, pool: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, jax.Array]:
+            pool = latent_write(pool, latent, inputs.slots)
+            return mla_attention(q, pool, **_ragged(inputs), latent_dim=latent_dim, scale=scale), pool
+
+        heads = mesh.partition((None, "heads"))
+        run = mesh.island(local, (heads, P(), P(), P()), (heads, P()))
+        out, pool = run(q, latent, self.cache["latent"], self.inputs)
+        return out, {"latent": pool}
+
+
+def _ragged(inputs: ModelInputs) -> dict[str, Any]:
+    return dict(
+        block_tables=inputs.block_tables,
+        kv_lens=inputs.kv_lens,
+        cu_q_lens=inputs.cu_q_lens,
+        distribution=inputs.distribution,
+        decode_only=inputs.decode_only,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense:
+    """Causal attention within [batch, length] sequences, padded on the right if at all; keeps nothing."""
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
+    ) -> tuple[jax.Array, LayerCache | None]:
+        # The scores of all queries at once would be length^2 per head: take a few queries at a time.
+        length = q.shape[1]
+        chunk = min(length, 512)
+        starts = range(0, length, chunk)
+        attend = jax.checkpoint(_attend_chunk, static_argnums=(4, 5)) if len(starts) > 1 else _attend_chunk
+        outs: list[jax.Array] = []
+        for start in starts:
+            stop = min(start + chunk, length)
+            first = 0 if options.window is None else max(0, start - options.window + 1)
+            outs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], sinks, start - first, options))
+        return jnp.concatenate(outs, axis=1), None
+
+
+def _attend_chunk(
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, ahead: int, options: Options
+) -> jax.Array:
+    """Queries over all keys up to the last of them; the first query stands `ahead` behind the first key."""
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32) * options.scale
+    if options.soft_cap is not None:
+        scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+    distance = (ahead + jnp.arange(q.shape[1]))[:, None] - jnp.arange(k.shape[1])[None, :]
+    seen = distance >= 0 if options.window is None else (distance >= 0) & (distance < options.window)
+    scores = jnp.where(lift(seen, scores), scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks[None, :, :, None, None]
+        top = jnp.maximum(top, sinks)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    return jnp.einsum("bkgqs,bskd->bqkgd", (weights / total).astype(v.dtype), v)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one decoder. Its modules declare the parameters; those themselves travel as a plain nested dict.
+
+    hidden, cache = step(spec, params, cache, inputs)         serving, over paged KV
+    logits = forward(spec, params, tokens)                    scoring and training, dense, differentiable
+
+Both run the same blocks. `spec` is static: equal specs share an executable. Layers are unrolled, each an inner jit,
+so that equal layers are traced once and every layer keeps weights and cache of its own.
+"""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.models.attention import Core, Dense, GroupedAttention, Paged
+from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.kv_cache import LayerCache
+from jaxserve.models.latent_attention import MultiHeadLatentAttention
+from jaxserve.models.layers import Embedding, Linear, Normalize, contract, lift, param
+from jaxserve.models.mlp import FeedForward
+from jaxserve.models.moe import MixtureOfExperts
+from jaxserve.models.rope import Angles, angles
+from jaxserve.models.spec import Attention, Layer, Mlp, ModelSpec, Norm
+from jaxserve.parallel import mesh
+
+Params = dict[str, Any]  # nested; leaves are arrays
+
+
+class Block(nnx.Module):
+    def __init__(self, spec: Layer, hidden: int, *, kv_repeat: int, dtype: jnp.dtype) -> None:
+        self.spec = spec
+        if isinstance(spec.attention, Attention):
+            self.attention = GroupedAttention(spec.attention, hidden, kv_repeat=kv_repeat, dtype=dtype)
+        else:
+            self.attention = MultiHeadLatentAttention(spec.attention, hidden, dtype=dtype)
+        kind = FeedForward if isinstance(spec.mlp, Mlp) else MixtureOfExperts
+        self.mlp = kind(spec.mlp, hidden, dtype=dtype)  # pyright: ignore[reportArgumentType]
+
+        def norm(of: Norm | None) -> Normalize | None:
+            return None if of is None else Normalize(of, {"hidden": hidden}, dtype=dtype)
+
+        self.attention_in, self.attention_out = norm(spec.attention_in), norm(spec.attention_out)
+        self.mlp_in, self.mlp_out = norm(spec.mlp_in), norm(spec.mlp_out)
+
+    def __call__(self, x: jax.Array, turn: Angles | None, core: Core) -> tuple[jax.Array, LayerCache | None]:
+        def through(norm: Normalize | None, value: jax.Array) -> jax.Array:
+            return value if norm is None else norm(value)
+
+        spec = self.spec
+        normed = through(self.attention_in, x)
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(normed, turn, core)
+        if spec.parallel:
+            source = normed if self.mlp_in is None else self.mlp_in(x)
+            with jax.named_scope("mlp"):
+                return x + attended + self.mlp(source), cache
+        if not spec.norm_the_sum:
+            attended = through(self.attention_out, attended)
+        x = x + attended * spec.residual_scale
+        if spec.norm_the_sum:
+            x = through(self.attention_out, x)
+        with jax.named_scope("mlp"):
+            out = self.mlp(through(self.mlp_in, x))
+        if not spec.norm_the_sum:
+            out = through(self.mlp_out, out)
+        x = x + out * spec.residual_scale
+        return through(self.mlp_out, x) if spec.norm_the_sum else x, cache
+
+
+class Decoder(nnx.Module):
+    """`kv_repeat` and `vocab_rows` adapt the parameters to a mesh; see layout.Fit."""
+
+    def __init__(self, spec: ModelSpec, *, kv_repeat: int, vocab_rows: int, dtype: jnp.dtype) -> None:
+        self.spec = spec
+        model = {"hidden": spec.hidden}
+        narrow = {"hidden": spec.embed_dim or spec.hidden}
+        self.embed = Embedding({"vocab": vocab_rows} | narrow, dtype=dtype)
+        rows, wide = {"vocab": vocab_rows}, spec.embed_dim is not None
+        learned = None if spec.learned_positions is None else {"positions": spec.learned_positions}
+        self.positions = Embedding(learned | model, dtype=dtype) if learned else None
+        self.embed_in = Linear(model, narrow, dtype=dtype) if wide else None
+        self.embed_out = Linear(narrow, model, dtype=dtype) if wide else None
+        self.layers = nnx.List([Block(layer, spec.hidden, kv_repeat=kv_repeat, dtype=dtype) for layer in spec.layers])
+        self.final_norm = Normalize(spec.final_norm, model, dtype=dtype) if spec.final_norm else None
+        self.head = None if spec.tied else param(rows | narrow, dtype)
+        self.head_bias = param(rows, dtype) if spec.head_bias else None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cores: Sequence[Core],
+        *,
+        rope_lengths: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, list[LayerCache | None]]:
+        """Tokens and positions of any one shape -> hidden states after the last block, and the layers' caches."""
+        spec = self.spec
+        x = self.embed(tokens)
+        if spec.embed_scale != 1.0:
+            x = x * jnp.asarray(spec.embed_scale, x.dtype)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.positions is not None:
+            x = x + self.positions(positions + spec.position_offset)
+        ropes = {layer.attention.rope for layer in spec.layers} - {None}
+        turns = {rope: angles(rope, positions, rope_lengths) for rope in ropes if rope is not None}
+        run = partial(_run_block, remat=remat)
+        caches: list[LayerCache | None] = []
+        for block, core in zip(self.layers, cores, strict=True):
+            declared, state = nnx.split(block)
+            rope = block.spec.attention.rope
+            x, updated = run(declared, nnx.to_pure_dict(state), x, None if rope is None else turns[rope], core)
+            caches.append(updated)
+        return x, caches
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., hidden] -> float32 [..., vocab_size], whole on every device."""
+        spec = self.spec
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.embed_out is not None:
+            x = self.embed_out(x)
+        weight = self.embed.weight[...] if self.head is None else self.head[...]
+        logits = contract(x, weight, count=1, outs=("vocab",), dtype=jnp.dtype(jnp.float32))
+        if self.head_bias is not None:
+            logits = logits + lift(self.head_bias[...].astype(jnp.float32), logits)
+        logits = mesh.replicated(logits)[..., : spec.vocab_size]
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_soft_cap is not None:
+            logits = spec.logit_soft_cap * jnp.tanh(logits / spec.logit_soft_cap)
+        return logits
+
+
+@partial(jax.jit, static_argnums=(0,), static_argnames=("remat",), inline=False)
+def _run_block(
+    declared: Any, params: Params, x: jax.Array, turn: Angles | None, core: Core, *, remat: bool
+) -> tuple[jax.Array, LayerCache | None]:
+    def run(params: Params, x: jax.Array, turn: Angles | None, core: Core) -> tuple[jax.Array, LayerCache | None]:
+        return nnx.merge(declared, params)(x, turn, core)
+
+    return (jax.checkpoint(run) if remat else run)(params, x, turn, core)
+
+
+@cache
+def declare(spec: ModelSpec, *, kv_repeat: int, vocab_rows: int, dtype: str) -> tuple[Any, Any]:
+    """The decoder without its arrays: flax's graph, and its abstract state."""
+    make = partial(Decoder, spec, kv_repeat=kv_repeat, vocab_rows=vocab_rows, dtype=jnp.dtype(dtype))
+    return nnx.split(nnx.eval_shape(make))
+
+
+def bind(spec: ModelSpec, params: Params) -> Decoder:
+    """The decoder around these parameters (engine layout); to be called inside a trace."""
+    table = params["embed"]["weight"]
+    first = params["layers"][0]["attention"]
+    repeat = 1
+    attention = spec.layers[0].attention
+    if isinstance(attention, Attention):
+        repeat = first["qkv"]["kernel"].shape[0] // attention.kv_heads
+    graph, _ = declare(spec, kv_repeat=repeat, vocab_rows=table.shape[0], dtype=str(table.dtype))
+    return nnx.merge(graph, params)
+
+
+def step(
+    spec: ModelSpec, params: Params, cache: list[LayerCache], inputs: ModelInputs
+) -> tuple[jax.Array, list[LayerCache]]:
+    """One ragged batch: logits [sampled, vocab] in float32, and the cache, which the caller's jit should donate."""
+    decoder = bind(spec, params)
+    cores = [Paged(inputs, pools) for pools in cache]
+    x, updated = decoder(inputs.tokens, inputs.positions, cores, rope_lengths=inputs.rope_lengths)
+    rows = x.at[inputs.sampled].get(mode="promise_in_bounds")
+    return decoder.logits(rows), [pools for pools in updated if pools is not None]
+
+
+def forward(
+    spec: ModelSpec,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    rope_lengths: jax.Array | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Logits [batch, length, vocab] in float32 of int32 tokens [batch, length], padded on the right if at all.
+
+    Pure and differentiable in `params` (engine layout: see layout.to_engine_layout, differentiable too). `remat`
+    recomputes each block in the backward pass. `rope_lengths` [batch] is how long each sequence is taken to be by
+    RoPE kinds that ask (dynamic, longrope); by default all of `length`.
+    """
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape, out_sharding=_as(tokens))
+    if rope_lengths is None:
+        rope_lengths = jnp.full((batch,), length, jnp.int32)
+    lengths = jnp.broadcast_to(rope_lengths[:, None], tokens.shape) if spec.needs_rope_length else None
+    decoder = bind(spec, params)
+    dense = Dense()
+    x, _ = decoder(tokens, positions, [dense] * len(spec.layers), rope_lengths=lengths, remat=remat)
+    return decoder.logits(x)
+
+
+def _as(array: jax.Array) -> Any:
+    return mesh.out_sharding(array, array.ndim, ())

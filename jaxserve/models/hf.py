@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a Hugging Face config: the last place that knows its words.
+
+transformers' own config classes fill in defaults and translate old forms (`rope_scaling`, `sliding_window_pattern`)
+into new ones, so that a config means here what it means there. They are data classes: no model code, no torch, and
+never code that comes with a checkpoint.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from jaxserve.errors import CheckpointError, one_line
+from jaxserve.models.spec import Activation, Attention, Dynamic, Linear, Llama3, LongRope, ModelSpec, Norm, Rope, Yarn
+
+MAX_CONFIG = 10_000_000
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file nobody vouches for."""
+    name = one_line(str(path), limit=1000)
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise CheckpointError(f"{name} has over {MAX_CONFIG} bytes", "check the file")
+        content: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise CheckpointError(f"{name} cannot be read ({reason})", "name a model folder with a config.json") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{name} is not valid JSON", "download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name} is not a JSON object", "download it again")
+    return cast(dict[str, Any], content)
+
+
+class Config:
+    """A config's values, with a note of which were asked for: tests hold that list against all there are."""
+
+    def __init__(self, hf: Any) -> None:
+        self._hf = hf
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.add(name)
+        return getattr(self._hf, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return getattr(self._hf, name, default)
+
+    def refuse(self, reason: str = "", **supported: Any) -> None:
+        """Values that must be as given, being switches that are not computed here: refuse(clip_qkv=None)."""
+        for name, value in supported.items():
+            found = self.get(name, value)
+            if found != value:
+                problem = f"config.json sets {name} = {one_line(repr(found))}, which is not supported"
+                raise CheckpointError(f"{problem} ({reason})" if reason else problem, f"only {value!r} is")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def activation(name: Any) -> Activation:
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json asks for the activation {one_line(repr(name))}", f"supported: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def rms(config: Config, **options: Any) -> Norm:
+    return Norm(kind="rms", eps=config.rms_norm_eps, **options)
+
+
+def model(config: Config, **options: Any) -> ModelSpec:
+    """What most families mean by their fields; `options` say the rest, or otherwise."""
+    given: dict[str, Any] = dict(
+        family=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden=config.hidden_size,
+        max_positions=config.max_position_embeddings,
+        tied=config.tie_word_embeddings,
+    )
+    return ModelSpec(**given | options)
+
+
+def attention(config: Config, **options: Any) -> Attention:
+    """What most families mean by their fields; `options` say the rest, or otherwise."""
+    heads = config.num_attention_heads
+    head_dim = options.pop("head_dim", None) or config.get("head_dim") or config.hidden_size // heads
+    if "rope" not in options:
+        options["rope"] = rope(config, head_dim)
+    return Attention(
+        heads=heads,
+        kv_heads=options.pop("kv_heads", None) or config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        scale=options.pop("scale", head_dim**-0.5),
+        **options,
+    )
+
+
+def windows(config: Config) -> list[int | None]:
+    """The sliding window of each layer, for the families that read `layer_types`."""
+    count, kinds = config.num_hidden_layers, config.layer_types
+    known = {"full_attention": None, "sliding_attention": config.get("sliding_window") or None}
+    for kind in kinds:
+        if kind not in known:
+            raise CheckpointError(f"config.json has a layer of type {kind!r}", f"supported: {', '.join(known)}")
+    if len(kinds) != count:
+        raise CheckpointError(f"config.json lists {len(kinds)} layer_types for {count} layers", "check the file")
+    return [known[kind] for kind in kinds]
+
+
+def rope(config: Config, head_dim: int, *, kind: str | None = None, interleaved: bool = False) -> Rope:
+    """From `rope_parameters`, flat or (given a layer type as `kind`) nested by layer type."""
+    given: Mapping[str, Any] = config.rope_parameters or {}
+    if kind is not None and kind in given:
+        given = given[kind] or {}
+    name = str(given.get("rope_type", "default"))
+    dim = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
+    base = float(given.get("rope_theta") or 10_000.0)
+    longest = config.max_position_embeddings
+    original = given.get("original_max_position_embeddings") or longest
+    factor = given.get("factor")
+    magnitude = 1.0
+    match name:
+        case "default":
+            scaling = None
+        case "linear":
+            scaling = Linear(factor=float(_given(given, "factor")))
+        case "dynamic":
+            scaling = Dynamic(factor=float(_given(given, "factor")), original=longest)
+        case "llama3":
+            low, high = float(_given(given, "low_freq_factor")), float(_given(given, "high_freq_factor"))
+            factor = float(_given(given, "factor"))
+            scaling = Llama3(factor=factor, original=original, low_freq=low, high_freq=high)
+        case "yarn":
+            factor = float(factor or longest / original)
+            magnitude = _yarn_magnitude(given, factor)
+            scaling = Yarn(
+                factor=factor,
+                original=original,
+                beta_fast=float(given.get("beta_fast") or 32),
+                beta_slow=float(given.get("beta_slow") or 1),
+                truncate=bool(given.get("truncate", True)),
+            )
+        case "longrope" | "su":
+            factor = float(factor or longest / original)
+            default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            magnitude = float(given.get("attention_factor") or default)
+            short, long = (_divisors(given, key, dim // 2) for key in ("short_factor", "long_factor"))
+            scaling = LongRope(short=short, long=long, original=original)
+        case _:
+            supported = "default, linear, dynamic, llama3, yarn, longrope"
+            raise CheckpointError(
+                f"config.json asks for RoPE of type {one_line(repr(name))}", f"supported: {supported}"
+            )
+    return Rope(dim=dim, base=base, scaling=scaling, magnitude=magnitude, interleaved=interleaved)
+
+
+def _given(parameters: Mapping[str, Any], key: str) -> Any:
+    if parameters.get(key) is None:
+        raise CheckpointError(f"config.json's RoPE parameters lack {key!r}", "check the file")
+    return parameters[key]
+
+
+def _divisors(parameters: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    values = tuple(float(value) for value in _given(parameters, key))
+    if len(values) != count or not all(value > 0 for value in values):
+        raise CheckpointError(f"config.json's RoPE {key} has {len(values)} values, expected {count}", "check the file")
+    return values
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _yarn_magnitude(given: Mapping[str, Any], factor: float) -> float:
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    one, all_dims = given.get("mscale"), given.get("mscale_all_dim")
+    if one and all_dims:
+        return yarn_mscale(factor, one) / yarn_mscale(factor, all_dims)
+    return yarn_mscale(factor, 1.0)

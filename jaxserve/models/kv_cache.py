@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged KV cache: one dict of pools per layer, so that each is donated, aliased and updated in place alone.
+
+{"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.models.spec import LatentAttention, Layer, ModelSpec
+from jaxserve.parallel import mesh
+
+LayerCache = dict[str, jax.Array]
+
+_AXES: dict[str, mesh.Axes] = {
+    "k": ("blocks", "slots", "kv_heads", "head_dim"),
+    "v": ("blocks", "slots", "kv_heads", "head_dim"),
+    "latent": ("blocks", "slots", "latent"),
+}
+
+
+def layer_shapes(layer: Layer, *, blocks: int, block_size: int, kv_repeat: int = 1) -> dict[str, tuple[int, ...]]:
+    attention = layer.attention
+    if isinstance(attention, LatentAttention):
+        return {"latent": (blocks, block_size, attention.kv_rank + attention.rope_dim)}
+    shape = (blocks, block_size, attention.kv_heads * kv_repeat, attention.head_dim)
+    return {"k": shape, "v": shape}
+
+
+def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any, kv_repeat: int = 1) -> int:
+    """Over all layers and all devices together."""
+    shapes = (layer_shapes(layer, blocks=1, block_size=block_size, kv_repeat=kv_repeat) for layer in spec.layers)
+    return sum(math.prod(shape) for pools in shapes for shape in pools.values()) * jnp.dtype(dtype).itemsize
+
+
+def abstract_cache(
+    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, kv_repeat: int = 1
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes, with shardings where a mesh is in context."""
+    return [
+        {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.here(_AXES[name]))
+            for name, shape in layer_shapes(layer, blocks=blocks, block_size=block_size, kv_repeat=kv_repeat).items()
+        }
+        for layer in spec.layers
+    ]
+
+
+def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, kv_repeat: int = 1) -> list[LayerCache]:
+    """Zeroed pools, made on the devices: the host never holds one."""
+    abstract = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype, kv_repeat=kv_repeat)
+
+    def zeros() -> list[LayerCache]:
+        return jax.tree.map(lambda pool: jnp.zeros(pool.shape, pool.dtype, out_sharding=pool.sharding), abstract)
+
+    return jax.jit(zeros)()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts every block is made of. Weights lie as Hugging Face stores them, outputs first, so that loading copies
+and never transposes, and a tied embedding is the output head as it is.
+
+Every parameter carries the logical names of its axes; parallel.mesh says how those are cut.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.models.spec import Activation, Norm
+from jaxserve.parallel import mesh
+
+Sizes = Mapping[str, int]  # logical axis -> size, in order
+
+
+def param(sizes: Sizes, dtype: jnp.dtype) -> nnx.Param[jax.Array]:
+    # Decoders are only ever built abstractly: nothing is allocated here.
+    return nnx.Param(jnp.zeros(tuple(sizes.values()), dtype), axes=tuple(sizes))
+
+
+def lift(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Axes of size 1 in front, up to the rank of `like`."""
+    return jax.lax.expand_dims(vector, range(like.ndim - vector.ndim))
+
+
+class Linear(nnx.Module):
+    """y[..., *outs] = sum over *ins of x[..., *ins] kernel[*outs, *ins] (+ bias[*outs])."""
+
+    def __init__(self, outs: Sizes, ins: Sizes, *, dtype: jnp.dtype, bias: bool = False) -> None:
+        self.outs, self.ins = tuple(outs), tuple(ins)
+        self.kernel = param({**outs, **ins}, dtype)
+        self.bias = param(outs, dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = contract(x, self.kernel[...], count=len(self.ins), outs=self.outs)
+        return y if self.bias is None else y + lift(self.bias[...], y)
+
+
+def contract(
+    x: jax.Array, kernel: jax.Array, *, count: int, outs: tuple[str, ...], dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """Sum over the last `count` axes of both; where those are cut, this is an all-reduce."""
+    lead = x.ndim - count
+    pairs = tuple(range(lead, x.ndim)), tuple(range(kernel.ndim - count, kernel.ndim))
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        (pairs, ((), ())),
+        preferred_element_type=dtype or x.dtype,
+        out_sharding=mesh.out_sharding(x, lead, outs),
+    )
+
+
+class Normalize(nnx.Module):
+    """RMS or layer norm over the last axes, as many as `sizes` has less `own`; weights of shape `sizes`."""
+
+    def __init__(self, spec: Norm, sizes: Sizes, *, dtype: jnp.dtype, own: int = 0) -> None:
+        self.spec, self.count = spec, len(sizes) - own
+        self.weight = param(sizes, dtype) if spec.weight else None
+        self.bias = param(sizes, dtype) if spec.bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        over = tuple(range(x.ndim - self.count, x.ndim))
+        y = x.astype(jnp.float32)
+        if self.spec.kind == "layer":
+            y = y - jnp.mean(y, axis=over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.spec.eps)
+        if self.weight is not None:
+            y = y * lift(self.weight[...].astype(jnp.float32) + self.spec.offset, y)
+        if self.bias is not None:
+            y = y + lift(self.bias[...].astype(jnp.float32), y)
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows by id; also the output head where the two are tied."""
+
+    def __init__(self, sizes: Sizes, *, dtype: jnp.dtype) -> None:
+        self.axes = tuple(sizes)
+        self.weight = param(sizes, dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return (
+            self.weight[...]
+            .at[ids]
+            .get(mode="promise_in_bounds", out_sharding=mesh.out_sharding(ids, ids.ndim, self.axes[1:]))
+        )
+
+
+def activate(name: Activation, x: jax.Array) -> jax.Array:
+    match name:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "gelu_quick":
+            return x * jax.nn.sigmoid(1.702 * x)
+        case "relu":
+            return jax.nn.relu(x)
+        case "relu2":
+            return jnp.square(jax.nn.relu(x))
+        case "clamped_swiglu":
+            raise ValueError("clamped_swiglu is a gated activation")
+
+
+def gate(name: Activation, gated: jax.Array, up: jax.Array) -> jax.Array:
+    if name == "clamped_swiglu":  # gpt-oss
+        gated, up = jnp.minimum(gated, 7.0), jnp.clip(up, -7.0, 7.0)
+        return gated * jax.nn.sigmoid(1.702 * gated) * (up + 1)
+    return activate(name, gated) * up
+
+
+def size_of(sizes: Sizes) -> int:
+    return math.prod(sizes.values())

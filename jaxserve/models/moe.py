@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture of experts: exact top-k routing, no token dropped, no shape that depends on the data.
+
+The rows of all tokens, one per chosen expert, are sorted by expert; a grouped matmul then reads each expert's weights
+once. Under a mesh every device runs its own experts on all tokens, and one sum puts the parts together.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.models.layers import Linear, contract, gate, lift, param
+from jaxserve.models.mlp import FeedForward
+from jaxserve.models.spec import Moe, Router
+from jaxserve.parallel import mesh
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class Routing(nnx.Module):
+    def __init__(self, spec: Router, hidden: int, *, dtype: jnp.dtype) -> None:
+        self.spec = spec
+        self.kernel = param({"router": spec.experts, "hidden": hidden}, dtype)
+        float32 = jnp.dtype(jnp.float32)
+        self.bias = param({"router": spec.experts}, dtype) if spec.bias else None
+        self.correction = param({"router": spec.experts}, float32) if spec.correction else None
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The chosen experts of each token, best first, and their weights in float32: [..., top_k] each."""
+        spec = self.spec
+        x, kernel = x.astype(jnp.float32), self.kernel[...].astype(jnp.float32)
+        logits = contract(x, kernel, count=1, outs=("router",))
+        if self.bias is not None:
+            logits = logits + lift(self.bias[...].astype(jnp.float32), logits)
+        match spec.scoring:
+            case "softmax":
+                scores = jax.nn.softmax(logits, axis=-1)
+            case "sigmoid":
+                scores = jax.nn.sigmoid(logits)
+            case "softmax_of_chosen":
+                scores = logits
+        ranked = scores if self.correction is None else scores + lift(self.correction[...], scores)
+        if spec.groups > 1:
+            ranked = _keep_best_groups(ranked, spec)
+        _, chosen = jax.lax.top_k(ranked, spec.top_k)  # of equals the first, as torch's on CPU
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if spec.scoring == "softmax_of_chosen":
+            weights = jax.nn.softmax(weights, axis=-1)
+        if spec.normalize:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + spec.norm_eps)
+        return chosen, weights * spec.scale
+
+
+def _keep_best_groups(ranked: jax.Array, spec: Router) -> jax.Array:
+    grouped = ranked.reshape(*ranked.shape[:-1], spec.groups, -1)
+    if spec.group_score == "max":
+        standing = jnp.max(grouped, axis=-1)
+    else:
+        standing = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, best = jax.lax.top_k(standing, spec.top_groups)
+    kept = jnp.any(jax.nn.one_hot(best, spec.groups, dtype=jnp.bool), axis=-2)
+    return jnp.where(kept[..., None], grouped, 0.0).reshape(ranked.shape)
+
+
+class Experts(nnx.Module):
+    def __init__(self, spec: Moe, hidden: int, *, dtype: jnp.dtype) -> None:
+        experts, width, model = {"experts": spec.router.experts}, {"mlp": spec.width}, {"hidden": hidden}
+        self.spec = spec
+        self.gate_up = Linear(experts | {"parts": 2} | width, model, bias=spec.bias, dtype=dtype)
+        self.down = Linear(experts | model, width, dtype=dtype)
+        self.down_bias = param(experts | model, dtype) if spec.bias else None
+
+    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        tokens = P(*mesh.leading_spec(x, x.ndim - 1)) if mesh.in_mesh() else None
+        up_axes, down_axes = ("experts", "parts", "mlp"), ("experts", None, "mlp")
+        parameters = {
+            "gate_up": (self.gate_up.kernel, up_axes),
+            "gate_up_bias": (self.gate_up.bias, up_axes),
+            "down": (self.down.kernel, down_axes),
+            "down_bias": (self.down_bias, down_axes[:2]),
+        }
+        held = {name: (value[...], mesh.partition(axes)) for name, (value, axes) in parameters.items() if value}
+        arrays, cuts = ({name: pair[i] for name, pair in held.items()} for i in (0, 1))
+        run = mesh.island(self._run_shard, (tokens, tokens, tokens, cuts), tokens)
+        return run(x, chosen, weights, arrays)
+
+    def _run_shard(
+        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, arrays: dict[str, jax.Array]
+    ) -> jax.Array:
+        """The experts that live here, a slice of each; the sum over the mesh is the whole."""
+        here, _, width, hidden = arrays["gate_up"].shape
+        ids = chosen.reshape(-1)
+        order = jnp.argsort(ids, stable=True)
+        sorted_ids = ids[order]
+        first = mesh.shard_index("experts") * here
+        offsets = jnp.searchsorted(sorted_ids, first + jnp.arange(here + 1, dtype=ids.dtype)).astype(jnp.int32)
+        tokens = x.reshape(-1, hidden)[order // chosen.shape[-1]]
+        mine = jnp.clip(sorted_ids - first, 0, here - 1)  # of rows that are not mine, anything: they come out zero
+
+        both = grouped_matmul(tokens, arrays["gate_up"].reshape(here, 2 * width, hidden), offsets)
+        both = both.reshape(-1, 2, width)
+        if "gate_up_bias" in arrays:
+            both = both + arrays["gate_up_bias"][mine]
+        out = grouped_matmul(gate(self.spec.activation, both[:, 0], both[:, 1]), arrays["down"], offsets)
+        if "down_bias" in arrays:
+            # Once, not once per slice of the width; and not for rows of other shards.
+            rows = jnp.arange(ids.size)
+            ours = (rows >= offsets[0]) & (rows < offsets[-1]) & (mesh.shard_index("mlp") == 0)
+            out = out + jnp.where(ours[:, None], arrays["down_bias"][mine], jnp.zeros((), out.dtype))
+        # Back to the tokens' order: a gather, as a scatter-add would sum in any order.
+        unsorted = out[jnp.argsort(order)].reshape(*chosen.shape, hidden).astype(jnp.float32)
+        total = jnp.sum(unsorted * weights[..., None], axis=-2)
+        return mesh.sum_over(total.astype(x.dtype), "mlp", "experts")
+
+
+class MixtureOfExperts(nnx.Module):
+    def __init__(self, spec: Moe, hidden: int, *, dtype: jnp.dtype) -> None:
+        self.spec = spec
+        self.router = Routing(spec.router, hidden, dtype=dtype)
+        self.experts = Experts(spec, hidden, dtype=dtype)
+        self.shared = FeedForward(spec.shared, hidden, dtype=dtype) if spec.shared else None
+        self.shared_gate = Linear({"parts": 1}, {"hidden": hidden}, dtype=dtype) if spec.shared_gate else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        chosen, weights = self.router(x)
+        y = self.experts(x, chosen, weights)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        if self.shared_gate is not None:
+            shared = shared * jax.nn.sigmoid(self.shared_gate(x))
+        return y + shared

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an architecture is, as frozen data. A family's page makes it from a Hugging Face config; after that nobody
+reads the config. Specs are hashable: jit takes them as static arguments, and two equal ones share an executable.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, cast
+
+from jaxserve.errors import CheckpointError
+
+type Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "clamped_swiglu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float
+    bias: bool = False
+    weight: bool = True
+    offset: float = 0.0  # added to the weight: Gemma stores w - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """NTK: the base grows with the sequence once it is longer than `original`."""
+
+    factor: float
+    original: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3:
+    factor: float
+    original: int
+    low_freq: float
+    high_freq: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """One set of divisors for sequences up to `original`, another for longer ones."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    dim: int  # the first `dim` of a head's dims turn, the rest pass
+    base: float
+    scaling: Linear | Dynamic | Yarn | Llama3 | LongRope | None = None
+    magnitude: float = 1.0  # cos and sin times this (yarn, longrope)
+    interleaved: bool = False  # pairs are (0, 1), (2, 3), ..., not (0, dim/2), ...
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the angles depend on how long the sequence is, or is going to be."""
+        return isinstance(self.scaling, Dynamic | LongRope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None  # a token sees the last `window` tokens, itself included
+    soft_cap: float | None = None
+    sinks: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Norm | None = None
+    # What a QK norm spans: each head with the same weights, each head with its own, or all heads as one vector.
+    qk_norm_over: Literal["head", "own_head", "all_heads"] = "head"
+    norm_after_rope: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """DeepSeek's MLA: keys and values are projections of one small latent vector per token."""
+
+    heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    scale: float
+    rope: Rope
+    norm: Norm
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp:
+    width: int
+    activation: Activation
+    gated: bool = True
+    bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    experts: int
+    top_k: int
+    scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"]
+    normalize: bool = False  # divide the chosen weights by their sum
+    norm_eps: float = 0.0
+    groups: int = 1  # choose `top_groups` of these first, then experts among theirs
+    top_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    correction: bool = False  # a learned bias that counts for choosing and not for weighing
+    scale: float = 1.0
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moe:
+    router: Router
+    width: int
+    activation: Activation
+    bias: bool = False
+    shared: Mlp | None = None
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One block. Norms that are None are not there; `mlp_in` None in a parallel block means `attention_in` serves."""
+
+    attention: Attention | LatentAttention
+    mlp: Mlp | Moe
+    attention_in: Norm | None = None
+    attention_out: Norm | None = None
+    mlp_in: Norm | None = None
+    mlp_out: Norm | None = None
+    parallel: bool = False  # x + attention(x) + mlp(x)
+    norm_the_sum: bool = False  # *_out norms act on the residual stream after the addition
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    family: str
+    vocab_size: int
+    hidden: int
+    max_positions: int  # the longest sequence the model can take
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None
+    tied: bool
+    embed_scale: float = 1.0
+    embed_dim: int | None = None  # where it is not `hidden`: projected in and out
+    learned_positions: int | None = None  # rows of the table
+    position_offset: int = 0  # the row of position 0
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def needs_rope_length(self) -> bool:
+        return any(layer.attention.rope is not None and layer.attention.rope.needs_length for layer in self.layers)
+
+
+def _check(spec: ModelSpec) -> None:
+    """A config comes from a stranger: no size may be absurd before anything is allocated by it."""
+    problems = list(_problems(spec, "model"))
+    if not spec.layers:
+        problems.append("model has no layers")
+    for i, layer in enumerate(spec.layers):
+        attention, mlp = layer.attention, layer.mlp
+        if isinstance(attention, Attention):
+            if attention.kv_heads > 0 and attention.heads % attention.kv_heads:
+                problems.append(f"layer {i}: {attention.heads} heads are no multiple of {attention.kv_heads} KV heads")
+            if attention.rope and not 0 < attention.rope.dim <= attention.head_dim:
+                problems.append(f"layer {i}: RoPE turns {attention.rope.dim} of {attention.head_dim} head dims")
+        if attention.rope and attention.rope.dim % 2:
+            problems.append(f"layer {i}: RoPE turns {attention.rope.dim} dims, expected an even number")
+        if isinstance(mlp, Moe):
+            router = mlp.router
+            if router.experts % router.groups:
+                problems.append(f"layer {i}: {router.experts} experts in {router.groups} groups")
+            chosen_from = router.experts // router.groups * router.top_groups
+            if not (router.top_k <= chosen_from <= router.experts):
+                problems.append(f"layer {i}: {router.top_k} experts chosen of {chosen_from}")
+    if problems:
+        raise CheckpointError(f"config.json makes no model: {problems[0]}", "check the file")
+
+
+def _problems(node: object, where: str) -> list[str]:
+    found: list[str] = []
+    if isinstance(node, tuple):
+        for i, item in enumerate(cast(tuple[object, ...], node)):
+            found += _problems(item, f"{where}[{i}]")
+    elif is_dataclass(node):
+        for field in fields(node):
+            found += _problems(getattr(node, field.name), f"{where}.{field.name}")
+    elif isinstance(node, float) and not math.isfinite(node):
+        found.append(f"{where} is {node}")
+    elif isinstance(node, int) and not isinstance(node, bool):
+        # Zero is right for some (an offset), and nothing real reaches 2^31.
+        low = 0 if where.endswith(("position_offset", "factor")) else 1
+        if not low <= node < 2**31:
+            found.append(f"{where} is {node}, expected {low} to {2**31 - 1}")
+    return found
+
+
+# --- as JSON, beside a converted checkpoint -----------------------------------------------------------------------
+
+_CLASSES: dict[str, type] = {
+    c.__name__: c
+    for c in (
+        *(Norm, Linear, Dynamic, Yarn, Llama3, LongRope, Rope, Attention, LatentAttention, Mlp, Router, Moe),
+        *(Layer, ModelSpec),
+    )
+}
+
+
+def to_json(node: Any) -> Any:
+    """Plain dicts, lists and numbers; `from_json` gives back an equal spec."""
+    if isinstance(node, tuple):
+        return [to_json(item) for item in cast(tuple[Any, ...], node)]
+    if is_dataclass(node):
+        return {"is": type(node).__name__} | {field.name: to_json(getattr(node, field.name)) for field in fields(node)}
+    return node
+
+
+def from_json(node: Any) -> Any:
+    if isinstance(node, list):
+        return tuple(from_json(item) for item in cast(list[Any], node))
+    if isinstance(node, dict):
+        content = {str(key): from_json(value) for key, value in cast(Mapping[Any, Any], node).items()}
+        name = content.pop("is", None)
+        try:
+            return _CLASSES[str(name)](**content)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the stored spec does not fit this version: {error}", "convert again") from None
+    return node

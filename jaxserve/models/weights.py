@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the tensors of a Hugging Face checkpoint become public ones: data for convert, which does the reading.
+
+A family's WEIGHTS is a list of rules. `{layer}` and `{expert}` in a name stand for numbers; a public tensor whose rule
+has `{expert}` in its source is the stack of all experts' tensors. Of several rules for one public tensor the first
+whose source the checkpoint has applies. A `view` picks or turns a part of the source without computing on it; the
+result is reshaped to the public shape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxserve.models.spec import Attention, Layer
+
+type View = Callable[[np.ndarray[Any, Any], Layer | None], np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    path: str
+    source: str
+    view: View | None = None
+
+
+def layer_rules(prefix: str, **names: str) -> tuple[Rule, ...]:
+    """Rules for both weight and bias of a layer's linear maps: `layer_rules("h.{layer}.", attention__q="attn.q")`.
+
+    `__` in a key stands for a dot.
+    """
+    rules: list[Rule] = []
+    for path, name in names.items():
+        path = path.replace("__", ".")
+        rules += linear(f"layers.{{layer}}.{path}", prefix + name)
+    return tuple(rules)
+
+
+def linear(path: str, source: str, view: View | None = None) -> tuple[Rule, Rule]:
+    """Kernel and bias of a linear map."""
+    return Rule(f"{path}.kernel", f"{source}.weight", view), Rule(f"{path}.bias", f"{source}.bias", view)
+
+
+def norm(path: str, source: str) -> tuple[Rule, Rule]:
+    return Rule(f"{path}.weight", f"{source}.weight"), Rule(f"{path}.bias", f"{source}.bias")
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+def transposed(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
+    """For maps that are stored inputs first; a bias is as it is."""
+    return np.swapaxes(array, -1, -2) if array.ndim > 1 else array
+
+
+def rows(part: int, *counts: Callable[[Layer], int]) -> View:
+    """The `part`-th of several blocks of rows, whose sizes the layer tells."""
+
+    def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
+        assert layer is not None
+        sizes = [count(layer) for count in counts]
+        start = sum(sizes[:part])
+        return array[start : start + sizes[part]]
+
+    return view
+
+
+def half(part: int) -> View:
+    """The first or second half of the rows."""
+
+    def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
+        middle = array.shape[0] // 2
+        return array[middle:] if part else array[:middle]
+
+    return view
+
+
+def grouped_qkv(part: str) -> View:
+    """From rows that lie KV head by KV head: its queries, its key, its value."""
+
+    def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
+        assert layer is not None and isinstance(layer.attention, Attention)
+        attention = layer.attention
+        heads = array.reshape(attention.kv_heads, attention.group + 2, attention.head_dim, *array.shape[1:])
+        at = {"q": slice(attention.group), "k": attention.group, "v": attention.group + 1}[part]
+        return heads[:, at]
+
+    return view
+
+
+def stacked_qkv(part: str) -> View:
+    """From rows that are all queries, then all keys, then all values."""
+
+    def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
+        assert layer is not None and isinstance(layer.attention, Attention)
+        attention = layer.attention
+        q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part]
+        return array[start:stop]
+
+    return view
+
+
+def qkv(path: str, source: str, view: Callable[[str], View]) -> tuple[Rule, ...]:
+    """Queries, keys and values that the checkpoint has in one map."""
+    return tuple(rule for part in "qkv" for rule in linear(f"{path}.{part}", source, view(part)))
+
+
+# --- names that most families share ---------------------------------------------------------------------------------
+
+LAYER = "layers.{layer}"
+HF_LAYER = "model.layers.{layer}"
+
+LLAMA_LIKE: tuple[Rule, ...] = (
+    Rule("embed.weight", "model.embed_tokens.weight"),
+    Rule("head", "lm_head.weight"),
+    Rule("head_bias", "lm_head.bias"),
+    *norm("final_norm", "model.norm"),
+    *norm(f"{LAYER}.attention_in", f"{HF_LAYER}.input_layernorm"),
+    *norm(f"{LAYER}.mlp_in", f"{HF_LAYER}.post_attention_layernorm"),
+    *linear(f"{LAYER}.attention.q", f"{HF_LAYER}.self_attn.q_proj"),
+    *linear(f"{LAYER}.attention.k", f"{HF_LAYER}.self_attn.k_proj"),
+    *linear(f"{LAYER}.attention.v", f"{HF_LAYER}.self_attn.v_proj"),
+    *linear(f"{LAYER}.attention.out", f"{HF_LAYER}.self_attn.o_proj"),
+    *norm(f"{LAYER}.attention.q_norm", f"{HF_LAYER}.self_attn.q_norm"),
+    *norm(f"{LAYER}.attention.k_norm", f"{HF_LAYER}.self_attn.k_norm"),
+    *linear(f"{LAYER}.mlp.gate", f"{HF_LAYER}.mlp.gate_proj"),
+    *linear(f"{LAYER}.mlp.up", f"{HF_LAYER}.mlp.up_proj"),
+    *linear(f"{LAYER}.mlp.down", f"{HF_LAYER}.mlp.down_proj"),
+)
+
+# Experts by number, under `mlp`: what Qwen, DeepSeek and most others write.
+MOE_LIKE: tuple[Rule, ...] = (
+    Rule(f"{LAYER}.mlp.router.kernel", f"{HF_LAYER}.mlp.gate.weight"),
+    *linear(f"{LAYER}.mlp.experts.gate", f"{HF_LAYER}.mlp.experts.{{expert}}.gate_proj"),
+    *linear(f"{LAYER}.mlp.experts.up", f"{HF_LAYER}.mlp.experts.{{expert}}.up_proj"),
+    *linear(f"{LAYER}.mlp.experts.down", f"{HF_LAYER}.mlp.experts.{{expert}}.down_proj"),
+    *linear(f"{LAYER}.mlp.shared.gate", f"{HF_LAYER}.mlp.shared_expert.gate_proj"),
+    *linear(f"{LAYER}.mlp.shared.up", f"{HF_LAYER}.mlp.shared_expert.up_proj"),
+    *linear(f"{LAYER}.mlp.shared.down", f"{HF_LAYER}.mlp.shared_expert.down_proj"),
+    Rule(f"{LAYER}.mlp.shared_gate.kernel", f"{HF_LAYER}.mlp.shared_expert_gate.weight"),
+)
