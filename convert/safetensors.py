@@ -18,7 +18,7 @@ from convert import header
 from convert.header import MalformedError, TensorInfo, quote
 from jaxserve.errors import CheckpointError, one_line
 
-__all__ = ["TensorInfo", "read_checkpoint", "read_header"]
+__all__ = ["TensorInfo", "read_checkpoint", "read_header", "read_index"]
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_INDEX = 32_000_000  # DeepSeek-V3, 91k tensors, has 9 MB
@@ -74,7 +74,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
-    weight_map = _weight_map(index)
+    weight_map = read_index(index)
     shards = {shard: read_header(index.parent / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
@@ -89,7 +89,8 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """Which shard holds each tensor, by an index: plain names of .safetensors files beside it."""
     with _open(index) as (file, size):
         if size > MAX_INDEX:
             _fail(index, f"has {size} bytes, expected at most {MAX_INDEX}")

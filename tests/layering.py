@@ -43,7 +43,7 @@ HOST = {
     *("jaxserve", "jaxserve.errors", "jaxserve.types", "jaxserve.config", "jaxserve.metrics"),
     *("jaxserve.engine.scheduler", "jaxserve.engine.block_pool", "jaxserve.engine.batch"),
     *("jaxserve.engine.sequence", "jaxserve.sampling.grammar"),
-    *("convert.header", "convert.safetensors"),
+    *("convert.header", "convert.hub", "convert.safetensors"),
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 KERNELS_MAY_IMPORT = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.spec import Activation, Norm
+from jaxserve.models.spec import Activation, ClampedSwiglu, Norm
 from jaxserve.parallel import mesh
 
 Sizes = Mapping[str, int]  # logical axis -> size, in order
@@ -106,14 +106,14 @@ def activate(name: Activation, x: jax.Array) -> jax.Array:
             return jax.nn.relu(x)
         case "relu2":
             return jnp.square(jax.nn.relu(x))
-        case "clamped_swiglu":
-            raise ValueError("clamped_swiglu is a gated activation")
+        case ClampedSwiglu():
+            raise ValueError("a clamped SwiGLU needs a gate")
 
 
 def gate(name: Activation, gated: jax.Array, up: jax.Array) -> jax.Array:
-    if name == "clamped_swiglu":  # gpt-oss
-        gated, up = jnp.minimum(gated, 7.0), jnp.clip(up, -7.0, 7.0)
-        return gated * jax.nn.sigmoid(1.702 * gated) * (up + 1)
+    if isinstance(name, ClampedSwiglu):
+        gated, up = jnp.minimum(gated, name.limit), jnp.clip(up, -name.limit, name.limit)
+        return gated * jax.nn.sigmoid(name.alpha * gated) * (up + 1)
     return activate(name, gated) * up
 
 

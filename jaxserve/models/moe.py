@@ -28,8 +28,8 @@ class Routing(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The chosen experts of each token, best first, and their weights in float32: [..., top_k] each."""
         spec = self.spec
-        x, kernel = x.astype(jnp.float32), self.kernel[...].astype(jnp.float32)
-        logits = contract(x, kernel, count=1, outs=("router",))
+        # Products of bfloat16 are exact in float32: no need for a float32 copy of the weights.
+        logits = contract(x, self.kernel[...], count=1, outs=("router",), dtype=jnp.dtype(jnp.float32))
         if self.bias is not None:
             logits = logits + lift(self.bias[...].astype(jnp.float32), logits)
         match spec.scoring:
@@ -59,7 +59,7 @@ def _keep_best_groups(ranked: jax.Array, spec: Router) -> jax.Array:
         standing = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
     _, best = jax.lax.top_k(standing, spec.top_groups)
     kept = jnp.any(jax.nn.one_hot(best, spec.groups, dtype=jnp.bool), axis=-2)
-    return jnp.where(kept[..., None], grouped, 0.0).reshape(ranked.shape)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(ranked.shape)
 
 
 class Experts(nnx.Module):

@@ -10,7 +10,16 @@ from typing import Any, Literal, cast
 
 from jaxserve.errors import CheckpointError
 
-type Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "clamped_swiglu"]
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedSwiglu:
+    """gate * sigmoid(alpha * gate) * (up + 1), both clamped to `limit` first."""
+
+    alpha: float
+    limit: float
+
+
+type Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"] | ClampedSwiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +220,8 @@ def _check(spec: ModelSpec) -> None:
             chosen_from = router.experts // router.groups * router.top_groups
             if not (router.top_k <= chosen_from <= router.experts):
                 problems.append(f"layer {i}: {router.top_k} experts chosen of {chosen_from}")
+            if router.groups > 1 and router.group_score == "top2_sum" and router.experts < 2 * router.groups:
+                problems.append(f"layer {i}: {router.experts} experts make no pairs in {router.groups} groups")
     if problems:
         raise CheckpointError(f"config.json makes no model: {problems[0]}", "check the file")
 
@@ -238,7 +249,7 @@ def _problems(node: object, where: str) -> list[str]:
 _CLASSES: dict[str, type] = {
     c.__name__: c
     for c in (
-        *(Norm, Linear, Dynamic, Yarn, Llama3, LongRope, Rope, Attention, LatentAttention, Mlp, Router, Moe),
+        *(ClampedSwiglu, Norm, Linear, Dynamic, Yarn, Llama3, LongRope, Rope, Attention, LatentAttention, Mlp, Router, Moe),
         *(Layer, ModelSpec),
     )
 }

@@ -53,11 +53,12 @@ class Paged:
 
     def step(self, *work: tuple[Row, list[int]], decode_only: bool = False) -> list[np.ndarray]:
         """Gives each row its new tokens; the logits of them all. Rows with one token must come first."""
-        inputs, sizes = self._inputs(work, decode_only)
+        inputs = self.inputs(*work, decode_only=decode_only)
+        sizes = [len(new) for _, new in work]
         logits, self.cache = run_step(self.spec, self.params, self.cache, inputs)
         return np.split(np.asarray(logits)[: sum(sizes)], np.cumsum(sizes)[:-1])
 
-    def _inputs(self, work: tuple[tuple[Row, list[int]], ...], decode_only: bool) -> tuple[ModelInputs, list[int]]:
+    def inputs(self, *work: tuple[Row, list[int]], decode_only: bool = False) -> ModelInputs:
         size = self.rows if decode_only else self.tokens
         tokens, positions, lengths = (np.zeros(size, np.int32) for _ in range(3))
         slots = np.full(size, -1, np.int32)
@@ -95,7 +96,7 @@ class Paged:
             distribution=distribution,
             decode_only=decode_only,
         )
-        inputs = ModelInputs(
+        return ModelInputs(
             tokens=jnp.asarray(tokens),
             positions=jnp.asarray(positions),
             slots=jnp.asarray(slots),
@@ -107,4 +108,3 @@ class Paged:
             rope_lengths=jnp.asarray(lengths) if self.spec.needs_rope_length else None,
             decode_only=decode_only,
         )
-        return inputs, [len(new) for _, new in work]

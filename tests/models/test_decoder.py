@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every model: the two ways agree, gradients are right, equal specs share executables."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.models import decoder, layout
+from jaxserve.models import spec as specs
+from tests.conftest import ForbidCompiles
+from tests.models import tiny
+from tests.models.paged import Paged, Row
+
+
+@pytest.mark.parametrize("name", tiny.SPECS)
+def test_layouts_round_trip_exactly(name: str) -> None:
+    spec = tiny.SPECS[name]
+    public = tiny.public_params(spec)
+    engine = layout.to_engine_layout(spec, public)
+    back = layout.to_public_layout(spec, engine)
+    assert jax.tree.structure(back) == jax.tree.structure(public)
+    jax.tree.map(np.testing.assert_array_equal, back, public)
+
+
+@pytest.mark.parametrize("name", tiny.SPECS)
+def test_spec_survives_json(name: str) -> None:
+    spec = tiny.SPECS[name]
+    assert specs.from_json(json.loads(json.dumps(specs.to_json(spec)))) == spec
+
+
+def loss(spec: specs.ModelSpec, public: decoder.Params, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
+    """A trainer's: mean negative log-likelihood of the next token, from public parameters."""
+    logits = decoder.forward(spec, layout.to_engine_layout(spec, public), tokens, remat=remat)
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "mla"])
+def test_gradients_match_finite_differences(name: str) -> None:
+    spec, tokens = tiny.SPECS[name], tiny.tokens(batch=1, length=9)
+    public = tiny.public_params(spec)
+    grads = jax.jit(jax.grad(partial(loss, spec)))(public, tokens)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    remat = jax.jit(jax.grad(partial(loss, spec, remat=True)))(public, tokens)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), remat, grads)
+
+    # Along random directions, and along one for each kind of parameter, so that none can hide. Every router's choice
+    # jumps somewhere; a step this small crosses no jump here.
+    value = jax.jit(partial(loss, spec))
+    random = np.random.default_rng(3)
+    for kind in {path[-2:] for path, _ in layout.leaves(public)}:
+        direction: decoder.Params = {}
+        for path, leaf in layout.leaves(public):
+            at = random.normal(size=leaf.shape) if path[-2:] == kind else np.zeros(leaf.shape)
+            layout.put(direction, path, jnp.asarray(at, jnp.float32))
+        norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(direction))))
+        step = 1e-2 / norm
+        ahead, behind = (
+            float(value(jax.tree.map(lambda p, d, s=sign * step: p + s * d, public, direction), tokens))
+            for sign in (1, -1)
+        )
+        wanted = (ahead - behind) / (2 * step)
+        found = float(sum(jnp.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)))
+        assert abs(found - wanted) < 2e-2 * abs(wanted) + 5e-5 / step, layout.dotted(kind)
+
+
+def test_right_padding_and_the_batch_change_nothing() -> None:
+    spec = tiny.SPECS["moe"]
+    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    tokens = tiny.tokens(batch=2, length=20)
+    whole = np.asarray(decoder.forward(spec, params, tokens))
+    short = np.asarray(decoder.forward(spec, params, tokens[1:, :13]))
+    np.testing.assert_allclose(whole[1, :13], short[0], atol=2e-5 * float(whole.std()))
+
+
+def test_long_sequences_are_taken_in_chunks() -> None:
+    """Over 512 tokens the dense way cuts the queries; the result is that of a prefix computed whole."""
+    spec = tiny.SPECS["dense"]
+    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    tokens = tiny.tokens(batch=1, length=530)
+    run = jax.jit(decoder.forward, static_argnames="spec")
+    long, short = np.asarray(run(spec, params, tokens)), np.asarray(run(spec, params, tokens[:, :512]))
+    np.testing.assert_allclose(long[:, :512], short, atol=2e-5 * float(short.std()))
+    paged = Paged(spec, params, rows=1, tokens=530, max_length=530)
+    [logits] = paged.step((Row(530), [int(token) for token in tokens[0]]))
+    np.testing.assert_allclose(logits, long[0], atol=2e-5 * float(long.std()))
+
+
+def test_a_windowed_layer_reads_only_its_window() -> None:
+    """Blocks wholly before the window may hold anything: here NaN, written after they were used."""
+    spec = tiny.model(tiny.block(tiny.grouped(window=6), tiny.MLP), tiny.block(tiny.grouped(window=6), tiny.MLP))
+    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    tokens = tiny.tokens(batch=1, length=30)
+    dense = np.asarray(decoder.forward(spec, params, tokens))[0]
+    paged, row, text = Paged(spec, params), Row(30), [int(token) for token in tokens[0]]
+    paged.step((row, text[:22]))
+    # Token 22 sees 17 to 22; blocks of 8: the first two are behind every later token's window.
+    paged.cache = jax.tree.map(lambda pool: pool.at[jnp.asarray(row.blocks[:2])].set(jnp.nan), paged.cache)
+    [one] = paged.step((row, text[22:23]), decode_only=True)
+    [rest] = paged.step((row, text[23:]))
+    np.testing.assert_allclose(np.concatenate((one, rest)), dense[22:], atol=2e-5 * float(dense.std()))
+
+
+def test_decode_only_steps_agree_with_mixed_ones() -> None:
+    for name in ("dense", "moe", "mla"):
+        spec = tiny.SPECS[name]
+        params = layout.to_engine_layout(spec, tiny.public_params(spec))
+        text = [int(token) for token in tiny.tokens(batch=1, length=12)[0]]
+        outs: list[np.ndarray] = []
+        for decode_only in (False, True):
+            paged, row = Paged(spec, params), Row(12)
+            paged.step((row, text[:11]))
+            outs += paged.step((row, text[11:]), decode_only=decode_only)
+        np.testing.assert_allclose(outs[0], outs[1], atol=2e-5 * float(outs[0].std()))
+
+
+def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompiles) -> None:
+    """Another model object with other weights, its spec built anew: no trace, no compile."""
+    run = jax.jit(decoder.forward, static_argnames="spec")
+    first = tiny.SPECS["mla"]
+    again = specs.from_json(specs.to_json(first))
+    assert again is not first
+    tokens = tiny.tokens()
+    ours, theirs = (layout.to_engine_layout(first, tiny.public_params(first, seed)) for seed in (0, 1))
+    run(first, ours, tokens).block_until_ready()
+    with forbid_compiles():
+        run(again, theirs, tokens).block_until_ready()
+
+
+def test_equal_layers_are_traced_once() -> None:
+    layer = tiny.block(tiny.grouped(), tiny.MLP)
+    spec = tiny.model(*[layer] * 6)
+    abstract = layout.abstract_params(spec, jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    text = jax.jit(decoder.forward, static_argnums=0).lower(spec, abstract, tokens).as_text()
+    assert text.count("func.func private @_run_block") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda public: public["layers"][0]["attention"].pop("q"), "lack layers.0.attention.q.kernel"),
+        (lambda public: public.update(extra={"weight": jnp.ones(3)}), "no parameter extra.weight"),
+        (lambda public: public.update(head=jnp.ones((98, 31))), r"head has shape \(98, 31\), expected \(98, 32\)"),
+    ],
+)
+def test_a_foreign_tree_is_refused_by_name(change: object, problem: str) -> None:
+    spec = tiny.SPECS["one-kv-head"]
+    public = tiny.public_params(spec)
+    change(public)  # type: ignore[operator]
+    with pytest.raises(Exception, match=problem):
+        layout.to_engine_layout(spec, public)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(vocab_size=0), "vocab_size is 0"),
+        (dict(hidden=2**40), "hidden is"),
+        (dict(layers=()), "no layers"),
+        (dict(logit_scale=float("nan")), "logit_scale is nan"),
+        (dict(layers=(tiny.block(tiny.grouped(kv_heads=3), tiny.MLP),)), "8 heads are no multiple of 3 KV heads"),
+    ],
+)
+def test_absurd_sizes_are_refused(change: dict[str, object], problem: str) -> None:
+    with pytest.raises(specs.CheckpointError, match=problem):
+        dataclasses.replace(tiny.SPECS["dense"], **change)  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any mesh gives what one device gives, with the collectives that the source shows and no others."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.errors import JaxserveError
+from jaxserve.models import decoder, layout
+from jaxserve.models.spec import ModelSpec
+from jaxserve.parallel import mesh
+from tests.models import tiny
+from tests.models.paged import Paged, Row, run_step
+
+TOLERANCE = 1e-5  # of the logits' spread
+SIZES = [
+    *((name, dict(tensor=shards)) for name in ("dense", "moe", "mla") for shards in (2, 4, 8)),
+    ("one-kv-head", dict(tensor=8)),
+    *((name, dict(expert=4)) for name in ("moe", "mla")),
+    ("moe", dict(tensor=2, expert=2)),
+    ("moe", dict(data=2, tensor=2, expert=2)),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), SIZES, ids=lambda value: str(value))
+def test_mesh_agrees_with_one_device(name: str, sizes: dict[str, int]) -> None:
+    spec, tokens = tiny.SPECS[name], tiny.tokens()
+    public = tiny.public_params(spec)
+    alone = np.asarray(decoder.forward(spec, layout.to_engine_layout(spec, public), tokens))
+
+    with jax.set_mesh(mesh.make_mesh(**sizes)):
+        params = layout.to_engine_layout(spec, public)
+        lies_as_declared(spec, params)
+        spread = jax.device_put(tokens, mesh.here(("batch", None)))
+        dense = jax.jit(decoder.forward, static_argnames="spec")(spec, params, spread)
+        agrees(np.asarray(dense), alone)
+
+        paged = Paged(spec, params, tokens=24, max_length=32, kv_repeat=layout.fit(spec).kv_repeat)
+        rows, texts = [Row(20), Row(20)], [list(map(int, text)) for text in tokens]
+        first = paged.step((rows[0], texts[0][:9]), (rows[1], texts[1][:13]))
+        then = paged.step((rows[1], texts[1][13:14]), (rows[0], texts[0][9:]))
+        agrees(np.concatenate((first[0], then[1])), alone[0])
+        agrees(np.concatenate((first[1], then[0])), alone[1, :14])
+
+
+def lies_as_declared(spec: ModelSpec, params: decoder.Params) -> None:
+    declared = dict(layout.leaves(layout.abstract_params(spec, jnp.float32)))
+    for path, value in layout.leaves(params):
+        assert value.shape == declared[path].shape, layout.dotted(path)
+        assert value.sharding.is_equivalent_to(declared[path].sharding, value.ndim), layout.dotted(path)
+
+
+def agrees(found: np.ndarray, wanted: np.ndarray) -> None:
+    assert np.abs(found - wanted).max() < TOLERANCE * wanted.std()
+
+
+# Per block: one sum after attention and one after the MLP or the experts, into which XLA folds that of the shared
+# experts. Beyond the blocks: one sum for the embedding, one gather of the logits.
+EXPECTED = {
+    "dense": {"all-reduce": 1 + 2 + 2, "all-gather": 1},
+    "one-kv-head": {"all-reduce": 1 + 2, "all-gather": 1},
+    "moe": {"all-reduce": 1 + 2 + 2, "all-gather": 1},
+    "mla": {"all-reduce": 1 + 2 + 2, "all-gather": 1},
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_decode_step_has_the_expected_collectives(name: str) -> None:
+    spec = tiny.SPECS[name]
+    with jax.set_mesh(mesh.make_mesh(tensor=4)):
+        params = layout.to_engine_layout(spec, tiny.public_params(spec))
+        paged = Paged(spec, params, kv_repeat=layout.fit(spec).kv_repeat)
+        inputs = paged.inputs((Row(8), [5]), decode_only=True)
+        hlo = run_step.lower(spec, params, paged.cache, inputs).compile().as_text()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    assert Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "problem"),
+    [
+        ("dense", dict(tensor=3), "8 attention heads do not divide among 3 tensor shards"),
+        ("moe", dict(expert=3), "8 experts do not divide among 3 expert shards"),
+        ("dense", dict(tensor=16), "needs 16 devices and there are 8"),
+        ("dense", dict(tensor=0), "size 0"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_the_numbers(name: str, sizes: dict[str, int], problem: str) -> None:
+    with pytest.raises(JaxserveError, match=problem), jax.set_mesh(mesh.make_mesh(**sizes)):
+        layout.fit(tiny.SPECS[name])
