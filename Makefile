@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install test lint test-cuda clean
+.PHONY: install test lint test-cuda golden clean
 
 install: .venv/.test-installed
 
@@ -57,13 +57,28 @@ test-cuda: .venv-cuda/.base-installed
 .venv-cuda/.base-installed: $(PINS)
 	@rm -f .venv-cuda/.installed
 	@$(call venv,.venv-cuda)
-	$(call install,.venv-cuda,jax jaxlib pytest pytest-timeout pytest-xdist hypothesis)
+	$(call install,.venv-cuda,jax jaxlib flax pytest pytest-timeout pytest-xdist hypothesis)
 	@touch $@
 
 .venv-cuda/.installed: .venv-cuda/.base-installed
 	$(call install,.venv-cuda,jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc)
 	@touch $@
 
+# Records what transformers computes for tiny models of every family: tests/golden/data. Tests only
+# read it. `make golden CASES=llama` makes those with llama in their name, FLAGS=--check compares.
+GOLDEN_PIP = .venv-golden/bin/python -m pip install --disable-pip-version-check --quiet
+golden: .venv-golden/.installed
+	.venv-golden/bin/python -m tests.golden.make $(CASES) $(FLAGS)
+
+# torch without CUDA, a tenth of the size, where PyTorch's own index can be reached; else the usual one.
+# The newest numpy is not for 3.11; any will do, as only its raw random bits are used.
+.venv-golden/.installed: Makefile constraints.txt
+	@$(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.11 .venv-golden,python3.11 -m venv .venv-golden)
+	grep -v '^numpy==' constraints.txt > .venv-golden/constraints.txt
+	$(GOLDEN_PIP) --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 || true
+	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt torch==2.13.0 transformers numpy safetensors jinja2
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-cuda .venv-golden .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

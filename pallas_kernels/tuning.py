@@ -41,7 +41,16 @@ class SamplingTiles:
     num_warps: int = 16
 
 
-type Tiles = DecodeTiles | RaggedTiles | SamplingTiles
+@dataclass(frozen=True)
+class MatmulTiles:
+    block_rows: int = 16  # rows of the output per program
+    block_columns: int = 64
+    block_inner: int = 64  # of the contracted axis, per loop step
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+type Tiles = DecodeTiles | RaggedTiles | SamplingTiles | MatmulTiles
 
 
 @functools.cache

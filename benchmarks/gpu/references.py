@@ -94,6 +94,27 @@ def mla(inputs: PagedInputs) -> Array:
     return out
 
 
+def grouped(lhs: Array, matrices: dict[int, Array], offsets: Array, width: int) -> Array:
+    """Each group's matrix [width, k] times its rows of lhs; zeros for rows of no group."""
+    out = np.zeros((len(lhs), width))
+    for g, matrix in matrices.items():
+        own = slice(offsets[g], offsets[g + 1])
+        out[own] = wide(lhs[own]) @ wide(matrix).T
+    return out
+
+
+def grouped_gradients(
+    lhs: Array, matrices: dict[int, Array], offsets: Array, d_out: Array, groups: int
+) -> tuple[Array, Array]:
+    """Of lhs, and of all matrices with their rows one after the other."""
+    d_lhs, d_rhs = np.zeros(lhs.shape), np.zeros((groups, d_out.shape[1], lhs.shape[1]))
+    for g, matrix in matrices.items():
+        own = slice(offsets[g], offsets[g + 1])
+        d_lhs[own] = wide(d_out[own]) @ wide(matrix)
+        d_rhs[g] = wide(d_out[own]).T @ wide(lhs[own])
+    return d_lhs, d_rhs.reshape(-1, lhs.shape[1])
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page, Row, describe, write_json
 from benchmarks.gpu.check_attention import implementation
 from benchmarks.gpu.time_attention import decode_case, mla_case, ragged_case
+from benchmarks.gpu.time_matmul import QWEN3_30B, grouped_case
 from benchmarks.gpu.time_others import sampling_case
 from benchmarks.gpu.timing import Arrays, Timed
 from pallas_kernels import dispatch, tuning
@@ -50,6 +51,10 @@ MLA_DECODE = (
     {"num_warps": (4, 8), "num_stages": (1, 2, 3)},
 )
 MLA_RAGGED = ({"block_rows": (32, 64, 128), "block_kv": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},)
+GROUPED = (
+    {"block_rows": (16, 32, 64, 128), "block_columns": (32, 64, 128, 256), "block_inner": (64, 128)},
+    {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5)},
+)
 SAMPLING = ({"block": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16, 32)}, {"pivots": (4, 8, 16)})
 
 
@@ -80,6 +85,9 @@ def shapes(tiny: bool) -> list[Tuned]:
     def sampling(asked: str, rows: int = 256, dtype: str = "float32") -> Tuned:
         return Tuned("sampling", lambda tiles: sampling_case(rows, asked, dtype=dtype, tiles=tiles), SAMPLING)
 
+    def grouped(tokens: int, product: str) -> Tuned:
+        return Tuned("grouped_matmul", lambda tiles: grouped_case(QWEN3_30B, tokens, product, tiles=tiles), GROUPED)
+
     llama, eight_bit = models.LLAMA_8B, "float8_e4m3fn"
     return [
         *(decode(llama, rows) for rows in (64, 8, 1, 32, 128, 256, 16, 4, 2)),
@@ -88,6 +96,7 @@ def shapes(tiny: bool) -> list[Tuned]:
         sampling("greedy"),
         sampling("random"),
         *(sampling("both", rows) for rows in (1, 8, 64)),
+        *(grouped(tokens, product) for product in QWEN3_30B.products for tokens in (64, 4096)),
         mla(64, 4096),
         *(decode(llama, rows, eight_bit) for rows in (64, 8, 256)),
         *(decode(models.QWEN3_30B, rows) for rows in (64, 8)),

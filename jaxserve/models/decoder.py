@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.models.attention import Core, Dense, GroupedAttention, Paged
+from jaxserve.models.fit import Fit
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.latent_attention import MultiHeadLatentAttention
@@ -31,14 +32,14 @@ Params = dict[str, Any]  # nested; leaves are arrays
 
 
 class Block(nnx.Module):
-    def __init__(self, spec: Layer, hidden: int, *, kv_repeat: int, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: Layer, hidden: int, fitted: Fit, *, dtype: jnp.dtype) -> None:
         self.spec = spec
         if isinstance(spec.attention, Attention):
-            self.attention = GroupedAttention(spec.attention, hidden, kv_repeat=kv_repeat, dtype=dtype)
+            self.attention = GroupedAttention(spec.attention, hidden, kv_repeat=fitted.kv_repeat, dtype=dtype)
         else:
             self.attention = MultiHeadLatentAttention(spec.attention, hidden, dtype=dtype)
         kind = FeedForward if isinstance(spec.mlp, Mlp) else MixtureOfExperts
-        self.mlp = kind(spec.mlp, hidden, dtype=dtype)  # pyright: ignore[reportArgumentType]
+        self.mlp = kind(spec.mlp, hidden, fitted, dtype=dtype)  # pyright: ignore[reportArgumentType]
 
         def norm(of: Norm | None) -> Normalize | None:
             return None if of is None else Normalize(of, {"hidden": hidden}, dtype=dtype)
@@ -72,19 +73,17 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`kv_repeat` and `vocab_rows` adapt the parameters to a mesh; see layout.Fit."""
-
-    def __init__(self, spec: ModelSpec, *, kv_repeat: int, vocab_rows: int, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: ModelSpec, fitted: Fit, *, dtype: jnp.dtype) -> None:
         self.spec = spec
         model = {"hidden": spec.hidden}
-        narrow = {"hidden": spec.embed_dim or spec.hidden}
-        self.embed = Embedding({"vocab": vocab_rows} | narrow, dtype=dtype)
-        rows, wide = {"vocab": vocab_rows}, spec.embed_dim is not None
+        narrow = {"latent": spec.embed_dim} if spec.embed_dim else model
+        rows, wide = {"vocab": fitted.rows(spec.vocab_size)}, spec.embed_dim is not None
+        self.embed = Embedding(rows | narrow, dtype=dtype)
         learned = None if spec.learned_positions is None else {"positions": spec.learned_positions}
         self.positions = Embedding(learned | model, dtype=dtype) if learned else None
         self.embed_in = Linear(model, narrow, dtype=dtype) if wide else None
         self.embed_out = Linear(narrow, model, dtype=dtype) if wide else None
-        self.layers = nnx.List([Block(layer, spec.hidden, kv_repeat=kv_repeat, dtype=dtype) for layer in spec.layers])
+        self.layers = nnx.List([Block(layer, spec.hidden, fitted, dtype=dtype) for layer in spec.layers])
         self.final_norm = Normalize(spec.final_norm, model, dtype=dtype) if spec.final_norm else None
         self.head = None if spec.tied else param(rows | narrow, dtype)
         self.head_bias = param(rows, dtype) if spec.head_bias else None
@@ -148,21 +147,14 @@ def _run_block(
 
 
 @cache
-def declare(spec: ModelSpec, *, kv_repeat: int, vocab_rows: int, dtype: str) -> tuple[Any, Any]:
-    """The decoder without its arrays: flax's graph, and its abstract state."""
-    make = partial(Decoder, spec, kv_repeat=kv_repeat, vocab_rows=vocab_rows, dtype=jnp.dtype(dtype))
-    return nnx.split(nnx.eval_shape(make))
+def declare(spec: ModelSpec, fitted: Fit, dtype: str) -> tuple[Any, Any]:
+    """The decoder without its arrays: flax's graph, which knows no sizes, and its abstract state."""
+    return nnx.split(nnx.eval_shape(partial(Decoder, spec, fitted, dtype=jnp.dtype(dtype))))
 
 
 def bind(spec: ModelSpec, params: Params) -> Decoder:
     """The decoder around these parameters (engine layout); to be called inside a trace."""
-    table = params["embed"]["weight"]
-    first = params["layers"][0]["attention"]
-    repeat = 1
-    attention = spec.layers[0].attention
-    if isinstance(attention, Attention):
-        repeat = first["qkv"]["kernel"].shape[0] // attention.kv_heads
-    graph, _ = declare(spec, kv_repeat=repeat, vocab_rows=table.shape[0], dtype=str(table.dtype))
+    graph, _ = declare(spec, Fit(), str(params["embed"]["weight"].dtype))
     return nnx.merge(graph, params)
 
 

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.models.spec import Activation, Attention, Dynamic, Linear, Llama3, LongRope, ModelSpec, Norm, Rope, Yarn
+from jaxserve.models.spec import (
+    Activation,
+    Attention,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    Mlp,
+    ModelSpec,
+    Norm,
+    Rope,
+    Yarn,
+)
 
 MAX_CONFIG = 10_000_000
 
@@ -54,7 +66,8 @@ class Config:
         """Values that must be as given, being switches that are not computed here: refuse(clip_qkv=None)."""
         for name, value in supported.items():
             found = self.get(name, value)
-            if found != value:
+            off = found is None and value is False
+            if found != value and not off:
                 problem = f"config.json sets {name} = {one_line(repr(found))}, which is not supported"
                 raise CheckpointError(f"{problem} ({reason})" if reason else problem, f"only {value!r} is")
 
@@ -86,6 +99,10 @@ def rms(config: Config, **options: Any) -> Norm:
     return Norm(kind="rms", eps=config.rms_norm_eps, **options)
 
 
+def layer_norm(eps: float, **options: Any) -> Norm:
+    return Norm(kind="layer", eps=eps, **{"bias": True} | options)
+
+
 def model(config: Config, **options: Any) -> ModelSpec:
     """What most families mean by their fields; `options` say the rest, or otherwise."""
     given: dict[str, Any] = dict(
@@ -98,12 +115,21 @@ def model(config: Config, **options: Any) -> ModelSpec:
     return ModelSpec(**given | options)
 
 
-def attention(config: Config, **options: Any) -> Attention:
+def mlp(config: Config, **options: Any) -> Mlp:
+    """What most families mean by their fields; `options` say the rest, or otherwise."""
+    if "width" not in options:
+        options["width"] = config.intermediate_size
+    if "activation" not in options:
+        options["activation"] = activation(config.hidden_act)
+    return Mlp(**options)
+
+
+def attention(config: Config, *, partial_rotary: bool = False, interleaved: bool = False, **options: Any) -> Attention:
     """What most families mean by their fields; `options` say the rest, or otherwise."""
     heads = config.num_attention_heads
     head_dim = options.pop("head_dim", None) or config.get("head_dim") or config.hidden_size // heads
     if "rope" not in options:
-        options["rope"] = rope(config, head_dim)
+        options["rope"] = rope(config, head_dim, partial=partial_rotary, interleaved=interleaved)
     return Attention(
         heads=heads,
         kv_heads=options.pop("kv_heads", None) or config.get("num_key_value_heads") or heads,
@@ -120,18 +146,30 @@ def windows(config: Config) -> list[int | None]:
     for kind in kinds:
         if kind not in known:
             raise CheckpointError(f"config.json has a layer of type {kind!r}", f"supported: {', '.join(known)}")
+    if "sliding_attention" in kinds and known["sliding_attention"] is None:
+        raise CheckpointError("config.json lists layers with a window, and sliding_window is off", "check the file")
     if len(kinds) != count:
         raise CheckpointError(f"config.json lists {len(kinds)} layer_types for {count} layers", "check the file")
     return [known[kind] for kind in kinds]
 
 
-def rope(config: Config, head_dim: int, *, kind: str | None = None, interleaved: bool = False) -> Rope:
-    """From `rope_parameters`, flat or (given a layer type as `kind`) nested by layer type."""
+def rope(
+    config: Config, head_dim: int, *, kind: str | None = None, interleaved: bool = False, partial: bool = False
+) -> Rope:
+    """From `rope_parameters`, flat or (given a layer type as `kind`) nested by layer type.
+
+    `partial` says that the family heeds partial_rotary_factor: for the others transformers turns whole heads.
+    """
     given: Mapping[str, Any] = config.rope_parameters or {}
     if kind is not None and kind in given:
         given = given[kind] or {}
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise CheckpointError("config.json has RoPE parameters by layer type", "this family takes one set for all")
     name = str(given.get("rope_type", "default"))
-    dim = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
+    part = float(given.get("partial_rotary_factor") or 1.0)
+    if part != 1 and not partial:
+        raise CheckpointError(f"config.json sets partial_rotary_factor = {part}, which is not supported", "only 1 is")
+    dim = int(head_dim * part)
     base = float(given.get("rope_theta") or 10_000.0)
     longest = config.max_position_embeddings
     original = given.get("original_max_position_embeddings") or longest

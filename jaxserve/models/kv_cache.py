@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxserve.models.fit import Fit, fit
 from jaxserve.models.spec import LatentAttention, Layer, ModelSpec
 from jaxserve.parallel import mesh
 
@@ -22,36 +23,38 @@ _AXES: dict[str, mesh.Axes] = {
 }
 
 
-def layer_shapes(layer: Layer, *, blocks: int, block_size: int, kv_repeat: int = 1) -> dict[str, tuple[int, ...]]:
+def layer_shapes(layer: Layer, fitted: Fit, *, blocks: int, block_size: int) -> dict[str, tuple[int, ...]]:
     attention = layer.attention
     if isinstance(attention, LatentAttention):
         return {"latent": (blocks, block_size, attention.kv_rank + attention.rope_dim)}
-    shape = (blocks, block_size, attention.kv_heads * kv_repeat, attention.head_dim)
+    shape = (blocks, block_size, attention.kv_heads * fitted.kv_repeat, attention.head_dim)
     return {"k": shape, "v": shape}
 
 
-def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any, kv_repeat: int = 1) -> int:
+def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any) -> int:
     """Over all layers and all devices together."""
-    shapes = (layer_shapes(layer, blocks=1, block_size=block_size, kv_repeat=kv_repeat) for layer in spec.layers)
+    fitted = fit(spec)
+    shapes = (layer_shapes(layer, fitted, blocks=1, block_size=block_size) for layer in spec.layers)
     return sum(math.prod(shape) for pools in shapes for shape in pools.values()) * jnp.dtype(dtype).itemsize
 
 
 def abstract_cache(
-    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, kv_repeat: int = 1
+    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Shapes, with shardings where a mesh is in context."""
+    fitted = fit(spec)
     return [
         {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.here(_AXES[name]))
-            for name, shape in layer_shapes(layer, blocks=blocks, block_size=block_size, kv_repeat=kv_repeat).items()
+            for name, shape in layer_shapes(layer, fitted, blocks=blocks, block_size=block_size).items()
         }
         for layer in spec.layers
     ]
 
 
-def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, kv_repeat: int = 1) -> list[LayerCache]:
+def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
     """Zeroed pools, made on the devices: the host never holds one."""
-    abstract = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype, kv_repeat=kv_repeat)
+    abstract = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype)
 
     def zeros() -> list[LayerCache]:
         return jax.tree.map(lambda pool: jnp.zeros(pool.shape, pool.dtype, out_sharding=pool.sharding), abstract)

@@ -5,14 +5,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.models.fit import Fit
 from jaxserve.models.layers import Linear, activate, gate
 from jaxserve.models.spec import Mlp
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, spec: Mlp, hidden: int, *, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: Mlp, hidden: int, fitted: Fit, *, dtype: jnp.dtype) -> None:
         self.spec = spec
-        model, width = {"hidden": hidden}, {"mlp": spec.width}
+        model, width = {"hidden": hidden}, {"mlp": fitted.columns(spec.width)}
         if spec.gated:
             self.gate_up = Linear({"parts": 2} | width, model, bias=spec.bias, dtype=dtype)
         else:

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.models.fit import Fit
 from jaxserve.models.layers import Linear, contract, gate, lift, param
 from jaxserve.models.mlp import FeedForward
 from jaxserve.models.spec import Moe, Router
 from jaxserve.parallel import mesh
 from pallas_kernels.grouped_matmul import grouped_matmul
+
+# Up to so many comparisons of all with all are one small kernel; a GPU's sort of as few elements is several.
+_FEW = 2**22
 
 
 class Routing(nnx.Module):
@@ -42,7 +46,7 @@ class Routing(nnx.Module):
         ranked = scores if self.correction is None else scores + lift(self.correction[...], scores)
         if spec.groups > 1:
             ranked = _keep_best_groups(ranked, spec)
-        _, chosen = jax.lax.top_k(ranked, spec.top_k)  # of equals the first, as torch's on CPU
+        chosen = best(ranked, spec.top_k)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if spec.scoring == "softmax_of_chosen":
             weights = jax.nn.softmax(weights, axis=-1)
@@ -57,14 +61,40 @@ def _keep_best_groups(ranked: jax.Array, spec: Router) -> jax.Array:
         standing = jnp.max(grouped, axis=-1)
     else:
         standing = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-    _, best = jax.lax.top_k(standing, spec.top_groups)
-    kept = jnp.any(jax.nn.one_hot(best, spec.groups, dtype=jnp.bool), axis=-2)
+    kept = jnp.any(jax.nn.one_hot(best(standing, spec.top_groups), spec.groups, dtype=jnp.bool), axis=-2)
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(ranked.shape)
 
 
+def best(scores: jax.Array, k: int) -> jax.Array:
+    """The indices of the k highest of each row, highest first, of equals the first."""
+    width = scores.shape[-1]
+    if scores.size * width > _FEW:
+        return jax.lax.top_k(scores, k)[1]
+    one, other = scores[..., :, None], scores[..., None, :]
+    earlier = jnp.arange(width)[None, :] < jnp.arange(width)[:, None]
+    ahead = (other > one) | ((other == one) & lift(earlier, other))
+    rank = jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+    hit = rank[..., None, :] == lift(jnp.arange(k, dtype=jnp.int32)[:, None], rank[..., None, :])
+    return jnp.argmax(hit, axis=-1).astype(jnp.int32)
+
+
+def placed(ids: jax.Array) -> jax.Array:
+    """Where each entry goes when all are sorted, equals in their order."""
+    count = ids.size
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    if count * count > _FEW:
+        return jnp.zeros_like(numbers).at[jnp.argsort(ids, stable=True)].set(numbers, unique_indices=True)
+    before = (ids[None, :] < ids[:, None]) | ((ids[None, :] == ids[:, None]) & (numbers[None, :] < numbers[:, None]))
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+
 class Experts(nnx.Module):
-    def __init__(self, spec: Moe, hidden: int, *, dtype: jnp.dtype) -> None:
-        experts, width, model = {"experts": spec.router.experts}, {"mlp": spec.width}, {"hidden": hidden}
+    def __init__(self, spec: Moe, hidden: int, fitted: Fit, *, dtype: jnp.dtype) -> None:
+        experts, width, model = (
+            {"experts": spec.router.experts},
+            {"mlp": fitted.columns(spec.width)},
+            {"hidden": hidden},
+        )
         self.spec = spec
         self.gate_up = Linear(experts | {"parts": 2} | width, model, bias=spec.bias, dtype=dtype)
         self.down = Linear(experts | model, width, dtype=dtype)
@@ -90,12 +120,14 @@ class Experts(nnx.Module):
         """The experts that live here, a slice of each; the sum over the mesh is the whole."""
         here, _, width, hidden = arrays["gate_up"].shape
         ids = chosen.reshape(-1)
-        order = jnp.argsort(ids, stable=True)
-        sorted_ids = ids[order]
+        rows = jnp.arange(ids.size, dtype=jnp.int32)
+        place = placed(ids)
+        order = jnp.zeros_like(rows).at[place].set(rows, unique_indices=True)
         first = mesh.shard_index("experts") * here
-        offsets = jnp.searchsorted(sorted_ids, first + jnp.arange(here + 1, dtype=ids.dtype)).astype(jnp.int32)
+        bounds = first + jnp.arange(here + 1, dtype=jnp.int32)
+        offsets = jnp.sum(ids[None, :] < bounds[:, None], axis=-1, dtype=jnp.int32)
         tokens = x.reshape(-1, hidden)[order // chosen.shape[-1]]
-        mine = jnp.clip(sorted_ids - first, 0, here - 1)  # of rows that are not mine, anything: they come out zero
+        mine = jnp.clip(ids[order] - first, 0, here - 1)  # of rows that are not mine, anything: they come out zero
 
         both = grouped_matmul(tokens, arrays["gate_up"].reshape(here, 2 * width, hidden), offsets)
         both = both.reshape(-1, 2, width)
@@ -104,21 +136,20 @@ class Experts(nnx.Module):
         out = grouped_matmul(gate(self.spec.activation, both[:, 0], both[:, 1]), arrays["down"], offsets)
         if "down_bias" in arrays:
             # Once, not once per slice of the width; and not for rows of other shards.
-            rows = jnp.arange(ids.size)
             ours = (rows >= offsets[0]) & (rows < offsets[-1]) & (mesh.shard_index("mlp") == 0)
             out = out + jnp.where(ours[:, None], arrays["down_bias"][mine], jnp.zeros((), out.dtype))
         # Back to the tokens' order: a gather, as a scatter-add would sum in any order.
-        unsorted = out[jnp.argsort(order)].reshape(*chosen.shape, hidden).astype(jnp.float32)
+        unsorted = out[place].reshape(*chosen.shape, hidden).astype(jnp.float32)
         total = jnp.sum(unsorted * weights[..., None], axis=-2)
         return mesh.sum_over(total.astype(x.dtype), "mlp", "experts")
 
 
 class MixtureOfExperts(nnx.Module):
-    def __init__(self, spec: Moe, hidden: int, *, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: Moe, hidden: int, fitted: Fit, *, dtype: jnp.dtype) -> None:
         self.spec = spec
         self.router = Routing(spec.router, hidden, dtype=dtype)
-        self.experts = Experts(spec, hidden, dtype=dtype)
-        self.shared = FeedForward(spec.shared, hidden, dtype=dtype) if spec.shared else None
+        self.experts = Experts(spec, hidden, fitted, dtype=dtype)
+        self.shared = FeedForward(spec.shared, hidden, fitted, dtype=dtype) if spec.shared else None
         self.shared_gate = Linear({"parts": 1}, {"hidden": hidden}, dtype=dtype) if spec.shared_gate else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

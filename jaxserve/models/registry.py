@@ -2,12 +2,34 @@
 """From a model folder's config.json to a ModelSpec, by the architecture's name."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import hf
-from jaxserve.models.families import llama
+from jaxserve.models.families import (
+    cohere,
+    deepseek,
+    falcon,
+    gemma,
+    gemma2,
+    glm,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from jaxserve.models.spec import ModelSpec
 from jaxserve.models.weights import Rule
 
@@ -25,8 +47,36 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = cast(
     "dict[str, Family]",
     {
+        "Cohere2ForCausalLM": cohere,
+        "CohereForCausalLM": cohere,
+        "DeepseekV2ForCausalLM": deepseek,
+        "DeepseekV3ForCausalLM": deepseek,
+        "FalconForCausalLM": falcon,
+        "Gemma2ForCausalLM": gemma2,
+        "Gemma3ForCausalLM": gemma2,
+        "Gemma3ForConditionalGeneration": gemma2,
+        "GemmaForCausalLM": gemma,
+        "Glm4ForCausalLM": glm,
+        "GlmForCausalLM": glm,
+        "GPT2LMHeadModel": gpt2,
+        "GPTNeoXForCausalLM": gpt_neox,
+        "GptOssForCausalLM": gpt_oss,
+        "GraniteForCausalLM": granite,
         "LlamaForCausalLM": llama,
+        "MinistralForCausalLM": llama,
         "MistralForCausalLM": llama,
+        "MixtralForCausalLM": mixtral,
+        "Olmo2ForCausalLM": olmo2,
+        "OPTForCausalLM": opt,
+        "Phi3ForCausalLM": phi3,
+        "PhiForCausalLM": phi,
+        "Qwen2ForCausalLM": qwen,
+        "Qwen2MoeForCausalLM": qwen,
+        "Qwen3ForCausalLM": qwen,
+        "Qwen3MoeForCausalLM": qwen,
+        "SmolLM3ForCausalLM": smollm3,
+        "StableLmForCausalLM": stablelm,
+        "Starcoder2ForCausalLM": starcoder2,
     },
 )
 
@@ -68,13 +118,22 @@ def as_config(raw: Mapping[str, Any]) -> hf.Config:
     if raw.get("quantization_config"):
         problem = f"the checkpoint is quantized ({one_line(repr(raw['quantization_config']))}), which is not supported"
         raise CheckpointError(problem, "name the unquantized checkpoint")
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, Mapping) and "per_layer_config" in part:
+            raise CheckpointError("config.json sets per_layer_config, which is not supported", "leave it out")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError(f"config.json has the unknown model_type {one_line(repr(kind))}", "check the file")
-    plain = {key: value for key, value in raw.items() if key != "auto_map" and not key.startswith("_")}
+    reader: Any = CONFIG_MAPPING[kind]
+    declared = {field.name for field in fields(reader)}
+    plain = {
+        key: value
+        for key, value in raw.items()
+        if key != "auto_map" and (not key.startswith("_") or key in declared)  # OPT has a field of that kind
+    }
     try:
-        return hf.Config(cast(Any, CONFIG_MAPPING[kind]).from_dict(plain))
+        return hf.Config(reader.from_dict(plain))
     except Exception as error:  # transformers' own checks raise many kinds
         raise CheckpointError(f"transformers refuses config.json: {one_line(str(error))}", "check the file") from None

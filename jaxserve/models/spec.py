@@ -249,7 +249,21 @@ def _problems(node: object, where: str) -> list[str]:
 _CLASSES: dict[str, type] = {
     c.__name__: c
     for c in (
-        *(ClampedSwiglu, Norm, Linear, Dynamic, Yarn, Llama3, LongRope, Rope, Attention, LatentAttention, Mlp, Router, Moe),
+        *(
+            ClampedSwiglu,
+            Norm,
+            Linear,
+            Dynamic,
+            Yarn,
+            Llama3,
+            LongRope,
+            Rope,
+            Attention,
+            LatentAttention,
+            Mlp,
+            Router,
+            Moe,
+        ),
         *(Layer, ModelSpec),
     )
 }

@@ -7,8 +7,8 @@ whose source the checkpoint has applies. A `view` picks or turns a part of the s
 result is reshaped to the public shape.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,16 @@ def norm(path: str, source: str) -> tuple[Rule, Rule]:
     return Rule(f"{path}.weight", f"{source}.weight"), Rule(f"{path}.bias", f"{source}.bias")
 
 
+def renamed(rules: Sequence[Rule], prefixes: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The same for a checkpoint that puts other prefixes before its names; rules that have none of them are left."""
+
+    def other(source: str) -> str:
+        old = next((old for old in prefixes if source.startswith(old)), "")
+        return prefixes[old] + source.removeprefix(old) if old else source
+
+    return tuple(replace(rule, source=other(rule.source)) for rule in rules)
+
+
 # --- views ----------------------------------------------------------------------------------------------------------
 
 
@@ -54,12 +64,29 @@ def transposed(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[A
     return np.swapaxes(array, -1, -2) if array.ndim > 1 else array
 
 
+def chained(*views: View) -> View:
+    """One after the other."""
+
+    def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
+        for one in views:
+            array = one(array, layer)
+        return array
+
+    return view
+
+
+def _check_outputs(array: np.ndarray[Any, Any], wanted: int) -> None:
+    if array.shape[0] != wanted:
+        raise ValueError(f"expected {wanted} outputs")
+
+
 def rows(part: int, *counts: Callable[[Layer], int]) -> View:
     """The `part`-th of several blocks of rows, whose sizes the layer tells."""
 
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         assert layer is not None
         sizes = [count(layer) for count in counts]
+        _check_outputs(array, sum(sizes))
         start = sum(sizes[:part])
         return array[start : start + sizes[part]]
 
@@ -82,6 +109,7 @@ def grouped_qkv(part: str) -> View:
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         assert layer is not None and isinstance(layer.attention, Attention)
         attention = layer.attention
+        _check_outputs(array, (attention.heads + 2 * attention.kv_heads) * attention.head_dim)
         heads = array.reshape(attention.kv_heads, attention.group + 2, attention.head_dim, *array.shape[1:])
         at = {"q": slice(attention.group), "k": attention.group, "v": attention.group + 1}[part]
         return heads[:, at]
@@ -96,6 +124,7 @@ def stacked_qkv(part: str) -> View:
         assert layer is not None and isinstance(layer.attention, Attention)
         attention = layer.attention
         q, kv = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        _check_outputs(array, q + 2 * kv)
         start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part]
         return array[start:stop]
 

@@ -16,6 +16,7 @@ from benchmarks import facts, models
 from benchmarks.gpu import (
     book,
     check_attention,
+    check_matmul,
     check_sampling,
     check_writes,
     command,
@@ -113,6 +114,10 @@ def wrong_tokens(op: Callable[..., Any]) -> Callable[..., Any]:
     return sample
 
 
+def next_group(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda lhs, rhs, offsets, **options: op(lhs, jnp.roll(rhs, 1, axis=0), offsets, **options)
+
+
 def next_slot(op: Callable[..., Any]) -> Callable[..., Any]:
     def write(k_pool: Any, v_pool: Any, k: Any, v: Any, slots: Any, **scales: Any) -> Any:
         return op(k_pool, v_pool, k, v, jnp.where(slots >= 0, slots ^ 1, slots), **scales)
@@ -125,10 +130,11 @@ def next_slot(op: Callable[..., Any]) -> Callable[..., Any]:
     [
         (check_attention, "paged_attention", a_little_off, "tiny_paged_cases", "check_paged"),
         (check_attention, "mla_attention", a_little_off, "tiny_mla_cases", "check_mla"),
+        (check_matmul, "grouped_matmul", next_group, "cases", "check_grouped"),
         (check_sampling, "sample", wrong_tokens, "cases", "check_sampling"),
         (check_writes, "kv_write", next_slot, "write_cases", "check_kv_write"),
     ],
-    ids=["paged", "mla", "sampling", "kv_write"],
+    ids=["paged", "mla", "grouped", "sampling", "kv_write"],
 )
 def test_wrong_kernel_fails(
     module: Any, op: str, wrong: Any, cases: str, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import dispatch, mla_attention, paged_attention, sampling, tuning
-from pallas_kernels.tuning import DecodeTiles, RaggedTiles, SamplingTiles
+from pallas_kernels.tuning import DecodeTiles, MatmulTiles, RaggedTiles, SamplingTiles
 from tests.kernels.test_lowering import targeting_h200
 
 
@@ -114,6 +114,7 @@ def test_the_shipped_table_names_known_ops_and_knobs() -> None:
         "mla_decode": DecodeTiles,
         "paged_ragged": RaggedTiles,
         "mla_ragged": RaggedTiles,
+        "grouped_matmul": MatmulTiles,
         "sampling": SamplingTiles,
     }
     for device, ops in tuning._table().items():

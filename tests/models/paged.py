@@ -40,14 +40,13 @@ class Paged:
         tokens: int = 48,
         max_length: int = 64,
         block_size: int = 8,
-        kv_repeat: int = 1,
         dtype: Any = jnp.float32,
     ) -> None:
         self.spec, self.params = spec, params
         self.rows, self.tokens, self.block_size = rows, tokens, block_size
         self.width = -(-max_length // block_size)
         blocks = 1 + rows * self.width
-        cache = kv_cache.allocate(spec, blocks=blocks, block_size=block_size, dtype=dtype, kv_repeat=kv_repeat)
+        cache = kv_cache.allocate(spec, blocks=blocks, block_size=block_size, dtype=dtype)
         self.cache = jax.tree.map(partial(jnp.full_like, fill_value=jnp.nan), cache)
         self.free = list(np.random.default_rng(5).permutation(np.arange(1, blocks)))
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small specs of each kind that divide by 8, with random parameters."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def model(*layers: Layer, tied: bool = False) -> ModelSpec:
     )
 
 
-def grouped(kv_heads: int = 2, window: int | None = None, **options: bool) -> Attention:
+def grouped(kv_heads: int = 2, window: int | None = None, **options: Any) -> Attention:
     rope = Rope(dim=8, base=10_000.0)
     scale = 8**-0.5
     return Attention(
@@ -48,10 +50,11 @@ MLA = LatentAttention(
     rope=Rope(dim=4, base=1e4),
     norm=NORM,
 )
-MLP = Mlp(width=64, activation="silu", bias=True, down_bias=True)
+# 60 and 12 columns do not divide by 8 either.
+MLP = Mlp(width=60, activation="silu", bias=True, down_bias=True)
 MOE = Moe(
     router=Router(experts=8, top_k=3, scoring="softmax", normalize=True),
-    width=16,
+    width=12,
     activation="silu",
     bias=True,
     shared=Mlp(width=16, activation="silu"),
