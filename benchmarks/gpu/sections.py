@@ -4,6 +4,7 @@
 from benchmarks.gpu import (
     check_attention,
     check_matmul,
+    check_models,
     check_sampling,
     check_writes,
     hazards,
@@ -12,6 +13,7 @@ from benchmarks.gpu import (
     time_attention,
     time_matmul,
     time_others,
+    time_steps,
     timing,
 )
 from benchmarks.gpu.book import Section
@@ -24,6 +26,7 @@ SECTIONS = (
     Section("check_blocks", "block moves, exact", 10, check_writes.BLOCK_COLUMNS, check_writes.run_blocks),
     Section("check_sampling", "sampling against float64", 60, check_sampling.COLUMNS, check_sampling.run),
     Section("check_grouped", "matmul by group against float64", 45, check_matmul.COLUMNS, check_matmul.run),
+    Section("check_models", "golden checkpoints against transformers", 60, check_models.COLUMNS, check_models.run),
     Section("hazards", "races, far offsets, grid limits, CUDA graphs, donation", 50, hazards.COLUMNS, hazards.run),
     Section("time_decode", "decode attention", 30, timing.COLUMNS, time_attention.run_decode, True),
     Section("time_ragged", "prompt attention", 25, timing.COLUMNS, time_attention.run_ragged, True),
@@ -32,5 +35,6 @@ SECTIONS = (
     Section("time_blocks", "block moves", 15, timing.COLUMNS, time_others.run_blocks, True),
     Section("time_sampling", "sampling", 25, timing.COLUMNS, time_others.run_sampling, True),
     Section("time_grouped", "matmul by group", 25, timing.COLUMNS, time_matmul.run, True),
+    Section("time_steps", "decode steps of whole models", 90, time_steps.COLUMNS, time_steps.run, True),
     Section("sweep", "best tiles, for tuning.json", 140, sweep.COLUMNS, sweep.run),
 )

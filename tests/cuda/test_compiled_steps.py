@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.published import MODELS
 from jaxserve.models import decoder, kv_cache, layout
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec
 from tests.cuda.hopper import Compiled, compile_for_h200
-from tests.cuda.published import MODELS
 
 RECORD = Path(__file__).with_name("steps.json")
 ROWS, BLOCKS, BLOCK_SIZE, WIDTH = 64, 2048, 16, 512

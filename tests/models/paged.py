@@ -4,6 +4,7 @@
 Pools start as NaN: a token that reads a slot nobody wrote turns its logits into NaN.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,7 +42,9 @@ class Paged:
         max_length: int = 64,
         block_size: int = 8,
         dtype: Any = jnp.float32,
+        step: Callable[[Params, Any, ModelInputs], Any] | None = None,
     ) -> None:
+        self.run = step or partial(run_step, spec)
         self.spec, self.params = spec, params
         self.rows, self.tokens, self.block_size = rows, tokens, block_size
         self.width = -(-max_length // block_size)
@@ -54,7 +57,7 @@ class Paged:
         """Gives each row its new tokens; the logits of them all. Rows with one token must come first."""
         inputs = self.inputs(*work, decode_only=decode_only)
         sizes = [len(new) for _, new in work]
-        logits, self.cache = run_step(self.spec, self.params, self.cache, inputs)
+        logits, self.cache = self.run(self.params, self.cache, inputs)
         return np.split(np.asarray(logits)[: sum(sizes)], np.cumsum(sizes)[:-1])
 
     def inputs(self, *work: tuple[Row, list[int]], decode_only: bool = False) -> ModelInputs:

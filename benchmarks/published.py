@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of published models, as their config.json has them."""
+"""The shapes of published models, as their config.json has them, and of a toy."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 from jaxserve.models.families import deepseek, llama, qwen
 from jaxserve.models.hf import Config
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import ModelSpec, Moe, Rope, Router
 
 
 def llama_8b() -> ModelSpec:
@@ -108,6 +109,15 @@ def deepseek_v2_lite() -> ModelSpec:
         topk_group=1,
     )
     return deepseek.spec(Config(config))
+
+
+def tiny() -> ModelSpec:
+    spec = qwen3_30b_a3b()
+    layer = spec.layers[0]
+    attention = replace(layer.attention, heads=4, kv_heads=2, head_dim=16, rope=Rope(dim=16, base=1e4))
+    mlp = Moe(router=Router(experts=4, top_k=2, scoring="softmax"), width=24, activation="silu")
+    layers = (replace(layer, attention=attention, mlp=mlp),) * 2
+    return replace(spec, vocab_size=96, hidden=32, layers=layers)
 
 
 MODELS: dict[str, Callable[[], ModelSpec]] = {
