@@ -154,7 +154,7 @@ def _attention_parts(path: Path, shape: tuple[int, ...], attention: Attention) -
         public = (shape[0], heads, shape[3])
     elif name == "sinks" or (name == "q_norm" and len(shape) == 3):
         public = (heads, *shape[2:])
-    return [Part(path, public, (), shape, shape)]
+    return [Part(path, public, (), public, public)]  # some checkpoints have a tensor for each head
 
 
 def _join(parts: list[Part], pieces: list[Any], like: Any) -> jax.Array:

@@ -35,7 +35,9 @@ from jaxserve.models.weights import Rule
 
 
 class Family(Protocol):
-    """A page of families/."""
+    """A page of families/. It may have IGNORED, too: patterns of the names of tensors that are no part of the model,
+    in which `{layers}` stands for the number of layers.
+    """
 
     WEIGHTS: tuple[Rule, ...]
 
@@ -43,40 +45,40 @@ class Family(Protocol):
     def spec(config: hf.Config) -> ModelSpec: ...
 
 
-# By the name in `architectures`; config.json's `model_type` chooses the class that reads the config.
-FAMILIES: dict[str, Family] = cast(
-    "dict[str, Family]",
+# The name in `architectures`; the `model_type` that must go with it, and that names transformers' class for the config.
+FAMILIES: dict[str, tuple[str, Family]] = cast(
+    "dict[str, tuple[str, Family]]",
     {
-        "Cohere2ForCausalLM": cohere,
-        "CohereForCausalLM": cohere,
-        "DeepseekV2ForCausalLM": deepseek,
-        "DeepseekV3ForCausalLM": deepseek,
-        "FalconForCausalLM": falcon,
-        "Gemma2ForCausalLM": gemma2,
-        "Gemma3ForCausalLM": gemma2,
-        "Gemma3ForConditionalGeneration": gemma2,
-        "GemmaForCausalLM": gemma,
-        "Glm4ForCausalLM": glm,
-        "GlmForCausalLM": glm,
-        "GPT2LMHeadModel": gpt2,
-        "GPTNeoXForCausalLM": gpt_neox,
-        "GptOssForCausalLM": gpt_oss,
-        "GraniteForCausalLM": granite,
-        "LlamaForCausalLM": llama,
-        "MinistralForCausalLM": llama,
-        "MistralForCausalLM": llama,
-        "MixtralForCausalLM": mixtral,
-        "Olmo2ForCausalLM": olmo2,
-        "OPTForCausalLM": opt,
-        "Phi3ForCausalLM": phi3,
-        "PhiForCausalLM": phi,
-        "Qwen2ForCausalLM": qwen,
-        "Qwen2MoeForCausalLM": qwen,
-        "Qwen3ForCausalLM": qwen,
-        "Qwen3MoeForCausalLM": qwen,
-        "SmolLM3ForCausalLM": smollm3,
-        "StableLmForCausalLM": stablelm,
-        "Starcoder2ForCausalLM": starcoder2,
+        "Cohere2ForCausalLM": ("cohere2", cohere),
+        "CohereForCausalLM": ("cohere", cohere),
+        "DeepseekV2ForCausalLM": ("deepseek_v2", deepseek),
+        "DeepseekV3ForCausalLM": ("deepseek_v3", deepseek),
+        "FalconForCausalLM": ("falcon", falcon),
+        "Gemma2ForCausalLM": ("gemma2", gemma2),
+        "Gemma3ForCausalLM": ("gemma3_text", gemma2),
+        "Gemma3ForConditionalGeneration": ("gemma3", gemma2),
+        "GemmaForCausalLM": ("gemma", gemma),
+        "Glm4ForCausalLM": ("glm4", glm),
+        "GlmForCausalLM": ("glm", glm),
+        "GPT2LMHeadModel": ("gpt2", gpt2),
+        "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
+        "GptOssForCausalLM": ("gpt_oss", gpt_oss),
+        "GraniteForCausalLM": ("granite", granite),
+        "LlamaForCausalLM": ("llama", llama),
+        "MinistralForCausalLM": ("ministral", llama),
+        "MistralForCausalLM": ("mistral", llama),
+        "MixtralForCausalLM": ("mixtral", mixtral),
+        "Olmo2ForCausalLM": ("olmo2", olmo2),
+        "OPTForCausalLM": ("opt", opt),
+        "Phi3ForCausalLM": ("phi3", phi3),
+        "PhiForCausalLM": ("phi", phi),
+        "Qwen2ForCausalLM": ("qwen2", qwen),
+        "Qwen2MoeForCausalLM": ("qwen2_moe", qwen),
+        "Qwen3ForCausalLM": ("qwen3", qwen),
+        "Qwen3MoeForCausalLM": ("qwen3_moe", qwen),
+        "SmolLM3ForCausalLM": ("smollm3", smollm3),
+        "StableLmForCausalLM": ("stablelm", stablelm),
+        "Starcoder2ForCausalLM": ("starcoder2", starcoder2),
     },
 )
 
@@ -85,7 +87,11 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     names = raw.get("architectures")
     name = cast(list[object], names)[0] if isinstance(names, list) and names else None
     if isinstance(name, str) and name in FAMILIES:
-        return FAMILIES[name]
+        kind, family = FAMILIES[name]
+        if raw.get("model_type") != kind:
+            found = one_line(repr(raw.get("model_type")))
+            raise CheckpointError(f"config.json has the model_type {found} and architecture {name}", f"{kind!r} fits")
+        return family
     hint = f"supported: {', '.join(FAMILIES)}"
     if name is None:
         raise CheckpointError("config.json names no architecture", hint)
@@ -123,10 +129,7 @@ def as_config(raw: Mapping[str, Any]) -> hf.Config:
             raise CheckpointError("config.json sets per_layer_config, which is not supported", "leave it out")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise CheckpointError(f"config.json has the unknown model_type {one_line(repr(kind))}", "check the file")
-    reader: Any = CONFIG_MAPPING[kind]
+    reader: Any = CONFIG_MAPPING[raw["model_type"]]
     declared = {field.name for field in fields(reader)}
     plain = {
         key: value

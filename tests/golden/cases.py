@@ -1427,11 +1427,6 @@ CASES = [
     Case("falcon-multi-query-bias", {**FALCON, "multi_query": True, "bias": True, "parallel_attn": False}),
     Case("falcon-all-heads", {**FALCON, "multi_query": False, "num_kv_heads": 4}),
     Case(
-        "falcon-alibi",  # falcon-rw-1b
-        {**FALCON, "alibi": True, "bias": True, "multi_query": False, "num_kv_heads": 4, "parallel_attn": False},
-        against=[{"alibi": False}],
-    ),
-    Case(
         "falcon-40b-hub",
         {
             **{key: HUB[key] for key in FALCON_KEYS},

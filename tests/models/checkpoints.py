@@ -7,7 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from convert import load
-from jaxserve.models import registry
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from tests.golden import load as golden
@@ -17,5 +16,4 @@ def load_case(case: str) -> tuple[ModelSpec, Params]:
     """On the mesh in context, in float32."""
     with tempfile.TemporaryDirectory() as name:
         folder = golden.write_checkpoint(case, Path(name))
-        spec, family = registry.read_config(folder)
-        return spec, load.load(folder, spec, family, dtype=jnp.float32)
+        return load.load_model(folder, dtype=jnp.float32)

@@ -111,12 +111,14 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
     ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
     ("gpt_oss", {"sliding_window": None}, "sliding_window"),
     ("mixtral", {"hidden_act": "mish"}, "mish"),
+    ("mixtral", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
     ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("mixtral", {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "layer type"),
     ("qwen3", {"per_layer_config": {"0": {"head_dim": 32}}}, "per_layer_config"),
+    ("qwen3_moe", {"layer_types": ["full_attention"] * 2}, "layer_types"),
     ("qwen3_moe", {"num_experts_per_tok": 129}, "129 experts chosen of 128"),
 ]
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family and switch against what transformers computed, by every way through the decoder."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,16 @@ from tests.models.paged import Paged, Row
 TOLERANCE = 2e-4  # of the logits' spread
 CHUNKS = (1, 7, 5, 13, 3)
 
-forward = jax.jit(decoder.forward, static_argnames="spec")
+OWN_STRUCTURE = ("opt-350m-hub", "falcon-7b-hub", "stablelm-12b-hub", "gpt2-hub", "gemma3-vision-hub")
+
+# Here transformers computes the whole text anew when it becomes long: each token has the RoPE length of what is before
+# it. A request keeps to one length for its life.
+CROSSING = ("phi3-longrope-crossing",)
+
+# Unoptimized code for many small programs: compiling them is nearly all of the time. Other tests run the usual code.
+FAST = {"xla_backend_optimization_level": 0}
+forward = jax.jit(decoder.forward, static_argnames="spec", compiler_options=FAST)
+step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache", compiler_options=FAST)
 
 
 @pytest.mark.parametrize("case", golden.cases())
@@ -25,7 +36,9 @@ def test_logits_and_greedy_text(case: str) -> None:
     want = golden.read(case)
     spec, params = load_case(case)
     check_dense(want, spec, params)
-    check_paged(want, spec, params)
+    # A hub case is another in an old form of config or names; these few are of a structure of their own.
+    if case not in CROSSING and (not case.endswith("-hub") or case in OWN_STRUCTURE):
+        check_paged(want, spec, params)
 
 
 def check_dense(want: Golden, spec: ModelSpec, params: Params) -> None:
@@ -37,6 +50,12 @@ def check_dense(want: Golden, spec: ModelSpec, params: Params) -> None:
     lengths = jnp.asarray([len(want.prompt), len(text)], jnp.int32)
     logits = np.asarray(forward(spec, params, jnp.asarray(rows), rope_lengths=lengths))
     close(logits[0, : len(want.prompt)], want)
+    if want.case in CROSSING:
+        prefixes = np.arange(len(want.greedy_prompt), len(text), dtype=np.int32)
+        rows = np.tile(rows[1], (len(prefixes), 1))
+        logits = np.asarray(forward(spec, params, jnp.asarray(rows), rope_lengths=jnp.asarray(prefixes)))
+        assert tuple(logits[np.arange(len(prefixes)), prefixes - 1].argmax(axis=-1)) == want.greedy
+        return
     best = logits[1].argmax(axis=-1)
     assert tuple(best[len(want.greedy_prompt) - 1 : len(text) - 1]) == want.greedy
 
@@ -45,11 +64,11 @@ def check_paged(want: Golden, spec: ModelSpec, params: Params) -> None:
     """Whole prefill; then chunks in odd sizes beside another row that decodes greedily."""
     prompt = list(want.prompt)
     size, longest = len(prompt), max(len(prompt), len(want.greedy_prompt) + len(want.greedy))
-    paged = Paged(spec, params, tokens=size, max_length=longest)
+    paged = Paged(spec, params, tokens=size, max_length=longest, step=partial(step, spec))
     [whole] = paged.step((Row(len(prompt)), prompt))
     close(whole, want)
 
-    paged = Paged(spec, params, tokens=size, max_length=longest)
+    paged = Paged(spec, params, tokens=size, max_length=longest, step=partial(step, spec))
     writer, reader = Row(len(want.greedy_prompt) + len(want.greedy)), Row(len(prompt))
     [logits] = paged.step((writer, list(want.greedy_prompt)))
     text, chunks = [int(logits[-1].argmax())], []

@@ -39,7 +39,7 @@ def spec(config: hf.Config) -> ModelSpec:
     scale = head_dim**-0.5 if config.scale_attn_weights else 1.0
     mlp = hf.mlp(
         config,
-        width=config.n_inner or 4 * config.hidden_size,
+        width=4 * config.hidden_size if config.n_inner is None else config.n_inner,
         activation=hf.activation(config.activation_function),
         gated=False,
         bias=True,

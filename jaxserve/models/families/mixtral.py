@@ -17,6 +17,7 @@ WEIGHTS = (
 
 
 def spec(config: hf.Config) -> ModelSpec:
+    config.refuse(layer_types=None)
     norm = hf.rms(config)
     router = Router(
         experts=config.num_local_experts, top_k=config.num_experts_per_tok, scoring="softmax", normalize=True

@@ -33,7 +33,8 @@ def spec(config: hf.Config) -> ModelSpec:
 
 
 def _windows(config: hf.Config) -> list[int | None]:
-    if config.model_type == "qwen3_moe":  # knows no types of layers
+    if config.model_type == "qwen3_moe":
+        config.refuse("the window is one for all layers here", layer_types=None)
         return [config.sliding_window] * config.num_hidden_layers
     return hf.windows(config)
 
