@@ -183,6 +183,7 @@ def forward(
     recomputes each block in the backward pass. `rope_lengths` [batch] is how long each sequence is taken to be by
     RoPE kinds that ask (dynamic, longrope); by default all of `length`.
     """
+    _check_tokens(spec, tokens)
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape, out_sharding=_as(tokens))
     if rope_lengths is None:
@@ -192,6 +193,18 @@ def forward(
     dense = Dense()
     x, _ = decoder(tokens, positions, [dense] * len(spec.layers), rope_lengths=lengths, remat=remat)
     return decoder.logits(x)
+
+
+def _check_tokens(spec: ModelSpec, tokens: jax.Array) -> None:
+    """What can be seen of them; under jit an id out of range turns its sequence's logits into NaN."""
+    if tokens.ndim != 2 or tokens.dtype != jnp.int32:
+        raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int32[batch, length]")
+    if tokens.shape[1] > spec.max_positions:
+        raise ValueError(f"tokens have length {tokens.shape[1]}, the model takes {spec.max_positions}")
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= spec.vocab_size:
+            raise ValueError(f"token ids reach from {low} to {high}, expected 0 to {spec.vocab_size - 1}")
 
 
 def _as(array: jax.Array) -> Any:

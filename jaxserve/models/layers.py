@@ -85,10 +85,16 @@ class Embedding(nnx.Module):
         self.weight = param(sizes, dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
+        # Whoever calls checks ids on the host; one that slips through must not become another token's row.
         return (
             self.weight[...]
             .at[ids]
-            .get(mode="promise_in_bounds", out_sharding=mesh.out_sharding(ids, ids.ndim, self.axes[1:]))
+            .get(
+                mode="fill",
+                fill_value=jnp.nan,
+                wrap_negative_indices=False,
+                out_sharding=mesh.out_sharding(ids, ids.ndim, self.axes[1:]),
+            )
         )
 
 

@@ -19,7 +19,10 @@ from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec
 from pallas_kernels import checks
 
-run_step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache")
+# Unoptimized code for many small programs: compiling them is nearly all of the time that these tests take.
+FAST = {"xla_backend_optimization_level": 0}
+run_step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache", compiler_options=FAST)
+run_forward = jax.jit(decoder.forward, static_argnames=("spec", "remat"), compiler_options=FAST)
 
 
 @dataclass

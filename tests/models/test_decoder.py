@@ -14,7 +14,7 @@ from jaxserve.models import decoder, layout
 from jaxserve.models import spec as specs
 from tests.conftest import ForbidCompiles
 from tests.models import tiny
-from tests.models.paged import Paged, Row
+from tests.models.paged import FAST, Paged, Row, run_forward
 
 
 @pytest.mark.parametrize("name", tiny.SPECS)
@@ -44,14 +44,15 @@ def loss(spec: specs.ModelSpec, public: decoder.Params, tokens: jax.Array, *, re
 def test_gradients_match_finite_differences(name: str) -> None:
     spec, tokens = tiny.SPECS[name], tiny.tokens(batch=1, length=9)
     public = tiny.public_params(spec)
-    grads = jax.jit(jax.grad(partial(loss, spec)))(public, tokens)
+    fast = partial(jax.jit, compiler_options=FAST)
+    grads = fast(jax.grad(partial(loss, spec)))(public, tokens)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    remat = jax.jit(jax.grad(partial(loss, spec, remat=True)))(public, tokens)
+    remat = fast(jax.grad(partial(loss, spec, remat=True)))(public, tokens)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), remat, grads)
 
     # Along random directions, and along one for each kind of parameter, so that none can hide. Every router's choice
     # jumps somewhere; a step this small crosses no jump here.
-    value = jax.jit(partial(loss, spec))
+    value = fast(partial(loss, spec))
     random = np.random.default_rng(3)
     for kind in {path[-2:] for path, _ in layout.leaves(public)}:
         direction: decoder.Params = {}
@@ -73,18 +74,17 @@ def test_right_padding_and_the_batch_change_nothing() -> None:
     spec = tiny.SPECS["moe"]
     params = layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=2, length=20)
-    whole = np.asarray(decoder.forward(spec, params, tokens))
-    short = np.asarray(decoder.forward(spec, params, tokens[1:, :13]))
+    whole = np.asarray(run_forward(spec, params, tokens))
+    short = np.asarray(run_forward(spec, params, tokens[1:, :13]))
     np.testing.assert_allclose(whole[1, :13], short[0], atol=2e-5 * float(whole.std()))
 
 
 def test_long_sequences_are_taken_in_chunks() -> None:
     """Over 512 tokens the dense way cuts the queries; the result is that of a prefix computed whole."""
-    spec = tiny.SPECS["dense"]
+    spec = dataclasses.replace(tiny.SPECS["dense"], max_positions=1024)
     params = layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=530)
-    run = jax.jit(decoder.forward, static_argnames="spec")
-    long, short = np.asarray(run(spec, params, tokens)), np.asarray(run(spec, params, tokens[:, :512]))
+    long, short = (np.asarray(run_forward(spec, params, tokens[:, :end])) for end in (530, 512))
     np.testing.assert_allclose(long[:, :512], short, atol=2e-5 * float(short.std()))
     paged = Paged(spec, params, rows=1, tokens=530, max_length=530)
     [logits] = paged.step((Row(530), [int(token) for token in tokens[0]]))
@@ -96,7 +96,7 @@ def test_a_windowed_layer_reads_only_its_window() -> None:
     spec = tiny.model(tiny.block(tiny.grouped(window=6), tiny.MLP), tiny.block(tiny.grouped(window=6), tiny.MLP))
     params = layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=30)
-    dense = np.asarray(decoder.forward(spec, params, tokens))[0]
+    dense = np.asarray(run_forward(spec, params, tokens))[0]
     paged, row, text = Paged(spec, params), Row(30), [int(token) for token in tokens[0]]
     paged.step((row, text[:22]))
     # Token 22 sees 17 to 22; blocks of 8: the first two are behind every later token's window.
@@ -121,15 +121,14 @@ def test_decode_only_steps_agree_with_mixed_ones() -> None:
 
 def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompiles) -> None:
     """Another model object with other weights, its spec built anew: no trace, no compile."""
-    run = jax.jit(decoder.forward, static_argnames="spec")
     first = tiny.SPECS["mla"]
     again = specs.from_json(specs.to_json(first))
     assert again is not first
     tokens = tiny.tokens()
     ours, theirs = (layout.to_engine_layout(first, tiny.public_params(first, seed)) for seed in (0, 1))
-    run(first, ours, tokens).block_until_ready()
+    run_forward(first, ours, tokens).block_until_ready()
     with forbid_compiles():
-        run(again, theirs, tokens).block_until_ready()
+        run_forward(again, theirs, tokens).block_until_ready()
 
 
 def test_equal_layers_are_traced_once() -> None:
@@ -139,6 +138,25 @@ def test_equal_layers_are_traced_once() -> None:
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     text = jax.jit(decoder.forward, static_argnums=0).lower(spec, abstract, tokens).as_text()
     assert text.count("func.func private @_run_block") == 1
+
+
+def test_an_id_out_of_range_harms_its_own_sequence_alone() -> None:
+    spec = tiny.SPECS["moe"]
+    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    tokens = tiny.tokens()
+    with pytest.raises(ValueError, match="token ids reach from -1 to"):
+        decoder.forward(spec, params, tokens.at[0, 3].set(-1))
+    with pytest.raises(ValueError, match="to 98, expected 0 to 97"):
+        decoder.forward(spec, params, tokens.at[0, 3].set(98))
+    with pytest.raises(ValueError, match="length 129, the model takes 128"):
+        decoder.forward(spec, params, tiny.tokens(length=129))
+    with pytest.raises(ValueError, match=r"int32\[20\], expected int32\[batch, length\]"):
+        decoder.forward(spec, params, tokens[0])
+    whole = np.asarray(run_forward(spec, params, tokens))
+    for bad in (-1, -98, 98, 2**31 - 1):
+        hurt = np.asarray(run_forward(spec, params, tokens.at[0, 3].set(bad)))
+        np.testing.assert_array_equal(hurt[1], whole[1])
+        assert np.isnan(hurt[0]).all()
 
 
 @pytest.mark.parametrize(

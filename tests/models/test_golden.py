@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family and switch against what transformers computed, by every way through the decoder."""
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models import decoder
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from tests.golden import load as golden
 from tests.golden.load import Golden
 from tests.models.checkpoints import load_case
-from tests.models.paged import Paged, Row
+from tests.models.paged import Paged, Row, run_forward
 
 TOLERANCE = 2e-4  # of the logits' spread
 CHUNKS = (1, 7, 5, 13, 3)
@@ -24,11 +20,6 @@ OWN_STRUCTURE = ("opt-350m-hub", "falcon-7b-hub", "stablelm-12b-hub", "gpt2-hub"
 # Here transformers computes the whole text anew when it becomes long: each token has the RoPE length of what is before
 # it. A request keeps to one length for its life.
 CROSSING = ("phi3-longrope-crossing",)
-
-# Unoptimized code for many small programs: compiling them is nearly all of the time. Other tests run the usual code.
-FAST = {"xla_backend_optimization_level": 0}
-forward = jax.jit(decoder.forward, static_argnames="spec", compiler_options=FAST)
-step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache", compiler_options=FAST)
 
 
 @pytest.mark.parametrize("case", golden.cases())
@@ -48,12 +39,12 @@ def check_dense(want: Golden, spec: ModelSpec, params: Params) -> None:
     rows = np.zeros((2, size), np.int32)
     rows[0, : len(want.prompt)], rows[1, : len(text)] = want.prompt, text
     lengths = jnp.asarray([len(want.prompt), len(text)], jnp.int32)
-    logits = np.asarray(forward(spec, params, jnp.asarray(rows), rope_lengths=lengths))
+    logits = np.asarray(run_forward(spec, params, jnp.asarray(rows), rope_lengths=lengths))
     close(logits[0, : len(want.prompt)], want)
     if want.case in CROSSING:
         prefixes = np.arange(len(want.greedy_prompt), len(text), dtype=np.int32)
         rows = np.tile(rows[1], (len(prefixes), 1))
-        logits = np.asarray(forward(spec, params, jnp.asarray(rows), rope_lengths=jnp.asarray(prefixes)))
+        logits = np.asarray(run_forward(spec, params, jnp.asarray(rows), rope_lengths=jnp.asarray(prefixes)))
         assert tuple(logits[np.arange(len(prefixes)), prefixes - 1].argmax(axis=-1)) == want.greedy
         return
     best = logits[1].argmax(axis=-1)
@@ -64,11 +55,11 @@ def check_paged(want: Golden, spec: ModelSpec, params: Params) -> None:
     """Whole prefill; then chunks in odd sizes beside another row that decodes greedily."""
     prompt = list(want.prompt)
     size, longest = len(prompt), max(len(prompt), len(want.greedy_prompt) + len(want.greedy))
-    paged = Paged(spec, params, tokens=size, max_length=longest, step=partial(step, spec))
+    paged = Paged(spec, params, tokens=size, max_length=longest)
     [whole] = paged.step((Row(len(prompt)), prompt))
     close(whole, want)
 
-    paged = Paged(spec, params, tokens=size, max_length=longest, step=partial(step, spec))
+    paged = Paged(spec, params, tokens=size, max_length=longest)
     writer, reader = Row(len(want.greedy_prompt) + len(want.greedy)), Row(len(prompt))
     [logits] = paged.step((writer, list(want.greedy_prompt)))
     text, chunks = [int(logits[-1].argmax())], []

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models import decoder, layout
+from jaxserve.models import layout
+from jaxserve.models.decoder import Params
 from jaxserve.models.fit import fit
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from tests.models import tiny
-from tests.models.paged import Paged, Row, run_step
+from tests.models.paged import Paged, Row, run_forward, run_step
 
 TOLERANCE = 1e-5  # of the logits' spread
 SIZES = [
@@ -32,13 +33,13 @@ SIZES = [
 def test_mesh_agrees_with_one_device(name: str, sizes: dict[str, Any]) -> None:
     spec, tokens = tiny.SPECS[name], tiny.tokens()
     public = tiny.public_params(spec)
-    alone = np.asarray(decoder.forward(spec, layout.to_engine_layout(spec, public), tokens))
+    alone = np.asarray(run_forward(spec, layout.to_engine_layout(spec, public), tokens))
 
     with jax.set_mesh(mesh.make_mesh(**sizes)):
         params = layout.to_engine_layout(spec, public)
         lies_as_declared(spec, params)
         spread = jax.device_put(tokens, mesh.here(("batch", None)))
-        dense = jax.jit(decoder.forward, static_argnames="spec")(spec, params, spread)
+        dense = run_forward(spec, params, spread)
         agrees(np.asarray(dense), alone)
 
         paged = Paged(spec, params, tokens=24, max_length=32)
@@ -49,7 +50,7 @@ def test_mesh_agrees_with_one_device(name: str, sizes: dict[str, Any]) -> None:
         agrees(np.concatenate((first[1], then[0])), alone[1, :14])
 
 
-def lies_as_declared(spec: ModelSpec, params: decoder.Params) -> None:
+def lies_as_declared(spec: ModelSpec, params: Params) -> None:
     declared = dict(layout.leaves(layout.abstract_params(spec, jnp.float32)))
     for path, value in layout.leaves(params):
         assert value.shape == declared[path].shape, layout.dotted(path)
