@@ -8,25 +8,22 @@ The order is what tells a complete folder from an interrupted download without a
 of the small files, weights after it, and a branch's entry in the cache moves only when all that was asked for is there.
 """
 
-import errno
 import logging
 import os
 import re
 import shutil
-import ssl
 import stat
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from socket import gaierror
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from convert.header import quote
+from convert.hub_faults import HINT_AGAIN, HINT_ENDPOINT, HINT_ROOM, HubModel, explained, few, reason, shown
 from convert.safetensors import read_index
 from jaxserve import __version__
-from jaxserve.errors import CheckpointError, one_line
+from jaxserve.errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -103,7 +100,7 @@ def _local_folder(source: str) -> Path | None:
             return None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise CheckpointError(f"there is no folder {quote(source)}", hint) from None
-        raise CheckpointError(f"the folder {quote(source)} cannot be read ({_reason(error)})", hint) from None
+        raise CheckpointError(f"the folder {quote(source)} cannot be read ({reason(error)})", hint) from None
     if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{quote(source)} is a file, not a model folder", "name the folder that it lies in")
     if not os.path.isfile(os.path.join(path, _CONFIG)):
@@ -113,27 +110,7 @@ def _local_folder(source: str) -> Path | None:
     return Path(path)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model of the hub. Its place in the cache is laid out as huggingface_hub documents it."""
-
-    id: str
-    revision: str
-    endpoint: str
-    cache: Path
-
-    @property
-    def place(self) -> Path:
-        return self.cache / f"models--{self.id.replace('/', '--')}"
-
-    def folder(self, commit: str) -> Path:
-        return self.place / "snapshots" / commit
-
-    def __str__(self) -> str:
-        return quote(self.id) if self.revision == "main" else f"{quote(self.id)} at {quote(self.revision)}"
-
-
-def _hub_model(source: str, *, revision: str | None, cache_dir: Path | None) -> _Model:
+def _hub_model(source: str, *, revision: str | None, cache_dir: Path | None) -> HubModel:
     if not _HUB_ID.fullmatch(source):
         problem = f"{quote(source)} is neither a folder here nor a possible name of a hub model"
         raise CheckpointError(problem, "check the path, or name a hub model as org/name")
@@ -146,7 +123,7 @@ def _hub_model(source: str, *, revision: str | None, cache_dir: Path | None) -> 
     # huggingface_hub reads its environment once, at import; whoever sets the endpoint later means it too.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
-    return _Model(source, revision, endpoint, cache)
+    return HubModel(source, revision, endpoint, cache)
 
 
 def _offline_by_env() -> bool:
@@ -159,7 +136,7 @@ def _offline_by_env() -> bool:
 # -- from the cache
 
 
-def _from_cache(model: _Model, *, weights: bool) -> Path:
+def _from_cache(model: HubModel, *, weights: bool) -> Path:
     hint = "fetch it once while not offline"
     commit = model.revision
     if not _COMMIT.fullmatch(commit):
@@ -167,7 +144,7 @@ def _from_cache(model: _Model, *, weights: bool) -> Path:
             commit = (model.place / "refs" / model.revision).read_text(errors="replace").strip()
     folder = model.folder(commit)
     if not _COMMIT.fullmatch(commit) or not os.path.isdir(folder):
-        raise CheckpointError(f"{model} is not in the cache {_shown(model.cache)}, and this is offline", hint)
+        raise CheckpointError(f"{model} is not in the cache {shown(model.cache)}, and this is offline", hint)
     missing = [] if os.path.isfile(folder / _CONFIG) else [_CONFIG]
     if weights and not os.path.isfile(folder / _SINGLE):
         if os.path.isfile(folder / _INDEX):
@@ -176,7 +153,7 @@ def _from_cache(model: _Model, *, weights: bool) -> Path:
         else:
             missing.append(_SINGLE)
     if missing:
-        problem = f"{model} is incomplete in the cache {_shown(model.cache)}, and this is offline: no {_few(missing)}"
+        problem = f"{model} is incomplete in the cache {shown(model.cache)}, and this is offline: no {few(missing)}"
         raise CheckpointError(problem, hint)
     return folder
 
@@ -188,7 +165,7 @@ def _shards(index: Path) -> list[str]:
 # -- from the hub
 
 
-def _from_hub(model: _Model, *, weights: bool, progress: bool | None, check: Callable[[Path], object] | None) -> Path:
+def _from_hub(model: HubModel, *, weights: bool, progress: bool | None, check: Callable[[Path], object] | None) -> Path:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import are_progress_bars_disabled
 
@@ -216,18 +193,18 @@ def _from_hub(model: _Model, *, weights: bool, progress: bool | None, check: Cal
             download([_INDEX], "index")
             names = _shards(folder / _INDEX)
             if absent := [name for name in names if name not in sizes]:
-                problem = f"{model} lacks {_few(absent)}, which its {_INDEX} names"
+                problem = f"{model} lacks {few(absent)}, which its {_INDEX} names"
                 raise CheckpointError(problem, "choose another revision, or tell the owner of the repository")
         download(names, "weights")
     _remember(model, commit)
     return folder
 
 
-def _listing(api: "HfApi", model: _Model) -> tuple[str, dict[str, int | None]]:
+def _listing(api: "HfApi", model: HubModel) -> tuple[str, dict[str, int | None]]:
     """The commit that the revision stands for now, and the files it has with their sizes."""
     from huggingface_hub import constants
 
-    with _explained(model):
+    with explained(model):
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = api.model_info(model.id, revision=model.revision, files_metadata=True, timeout=timeout)
         sizes: dict[str, int | None] = {}
@@ -236,17 +213,17 @@ def _listing(api: "HfApi", model: _Model) -> tuple[str, dict[str, int | None]]:
             sizes[str(file.rfilename)] = None if size is None else int(size)
     commit = str(info.sha)
     if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(model.revision) and commit != model.revision):
-        raise CheckpointError(f"{model.endpoint} names no commit for {model}", _HINT_ENDPOINT)
+        raise CheckpointError(f"{model.endpoint} names no commit for {model}", HINT_ENDPOINT)
     return commit, sizes
 
 
-def _refuse_for_weights(model: _Model, names: Iterable[str]) -> NoReturn:
+def _refuse_for_weights(model: HubModel, names: Iterable[str]) -> NoReturn:
     found: dict[str, str] = {}
     for name in names:
         if (suffix := Path(name).suffix.lower()) in _FOREIGN:
             found.setdefault(suffix, name)
     problem = f"{model} has no {_SINGLE} and no {_INDEX}"
-    problem += f", only {_few(list(found.values()))}" if found else ", and no other weights"
+    problem += f", only {few(list(found.values()))}" if found else ", and no other weights"
     hint = "name a repository that holds weights as safetensors"
     if ".bin" in found:
         hint = "choose a revision with safetensors (often refs/pr/N), or save it so with transformers' save_pretrained"
@@ -255,7 +232,9 @@ def _refuse_for_weights(model: _Model, names: Iterable[str]) -> NoReturn:
     raise CheckpointError(problem, hint)
 
 
-def _download(api: "HfApi", model: _Model, commit: str, sizes: Mapping[str, int | None], *, label: str | None) -> None:
+def _download(
+    api: "HfApi", model: HubModel, commit: str, sizes: Mapping[str, int | None], *, label: str | None
+) -> None:
     """Those of these files that the cache lacks, one after the other so that Ctrl-C ends them at once."""
     from huggingface_hub.utils import tqdm
 
@@ -271,12 +250,12 @@ def _download(api: "HfApi", model: _Model, commit: str, sizes: Mapping[str, int 
             path = folder / name
             if os.path.lexists(path) and not _complete(path, size):
                 _discard(path)  # the machine went down before the data reached its disk
-            with _explained(model, file=name):
+            with explained(model, file=name):
                 get(model.id, name, revision=commit, cache_dir=model.cache, tqdm_class=_part_of(bar))
             if not _complete(path, size):
                 _discard(path)
                 problem = f"{quote(name)} of {model} did not arrive as {model.endpoint} lists it"
-                raise CheckpointError(f"{problem}: expected {size} bytes of commit {commit}", _HINT_AGAIN)
+                raise CheckpointError(f"{problem}: expected {size} bytes of commit {commit}", HINT_AGAIN)
 
 
 def _complete(path: Path, size: int | None) -> bool:
@@ -294,17 +273,17 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_room(model: _Model, needed: int) -> None:
+def _check_room(model: HubModel, needed: int) -> None:
     with suppress(OSError):
         existing = next(path for path in [model.cache, *model.cache.parents] if path.exists())
         disk = shutil.disk_usage(existing)
         if disk.total and needed > disk.free:
             problem = f"{model} needs {-(-needed // 10**6):,} MB more"
-            problem += f", and the cache {_shown(model.cache)} has {disk.free // 10**6:,} MB free"
-            raise CheckpointError(problem, _HINT_ROOM)
+            problem += f", and the cache {shown(model.cache)} has {disk.free // 10**6:,} MB free"
+            raise CheckpointError(problem, HINT_ROOM)
 
 
-def _remember(model: _Model, commit: str) -> None:
+def _remember(model: HubModel, commit: str) -> None:
     """What this revision stands for, for the next time offline. A cache may be read-only: then it is not noted."""
     if model.revision == commit:
         return
@@ -354,118 +333,3 @@ def _hushed(quiet: bool) -> Generator[None]:
         yield
     finally:
         log.setLevel(logging.WARNING)
-
-
-# -- what went wrong
-
-_HINT_AGAIN = "run it again"
-_HINT_ROOM = "free some space, or set HF_HOME to a larger disk"
-_HINT_ENDPOINT = "check HF_ENDPOINT, and whether a proxy answers in its place"
-_OR_OFFLINE = "or set HF_HUB_OFFLINE=1 to use what the cache has"
-_HINT_NETWORK = f"check the network and HF_ENDPOINT, {_OR_OFFLINE}"
-
-
-@contextmanager
-def _explained(model: _Model, *, file: str | None = None) -> Generator[None]:
-    """One line for whatever huggingface_hub raises: it documents a part, and its xet and HTTP libraries add theirs."""
-    try:
-        yield
-    except Exception as error:
-        # A failed look at a file comes wrapped in one that only says it is not in the cache.
-        while type(error).__name__ == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):
-            error = error.__cause__
-        problem, hint = _explain(error, model, file)
-        raise CheckpointError(problem, hint) from error
-
-
-def _explain(error: Exception, model: _Model, file: str | None) -> tuple[str, str]:
-    import httpx2  # what huggingface_hub speaks HTTP with
-    from huggingface_hub import errors
-
-    what = f"{quote(file)} of {model}" if file else str(model)
-    hub = one_line(model.endpoint)
-    page = f"{hub}/{model.id}"
-    match error:
-        case errors.GatedRepoError():
-            return f"{quote(model.id)} is gated", f"accept its licence at {page}, and set HF_TOKEN to a token of yours"
-        case errors.RepositoryNotFoundError():
-            problem = f"there is no folder {quote(model.id)} here and no such model at {hub}, or it is private"
-            return problem, "check the name, and for a private model set HF_TOKEN"
-        case errors.RevisionNotFoundError():
-            return (
-                f"{quote(model.id)} has no revision {quote(model.revision)}",
-                f"see {page}/tree/main for those it has",
-            )
-        case errors.RemoteEntryNotFoundError():
-            return f"{hub} lists {what} but does not have it", "run it again, or choose another revision"
-        case errors.DisabledRepoError():
-            return f"{quote(model.id)} has been disabled", f"see {page} for the reason"
-        case errors.HfHubHTTPError():
-            return _explain_status(error.response.status_code, error.response.headers, what, hub=hub, page=page)
-        case httpx2.TimeoutException():
-            return f"{hub} did not answer in time for {what}", _HINT_NETWORK
-        case httpx2.ProxyError():
-            return f"the proxy does not let {what} through ({_reason(error)})", "check HTTPS_PROXY and NO_PROXY"
-        case httpx2.ConnectError():
-            return _explain_connection(error, hub)
-        case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
-            return f"{quote(hub)} is not the address of a hub", "check HF_ENDPOINT"
-        case httpx2.HTTPError():
-            return f"the connection to {hub} broke off at {what} ({_reason(error)})", f"{_HINT_AGAIN}, {_OR_OFFLINE}"
-        case errors.FileMetadataError() | KeyError() | TypeError() | AttributeError():
-            return f"{hub} does not answer as a hub does for {what}", _HINT_ENDPOINT
-        case UnicodeEncodeError():
-            return f"the request for {what} cannot be written in ASCII", "check HF_TOKEN"
-        case ValueError() if not file:  # JSON
-            return f"{hub} does not answer as a hub does for {what}", _HINT_ENDPOINT
-        case OSError(errno=int()) if file:
-            return _explain_disk(error, model)
-        case OSError() if "Consistency check failed" in str(error):
-            return f"{what} arrived with another size than {hub} announced", _HINT_AGAIN
-        case _:
-            return f"{what} cannot be downloaded ({type(error).__name__}: {_reason(error)})", _HINT_NETWORK
-
-
-def _explain_status(status: int, headers: Mapping[str, str], what: str, *, hub: str, page: str) -> tuple[str, str]:
-    if status in (401, 403):
-        hint = f"set HF_TOKEN to a valid token that may read it, and accept its licence at {page} if it has one"
-        return f"{hub} refuses access to {what} (status {status})", hint
-    if status == 429:
-        wait = headers.get("retry-after", "")
-        pause = f"{wait} seconds" if wait.isdecimal() else "some minutes"
-        return f"{hub} is asked too often (status 429)", f"wait {pause}, or set HF_TOKEN for a higher limit"
-    hint = f"try again later, {_OR_OFFLINE}" if status >= 500 else _HINT_ENDPOINT
-    return f"{hub} answers {what} with status {status}", hint
-
-
-def _explain_connection(error: BaseException, hub: str) -> tuple[str, str]:
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, gaierror):
-            return f"the address of {hub} cannot be found ({_reason(cause)})", _HINT_NETWORK
-        if isinstance(cause, ssl.SSLError):
-            hint = "check the clock and the proxy, or name the certificates to trust in SSL_CERT_FILE"
-            return f"no secure connection to {hub} ({_reason(cause)})", hint
-        cause = cause.__cause__ or cause.__context__
-    return f"{hub} cannot be reached ({_reason(error)})", _HINT_NETWORK
-
-
-def _explain_disk(error: OSError, model: _Model) -> tuple[str, str]:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk of the cache {_shown(model.cache)} is full, {model} is incomplete", _HINT_ROOM
-    problem = f"the cache {_shown(model.cache)} cannot be written ({_reason(error)})"
-    return problem, "check its permissions, or set HF_HOME to another folder"
-
-
-def _reason(error: BaseException) -> str:
-    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return one_line(text.strip().split("\n")[0]).lower()
-
-
-def _shown(path: Path) -> str:
-    return one_line(str(path), limit=1000)
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(quote, names[:3])) + more

@@ -18,6 +18,7 @@ RANKS = {
     "jaxserve": 0,
     # The leaves, open to all of jaxserve and convert.
     "jaxserve.errors": 1,
+    "jaxserve.exits": 2,
     "jaxserve.types": 2,
     "jaxserve.config": 3,
     "jaxserve.metrics": 3,
@@ -43,7 +44,16 @@ HOST = {
     *("jaxserve", "jaxserve.errors", "jaxserve.types", "jaxserve.config", "jaxserve.metrics"),
     *("jaxserve.engine.scheduler", "jaxserve.engine.block_pool", "jaxserve.engine.batch"),
     *("jaxserve.engine.sequence", "jaxserve.sampling.grammar"),
-    *("convert.header", "convert.hub", "convert.safetensors"),
+    *(
+        "convert.header",
+        "convert.hub",
+        "convert.hub_faults",
+        "convert.output",
+        "convert.progress",
+        "convert.reader",
+        "convert.safetensors",
+    ),
+    "jaxserve.exits",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 KERNELS_MAY_IMPORT = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
