@@ -28,10 +28,11 @@ from jaxserve.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["fetch"]
+__all__ = ["SMALL", "TEMPLATE", "fetch"]
 
 _CONFIG = "config.json"
-_SMALL = {
+# What a model folder is read for besides its config and weights.
+SMALL = {
     *(
         "generation_config.json",
         "tokenizer.json",
@@ -42,7 +43,7 @@ _SMALL = {
     ),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 }
-_TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
+TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".gguf", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".safetensors")
@@ -182,7 +183,7 @@ def _from_hub(model: HubModel, *, weights: bool, progress: bool | None, check: C
         label = f"{model.id} {what}" if progress else None
         _download(api, model, commit, {name: sizes[name] for name in names}, label=label)
 
-    small = sorted(name for name in sizes if name in _SMALL or _TEMPLATE.fullmatch(name))
+    small = sorted(name for name in sizes if name in SMALL or TEMPLATE.fullmatch(name))
     download([*small, _CONFIG], "config and tokenizer")
     folder = model.folder(commit)
     if check:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.golden import load as golden
+
 ROOT = Path(__file__).parents[1]
 HEADING = "## Map of the code"
 CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")  # every file of these is on the map
@@ -110,11 +112,27 @@ def test_wrong_maps_fail(small: Path) -> None:
         read_map(SMALL.replace("all of it", ""))
 
 
-def test_the_example_runs() -> None:
-    """As a reader would paste it; its rows are those of a pool in which only the new tokens are not zero."""
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def run_example(number: int) -> dict[str, Any]:
+    """As a reader would paste it."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(examples[number], "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden.write_checkpoint("qwen3", tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    names = run_example(0)
+    assert names["logits"].shape == (1, 5, names["spec"].vocab_size)
+    grad = names["grads"]["layers"][0]["attention"]["q"]["kernel"]
+    assert np.isfinite(grad).all() and np.abs(grad).max() > 0
+
+
+def test_the_example_of_kernels_runs() -> None:
+    """Its rows are those of a pool in which only the new tokens are not zero."""
+    names = run_example(1)
     out = np.asarray(names["out"])
     assert out.shape == (6, 8, 64)
     # The decode row sees 39 zero keys and one of ones, whose logit is 64 / sqrt(64).

@@ -27,6 +27,7 @@ from jaxserve.models.moe import MixtureOfExperts
 from jaxserve.models.rope import Angles, angles
 from jaxserve.models.spec import Attention, Layer, Mlp, ModelSpec, Norm
 from jaxserve.parallel import mesh
+from pallas_kernels.checks import is_concrete
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -201,7 +202,7 @@ def _check_tokens(spec: ModelSpec, tokens: jax.Array) -> None:
         raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int32[batch, length]")
     if tokens.shape[1] > spec.max_positions:
         raise ValueError(f"tokens have length {tokens.shape[1]}, the model takes {spec.max_positions}")
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+    if is_concrete(tokens) and tokens.size:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= spec.vocab_size:
             raise ValueError(f"token ids reach from {low} to {high}, expected 0 to {spec.vocab_size - 1}")

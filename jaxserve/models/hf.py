@@ -17,6 +17,7 @@ from jaxserve.models.spec import (
     Activation,
     Attention,
     Dynamic,
+    Layer,
     Linear,
     Llama3,
     LongRope,
@@ -109,10 +110,27 @@ def model(config: Config, **options: Any) -> ModelSpec:
         family=config.model_type,
         vocab_size=config.vocab_size,
         hidden=config.hidden_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_longest(config, options["layers"]),
         tied=config.tie_word_embeddings,
     )
     return ModelSpec(**given | options)
+
+
+def _longest(config: Config, layers: tuple[Layer, ...]) -> int:
+    """`max_position_embeddings`, or what stretching RoPE makes of it; of several kinds the shortest."""
+    longest: list[int] = []
+    for layer in layers:
+        scaling = layer.attention.rope.scaling if layer.attention.rope else None
+        match scaling:
+            case Linear():
+                longest.append(int(config.max_position_embeddings * scaling.factor))
+            case Dynamic():
+                longest.append(int(scaling.original * scaling.factor))
+            case Yarn():
+                longest.append(int(scaling.original * scaling.factor))
+            case _:
+                longest.append(config.max_position_embeddings)
+    return min(longest, default=1)
 
 
 def mlp(config: Config, **options: Any) -> Mlp:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model folder's config.json to a ModelSpec, by the architecture's name."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -127,6 +128,8 @@ def as_config(raw: Mapping[str, Any]) -> hf.Config:
     for part in (raw, raw.get("text_config")):
         if isinstance(part, Mapping) and "per_layer_config" in part:
             raise CheckpointError("config.json sets per_layer_config, which is not supported", "leave it out")
+    # Its advice is for those who run its models: that torch is missing, that a config is of an old form.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     reader: Any = CONFIG_MAPPING[raw["model_type"]]

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The converted form of a model: a folder that starts without its source and that any JAX program can restore.
+
+    params/      an Orbax checkpoint of the public tree, independent of any mesh, in the dtypes of the source
+    spec.json    the ModelSpec, the version of this form, and where the model came from
+    config.json, generation_config.json, tokenizer and chat template, as the source has them
+
+Every array is one uncompressed zarr chunk, so a file of plain bytes: Orbax restores it as any other checkpoint, and
+here it is read just as a tensor of a safetensors file is. Orbax itself is only needed to write.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import stat
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert import output
+from convert.header import BITS, TensorInfo, quote
+from convert.plan import Piece, Plan
+from convert.reader import Progress, Reader, aligned
+from jaxserve import __version__
+from jaxserve.errors import CheckpointError, one_line
+from jaxserve.models import hf, layout
+from jaxserve.models import spec as specs
+from jaxserve.models.spec import ModelSpec
+
+FORMAT = 1
+SPEC, PARAMS = "spec.json", "params"
+
+_ZARR_DTYPES = {"bfloat16": "BF16", "<f2": "F16", "<f4": "F32"}
+_HINT = "convert the model again"
+
+
+def is_converted(folder: Path) -> bool:
+    return os.path.lexists(folder / SPEC)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def plan(folder: Path) -> Plan:
+    """Where the parameters of a converted folder lie, each checked against the spec."""
+    spec = _read_spec(folder / SPEC)
+    params = folder / PARAMS
+    try:
+        wanted = dict(layout.leaves(layout.abstract_public(spec, jnp.float32)))
+    except (AttributeError, TypeError, ValueError) as error:  # "8" for 8
+        _fail(folder / SPEC, f"holds no spec of a model ({error})")
+    names = {layout.dotted(path) for path in wanted}
+    with _readable(params):
+        # What has no .zarray is Orbax's own.
+        found = {entry.name for entry in os.scandir(params) if os.path.lexists(params / entry.name / ".zarray")}
+    if missing := sorted(names - found):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        _fail(params, f"lacks {quote(missing[0])}{more}, which {SPEC} asks for")
+    if extra := sorted(found - names):
+        _fail(params, f"has {quote(extra[0])}, which is not part of the model that {SPEC} describes")
+    return Plan(spec, {path: [Piece(_stored(params, path, leaf.shape))] for path, leaf in wanted.items()})
+
+
+def _read_spec(file: Path) -> ModelSpec:
+    content = hf.read_json(file)
+    version = content.get("format")
+    if not isinstance(version, int) or "spec" not in content:
+        _fail(file, "is not what a conversion writes")
+    if version != FORMAT:
+        _fail(file, f"has version {version} of the converted form, expected {FORMAT}")
+    try:
+        spec = specs.from_json(content["spec"])
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        _fail(file, f"holds no spec of a model ({error})")
+    if not isinstance(spec, ModelSpec):
+        _fail(file, "holds no spec of a model")
+    return spec
+
+
+def _stored(params: Path, path: layout.Path, shape: tuple[int, ...]) -> TensorInfo:
+    name = layout.dotted(path)
+    place = params / name
+    array = hf.read_json(place / ".zarray")
+    if array.get("shape") != list(shape):
+        _fail(place, f"has shape {array.get('shape')}, expected {list(shape)}")
+    dtype = _ZARR_DTYPES.get(str(array.get("dtype")))
+    if dtype is None:
+        _fail(place, f"has dtype {array.get('dtype')!r}, expected one of {', '.join(_ZARR_DTYPES)}")
+    plain = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "chunks": list(shape)}
+    if any(array.get(key, "absent") != value for key, value in plain.items()):
+        _fail(place, "is not stored as one plain chunk, as a conversion stores it")
+    file = place / (".".join("0" * len(shape)) or "0")
+    with _readable(file):
+        status = os.stat(file)
+    size = math.prod(shape) * BITS[dtype] // 8
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        _fail(file, f"has {status.st_size} bytes, expected {size} for {dtype} of shape {list(shape)}")
+    return TensorInfo(dtype, shape, 0, size, file)
+
+
+@contextmanager
+def _readable(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        _fail(path, f"cannot be read ({(error.strerror or type(error).__name__).lower()})")
+
+
+def _fail(path: Path, problem: str) -> NoReturn:
+    raise CheckpointError(f"{one_line(str(path), limit=1000)}: {one_line(problem, limit=1000)}", _HINT) from None
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(
+    plan: Plan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: Progress | None = None
+) -> None:
+    """Parameters and spec into an existing folder, one tensor at a time. `dtype` None keeps each tensor's own."""
+    public = layout.abstract_public(plan.spec, dtype or jnp.float32)
+    tree: dict[str, Any] = {}
+    with Reader(progress) as reader:
+        for path, leaf in layout.leaves(public):
+            # What is float32 whatever the rest is (sinks, ...) stays so.
+            layout.put(
+                tree, path, _Leaf(plan, reader, path, leaf.shape, leaf.dtype if dtype else plan.leaf_dtype(path))
+            )
+        _save(folder / PARAMS, tree)
+    content = {"format": FORMAT, "jaxserve": __version__, "source": source, "spec": specs.to_json(plan.spec)}
+    with _explained(folder):
+        (folder / SPEC).write_text(json.dumps(content, indent=1) + "\n")
+
+
+@dataclass(frozen=True, eq=False)
+class _Leaf:
+    """An array that is read when its turn to be written has come."""
+
+    plan: Plan
+    reader: Reader
+    path: layout.Path
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def read(self) -> np.ndarray[Any, Any]:
+        host = aligned(self.shape, self.dtype)
+        self.reader.fill(self.plan.jobs(self.path, host, self.shape))
+        return host
+
+
+def _save(place: Path, tree: dict[str, Any]) -> None:
+    import orbax.checkpoint as ocp
+
+    class OneByOne(ocp.type_handlers.NumpyHandler):
+        """Orbax's way to store numpy arrays, but each is read, written and forgotten before the next."""
+
+        async def serialize(self, values: Sequence[Any], infos: Any, args: Any = None) -> Sequence[Any]:
+            for leaf, info, arg in zip(values, infos, args, strict=True):
+                for written in await super().serialize([leaf.read()], [info], [arg]):
+                    written.result()
+            return []
+
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, OneByOne(deepcopy_host_arrays=False)))
+    with _explained(place.parent), _hushed():
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=False, use_compression=False, type_handler_registry=registry
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(place.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+@contextmanager
+def _explained(folder: Path) -> Generator[None]:
+    """One line for what the system, or tensorstore in its place, has against a write."""
+    with output.explained(folder):
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            if code := re.search(r"os_error_code='(\d+)'", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            problem = f"{one_line(str(folder), limit=1000)} cannot be written ({one_line(str(error))})"
+            raise CheckpointError(problem, "name another destination") from error
+
+
+@contextmanager
+def _hushed() -> Generator[None]:
+    """Without Orbax's warnings of what was left out on purpose, and its own report of an error that is told here."""
+    log = cast(Any, logging.getLogger("absl"))
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

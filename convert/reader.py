@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors from files into host memory of any strides and dtype. Knows no models.
+
+Files are read, not mapped: pages of a map count as this process's memory, and a file that shrinks under a map kills
+the process. A map is made all the same, as addresses that a view can be taken of: what the view's strides say is then
+read in spans, straight to where it belongs or, where strides or dtypes differ, through a buffer small enough to stay
+in the processor's cache. Spans of one tensor are read by several threads.
+"""
+
+import math
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from convert.header import TensorInfo
+from jaxserve.errors import CheckpointError, one_line
+
+type Array = np.ndarray[Any, Any]
+type Progress = Callable[[int], object]  # is told bytes as they are read
+
+SPAN = 4 << 20  # with 1 MB, Python's part of the work made loading a third slower
+HOLE = 1 << 16  # rows of at least this size are read one by one, smaller ones with what lies between them
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """`look`(the tensor) is to be copied to `into`, and cast; it may have to be broadcast."""
+
+    info: TensorInfo
+    dtype: Any
+    look: Callable[[Array], Array]
+    into: Array
+
+
+class Reader:
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="reader")
+        self._progress = progress
+        self._own = threading.local()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def fill(self, jobs: Iterable[Job]) -> None:
+        """Does the jobs, with the files open that they need."""
+        with ExitStack() as stack:
+            files: dict[Path, _File] = {}
+            tasks: list[_Task] = []
+            for job in jobs:
+                path = job.info.file
+                if path not in files:
+                    files[path] = stack.enter_context(_File(path))
+                tasks += _tasks(files[path], job)
+            several = len(tasks) > 1
+            for size in self._pool.map(self._do, tasks) if several else map(self._do, tasks):
+                if self._progress is not None:
+                    self._progress(size)
+
+    def _do(self, task: "_Task") -> int:
+        return task.run(self._buffer)
+
+    def _buffer(self, size: int) -> Array:
+        """This thread's memory for what cannot be read straight to its place."""
+        held: Array | None = getattr(self._own, "buffer", None)
+        if held is None or held.size < size:
+            self._own.buffer = held = np.empty(max(size, SPAN), np.uint8)
+        return held[:size]
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros (as padding is) in memory that XLA's CPU can take over instead of copying: it wants 64-byte lines."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def equal_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors of one size hold the same; reads no further than to the first difference."""
+    with _File(one.file) as first, _File(other.file) as second:
+        for at in range(0, one.stop - one.start, SPAN):
+            size = min(SPAN, one.stop - one.start - at)
+            a, b = np.empty((2, size), np.uint8)
+            first.read(one.start + at, a)
+            second.read(other.start + at, b)
+            if not np.array_equal(a, b):
+                return False
+    return True
+
+
+class _File:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _broken(path, (error.strerror or type(error).__name__).lower()) from None
+        try:
+            self.bytes: Array = np.frombuffer(mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ), np.uint8)
+        except (OSError, ValueError) as error:  # ValueError: empty
+            os.close(self.fd)
+            raise _broken(path, str(error)) from None
+        self.start = byte_bounds(self.bytes)[0]
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)  # the map goes with the last array that shows it
+
+    def tensor(self, info: TensorInfo, dtype: Any) -> Array:
+        if info.stop > self.bytes.size:
+            raise _broken(self.path, "it has become shorter")
+        return self.bytes[info.start : info.stop].view(dtype).reshape(info.shape)
+
+    def read(self, offset: int, into: Array) -> None:
+        rest = memoryview(into)
+        while rest:
+            try:
+                count = os.preadv(self.fd, [rest], offset)
+            except OSError as error:
+                raise _broken(self.path, (error.strerror or type(error).__name__).lower()) from None
+            if count == 0:
+                raise _broken(self.path, "it has become shorter")
+            rest, offset = rest[count:], offset + count
+
+
+def _broken(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{one_line(str(path), limit=1000)} cannot be read ({why})", "check the file and its disk")
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One span of a file. `source` only shows where its values lie."""
+
+    file: _File
+    source: Array
+    into: Array
+
+    def run(self, buffer: Callable[[int], Array]) -> int:
+        source, into = self.source, self.into
+        start, stop = byte_bounds(source)
+        offset = start - self.file.start
+        if not 0 <= offset <= stop - self.file.start <= self.file.bytes.size:
+            np.copyto(into, source, casting="unsafe")  # no view but a copy, so its values were read when it was made
+        elif source.dtype == into.dtype and source.flags.c_contiguous and into.flags.c_contiguous:
+            self.file.read(offset, into.reshape(-1).view(np.uint8))
+        else:
+            held = buffer(stop - start)
+            self.file.read(offset, held)
+            first = source.__array_interface__["data"][0] - start
+            seen = np.ndarray(source.shape, source.dtype, held, first, source.strides)
+            np.copyto(into, seen, casting="unsafe")
+        return source.nbytes
+
+
+def _tasks(file: _File, job: Job) -> Iterator[_Task]:
+    source = job.look(file.tensor(job.info, job.dtype))
+    if source.size == 0:
+        return
+    # Widest strides first; what is repeated (stride 0) comes last and so is read once.
+    order = sorted(range(source.ndim), key=lambda axis: -abs(source.strides[axis]))
+    source = source.transpose(order)
+    into = job.into.transpose(order)
+    for part, place in _spans(source, into):
+        yield _Task(file, part, place)
+
+
+def _spans(source: Array, into: Array) -> Iterator[tuple[Array, Array]]:
+    """Parts of at most SPAN bytes of the file, where there is more than one value to part."""
+    start, stop = byte_bounds(source)
+    inner = byte_bounds(source[0, ...]) if source.ndim else (start, stop)
+    size, stride = inner[1] - inner[0], abs(source.strides[0]) if source.ndim else 0
+    holes = stride > size >= HOLE
+    if source.ndim == 0 or (stop - start <= SPAN and not holes):
+        yield source, into
+        return
+    rows = 1 if holes else max(1, SPAN // max(stride, 1))
+    for i in range(0, len(source), rows):
+        if rows == 1:
+            yield from _spans(source[i, ...], into[i, ...])  # ...: a view, of one value too
+        else:
+            yield source[i : i + rows], into[i : i + rows]
