@@ -120,14 +120,28 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         raise CheckpointError(problem, "check the file") from None
 
 
+MAX_LAYERS = 1000  # the largest models have under 200
+
+
+def _check_raw(part: Mapping[str, Any]) -> None:
+    """What must be right before transformers reads it, which makes lists as long as there are layers."""
+    if "per_layer_config" in part:
+        raise CheckpointError("config.json sets per_layer_config, which is not supported", "leave it out")
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        count = part.get(name, 1)
+        if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:
+            problem = f"config.json has {name} = {one_line(repr(count))}, expected 1 to {MAX_LAYERS}"
+            raise CheckpointError(problem, "check the file")
+
+
 def as_config(raw: Mapping[str, Any]) -> hf.Config:
     """The config as transformers understands it, with nothing in it that could name code or a backend."""
     if raw.get("quantization_config"):
         problem = f"the checkpoint is quantized ({one_line(repr(raw['quantization_config']))}), which is not supported"
         raise CheckpointError(problem, "name the unquantized checkpoint")
     for part in (raw, raw.get("text_config")):
-        if isinstance(part, Mapping) and "per_layer_config" in part:
-            raise CheckpointError("config.json sets per_layer_config, which is not supported", "leave it out")
+        if isinstance(part, Mapping):
+            _check_raw(cast(Mapping[str, Any], part))
     # Its advice is for those who run its models: that torch is missing, that a config is of an old form.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

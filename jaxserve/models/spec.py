@@ -4,11 +4,14 @@ reads the config. Specs are hashable: jit takes them as static arguments, and tw
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, cast
+from functools import cache
+from itertools import islice
+from types import UnionType
+from typing import Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
-from jaxserve.errors import CheckpointError
+from jaxserve.errors import CheckpointError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,47 +204,70 @@ class ModelSpec:
 
 def _check(spec: ModelSpec) -> None:
     """A config comes from a stranger: no size may be absurd before anything is allocated by it."""
-    problems = list(_problems(spec, "model"))
-    if not spec.layers:
-        problems.append("model has no layers")
-    for i, layer in enumerate(spec.layers):
-        attention, mlp = layer.attention, layer.mlp
-        if isinstance(attention, Attention):
-            if attention.kv_heads > 0 and attention.heads % attention.kv_heads:
-                problems.append(f"layer {i}: {attention.heads} heads are no multiple of {attention.kv_heads} KV heads")
-            if attention.rope and not 0 < attention.rope.dim <= attention.head_dim:
-                problems.append(f"layer {i}: RoPE turns {attention.rope.dim} of {attention.head_dim} head dims")
-        if attention.rope and attention.rope.dim % 2:
-            problems.append(f"layer {i}: RoPE turns {attention.rope.dim} dims, expected an even number")
-        if isinstance(mlp, Moe):
-            router = mlp.router
-            if router.experts % router.groups:
-                problems.append(f"layer {i}: {router.experts} experts in {router.groups} groups")
-            chosen_from = router.experts // router.groups * router.top_groups
-            if not (router.top_k <= chosen_from <= router.experts):
-                problems.append(f"layer {i}: {router.top_k} experts chosen of {chosen_from}")
-            if router.groups > 1 and router.group_score == "top2_sum" and router.experts < 2 * router.groups:
-                problems.append(f"layer {i}: {router.experts} experts make no pairs in {router.groups} groups")
+    problems = list(islice(_problems(spec, ModelSpec, "model"), 1)) or list(_contradictions(spec))
     if problems:
         raise CheckpointError(f"config.json makes no model: {problems[0]}", "check the file")
 
 
-def _problems(node: object, where: str) -> list[str]:
-    found: list[str] = []
-    if isinstance(node, tuple):
+def _contradictions(spec: ModelSpec) -> Iterator[str]:
+    if not spec.layers:
+        yield "model has no layers"
+    for i, layer in enumerate(spec.layers):
+        attention, mlp = layer.attention, layer.mlp
+        if isinstance(attention, Attention):
+            if attention.kv_heads > 0 and attention.heads % attention.kv_heads:
+                yield f"layer {i}: {attention.heads} heads are no multiple of {attention.kv_heads} KV heads"
+            if attention.rope and not 0 < attention.rope.dim <= attention.head_dim:
+                yield f"layer {i}: RoPE turns {attention.rope.dim} of {attention.head_dim} head dims"
+        if attention.rope and attention.rope.dim % 2:
+            yield f"layer {i}: RoPE turns {attention.rope.dim} dims, expected an even number"
+        if isinstance(mlp, Moe):
+            router = mlp.router
+            if router.experts % router.groups:
+                yield f"layer {i}: {router.experts} experts in {router.groups} groups"
+            chosen_from = router.experts // router.groups * router.top_groups
+            if not (router.top_k <= chosen_from <= router.experts):
+                yield f"layer {i}: {router.top_k} experts chosen of {chosen_from}"
+            if router.groups > 1 and router.group_score == "top2_sum" and router.experts < 2 * router.groups:
+                yield f"layer {i}: {router.experts} experts make no pairs in {router.groups} groups"
+
+
+def _problems(node: object, hint: Any, where: str) -> Iterator[str]:
+    """Values that are not of their annotated type, numbers that are not finite or out of all proportion."""
+    if not _fits(node, hint):
+        yield f"{where} is {one_line(repr(node))}"
+    elif isinstance(node, tuple):
         for i, item in enumerate(cast(tuple[object, ...], node)):
-            found += _problems(item, f"{where}[{i}]")
+            yield from _problems(item, get_args(hint)[0] if get_origin(hint) is tuple else object, f"{where}[{i}]")
     elif is_dataclass(node):
-        for field in fields(node):
-            found += _problems(getattr(node, field.name), f"{where}.{field.name}")
+        for name, wanted in _hints(type(node)).items():
+            yield from _problems(getattr(node, name), wanted, f"{where}.{name}")
     elif isinstance(node, float) and not math.isfinite(node):
-        found.append(f"{where} is {node}")
-    elif isinstance(node, int) and not isinstance(node, bool):
-        # Zero is right for some (an offset), and nothing real reaches 2^31.
-        low = 0 if where.endswith(("position_offset", "factor")) else 1
+        yield f"{where} is {node}"
+    elif isinstance(node, int) and not isinstance(node, bool) and hint is not float and float not in get_args(hint):
+        # Zero is right for an offset alone, and nothing real reaches 2^31.
+        low = 0 if where.endswith("position_offset") else 1
         if not low <= node < 2**31:
-            found.append(f"{where} is {node}, expected {low} to {2**31 - 1}")
-    return found
+            yield f"{where} is {node}, expected {low} to {2**31 - 1}"
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if isinstance(hint, TypeAliasType):
+        return _fits(value, hint.__value__)
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if hint is None else isinstance(value, hint)
+
+
+_hints = cache(get_type_hints)
 
 
 # --- as JSON, beside a converted checkpoint -----------------------------------------------------------------------

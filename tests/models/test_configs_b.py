@@ -203,3 +203,11 @@ def test_a_head_without_its_norm(tmp_path: Path) -> None:
     folder = golden.write_folder(tmp_path, read.config, tensors, dtype="float32", shards=1)
     with pytest.raises(CheckpointError, match=r"norms\.1\.weight"):
         load.plan(folder, *registry.read_config(folder))
+
+
+@pytest.mark.parametrize("count", [10**12, 0, -1, "2", 2.0, None, [3]])
+def test_absurd_numbers_of_layers_are_refused_at_once(count: object) -> None:
+    for kind in ("llama", "cohere2", "gpt2"):
+        name = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+        with pytest.raises(CheckpointError, match=f"{name} = .*, expected 1 to 1000"):
+            registry.spec_of(raw(kind, **{name: count}))
