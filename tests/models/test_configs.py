@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of these families' configs is heeded, or harmless; what is not computed is refused by its name."""
+"""Every field of every family's config is heeded, or harmless; what is not computed is refused by its name."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from convert import load
 from jaxserve.errors import CheckpointError
 from jaxserve.models import registry
 from jaxserve.models.spec import Attention, ModelSpec
-from tests.golden import load as golden
+from tests.models import harmless
 from tests.models.harmless import HARMLESS
 
 SIZES = {
@@ -29,23 +28,38 @@ SIZES = {
     "pad_token_id": 3,
 }
 GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+DEEPSEEK = {"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
 MIXED = ["full_attention", "sliding_attention"]
 
 # Configs that go through every branch of their family's page.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereForCausalLM", {}),
     "cohere2": ("Cohere2ForCausalLM", {}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**DEEPSEEK, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK),
     "falcon": ("FalconForCausalLM", {"new_decoder_architecture": True}),
+    "gemma": ("GemmaForCausalLM", {}),
+    "gemma2": ("Gemma2ForCausalLM", {}),
+    "gemma3": ("Gemma3ForConditionalGeneration", {"text_config": SIZES}),
+    "gemma3_text": ("Gemma3ForCausalLM", {}),
     "glm": ("GlmForCausalLM", {"head_dim": 16}),
     "glm4": ("Glm4ForCausalLM", {"head_dim": 16}),
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
+    "gpt_oss": ("GptOssForCausalLM", {}),
+    "granite": ("GraniteForCausalLM", {}),
     "llama": ("LlamaForCausalLM", {}),
     "ministral": ("MinistralForCausalLM", {"head_dim": 16}),
     "mistral": ("MistralForCausalLM", {}),
+    "mixtral": ("MixtralForCausalLM", {}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
     "opt": ("OPTForCausalLM", {}),
     "phi": ("PhiForCausalLM", {}),
     "phi3": ("Phi3ForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}),
     "smollm3": ("SmolLM3ForCausalLM", {"layer_types": MIXED, "sliding_window": 8, "use_sliding_window": True}),
     "stablelm": ("StableLmForCausalLM", {}),
     "starcoder2": ("Starcoder2ForCausalLM", {}),
@@ -55,13 +69,21 @@ OLD_FALCON = {"new_decoder_architecture": False}
 # Settings that lead to the branches left.
 OTHERWISE = {"falcon": OLD_FALCON}
 
+WINDOWS = {"max_window_layers", "use_sliding_window"}
 # Fields that transformers' class works into others, and that its model code then leaves alone.
 WORKED_IN = {
+    "deepseek_v2": {"head_dim"},
     "phi3": {"original_max_position_embeddings"},
+    "qwen2": WINDOWS,
+    "qwen2_moe": WINDOWS,
+    "qwen3": WINDOWS,
+    "qwen3_moe": {"use_sliding_window"},
     "smollm3": {"no_rope_layer_interval"},
 }
 # Fields that one family's model code does not look at for logits, though another's may.
 UNUSED = {
+    "gemma3": {"boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "vision_config"},
+    "gemma3_text": {"attn_logit_softcapping"},
     "gpt2": {
         "reorder_and_upcast_attn",  # to float32, where scores are always summed here
         "summary_activation",
@@ -75,8 +97,12 @@ UNUSED = {
 
 def raw(kind: str, **settings: Any) -> dict[str, Any]:
     name, options = CONFIGS[kind]
-    sizes = GPT2 if kind == "gpt2" else SIZES
+    sizes = {"gpt2": GPT2, "gemma3": {}}.get(kind, SIZES)
     return {"architectures": [name], "model_type": kind, **sizes, **options, **settings}
+
+
+def test_every_architecture_is_here() -> None:
+    assert {name: kind for kind, (name, _) in CONFIGS.items()} == {n: k for n, (k, _) in registry.FAMILIES.items()}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -88,11 +114,17 @@ def test_every_field_is_heeded(kind: str) -> None:
         asked |= config.asked
     config_class = CONFIG_MAPPING[kind]
     fields = {field.name for field in dataclasses.fields(config_class)}
-    asked = {config_class.attribute_map.get(name, name) for name in asked}
+    asked |= {config_class.attribute_map.get(name, name) for name in asked}
     excused = WORKED_IN.get(kind, set()) | UNUSED.get(kind, set())
     assert sorted(fields - asked - HARMLESS - excused) == []
     assert sorted(excused - fields) == []  # names that are gone
     assert sorted(excused & asked) == []
+
+
+def test_harmless_names_are_sorted() -> None:
+    lines = Path(harmless.__file__).read_text().splitlines()
+    names = [line.strip() for line in lines if line.startswith("    ")]
+    assert names == sorted(names)
 
 
 REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
@@ -105,6 +137,18 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
     ("cohere2", {"use_gated_activation": False}, "use_gated_activation"),
     ("cohere2", {"use_parallel_block": False}, "use_parallel_block"),
     ("cohere2", {"use_qk_norm": True}, "use_qk_norm"),
+    ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads"),
+    ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
+    ("deepseek_v3", {"n_group": 256, "topk_group": 8}, "no pairs"),
+    ("deepseek_v3", {"n_group": 3}, "256 experts in 3 groups"),
+    ("deepseek_v3", {"num_experts_per_tok": 129}, "129 experts chosen of 128"),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
     ("falcon", {"activation": "mish"}, "mish"),
     ("falcon", {"alibi": True}, "alibi"),
     ("falcon", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
@@ -112,10 +156,18 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
     ("falcon", {"parallel_attn": False}, "parallel_attn"),
     ("falcon", {**OLD_FALCON, "multi_query": False, "num_kv_heads": 2}, "num_kv_heads"),
     ("falcon", {**OLD_FALCON, "num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
+    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3", {"text_config": {**SIZES, "per_layer_config": {"0": {"head_dim": 32}}}}, "per_layer_config"),
+    ("gemma3", {"text_config": {**SIZES, "use_bidirectional_attention": True}}, "use_bidirectional_attention"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("glm", {"partial_rotary_factor": 0.2}, "RoPE turns 3 dims"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ("gpt2", {"n_inner": 0}, "width is 0"),
     ("gpt_neox", {"hidden_act": "mish"}, "mish"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ("gpt_oss", {"sliding_window": None}, "sliding_window"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("ministral", {"attention_bias": True}, "attention_bias"),
     ("ministral", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
@@ -123,10 +175,20 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
     ("mistral", {"layer_types": MIXED}, "layer_types"),
     ("mistral", {"mlp_bias": True}, "mlp_bias"),
     ("mistral", {"sliding_window": 0}, "window is 0"),
+    ("mixtral", {"hidden_act": "mish"}, "mish"),
+    ("mixtral", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("mixtral", {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
     ("opt", {"activation_function": "mish"}, "mish"),
     ("phi3", {"attention_bias": True}, "attention_bias"),
     ("phi3", {"lm_head_bias": True}, "lm_head_bias"),
     ("phi3", {"mlp_bias": True}, "mlp_bias"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+    ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "layer type"),
+    ("qwen3", {"per_layer_config": {"0": {"head_dim": 32}}}, "per_layer_config"),
+    ("qwen3_moe", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+    ("qwen3_moe", {"num_experts_per_tok": 129}, "129 experts chosen of 128"),
     ("smollm3", {"no_rope_layers": [1]}, "1 no_rope_layers for 2 layers"),
     ("smollm3", {"use_sliding_window": False}, "use_sliding_window"),
     ("starcoder2", {"mlp_type": "gated"}, "mlp_type"),
@@ -159,50 +221,11 @@ def test_windows_and_positions_of_each_layer() -> None:
     assert seen("smollm3", no_rope_layers=[0, 1, 0]) == [(None, False), (8, True)]
 
 
-def written(case: str, folder: Path, rename: Callable[[str], str] = str) -> Path:
-    read = golden.read(case)
-    tensors = {rename(name): read.tensor(name) for name in read.tensors}
-    return golden.write_folder(folder, read.config, tensors, dtype="float32", shards=1)
-
-
-@pytest.mark.parametrize(("case", "prefix"), [("gpt2", "transformer."), ("opt", "model.")])
-def test_names_without_their_prefix(case: str, prefix: str, tmp_path: Path) -> None:
-    folders = (
-        written(case, tmp_path / "with"),
-        written(case, tmp_path / "without", lambda name: name.removeprefix(prefix)),
-    )
-    plans = [load.plan(folder, *registry.read_config(folder)) for folder in folders]
-    assert plans[0].pieces.keys() == plans[1].pieces.keys()
-    assert plans[0].bytes == plans[1].bytes
-
-
-@pytest.mark.parametrize(
-    ("case", "name", "expected"),
-    [
-        ("phi3", "model.layers.1.self_attn.qkv_proj.weight", r"\[127, 64\].*expected 128 outputs"),
-        ("phi3", "model.layers.1.mlp.gate_up_proj.weight", r"\[191, 64\], of which \[95, 64\]"),
-        ("gpt-neox-parallel", "gpt_neox.layers.1.attention.query_key_value.bias", r"\[191\].*expected 192 outputs"),
-        ("falcon-new", "transformer.h.1.self_attention.query_key_value.weight", r"\[127, 64\].*expected 128 outputs"),
-        ("gpt2", "transformer.h.1.attn.c_attn.bias", r"\[191\].*expected 192 outputs"),
-    ],
-)
-def test_fused_weights_of_another_size(case: str, name: str, expected: str, tmp_path: Path) -> None:
-    read = golden.read(case)
-    tensors = {other: read.tensor(other) for other in read.tensors}
-    tensors[name] = tensors[name][:-1]
-    folder = golden.write_folder(tmp_path, read.config, tensors, dtype="float32", shards=1)
-    with pytest.raises(CheckpointError, match=expected) as caught:
-        load.plan(folder, *registry.read_config(folder))
-    assert name in str(caught.value)
-
-
-def test_a_head_without_its_norm(tmp_path: Path) -> None:
-    read = golden.read("stablelm-qk-norm")
-    lost = "model.layers.1.self_attn.k_layernorm.norms.1.weight"
-    tensors = {name: read.tensor(name) for name in read.tensors if name != lost}
-    folder = golden.write_folder(tmp_path, read.config, tensors, dtype="float32", shards=1)
-    with pytest.raises(CheckpointError, match=r"norms\.1\.weight"):
-        load.plan(folder, *registry.read_config(folder))
+def test_null_is_off() -> None:
+    config = registry.as_config(raw("gemma", use_bidirectional_attention=None))
+    config.refuse(use_bidirectional_attention=False)
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention = None"):
+        config.refuse(use_bidirectional_attention=True)
 
 
 @pytest.mark.parametrize("count", [10**12, 0, -1, "2", 2.0, None, [3]])
