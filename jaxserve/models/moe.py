@@ -109,7 +109,9 @@ class Experts(nnx.Module):
             "down": (self.down.kernel, down_axes),
             "down_bias": (self.down_bias, down_axes[:2]),
         }
-        held = {name: (value[...], mesh.partition(axes)) for name, (value, axes) in parameters.items() if value}
+        held = {
+            name: (value[...], mesh.partition(axes)) for name, (value, axes) in parameters.items() if value is not None
+        }
         arrays, cuts = ({name: pair[i] for name, pair in held.items()} for i in (0, 1))
         run = mesh.island(self._run_shard, (tokens, tokens, tokens, cuts), tokens)
         return run(x, chosen, weights, arrays)
