@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def _ours(folder: Path) -> bool:
     """Whether a conversion has written this folder."""
     spec = folder / "spec.json"
     try:
-        content = json.loads(spec.read_bytes()) if spec.stat().st_size < 10**7 else None
+        status = spec.stat()
+        plain = stat.S_ISREG(status.st_mode) and status.st_size < 10**7
+        content = json.loads(spec.read_bytes()) if plain else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"format", "jaxserve", "spec"} <= cast(Any, content).keys()

@@ -30,7 +30,7 @@ def load_model(folder: str | Path, *, dtype: Any = None, progress: Progress | No
 
     `dtype` None means the checkpoint's own, and float32 on a CPU.
     """
-    opened = open_model(Path(folder))
+    opened = open_model(Path(folder).expanduser())
     return opened.spec, read(opened, dtype=param_dtype(opened, dtype), progress=progress)
 
 

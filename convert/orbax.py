@@ -71,12 +71,14 @@ def plan(folder: Path) -> Plan:
 def _read_spec(file: Path) -> ModelSpec:
     content = hf.read_json(file)
     version = content.get("format")
-    if not isinstance(version, int) or "spec" not in content:
+    if not isinstance(version, int) or isinstance(version, bool) or "spec" not in content:
         _fail(file, "is not what a conversion writes")
     if version != FORMAT:
         _fail(file, f"has version {version} of the converted form, expected {FORMAT}")
     try:
         spec = specs.from_json(content["spec"])
+    except CheckpointError as error:
+        _fail(file, f"holds no spec of a model ({error.problem})")
     except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         _fail(file, f"holds no spec of a model ({error})")
     if not isinstance(spec, ModelSpec):

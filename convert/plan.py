@@ -146,6 +146,9 @@ class _Planner:
         rules = self._rules.get(layout.dotted(path if layer is None else ("layers", "{layer}", *path[2:])), ())
         if not rules:
             raise AssertionError(f"no rule of the family gives {layout.dotted(path)}")
+        if any("{expert}" in rule.source for rule in rules) and shape[0] > len(self._tensors):
+            problem = f"config.json asks for {shape[0]:,} experts, the checkpoint has {len(self._tensors):,} tensors"
+            raise CheckpointError(f"{_shown(self._folder)}: {problem}", _HINT)
         choices = [(rule, _names(rule, path, shape)) for rule in rules]
         rule, names = next((c for c in choices if any(name in self._tensors for name in c[1])), choices[0])
         each = shape[1:] if "{expert}" in rule.source else shape

@@ -154,6 +154,15 @@ class _Task:
         source, into = self.source, self.into
         start, stop = byte_bounds(source)
         offset = start - self.file.start
+        with np.errstate(over="ignore"):
+            self._copy(offset, start, stop, buffer)
+        if into.dtype == np.float16 and source.dtype != np.float16 and np.isinf(into).any():
+            problem = f"{one_line(str(self.file.path), limit=1000)} holds values beyond the range of float16"
+            raise CheckpointError(problem, "choose bfloat16 or float32")
+        return source.nbytes
+
+    def _copy(self, offset: int, start: int, stop: int, buffer: Callable[[int], Array]) -> None:
+        source, into = self.source, self.into
         if not 0 <= offset <= stop - self.file.start <= self.file.bytes.size:
             np.copyto(into, source, casting="unsafe")  # no view but a copy, so its values were read when it was made
         elif source.dtype == into.dtype and source.flags.c_contiguous and into.flags.c_contiguous:
@@ -164,7 +173,6 @@ class _Task:
             first = source.__array_interface__["data"][0] - start
             seen = np.ndarray(source.shape, source.dtype, held, first, source.strides)
             np.copyto(into, seen, casting="unsafe")
-        return source.nbytes
 
 
 def _tasks(file: _File, job: Job) -> Iterator[_Task]:

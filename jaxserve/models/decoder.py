@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from jaxserve.errors import JaxserveError
 from jaxserve.models.attention import Core, Dense, GroupedAttention, Paged
 from jaxserve.models.fit import Fit
 from jaxserve.models.inputs import ModelInputs
@@ -155,8 +157,18 @@ def declare(spec: ModelSpec, fitted: Fit, dtype: str) -> tuple[Any, Any]:
 
 def bind(spec: ModelSpec, params: Params) -> Decoder:
     """The decoder around these parameters (engine layout); to be called inside a trace."""
+    check_engine(spec, params)
     graph, _ = declare(spec, Fit(), str(params["embed"]["weight"].dtype))
     return nnx.merge(graph, params)
+
+
+def check_engine(spec: ModelSpec, params: Params) -> None:
+    """That the tree is one of engine layout for this spec, by its names."""
+    _, state = declare(spec, Fit(), "float32")
+    wanted, found = (jax.tree.structure(tree) for tree in (nnx.to_pure_dict(state), params))
+    if wanted != found:
+        problem = "these are not the model's parameters in engine layout"
+        raise JaxserveError(problem, "make them with load_model, or from the public tree with layout.to_engine_layout")
 
 
 def step(
@@ -189,6 +201,8 @@ def forward(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape, out_sharding=_as(tokens))
     if rope_lengths is None:
         rope_lengths = jnp.full((batch,), length, jnp.int32)
+    elif getattr(rope_lengths, "shape", None) != (batch,) or rope_lengths.dtype != jnp.int32:
+        raise ValueError(f"rope_lengths must be int32[{batch}], one length for each sequence")
     lengths = jnp.broadcast_to(rope_lengths[:, None], tokens.shape) if spec.needs_rope_length else None
     decoder = bind(spec, params)
     dense = Dense()
@@ -198,7 +212,9 @@ def forward(
 
 def _check_tokens(spec: ModelSpec, tokens: jax.Array) -> None:
     """What can be seen of them; under jit an id out of range turns its sequence's logits into NaN."""
-    if tokens.ndim != 2 or tokens.dtype != jnp.int32:
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        raise ValueError(f"tokens are a {type(tokens).__name__}, expected an array int32[batch, length]")
+    if tokens.ndim != 2 or tokens.dtype != jnp.int32 or tokens.shape[1] == 0:
         raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int32[batch, length]")
     if tokens.shape[1] > spec.max_positions:
         raise ValueError(f"tokens have length {tokens.shape[1]}, the model takes {spec.max_positions}")

@@ -32,6 +32,7 @@ def _up(count: int, unit: int) -> int:
 
 def fit(spec: ModelSpec) -> Fit:
     """For the mesh in context."""
+    mesh.check_explicit()
     tensor, experts = mesh.axis_size("heads"), mesh.axis_size("experts")
     repeats = {1}
     for layer in spec.layers:

@@ -8,6 +8,7 @@ never code that comes with a checkpoint.
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file nobody vouches for."""
     name = one_line(str(path), limit=1000)
     try:
+        # A pipe would be waited for, and a device has no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{name} is not a regular file", "name a model folder with a config.json")
         if path.stat().st_size > MAX_CONFIG:
             raise CheckpointError(f"{name} has over {MAX_CONFIG} bytes", "check the file")
         content: Any = json.loads(path.read_bytes())

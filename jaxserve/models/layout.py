@@ -9,7 +9,7 @@ Converting moves values and never computes with them, and can be differentiated.
 an engine tensor's parts (`parts_of`) to write pieces straight into it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models.decoder import Params, declare
+from jaxserve.models.decoder import Params, check_engine, declare
 from jaxserve.models.fit import Fit, fit
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Moe
 from jaxserve.parallel import mesh
@@ -55,7 +55,7 @@ def abstract_public(spec: ModelSpec, dtype: Any) -> Params:
 def to_engine_layout(spec: ModelSpec, public: Params) -> Params:
     """Fitted to the mesh in context, where the result then lies as `abstract_params` says."""
     pieces = dict(leaves(public))
-    dtype = pieces["embed", "weight"].dtype
+    dtype = getattr(pieces.get(("embed", "weight")), "dtype", jnp.float32)
     target = _declared(spec, fit(spec), dtype, lambda value, axes: (value, mesh.partition(axes)))
 
     def convert(pieces: dict[Path, Any]) -> Params:
@@ -73,6 +73,8 @@ def to_engine_layout(spec: ModelSpec, public: Params) -> Params:
 
 
 def to_public_layout(spec: ModelSpec, engine: Params) -> Params:
+    check_engine(spec, engine)
+
     def convert(engine: Params) -> Params:
         public: Params = {}
         for path, array in leaves(engine):
@@ -177,14 +179,20 @@ def _join(parts: list[Part], pieces: list[Any], like: Any) -> jax.Array:
 
 def _check_public(spec: ModelSpec, pieces: Mapping[Path, Any], target: Params) -> None:
     wanted = {
-        part.path: part.shape for path, (value, _) in leaves(target) for part in parts_of(path, value.shape, spec)
+        part.path: (part.shape, value.dtype)
+        for path, (value, _) in leaves(target)
+        for part in parts_of(path, value.shape, spec)
     }
-    for path, shape in wanted.items():
+    for path, (shape, dtype) in wanted.items():
         if path not in pieces:
             raise JaxserveError(f"the parameters lack {dotted(path)}", "give the whole public tree")
-        if pieces[path].shape != shape:
-            problem = f"{dotted(path)} has shape {pieces[path].shape}, expected {shape}"
+        found = pieces[path]
+        if getattr(found, "shape", None) != shape:
+            problem = f"{dotted(path)} has shape {getattr(found, 'shape', None)}, expected {shape}"
             raise JaxserveError(problem, "give parameters of this model")
+        if found.dtype != dtype and not (dtype == jnp.float32 and found.dtype in (jnp.bfloat16, jnp.float16)):
+            problem = f"{dotted(path)} is {found.dtype}, which {dtype} cannot hold: mixed dtypes are not supported"
+            raise JaxserveError(problem, "cast the whole tree to one dtype")
     for path in pieces.keys() - wanted.keys():
         raise JaxserveError(f"the model has no parameter {dotted(path)}", "give parameters of this model")
 
@@ -192,10 +200,13 @@ def _check_public(spec: ModelSpec, pieces: Mapping[Path, Any], target: Params) -
 # --- paths ----------------------------------------------------------------------------------------------------------
 
 
-def leaves(tree: Mapping[Any, Any], at: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(cast(Mapping[Any, Any], value), (*at, key))
+def leaves(tree: Any, at: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every array with its path. Layers may be numbered by a list, or by "0" for 0, as Orbax gives them back."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    for key, value in cast(Iterable[tuple[Any, Any]], items):
+        key = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if isinstance(value, Mapping | list):
+            yield from leaves(value, (*at, key))
         else:
             yield (*at, key), value
 

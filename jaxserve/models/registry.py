@@ -31,7 +31,7 @@ from jaxserve.models.families import (
     stablelm,
     starcoder2,
 )
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import MAX_LAYERS, ModelSpec
 from jaxserve.models.weights import Rule
 
 
@@ -120,7 +120,8 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         raise CheckpointError(problem, "check the file") from None
 
 
-MAX_LAYERS = 1000  # the largest models have under 200
+# Code is never run, and of labels, as many as num_labels says, a language model has none.
+UNREAD = ("auto_map", "num_labels", "id2label", "label2id")
 
 
 def _check_raw(part: Mapping[str, Any]) -> None:
@@ -143,7 +144,7 @@ def as_config(raw: Mapping[str, Any]) -> hf.Config:
         if isinstance(part, Mapping):
             _check_raw(cast(Mapping[str, Any], part))
     # Its advice is for those who run its models: that torch is missing, that a config is of an old form.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     reader: Any = CONFIG_MAPPING[raw["model_type"]]
@@ -151,9 +152,11 @@ def as_config(raw: Mapping[str, Any]) -> hf.Config:
     plain = {
         key: value
         for key, value in raw.items()
-        if key != "auto_map" and (not key.startswith("_") or key in declared)  # OPT has a field of that kind
+        if key not in UNREAD and (not key.startswith("_") or key in declared)  # OPT has a field of that kind
     }
     try:
         return hf.Config(reader.from_dict(plain))
     except Exception as error:  # transformers' own checks raise many kinds
-        raise CheckpointError(f"transformers refuses config.json: {one_line(str(error))}", "check the file") from None
+        raise CheckpointError(
+            f"transformers refuses config.json: {one_line(str(error) or type(error).__name__)}", "check the file"
+        ) from None

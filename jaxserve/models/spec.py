@@ -25,6 +25,9 @@ class ClampedSwiglu:
 type Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"] | ClampedSwiglu
 
 
+MAX_LAYERS = 1000  # the largest models have under 200
+
+
 @dataclass(frozen=True, kw_only=True)
 class Norm:
     kind: Literal["rms", "layer"] = "rms"
@@ -206,12 +209,14 @@ def _check(spec: ModelSpec) -> None:
     """A config comes from a stranger: no size may be absurd before anything is allocated by it."""
     problems = list(islice(_problems(spec, ModelSpec, "model"), 1)) or list(_contradictions(spec))
     if problems:
-        raise CheckpointError(f"config.json makes no model: {problems[0]}", "check the file")
+        raise CheckpointError(f"the config makes no model: {problems[0]}", "check the file")
 
 
 def _contradictions(spec: ModelSpec) -> Iterator[str]:
     if not spec.layers:
         yield "model has no layers"
+    if len(spec.layers) > MAX_LAYERS:
+        yield f"model has {len(spec.layers):,} layers, expected at most {MAX_LAYERS}"
     for i, layer in enumerate(spec.layers):
         attention, mlp = layer.attention, layer.mlp
         if isinstance(attention, Attention):
@@ -219,6 +224,8 @@ def _contradictions(spec: ModelSpec) -> Iterator[str]:
                 yield f"layer {i}: {attention.heads} heads are no multiple of {attention.kv_heads} KV heads"
             if attention.rope and not 0 < attention.rope.dim <= attention.head_dim:
                 yield f"layer {i}: RoPE turns {attention.rope.dim} of {attention.head_dim} head dims"
+        for problem in _rope_contradictions(attention.rope) if attention.rope else ():
+            yield f"layer {i}: RoPE {problem}"
         if attention.rope and attention.rope.dim % 2:
             yield f"layer {i}: RoPE turns {attention.rope.dim} dims, expected an even number"
         if isinstance(mlp, Moe):
@@ -230,6 +237,31 @@ def _contradictions(spec: ModelSpec) -> Iterator[str]:
                 yield f"layer {i}: {router.top_k} experts chosen of {chosen_from}"
             if router.groups > 1 and router.group_score == "top2_sum" and router.experts < 2 * router.groups:
                 yield f"layer {i}: {router.experts} experts make no pairs in {router.groups} groups"
+
+
+def _rope_contradictions(rope: Rope) -> Iterator[str]:
+    """Numbers that would make angles of nothing, which no later check sees."""
+    scaling, positive = rope.scaling, {"magnitude": rope.magnitude}
+    if rope.base <= 1:
+        yield f"has the base {rope.base}, expected above 1"
+    if scaling is not None and not isinstance(scaling, LongRope):
+        positive["factor"] = scaling.factor
+    match scaling:
+        case Yarn():
+            positive |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        case Llama3():
+            if not 0 < scaling.low_freq < scaling.high_freq:
+                yield f"blends from {scaling.low_freq} to {scaling.high_freq}, expected two numbers that rise"
+        case LongRope():
+            positive["smallest divisor"] = min((*scaling.short, *scaling.long), default=1.0)
+        case Dynamic():
+            if scaling.factor < 1 or rope.dim <= 2:
+                yield f"grows by {scaling.factor} over {rope.dim} dims, expected from 1 and above 2"
+        case _:
+            pass
+    for name, value in positive.items():
+        if value < 1e-6:
+            yield f"has the {name} {value}, expected above zero"
 
 
 def _problems(node: object, hint: Any, where: str) -> Iterator[str]:

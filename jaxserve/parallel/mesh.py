@@ -36,14 +36,22 @@ def make_mesh(*, data: int = 1, tensor: int = 1, expert: int = 1, devices: Seque
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "tensor": tensor, "expert": expert}
     for name, size in sizes.items():
-        if size < 1:
-            raise JaxserveError(f"the mesh axis {name!r} has size {size}", "give a whole number from 1")
+        if not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise JaxserveError(f"the mesh axis {name!r} has size {size!r}", "give a whole number from 1")
     wanted = data * tensor * expert
     if wanted > len(devices):
         product = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise JaxserveError(f"{product} needs {wanted} devices and there are {len(devices)}", "choose smaller sizes")
     shape = (data, 1, tensor, expert)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:wanted])
+
+
+def check_explicit() -> None:
+    """That the mesh in context, if it has axes of ours, is one that computation here can name them in."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if name in AXES and kind == AxisType.Auto:
+            raise JaxserveError(f"the mesh's axis {name!r} is of type Auto", "use make_mesh, or AxisType.Explicit")
 
 
 def axis_size(name: str) -> int:

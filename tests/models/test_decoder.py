@@ -4,12 +4,14 @@
 import dataclasses
 import json
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.errors import JaxserveError
 from jaxserve.models import decoder, layout
 from jaxserve.models import spec as specs
 from tests.conftest import ForbidCompiles
@@ -165,6 +167,9 @@ def test_an_id_out_of_range_harms_its_own_sequence_alone() -> None:
         (lambda public: public["layers"][0]["attention"].pop("q"), "lack layers.0.attention.q.kernel"),
         (lambda public: public.update(extra={"weight": jnp.ones(3)}), "no parameter extra.weight"),
         (lambda public: public.update(head=jnp.ones((98, 31))), r"head has shape \(98, 31\), expected \(98, 32\)"),
+        (lambda public: public.update(head=[1.0]), "lack head"),
+        (lambda public: public.clear(), "lack embed.weight"),
+        (lambda public: public["embed"].update(weight=jnp.ones((98, 32), jnp.bfloat16)), "is float32, which bfloat16"),
     ],
 )
 def test_a_foreign_tree_is_refused_by_name(change: object, problem: str) -> None:
@@ -175,12 +180,63 @@ def test_a_foreign_tree_is_refused_by_name(change: object, problem: str) -> None
         layout.to_engine_layout(spec, public)
 
 
+def test_trees_of_the_wrong_layout_are_refused() -> None:
+    spec, tokens = tiny.SPECS["dense"], tiny.tokens()
+    public = tiny.public_params(spec)
+    with pytest.raises(JaxserveError, match="not the model's parameters in engine layout; make them with load_model"):
+        decoder.forward(spec, public, tokens)
+    with pytest.raises(JaxserveError, match="not the model's parameters in engine layout"):
+        layout.to_public_layout(spec, public)
+
+
+def test_layers_may_be_numbered_by_strings_or_a_list() -> None:
+    spec = tiny.SPECS["dense"]
+    public = tiny.public_params(spec)
+    want = layout.to_engine_layout(spec, public)
+    named = {str(i): layer for i, layer in public["layers"].items()}
+    for layers in (named, list(public["layers"].values())):
+        found = layout.to_engine_layout(spec, public | {"layers": layers})
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shown"), [(jnp.ones(1, jnp.int32), "2"), (jnp.ones(2), "2"), ([20, 20], "2")], ids=repr
+)
+def test_lengths_of_another_form_are_refused(lengths: Any, shown: str) -> None:
+    spec = tiny.SPECS["dense"]
+    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    with pytest.raises(ValueError, match=rf"rope_lengths must be int32\[{shown}\]"):
+        decoder.forward(spec, params, tiny.tokens(), rope_lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("rope", "problem"),
+    [
+        (dict(base=-5.0), "base -5.0, expected above 1"),
+        (dict(base=1.0), "base 1.0"),
+        (dict(magnitude=0.0), "magnitude 0.0"),
+        (dict(scaling=specs.Linear(factor=0.0)), "factor 0.0"),
+        (dict(scaling=specs.Yarn(factor=4.0, original=8, beta_slow=-1.0)), "beta_slow -1.0"),
+        (dict(scaling=specs.Llama3(factor=4.0, original=8, low_freq=1.0, high_freq=1.0)), "two numbers that rise"),
+        (dict(scaling=specs.LongRope(short=(1.0,), long=(1e-40,), original=8)), "smallest divisor 1e-40"),
+        (dict(scaling=specs.Dynamic(factor=0.5, original=8)), "grows by 0.5"),
+    ],
+)
+def test_angles_of_nothing_are_refused(rope: dict[str, Any], problem: str) -> None:
+    attention = tiny.grouped()
+    assert attention.rope is not None
+    turned = dataclasses.replace(attention, rope=dataclasses.replace(attention.rope, **rope))
+    with pytest.raises(specs.CheckpointError, match=problem):
+        tiny.model(tiny.block(turned, tiny.MLP))
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (dict(vocab_size=0), "vocab_size is 0"),
         (dict(hidden=2**40), "hidden is"),
         (dict(layers=()), "no layers"),
+        (dict(layers=tiny.SPECS["mla"].layers * 501), "1,002 layers, expected at most 1000"),
         (dict(hidden="32"), "hidden is '32'"),
         (dict(tied=1), "tied is 1"),
         (dict(embed_dim=-4), "embed_dim is -4"),

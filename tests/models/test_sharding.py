@@ -90,8 +90,15 @@ def test_decode_step_has_the_expected_collectives(name: str) -> None:
         ("moe", dict(expert=3), "8 experts do not divide among 3 expert shards"),
         ("dense", dict(tensor=16), "needs 16 devices and there are 8"),
         ("dense", dict(tensor=0), "size 0"),
+        ("dense", dict(tensor="2"), "size '2'"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_numbers(name: str, sizes: dict[str, Any], problem: str) -> None:
     with pytest.raises(JaxserveError, match=problem), jax.set_mesh(mesh.make_mesh(**sizes)):
         fit(tiny.SPECS[name])
+
+
+def test_an_auto_mesh_is_refused() -> None:
+    auto = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    with pytest.raises(JaxserveError, match="'tensor' is of type Auto; use make_mesh"), jax.set_mesh(auto):
+        fit(tiny.SPECS["dense"])
