@@ -8,6 +8,7 @@ here `localhost`, that carries the size and hash of what lies there. It knows no
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -55,6 +56,12 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict[str, str])
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that leaves is no fault
+            super().handle_error(request, client_address)
+
+
 class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -63,7 +70,7 @@ class Hub:
         self.on_listing: Callable[[], object] = lambda: None  # called after a listing has been answered
         self.listing: dict[str, Any] = {}  # put over the fields of a good listing
         self.size_in_listing: dict[str, int] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
         self.port = self._server.server_address[1]
