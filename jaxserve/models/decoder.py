@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
             x = self.embed_in(x)
         if self.positions is not None:
             x = x + self.positions(positions + spec.position_offset)
-        ropes = {layer.attention.rope for layer in spec.layers} - {None}
+        ropes = dict.fromkeys(layer.attention.rope for layer in spec.layers)
         turns = {rope: angles(rope, positions, rope_lengths) for rope in ropes if rope is not None}
         run = partial(_run_block, remat=remat)
         caches: list[LayerCache | None] = []

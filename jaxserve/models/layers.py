@@ -5,7 +5,6 @@ and never transposes, and a tied embedding is the output head as it is.
 Every parameter carries the logical names of its axes; parallel.mesh says how those are cut.
 """
 
-import math
 from collections.abc import Mapping
 
 import jax
@@ -121,7 +120,3 @@ def gate(name: Activation, gated: jax.Array, up: jax.Array) -> jax.Array:
         gated, up = jnp.minimum(gated, name.limit), jnp.clip(up, -name.limit, name.limit)
         return gated * jax.nn.sigmoid(name.alpha * gated) * (up + 1)
     return activate(name, gated) * up
-
-
-def size_of(sizes: Sizes) -> int:
-    return math.prod(sizes.values())

@@ -25,18 +25,6 @@ class Rule:
     view: View | None = None
 
 
-def layer_rules(prefix: str, **names: str) -> tuple[Rule, ...]:
-    """Rules for both weight and bias of a layer's linear maps: `layer_rules("h.{layer}.", attention__q="attn.q")`.
-
-    `__` in a key stands for a dot.
-    """
-    rules: list[Rule] = []
-    for path, name in names.items():
-        path = path.replace("__", ".")
-        rules += linear(f"layers.{{layer}}.{path}", prefix + name)
-    return tuple(rules)
-
-
 def linear(path: str, source: str, view: View | None = None) -> tuple[Rule, Rule]:
     """Kernel and bias of a linear map."""
     return Rule(f"{path}.kernel", f"{source}.weight", view), Rule(f"{path}.bias", f"{source}.bias", view)
@@ -78,19 +66,6 @@ def chained(*views: View) -> View:
 def _check_outputs(array: np.ndarray[Any, Any], wanted: int) -> None:
     if array.shape[0] != wanted:
         raise ValueError(f"expected {wanted} outputs")
-
-
-def rows(part: int, *counts: Callable[[Layer], int]) -> View:
-    """The `part`-th of several blocks of rows, whose sizes the layer tells."""
-
-    def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
-        assert layer is not None
-        sizes = [count(layer) for count in counts]
-        _check_outputs(array, sum(sizes))
-        start = sum(sizes[:part])
-        return array[start : start + sizes[part]]
-
-    return view
 
 
 def half(part: int) -> View:

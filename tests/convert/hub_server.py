@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
@@ -57,6 +57,8 @@ class Repository:
 
 
 class _Server(ThreadingHTTPServer):
+    hub: "Hub"
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client that leaves is no fault
             super().handle_error(request, client_address)
@@ -72,7 +74,7 @@ class Hub:
         self.size_in_listing: dict[str, int] = {}
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
-        self._server.hub = self  # type: ignore[attr-defined]
+        self._server.hub = self
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -121,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> Hub:
-        return self.server.hub  # type: ignore[attr-defined]
+        return cast(_Server, self.server).hub
 
     def log_message(self, format: str, *args: Any) -> None: ...
 

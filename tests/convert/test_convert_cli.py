@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -265,7 +266,7 @@ def test_ctrl_c(source: Path, tmp_path: Path, convert: Callable[..., Run], monke
 
 def test_no_room(source: Path, tmp_path: Path, convert: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6, free=1000))
         user_error(convert(source, tmp_path / "new"), "needs 1 MB, and its disk has 0 MB free")
     only(tmp_path, "source")
 

@@ -19,6 +19,7 @@ from jaxserve.models import layout, registry
 from jaxserve.parallel import mesh
 from tests.convert.folders import Tensors, edit_json, refused, same, tensors_of, write
 from tests.golden import load as golden
+from tests.models import tiny
 
 BIAS, MOE, FUSED = "llama-bias", "mixtral", "phi3"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -248,7 +249,7 @@ def test_any_view_into_any_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     info = load.plan.__globals__["read_checkpoint"](tmp_path)["x"]
     wanted = VIEWS[name](values)
     piece = Piece(info, lambda data, layer: VIEWS[name](data))
-    plan = Plan(None, {("x",): [piece]})  # type: ignore[arg-type]
+    plan = Plan(tiny.SPECS["dense"], {("x",): [piece]})
     for dtype in (np.float32, np.float64):
         room = np.full((*wanted.shape, 3, 2), -1.0, dtype)
         for into in (np.zeros(wanted.shape, dtype), room[..., 1, 0], np.zeros(wanted.shape[::-1], dtype).T):
