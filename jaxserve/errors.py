@@ -21,10 +21,33 @@ class JaxserveError(Exception):
         self.hint = one_line(hint, limit=2000)
         super().__init__(f"{self.problem}; {self.hint}")
 
-    def __reduce__(self) -> tuple[type["JaxserveError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["JaxserveError"], tuple[str, ...]]:
         # Errors cross processes; the default would call the class with the joined text and fail.
         return type(self), (self.problem, self.hint)
 
 
 class CheckpointError(JaxserveError):
     """A checkpoint that is absent, damaged or hostile."""
+
+
+class RequestError(JaxserveError):
+    """A request that cannot be served as asked; found before any device work. `field` is the one to change."""
+
+    status = 400
+
+    def __init__(self, field: str, problem: str, hint: str) -> None:
+        self.field = field
+        super().__init__(problem, hint)
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, ...]]:
+        return type(self), (self.field, self.problem, self.hint)
+
+
+class OverloadedError(RequestError):
+    """The queue is full; the same request may do later."""
+
+    status = 503
+
+
+class EngineError(JaxserveError):
+    """A fault of the engine itself: what was in flight is lost."""
