@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edits of logits that a request may ask for, and the device state they need: a row of `Controls` per request.
+
+    logit_bias, allowed_token_ids, min_tokens -> repetition, frequency, presence penalties -> bad_words
+
+All are pure functions for the caller to jit: `set_row` and then `add_counts` when a request takes a row (again, after
+a preemption), `apply` to the logits of a step, `update` with what was sampled from them. With controls donated they
+are updated in place. A row means nothing before its first `set_row`; a request that asks for nothing needs no row.
+
+Knows nothing of requests, of steps, or of how tokens are sampled. How the host packs its vectors: control_row.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.sampling.control_row import (
+    ANY,
+    COUNT_PAIRS,
+    MAX_MASKED_STOPS,
+    PENALTIES_OFF,
+    RECENT_TOKENS,
+    mask_words,
+    sections,
+)
+from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """R rows over a vocabulary of V. Lists have a fixed size: what is not in use holds an id that no token has."""
+
+    counts: jax.Array  # int32 [R, V]: 2 * times generated + in the prompt; 0 where no penalty would read it
+    bias_ids: jax.Array  # int32 [R, MAX_BIASES]
+    bias_values: jax.Array  # float32 [R, MAX_BIASES]
+    allowed: jax.Array  # uint32 [R, ceil(V / 32)]: a bit per token, the lowest first
+    stop_ids: jax.Array  # int32 [R, MAX_MASKED_STOPS]
+    min_end: jax.Array  # int32 [R, 1]: stop ids are masked at positions before it
+    penalties: jax.Array  # float32 [R, 3]: repetition, frequency, presence
+    bad_words: jax.Array  # int32 [R, MAX_BAD_WORDS, BAD_WORD_TOKENS]: right-aligned sequences
+    recent: jax.Array  # int32 [R, RECENT_TOKENS]: the last generated tokens, right-aligned
+
+
+def allocate(rows: int, vocab_size: int) -> Controls:
+    """Zeros. Under jit, with the sizes static, they are made on the device."""
+    return Controls(
+        counts=jnp.zeros((rows, vocab_size), jnp.int32),
+        bias_ids=jnp.zeros((rows, MAX_BIASES), jnp.int32),
+        bias_values=jnp.zeros((rows, MAX_BIASES), jnp.float32),
+        allowed=jnp.zeros((rows, mask_words(vocab_size)), jnp.uint32),
+        stop_ids=jnp.zeros((rows, MAX_MASKED_STOPS), jnp.int32),
+        min_end=jnp.zeros((rows, 1), jnp.int32),
+        penalties=jnp.zeros((rows, len(PENALTIES_OFF)), jnp.float32),
+        bad_words=jnp.zeros((rows, MAX_BAD_WORDS, BAD_WORD_TOKENS), jnp.int32),
+        recent=jnp.zeros((rows, RECENT_TOKENS), jnp.int32),
+    )
+
+
+def abstract(rows: int, vocab_size: int, sharding: jax.sharding.Sharding | None = None) -> Controls:
+    """Shapes and dtypes, and where a sharding is given, that of every array."""
+    shapes = jax.eval_shape(lambda: allocate(rows, vocab_size))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def nbytes(rows: int, vocab_size: int) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract(rows, vocab_size)))
+
+
+def set_row(controls: Controls, vector: jax.Array) -> Controls:
+    """Everything of one row, from a row vector; its counts become 0."""
+    vocab_size = controls.counts.shape[1]
+    parts = {name: vector[place] for name, place in sections(vocab_size).items()}
+    row = parts.pop("row")[0]
+    new = {name: _row_of(getattr(controls, name), part) for name, part in parts.items()}
+    new["counts"] = jnp.zeros(vocab_size, jnp.int32)
+    return Controls(
+        **{name: lax.dynamic_update_index_in_dim(getattr(controls, name), new[name], row, 0) for name in new}
+    )
+
+
+def _row_of(array: jax.Array, part: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(part, array.dtype).reshape(array.shape[1:])
+
+
+def add_counts(controls: Controls, vector: jax.Array) -> Controls:
+    """The codes of one count vector, each token of which must not have been counted yet."""
+    row, tokens, codes = vector[0], vector[1 : 1 + COUNT_PAIRS], vector[1 + COUNT_PAIRS :]
+    return _with(controls, counts=controls.counts.at[row, tokens].add(codes, mode="drop"))
+
+
+def apply(
+    controls: Controls, logits: jax.Array, *, rows: jax.Array, active: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Logits float32 [S, V] after the edits of their rows; `positions` [S] is how many tokens come before.
+
+    Where not `active`, and where an edit was not asked for, every bit stays. An entry that is masked is -inf,
+    whatever it was.
+    """
+    vocab_size = logits.shape[1]
+    rows = jnp.where(active, rows, 0)
+    penalties, allowed = controls.penalties[rows], controls.allowed[rows]
+    shifted = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+    bits = shifted.reshape(rows.shape[0], -1)[:, :vocab_size]
+    edited = _edit(logits, controls.counts[rows], bits, penalties)
+    edited = jnp.where(active[:, None], edited, logits)
+
+    # Biases come before the penalties, yet are few: their entries are computed apart and put in place, instead of
+    # another pass over all logits.
+    ids = jnp.where(active[:, None], controls.bias_ids[rows], vocab_size)
+    inside = jnp.minimum(ids, vocab_size - 1)
+    biased = jnp.take_along_axis(logits, inside, axis=1) + controls.bias_values[rows]
+    bits = jnp.take_along_axis(allowed, inside // 32, axis=1) >> (inside % 32).astype(jnp.uint32)
+    biased = _edit(biased, controls.counts[rows[:, None], inside], bits, penalties)
+    edited = _put(edited, ids, biased)
+
+    early = positions[:, None] < controls.min_end[rows]
+    stops = jnp.where(early, controls.stop_ids[rows], vocab_size)
+    banned = jnp.concatenate([stops, _bad_ids(controls, rows)], axis=1)
+    return _put(edited, jnp.where(active[:, None], banned, vocab_size), -jnp.inf)
+
+
+def _edit(logits: jax.Array, codes: jax.Array, allowed: jax.Array, penalties: jax.Array) -> jax.Array:
+    """Penalties and the mask, entry by entry: all are [S, n], of `allowed` the lowest bit counts; penalties [S, 3]."""
+    repetition, frequency, presence = (penalties[:, i, None] for i in range(3))
+    # No arithmetic where there is no code: even a multiplication by 1 changes subnormals and negative zeros.
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(codes > 0, repeated, logits)
+    generated = codes >> 1
+    logits = jnp.where(generated > 0, logits - frequency * generated.astype(jnp.float32) - presence, logits)
+    return jnp.where((allowed & jnp.uint32(1)) != 0, logits, -jnp.inf)
+
+
+def _bad_ids(controls: Controls, rows: jax.Array) -> jax.Array:
+    """[S, MAX_BAD_WORDS]: the last tokens of the sequences that would be complete now."""
+    words = controls.bad_words[rows]
+    before, last = words[:, :, :-1], words[:, :, -1]
+    here = jnp.all((before == ANY) | (before == controls.recent[rows][:, None, :]), axis=2)
+    return jnp.where(here, last, controls.counts.shape[1])
+
+
+def _put(logits: jax.Array, ids: jax.Array, values: jax.Array | float) -> jax.Array:
+    """`values` at `ids` [S, n] of each row; ids outside the vocabulary are skipped."""
+    lines = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[lines, ids].set(values, mode="drop")
+
+
+def update(controls: Controls, *, rows: jax.Array, active: jax.Array, tokens: jax.Array) -> Controls:
+    """After `tokens` [S] were sampled. No two active places may have the same row."""
+    outside = controls.counts.shape[0]
+    safe = jnp.where(active, rows, 0)
+    recent = jnp.concatenate([controls.recent[safe, 1:], tokens[:, None]], axis=1)
+    penalized = jnp.any(controls.penalties[safe] != jnp.array([PENALTIES_OFF], jnp.float32), axis=1)
+    counted = jnp.where(active & penalized, rows, outside)
+    return _with(
+        controls,
+        counts=controls.counts.at[counted, tokens].add(2, mode="drop"),
+        recent=controls.recent.at[jnp.where(active, rows, outside)].set(recent, mode="drop"),
+    )
+
+
+def _with(controls: Controls, **arrays: jax.Array) -> Controls:
+    return Controls(**{**vars(controls), **arrays})
