@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import blockwise, checks, dispatch, flash, tuning
@@ -145,12 +146,19 @@ def reference(
     """The same in plain jax.numpy; what the CPU runs."""
     _, block_size, kv_heads, _ = k_pool.shape
 
-    def heads_first(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
-        x = pool[blocks].astype(jnp.float32)  # [n, block_size, kv_heads, dim]
+    def take(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
+        x = pool[blocks].astype(jnp.float32)  # [*blocks, block_size, kv_heads, dim]
         if pool_scale is not None:
-            per_slot = pool_scale[blocks] if pool_scale.ndim == 3 else pool_scale[None, None, :]
+            per_slot = pool_scale[blocks] if pool_scale.ndim == 3 else lax.expand_dims(pool_scale, range(x.ndim - 2))
             x = x * per_slot[..., None]
+        return x
+
+    def heads_first(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
+        x = take(pool, pool_scale, blocks)
         return x.reshape(-1, *x.shape[2:]).transpose(1, 0, 2)
+
+    def tokens_first(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
+        return take(pool, pool_scale, blocks).reshape(len(blocks), -1, kv_heads * pool.shape[3])
 
     return blockwise.attend(
         q,
@@ -167,6 +175,9 @@ def reference(
         soft_cap=soft_cap,
         sinks=sinks,
         read=lambda blocks: blockwise.Chunk(heads_first(k_pool, k_scale, blocks), heads_first(v_pool, v_scale, blocks)),
+        read_rows=lambda blocks: blockwise.RowChunks(
+            tokens_first(k_pool, k_scale, blocks), tokens_first(v_pool, v_scale, blocks)
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one decoder. Its modules declare the parameters; those themselves travel as a plain nested dict.
 
-    hidden, cache = step(spec, params, cache, inputs)         serving, over paged KV
+    logits, cache = step(spec, params, cache, inputs)         serving, over paged KV
     logits = forward(spec, params, tokens)                    scoring and training, dense, differentiable
 
 Both run the same blocks. `spec` is static: equal specs share an executable. Layers are unrolled, each an inner jit,
@@ -175,11 +175,24 @@ def step(
     spec: ModelSpec, params: Params, cache: list[LayerCache], inputs: ModelInputs
 ) -> tuple[jax.Array, list[LayerCache]]:
     """One ragged batch: logits [sampled, vocab] in float32, and the cache, which the caller's jit should donate."""
+    rows, cache = hidden(spec, params, cache, inputs)
+    return logits(spec, params, rows), cache
+
+
+def hidden(
+    spec: ModelSpec, params: Params, cache: list[LayerCache], inputs: ModelInputs
+) -> tuple[jax.Array, list[LayerCache]]:
+    """`step` without its end: what the last block gives for the sampled tokens, [sampled, hidden]."""
     decoder = bind(spec, params)
     cores = [Paged(inputs, pools) for pools in cache]
     x, updated = decoder(inputs.tokens, inputs.positions, cores, rope_lengths=inputs.rope_lengths)
     rows = x.at[inputs.sampled].get(mode="promise_in_bounds")
-    return decoder.logits(rows), [pools for pools in updated if pools is not None]
+    return rows, [pools for pools in updated if pools is not None]
+
+
+def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
+    """The end of `step`: float32 logits of such rows. Of the parameters it reads the last norm and the head alone."""
+    return bind(spec, params).logits(rows)
 
 
 def forward(

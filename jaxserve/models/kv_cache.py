@@ -5,14 +5,17 @@
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.fit import Fit, fit
 from jaxserve.models.spec import LatentAttention, Layer, ModelSpec
 from jaxserve.parallel import mesh
+from pallas_kernels.block_copy import copy_blocks
 
 LayerCache = dict[str, jax.Array]
 
@@ -54,9 +57,25 @@ def abstract_cache(
 
 def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
     """Zeroed pools, made on the devices: the host never holds one."""
-    abstract = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype)
+    return jax.jit(partial(zeros, spec, blocks=blocks, block_size=block_size, dtype=dtype))()
 
-    def zeros() -> list[LayerCache]:
-        return jax.tree.map(lambda pool: jnp.zeros(pool.shape, pool.dtype, out_sharding=pool.sharding), abstract)
 
-    return jax.jit(zeros)()
+def zeros(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
+    """`allocate`, to be jitted by the caller."""
+    fitted = fit(spec)
+
+    def pool(name: str, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.zeros(shape, dtype, out_sharding=mesh.partition(_AXES[name]) if mesh.in_mesh() else None)
+
+    shapes = (layer_shapes(layer, fitted, blocks=blocks, block_size=block_size) for layer in spec.layers)
+    return [{name: pool(name, shape) for name, shape in of_layer.items()} for of_layer in shapes]
+
+
+def move_blocks(cache: list[LayerCache], sources: jax.Array, destinations: jax.Array) -> list[LayerCache]:
+    """Copies whole blocks in every layer; see block_copy. The caller's jit should donate the cache."""
+
+    def move(name: str, pool: jax.Array) -> jax.Array:
+        cut = mesh.partition(_AXES[name])
+        return mesh.island(copy_blocks, (cut, P(), P()), cut)(pool, sources, destinations)
+
+    return [{name: move(name, pool) for name, pool in pools.items()} for pools in cache]

@@ -5,6 +5,7 @@ and never transposes, and a tied embedding is the output head as it is.
 Every parameter carries the logical names of its axes; parallel.mesh says how those are cut.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +14,11 @@ from flax import nnx
 
 from jaxserve.models.spec import Activation, ClampedSwiglu, Norm
 from jaxserve.parallel import mesh
+from pallas_kernels import dispatch
+
+# Up to here weights on the left are the faster on two cores of a CPU with AVX-512: 14 against 19 ms with 8 tokens for
+# all of a 110M model's layers, 24 against 29 with 32, 66 against 75 with 128; then 130 against 125 with 256.
+FEW_TOKENS = 128
 
 Sizes = Mapping[str, int]  # logical axis -> size, in order
 
@@ -45,14 +51,34 @@ def contract(
 ) -> jax.Array:
     """Sum over the last `count` axes of both; where those are cut, this is an all-reduce."""
     lead = x.ndim - count
+    dtype = jnp.dtype(dtype or x.dtype)
+    if dispatch.implementation() == "reference" and not mesh.in_mesh():
+        return _contract_on_cpu(x, kernel, lead, count, dtype)
     pairs = tuple(range(lead, x.ndim)), tuple(range(kernel.ndim - count, kernel.ndim))
     return jax.lax.dot_general(
         x,
         kernel,
         (pairs, ((), ())),
-        preferred_element_type=dtype or x.dtype,
+        preferred_element_type=dtype,
         out_sharding=mesh.out_sharding(x, lead, outs),
     )
+
+
+def _contract_on_cpu(x: jax.Array, kernel: jax.Array, lead: int, count: int, dtype: jnp.dtype) -> jax.Array:
+    """The same as one matrix product. Of a kernel with more axes than two, XLA's CPU compiler makes a transposed copy
+    in every call, which takes ten times as long as multiplying it with one token."""
+    outs, ins = kernel.shape[: kernel.ndim - count], kernel.shape[kernel.ndim - count :]
+    tokens = x.reshape(-1, math.prod(ins))
+    matrix = kernel.reshape(math.prod(outs), math.prod(ins))
+    if 1 < tokens.shape[0] <= FEW_TOKENS:
+        # With the weights on the left they are read as they lie; on the right they are packed first, however few the
+        # tokens are. The barriers keep XLA from turning the product around again.
+        columns = jax.lax.optimization_barrier(tokens.T)
+        y = jnp.matmul(matrix, columns, preferred_element_type=dtype)
+        y = jax.lax.optimization_barrier(y).T
+    else:
+        y = jax.lax.dot_general(tokens, matrix, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return y.reshape(*x.shape[:lead], *outs)
 
 
 class Normalize(nnx.Module):
