@@ -20,7 +20,7 @@ from jaxserve.models.decoder import Params
 from jaxserve.models.registry import Family
 from jaxserve.models.spec import ModelSpec
 
-__all__ = ["Plan", "load", "load_model", "open_model", "param_dtype", "plan", "read"]
+__all__ = ["Plan", "load", "load_model", "open_model", "open_spec", "param_dtype", "plan", "read"]
 
 _COMPUTED_IN = ("bfloat16", "float16", "float32")
 
@@ -32,6 +32,11 @@ def load_model(folder: str | Path, *, dtype: Any = None, progress: Progress | No
     """
     opened = open_model(Path(folder).expanduser())
     return opened.spec, read(opened, dtype=param_dtype(opened, dtype), progress=progress)
+
+
+def open_spec(folder: Path) -> ModelSpec:
+    """What the model is, from its config alone: no weights need be there yet."""
+    return orbax.read_spec(folder) if orbax.is_converted(folder) else registry.read_config(folder)[0]
 
 
 def open_model(folder: Path) -> Plan:

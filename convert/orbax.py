@@ -50,7 +50,7 @@ def is_converted(folder: Path) -> bool:
 
 def plan(folder: Path) -> Plan:
     """Where the parameters of a converted folder lie, each checked against the spec."""
-    spec = _read_spec(folder / SPEC)
+    spec = read_spec(folder)
     params = folder / PARAMS
     try:
         wanted = dict(layout.leaves(layout.abstract_public(spec, jnp.float32)))
@@ -68,7 +68,9 @@ def plan(folder: Path) -> Plan:
     return Plan(spec, {path: [Piece(_stored(params, path, leaf.shape))] for path, leaf in wanted.items()})
 
 
-def _read_spec(file: Path) -> ModelSpec:
+def read_spec(folder: Path) -> ModelSpec:
+    """The spec of a converted folder."""
+    file = folder / SPEC
     content = hf.read_json(file)
     version = content.get("format")
     if not isinstance(version, int) or isinstance(version, bool) or "spec" not in content:
