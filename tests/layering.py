@@ -19,6 +19,8 @@ RANKS = {
     # The leaves, open to all of jaxserve and convert.
     "jaxserve.errors": 1,
     "jaxserve.exits": 2,
+    "jaxserve.interrupts": 2,
+    "jaxserve.token_text": 2,
     "jaxserve.types": 2,
     "jaxserve.config": 3,
     "jaxserve.metrics": 3,
@@ -32,18 +34,26 @@ RANKS = {
     "jaxserve.sampling": 7,
     "convert": 7,
     "jaxserve.engine": 8,
-    "jaxserve.llm": 9,
-    "jaxserve.server": 10,
-    "jaxserve.deploy": 11,
-    "jaxserve.demo": 11,
-    "jaxserve.cli": 12,
+    "jaxserve.beam": 9,
+    "jaxserve.intake": 9,
+    "jaxserve.worker": 9,
+    "jaxserve.arrays": 10,
+    "jaxserve.async_llm": 11,
+    "jaxserve.llm": 11,
+    "jaxserve.server": 12,
+    "jaxserve.deploy": 13,
+    "jaxserve.demo": 13,
+    "jaxserve.cli": 14,
 }
 
 # Host code: a scheduler step or a test of it must never wait for jax.
 HOST = {
     *("jaxserve", "jaxserve.errors", "jaxserve.types", "jaxserve.config", "jaxserve.metrics"),
     *("jaxserve.engine.scheduler", "jaxserve.engine.block_pool", "jaxserve.engine.batch"),
-    *("jaxserve.engine.sequence", "jaxserve.sampling.grammar"),
+    *("jaxserve.engine.block_tables", "jaxserve.engine.waiting", "jaxserve.engine.results"),
+    *("jaxserve.engine.plan", "jaxserve.engine.admission", "jaxserve.engine.buckets"),
+    *("jaxserve.engine.sequence", "jaxserve.engine.outputs", "jaxserve.sampling.grammar"),
+    *("jaxserve.tokenizer", "jaxserve.token_text"),
     *(
         "convert.header",
         "convert.hub",

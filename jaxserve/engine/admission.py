@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an engine can serve a request as asked: every id and length against the model's, on the host.
+
+On the device an id out of range raises nothing and reads or writes what belongs to others.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
+from typing import cast
+
+import numpy as np
+
+from jaxserve.config import Limits
+from jaxserve.errors import RequestError, one_line
+from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request
+
+MAX_SALT = 128
+
+
+def check(request: Request, limits: Limits) -> None:
+    """Raises a RequestError that names the field, the value and what is possible."""
+    params = request.params
+    _check_kinds(request)
+    _check_prompt(request, limits)
+    if params.n > limits.max_num_seqs:
+        problem = f"n is {params.n}, the engine runs {limits.max_num_seqs} sequences at once"
+        raise RequestError("n", problem, f"give at most {limits.max_num_seqs}")
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        _check_ids(name, getattr(params, name) or (), limits)
+    _check_bad_words(request.bad_word_ids, limits)
+    most = limits.vocab_size if limits.max_logprobs == -1 else limits.max_logprobs
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        if value is not None and (limits.vocab_size if value == -1 else value) > most:
+            asked = f"{value} (all {limits.vocab_size})" if value == -1 else str(value)
+            problem = f"{name} is {asked}, above the engine's max_logprobs {most}"
+            raise RequestError(name, problem, f"give at most {most}")
+    room = limits.max_model_len - len(request.prompt_token_ids)
+    if params.min_tokens > max(room, 0):
+        problem = f"min_tokens is {params.min_tokens}, and after the prompt there is room for {max(room, 0)}"
+        raise RequestError("min_tokens", problem, "lower it")
+
+
+def _check_kinds(request: Request) -> None:
+    """What a request holds beside its parameters, which check themselves."""
+    values: dict[str, object] = {name: getattr(request, name) for name in ("id", "cache_salt", "priority", "deadline")}
+    if not isinstance(values["id"], str):
+        raise _refused("request_id", values["id"], "a string")
+    salt, priority, deadline = values["cache_salt"], values["priority"], values["deadline"]
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
+        raise _refused("cache_salt", salt, f"a string of 1 to {MAX_SALT} characters")
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+        raise _refused("priority", priority, "a whole number of at most 64 bits")
+    if deadline is not None and not (isinstance(deadline, Real) and math.isfinite(deadline)):
+        raise _refused("deadline", deadline, "a time on the monotonic clock")
+
+
+def _check_prompt(request: Request, limits: Limits) -> None:
+    prompt = cast(object, request.prompt_token_ids)
+    if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
+        raise _refused("prompt", prompt, "a list of token ids")
+    count = len(request.prompt_token_ids)
+    if not count:
+        raise RequestError("prompt", "the prompt is empty", "give at least one token")
+    longest, use = limits.max_model_len, "scored"
+    if not request.score_only:
+        longest, use = longest - 1, "continued"
+    if count > longest:
+        problem = f"the prompt has {count} tokens, and the longest that can be {use} has {longest}"
+        raise RequestError("prompt", problem, "shorten it, or start the engine with a larger max_model_len")
+    _check_ids("prompt", request.prompt_token_ids, limits)
+
+
+def _check_ids(name: str, ids: Collection[int], limits: Limits) -> None:
+    """With what runs in C over a list of plain ints: prompts are long."""
+    kinds = set(map(type, ids))
+    if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
+        bad = next(token for token in ids if isinstance(token, bool) or not isinstance(token, Integral))
+        raise RequestError(name, f"{name} holds {_shown(bad)}", "give token ids: whole numbers")
+    for token in (min(ids), max(ids)) if kinds else ():
+        if not 0 <= token < limits.vocab_size:
+            problem = f"{name} holds the token id {_shown(int(token))}, the model has 0 to {limits.vocab_size - 1}"
+            raise RequestError(name, problem, "give ids of this model's vocabulary")
+
+
+def _check_bad_words(words: tuple[tuple[int, ...], ...], limits: Limits) -> None:
+    if len(words) > MAX_BAD_WORDS:
+        problem = f"bad_words makes {len(words)} token sequences"
+        raise RequestError("bad_words", problem, f"give words that make at most {MAX_BAD_WORDS}")
+    for word in words:
+        if not 0 < len(word) <= BAD_WORD_TOKENS:
+            problem = f"bad_words has a sequence of {len(word)} tokens"
+            raise RequestError("bad_words", problem, f"give sequences of 1 to {BAD_WORD_TOKENS} tokens")
+        _check_ids("bad_words", word, limits)
+
+
+def _refused(name: str, value: object, wanted: str) -> RequestError:
+    return RequestError(name, f"{name} is {_shown(value)}, expected {wanted}", "correct the value")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 2**128:  # Python refuses to write thousands of digits
+        return "a number of more than 128 bits"
+    return one_line(repr(value)[:200], limit=60)

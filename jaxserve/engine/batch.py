@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A StepPlan as one int32 vector: all that the host tells the device in a step. Pure numpy.
+
+`Layout` is the one description of the vector; the device programs take it apart by the same slices. Sizes depend on
+the bucket alone. A decoding step of B rows has B tokens and B entries; a mixed one has the largest number of both rows
+and entries, whatever its tokens.
+
+An entry is a row of logits: which token's, of which row, and how to sample it. Floats travel as their bits.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from jaxserve.engine.buckets import Buckets, fitting
+from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.sequence import Need, Sequence
+
+type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+
+NUMBERS = ("controlled", "temperature", "top_k", "top_p", "min_p", "seed")  # the same for a row's whole life
+ENTRY = ("token", "row", "position", "given", "samples", *NUMBERS)
+TOKEN, ROW, POSITION, GIVEN, SAMPLES, FIXED = range(6)
+SPARE_EDITS = 8
+EDITS_AT_ONCE, COPIES_AT_ONCE = 2048, 64  # by the program that does nothing else
+EDIT_SIZE = 2 * EDITS_AT_ONCE + 2 * COPIES_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where what lies in the vector of a step with `tokens` tokens."""
+
+    decode: bool
+    tokens: int
+    rows: int
+    edits: int
+    entries: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Sizes, in order."""
+        return {
+            "tokens": self.tokens,  # negative: the row's last one, which the device knows
+            "rows": self.rows,
+            "kv_lens": self.rows,
+            "rope_lengths": self.rows,
+            "starts": self.rows + 1,  # cu_q_lens
+            "distribution": 2,
+            "cells": self.edits,  # of the block tables; negative: none
+            "blocks": self.edits,
+            "entries": self.entries * len(ENTRY),
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(self.parts.values())
+
+
+@cache
+def places(layout: Layout) -> dict[str, slice]:
+    at = 0
+    where: dict[str, slice] = {}
+    for name, size in layout.parts.items():
+        where[name] = slice(at, at + size)
+        at += size
+    return where
+
+
+@cache
+def decode_layout(rows: int) -> Layout:
+    return Layout(decode=True, tokens=rows, rows=rows, edits=rows + SPARE_EDITS, entries=rows)
+
+
+@cache
+def mixed_layout(tokens: int, buckets: Buckets, block_size: int) -> Layout:
+    rows = min(tokens, buckets.rows)
+    edits = tokens // block_size + 2 * rows + SPARE_EDITS
+    return Layout(decode=False, tokens=tokens, rows=rows, edits=edits, entries=buckets.entries)
+
+
+@dataclass(slots=True)
+class Packed:
+    layout: Layout
+    entries: int  # rows of logits that are wanted
+    need: Need
+    vector: Ints
+    edits: list[Ints]  # for the program of block table edits and block copies, to be run before the step
+    controlled: list[Sequence]  # whose rows of sampling controls are to be set up before the step
+
+
+class Batcher:
+    """Keeps each row's sampling numbers, set when a sequence takes the row."""
+
+    def __init__(self, buckets: Buckets, *, width: int, block_size: int, num_blocks: int) -> None:
+        self.buckets, self.width, self.block_size, self.num_blocks = buckets, width, block_size, num_blocks
+        self._numbers = np.zeros((buckets.rows, len(NUMBERS)), np.int32)
+
+    def pack(self, plan: StepPlan) -> Packed:
+        for sequence in plan.arrivals:
+            self._numbers[sequence.row] = sampling_numbers(sequence)
+        slices = plan.slices
+        # Sorted by their count of tokens, with none last: if the last has one, all have.
+        decode = slices[-1].count == 1 and plan.entries == len(slices)
+        if decode:
+            layout = decode_layout(fitting(self.buckets.decode, len(slices)))
+        else:
+            layout = mixed_layout(fitting(self.buckets.mixed, plan.tokens), self.buckets, self.block_size)
+        vector = np.zeros(layout.size, np.int32)
+        parts = {name: vector[at] for name, at in places(layout).items()}
+        entries = parts["entries"].reshape(layout.entries, len(ENTRY))
+        entries[:, ROW] = self.buckets.rows  # beyond the last: nothing is kept of it
+        entries[:, GIVEN] = -1
+        (self._fill_decode if decode else self._fill_mixed)(plan, parts, entries)
+        edits = self._fill_edits(plan, parts)
+        controlled = [sequence for sequence in plan.arrivals if sequence.controlled]
+        return Packed(layout, plan.entries, plan.need, vector, edits, controlled)
+
+    def _fill_decode(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
+        slices = plan.slices
+        count = len(slices)
+        rows = np.array([s.sequence.row for s in slices], np.int32)
+        lengths = np.array([s.start for s in slices], np.int32) + 1
+        self._check(rows, lengths)
+        parts["tokens"][:] = -1
+        parts["tokens"][:count] = [
+            s.sequence.tokens[s.start] if s.start < len(s.sequence.tokens) else -1 for s in slices
+        ]
+        parts["rows"][:] = self.buckets.rows
+        parts["rows"][:count] = rows
+        parts["kv_lens"][:count] = lengths
+        parts["rope_lengths"][:count] = [s.sequence.rope_length for s in slices]
+        parts["starts"][:] = np.arange(len(parts["starts"]))
+        parts["distribution"][:] = count
+        used = entries[:count]
+        used[:, TOKEN] = parts["starts"][:count]
+        used[:, ROW] = rows
+        used[:, POSITION] = lengths
+        used[:, SAMPLES] = [s.samples for s in slices]
+        used[:, FIXED:] = self._numbers[rows]
+        for i, s in enumerate(slices):
+            if not s.samples:
+                used[i, GIVEN] = s.sequence.tokens[s.score_from]
+
+    def _fill_mixed(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
+        starts, tokens = [0], list[int]()
+        rows, lengths, ropes = list[int](), list[int](), list[int]()
+        table: list[tuple[int, int, int, int, int]] = []
+        singles = 0
+        last: dict[int, int] = {}  # where the last token of a slice lies, for those that sample from it
+        for s in plan.slices:
+            sequence, base, stop = s.sequence, len(tokens), s.start + s.count
+            if s.count:
+                known = sequence.tokens[s.start : stop]
+                tokens += known
+                tokens += [-1] * (s.count - len(known))
+                starts.append(len(tokens))
+                rows.append(sequence.row)
+                lengths.append(stop)
+                ropes.append(sequence.rope_length)
+                singles += s.count == 1
+            last[id(s)] = end = last[id(s.parent)] if s.parent else len(tokens) - 1
+            for i in range(s.score_from, s.score_to):
+                table.append((base + i - 1 - s.start, sequence.row, i, sequence.tokens[i], 0))
+            if s.samples:
+                table.append((end, sequence.row, stop, -1, 1))
+        self._check(np.array(rows), np.array(lengths))
+        count = len(rows)
+        parts["tokens"][: len(tokens)] = tokens
+        parts["rows"][:] = self.buckets.rows
+        parts["rows"][:count] = rows
+        parts["kv_lens"][:count] = lengths
+        parts["rope_lengths"][:count] = ropes
+        parts["starts"][:] = len(tokens)
+        parts["starts"][: count + 1] = starts
+        parts["distribution"][:] = singles, count
+        if table:
+            used = entries[: len(table)]
+            used[:, :FIXED] = table
+            used[:, FIXED:] = self._numbers[used[:, ROW]]
+
+    def _fill_edits(self, plan: StepPlan, parts: dict[str, Ints]) -> list[Ints]:
+        """Block table edits into the vector if they fit, else into vectors of their own; copies always."""
+        cells = np.fromiter(plan.edits.keys(), np.int32, len(plan.edits))
+        blocks = np.fromiter(plan.edits.values(), np.int32, len(plan.edits))
+        if cells.size:
+            _within("block table cell", cells, 0, self.buckets.rows * self.width)
+            _within("block", blocks, 0, self.num_blocks)
+        parts["cells"][:] = -1
+        fits = cells.size <= parts["cells"].size
+        if fits:
+            parts["cells"][: cells.size] = cells
+            parts["blocks"][: cells.size] = blocks
+            cells = cells[:0]
+        edits = [
+            edit_vector(cells[i : i + EDITS_AT_ONCE], blocks[i : i + EDITS_AT_ONCE], [])
+            for i in range(0, cells.size, EDITS_AT_ONCE)
+        ]
+        for copies in in_turns(plan.copies):
+            _within("block", np.array(copies), 1, self.num_blocks)
+            edits.append(edit_vector(cells[:0], blocks[:0], copies))
+        return edits
+
+    def _check(self, rows: Ints, lengths: Ints) -> None:
+        _within("row", rows, 0, self.buckets.rows)
+        _within("length", lengths, 1, self.width * self.block_size + 1)
+
+
+def padding(layout: Layout, buckets: Buckets) -> Ints:
+    """The vector of a step that does nothing."""
+    vector = np.zeros(layout.size, np.int32)
+    parts = {name: vector[at] for name, at in places(layout).items()}
+    parts["rows"][:] = buckets.rows
+    parts["cells"][:] = -1
+    if layout.decode:
+        parts["starts"][:] = np.arange(len(parts["starts"]))
+    entries = parts["entries"].reshape(layout.entries, len(ENTRY))
+    entries[:, ROW] = buckets.rows  # beyond the last: nothing is kept of it
+    entries[:, GIVEN] = -1
+    return vector
+
+
+def sampling_numbers(sequence: Sequence) -> list[int]:
+    params = sequence.request.params
+    floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
+    seed = sequence.seed - 2**32 if sequence.seed >= 2**31 else sequence.seed
+    return [int(sequence.controlled), floats[0], params.top_k, floats[1], floats[2], seed]
+
+
+def edit_vector(cells: Ints, blocks: Ints, copies: list[tuple[int, int]]) -> Ints:
+    """[cells, blocks, sources, destinations], padded with -1."""
+    vector = np.full(EDIT_SIZE, -1, np.int32)
+    vector[: cells.size] = cells
+    vector[EDITS_AT_ONCE:][: cells.size] = blocks
+    if copies:
+        at = 2 * EDITS_AT_ONCE
+        vector[at : at + len(copies)] = [source for source, _ in copies]
+        vector[at + COPIES_AT_ONCE :][: len(copies)] = [destination for _, destination in copies]
+    return vector
+
+
+def in_turns(copies: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Blocks move in no order within one call: a block that was read or written is written in a later call."""
+    turns: list[list[tuple[int, int]]] = []
+    touched: set[int] = set()
+    written: set[int] = set()
+    for source, destination in copies:
+        if not turns or destination in touched or source in written or len(turns[-1]) == COPIES_AT_ONCE:
+            turns.append([])
+            touched, written = set(), set()
+        turns[-1].append((source, destination))
+        touched |= {source, destination}
+        written.add(destination)
+    return turns
+
+
+def _within(what: str, values: Ints, low: int, high: int) -> None:
+    """jax would clamp or wrap such an index, and write what belongs to others."""
+    if values.size and (int(values.min()) < low or int(values.max()) >= high):
+        raise RuntimeError(f"{what}s reach from {values.min()} to {values.max()}, expected {low} to {high - 1}")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks hold the KV of each sequence that has a row, and what of that the devices are yet to be told.
+
+Through the pool it owns all blocks. It knows which tokens are computed, not who computes when: the scheduler.
+
+What it changes on the devices, block copies first and then edits of the block tables, goes with the next step and
+happens before it. Steps run one after the other, so a block handed back now may be written by the next step while one
+in flight still reads it, and a block may be shared as soon as the step that fills it is planned.
+"""
+
+from jaxserve.config import Limits
+from jaxserve.engine.block_pool import NULL_BLOCK, BlockPool
+from jaxserve.engine.sequence import Sequence
+
+
+class BlockTables:
+    def __init__(self, limits: Limits) -> None:
+        self.pool = BlockPool(limits.num_blocks, limits.block_size, caching=limits.enable_prefix_caching)
+        self.width = -(-limits.max_model_len // limits.block_size)
+        self._limits, self._size, self._window = limits, limits.block_size, limits.window
+        self._copies: list[tuple[int, int]] = []
+        self._edits: dict[int, int] = {}
+
+    def take_changes(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
+        """Copies and edits since the last step."""
+        copies, edits = self._copies, self._edits
+        self._copies, self._edits = [], {}
+        return copies, edits
+
+    # --- a sequence comes and goes ----------------------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence, *, reserve: int) -> bool:
+        """The cached blocks that it begins with, if all the others it needs are available beside `reserve`."""
+        pool = self.pool
+        if pool.available <= reserve:
+            return False  # it takes one at least: its last token is computed in any case, for its logits
+        if sequence.generation != pool.generation:
+            sequence.generation, sequence.keys = pool.generation, []
+        hits = self._hits(sequence)
+        unseen = self._unseen(len(hits) * self._size)
+        pool.share(hits[unseen:])  # takes those that nobody owned off the available ones
+        sequence.blocks, sequence.first_block = [NULL_BLOCK] * unseen + hits[unseen:], unseen
+        if self.wanted(sequence) + reserve > pool.available:
+            pool.release(sequence.blocks)
+            sequence.blocks, sequence.first_block = [], 0
+            return False
+        sequence.published = len(hits)
+        sequence.computed = len(hits) * self._size
+        return True
+
+    def begin_as(self, twin: Sequence, leader: Sequence) -> None:
+        """The leader's blocks for the twin too, also the last, half full: whoever writes it first makes a copy."""
+        self.pool.share(leader.blocks[leader.first_block :])
+        twin.blocks, twin.first_block = list(leader.blocks), leader.first_block
+        twin.computed, twin.cached = leader.computed, leader.cached
+        twin.keys, twin.generation, twin.published = list(leader.keys), leader.generation, leader.published
+
+    def end(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.first_block = [], 0
+        sequence.computed = sequence.published = 0
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Nobody is to find its KV any more."""
+        self.pool.forget(sequence.blocks[sequence.first_block :])
+
+    def tell(self, sequence: Sequence, first: int = 0) -> None:
+        """The devices learn its blocks from this one on."""
+        at, blocks, edits = sequence.row * self.width, sequence.blocks, self._edits
+        for i in range(first, len(blocks)):
+            edits[at + i] = blocks[i]
+
+    # --- a sequence goes on -----------------------------------------------------------------------------------------
+
+    def wanted(self, sequence: Sequence) -> int:
+        """How many more blocks its tokens take."""
+        needed = -(-sequence.length // self._size)
+        if self._window is not None:
+            needed = min(needed, sequence.first_block + self._limits.blocks_for(sequence.length))
+        return max(0, needed - len(sequence.blocks))
+
+    def grow(self, sequence: Sequence, count: int) -> bool:
+        """Slots that it alone owns for its next tokens. If there are not enough, nothing changes."""
+        blocks, at = sequence.blocks, sequence.computed // self._size
+        needed = (sequence.computed + count - 1) // self._size + 1 - len(blocks)
+        copies = at < len(blocks) and self.pool.shared(blocks[at])
+        if needed <= 0 and not copies:
+            return True
+        new = self.pool.allocate(max(needed, 0) + copies)
+        if new is None:
+            return False
+        had = len(blocks)
+        if copies:
+            mine = new.pop()
+            self._copies.append((blocks[at], mine))
+            self.pool.release([blocks[at]])
+            blocks[at] = mine
+            self._edits[sequence.row * self.width + at] = mine
+        blocks += new
+        self.tell(sequence, had)
+        return True
+
+    def leave_window(self, sequence: Sequence) -> None:
+        """Hands back the blocks that none of its tokens still to be computed looks at."""
+        seen = self._unseen(sequence.computed)
+        if seen > sequence.first_block:
+            blocks, at = sequence.blocks, sequence.row * self.width
+            self.pool.release(blocks[sequence.first_block : seen])
+            for i in range(sequence.first_block, seen):
+                blocks[i] = self._edits[at + i] = NULL_BLOCK
+            sequence.first_block = seen
+
+    def _unseen(self, position: int) -> int:
+        """How many of the first blocks are out of the sight of the token there, and of all after it."""
+        return 0 if self._window is None else max(0, position - self._window + 1) // self._size
+
+    # --- blocks that others can share -------------------------------------------------------------------------------
+
+    def publish(self, sequence: Sequence) -> None:
+        """Lets others share its blocks that are computed and full of tokens known here."""
+        full = min(sequence.computed, len(sequence.tokens)) // self._size
+        if full <= sequence.published:
+            return
+        if self._limits.enable_prefix_caching and sequence.generation == self.pool.generation:
+            for i in range(sequence.published, full):
+                if sequence.blocks[i] != NULL_BLOCK:
+                    self.pool.publish(sequence.blocks[i], self._key(sequence, i))
+        sequence.published = full
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        """The cached blocks that it begins with, short of the first token whose logits are wanted."""
+        if sequence.request.params.skip_reading_prefix_cache:
+            return []
+        last = min(sequence.length, sequence.scored) - 1 if sequence.scores else sequence.length - 1
+        return self.pool.find(self._key(sequence, i) for i in range(last // self._size))
+
+    def _key(self, sequence: Sequence, i: int) -> bytes:
+        """The key of its block, made when it is asked for."""
+        size, keys = self._size, sequence.keys
+        while len(keys) <= i:
+            parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "", sequence.rope_length)
+            keys.append(self.pool.chain(parent, sequence.tokens[len(keys) * size : (len(keys) + 1) * size]))
+        return keys[i]

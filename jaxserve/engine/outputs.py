@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an engine's Updates to the RequestOutputs that users see: text, stop strings, log-probabilities.
+
+Runs beside the tokenizer, knows nothing of the engine that the updates come from.
+
+Every output is a snapshot that no later one changes: users keep them. So with CUMULATIVE an update copies the text
+and a pointer per earlier token of its sample; with DELTA and FINAL_ONLY nothing is copied. What does not change any
+more is shared between outputs: the prompt's lists, the dicts of log-probabilities, samples without news.
+"""
+
+from collections.abc import Sequence
+
+from jaxserve.errors import RequestError
+from jaxserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxserve.types import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestOutput,
+    RequestOutputKind,
+    TokenLogprobs,
+    Update,
+)
+
+
+class OutputBuilder:
+    """Makes the outputs of one request.
+
+    An output lists all n samples in their order, or with DELTA the one that has something new.
+
+    for update in updates:
+        output = builder.add(update)  # None if there is nothing to show yet
+        for index in builder.take_stopped():
+            ...  # tell the engine to abort this sample: a stop string ended it
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, request: Request, *, prompt: str | None) -> None:
+        params = request.params
+        if tokenizer is None and params.stops:
+            raise RequestError("stop", "stop strings need a tokenizer, and there is none", "give stop_token_ids")
+        self._request = request
+        self._prompt = prompt
+        self._prompt_token_ids = list(request.prompt_token_ids)
+        self._kind = params.output_kind
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._samples = [_Sample(index, self._tokenizer, request) for index in range(params.n)]
+        self._unfinished = params.n
+        self._stopped: list[int] = []
+        self._prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+        self._num_cached_tokens = 0
+
+    def add(self, update: Update) -> RequestOutput | None:
+        """What to show after this update. After a sample's end nothing more is taken for it."""
+        sample = self._samples[update.index]
+        if sample.finish_reason is not None:
+            return None
+        self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
+        if update.prompt_logprobs and self._prompt_logprobs is not None:
+            # In a new list: an earlier output may hold this one.
+            self._prompt_logprobs = self._prompt_logprobs + self._prompt_positions(update.prompt_logprobs)
+        sample.add(update)
+        if sample.finish_reason is not None:
+            self._unfinished -= 1
+            if update.finish_reason is None:
+                self._stopped.append(update.index)
+        if self._kind is RequestOutputKind.FINAL_ONLY:
+            return self._output([each.whole() for each in self._samples]) if self.finished else None
+        if not update.token_ids and update.finish_reason is None:
+            return None
+        if self._kind is RequestOutputKind.DELTA:
+            output = self._output([sample.news()])
+            self._prompt_logprobs = None if self._prompt_logprobs is None else []
+            return output
+        sample.renew()
+        return self._output([each.shown for each in self._samples])
+
+    def take_stopped(self) -> list[int]:
+        """The samples that stop strings ended since the last call, for the engine to abort."""
+        stopped, self._stopped = self._stopped, []
+        return stopped
+
+    @property
+    def finished(self) -> bool:
+        return self._unfinished == 0
+
+    def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        return RequestOutput(
+            request_id=self._request.id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=outputs,
+            finished=self.finished,
+            prompt_logprobs=self._prompt_logprobs,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def _prompt_positions(self, tokens: Sequence[TokenLogprobs]) -> list[PositionLogprobs | None]:
+        wanted = self._request.params.prompt_logprobs
+        return [position_logprobs(token, wanted, self._tokenizer) for token in tokens]
+
+
+class _Sample:
+    """One of the n samples, as far as it has come."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer | None, request: Request) -> None:
+        params = request.params
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._wanted = params.logprobs
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
+        self._stop_reason: int | str | None = None
+        self._error: str | None = None
+        self._policy_version = 0
+        # Not yet given out (DELTA), or all of it.
+        self._token_ids: list[int] = []
+        self._logprobs: list[PositionLogprobs] | None = None if self._wanted is None else []
+        self._cumulative: float | None = None if self._wanted is None else 0.0
+        self.shown = self._completion("", [], None if self._wanted is None else [])
+
+    def add(self, update: Update) -> None:
+        token_ids = update.token_ids
+        self.finish_reason = update.finish_reason
+        self._stop_reason = update.stop_reason
+        self._error = update.error
+        self._policy_version = update.policy_version
+        if self._detokenizer is not None:
+            before = self._detokenizer.token_count
+            stop = self._detokenizer.append(token_ids, stopped=update.finish_reason == "stop")
+            if stop is not None:
+                self.finish_reason, self._stop_reason, self._error = "stop", stop, None
+                token_ids = token_ids[: self._detokenizer.token_count - before]
+        self._token_ids += token_ids
+        if self._logprobs is not None and update.logprobs is not None and self._cumulative is not None:
+            for token in update.logprobs[: len(token_ids)]:
+                self._logprobs.append(position_logprobs(token, self._wanted, self._tokenizer))
+                self._cumulative += token.logprob
+
+    def whole(self) -> CompletionOutput:
+        """All of it, once, at the end."""
+        return self._completion(self._ready(), self._token_ids, self._logprobs)
+
+    def news(self) -> CompletionOutput:
+        """What came since the last call."""
+        output = self._completion(self._ready(), self._token_ids, self._logprobs)
+        self._token_ids = []
+        self._logprobs = None if self._logprobs is None else []
+        return output
+
+    def renew(self) -> None:
+        """Makes `shown` a snapshot of all so far."""
+        logprobs = None if self._logprobs is None else self._logprobs.copy()
+        self.shown = self._completion(self.shown.text + self._ready(), self._token_ids.copy(), logprobs)
+
+    def _ready(self) -> str:
+        return "" if self._detokenizer is None else self._detokenizer.ready(self.finish_reason is not None)
+
+    def _completion(self, text: str, token_ids: list[int], logprobs: list[PositionLogprobs] | None) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=self._cumulative,
+            logprobs=logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            error=self._error,
+            policy_version=self._policy_version,
+        )
+
+
+def position_logprobs(token: TokenLogprobs, wanted: int | None, tokenizer: Tokenizer | None) -> PositionLogprobs:
+    """The chosen token first, then the likeliest ones: as many as `wanted` of those that came, or all (-1, None)."""
+    kept = len(token.top_tokens) if wanted is None or wanted < 0 else wanted
+
+    def entry(other: int, logprob: float, rank: int) -> Logprob:
+        return Logprob(logprob, rank, None if tokenizer is None else tokenizer.token_text(other))
+
+    position = {token.token: entry(token.token, token.logprob, token.rank)}
+    best = zip(token.top_tokens[:kept], token.top_logprobs, strict=False)
+    for place, (other, logprob) in enumerate(best):
+        if other != token.token:
+            position[other] = entry(other, logprob, place + 1)
+    return position

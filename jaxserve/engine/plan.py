@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one step is to do, decided by the scheduler, and what it gave. Plain host data."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.engine.sequence import Need, Sequence
+
+
+class Slice:
+    """`count` tokens of a sequence from `start` on, and what is wanted of their logits."""
+
+    __slots__ = ("count", "epoch", "parent", "samples", "score_from", "score_to", "sequence", "start")
+
+    def __init__(self, sequence: Sequence, start: int, count: int, samples: bool) -> None:
+        self.sequence, self.epoch = sequence, sequence.epoch
+        self.start, self.count = start, count
+        self.samples = samples  # the last one's logits give the next token
+        self.score_from = self.score_to = 0  # these prompt tokens are scored, by the logits of those before them
+        self.parent: Slice | None = None  # it computes nothing: it samples from the same logits as this one
+
+    @property
+    def entries(self) -> int:
+        """Rows of logits that it takes."""
+        return self.score_to - self.score_from + self.samples
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Those of one token come first, then those of several, then those of none."""
+
+    slices: list[Slice]
+    tokens: int
+    entries: int
+    need: Need
+    policy_version: int = 0
+    # Everything below happens on the device before the step, in this order.
+    copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
+    edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: row * width + column -> block
+    arrivals: list[Sequence] = field(default_factory=list[Sequence])  # who took a row since the last step
+
+
+class Draft:
+    """The slices of a plan in the making. What is in it stays: nobody is preempted after being planned."""
+
+    __slots__ = ("chunks", "entries", "forks", "need", "scores", "singles", "tokens")
+
+    def __init__(self) -> None:
+        self.singles: list[Slice] = []
+        self.chunks: list[Slice] = []
+        self.forks: list[Slice] = []
+        self.tokens = self.entries = 0
+        self.scores = 0  # rows of logits that score prompt tokens
+        self.need = Need.GREEDY
+
+    def put(self, slice: Slice) -> None:
+        count, sequence = slice.count, slice.sequence
+        (self.singles if count == 1 else self.chunks if count else self.forks).append(slice)
+        self.tokens += count
+        if slice.samples:
+            self.entries += 1
+            if sequence.need > self.need:
+                self.need = sequence.need
+        if slice.score_to > slice.score_from:
+            self.entries += slice.score_to - slice.score_from
+            self.scores += slice.score_to - slice.score_from
+            if sequence.scoring_need is not None and sequence.scoring_need > self.need:
+                self.need = sequence.scoring_need
+
+    @property
+    def slices(self) -> list[Slice]:
+        """In a plan's order."""
+        return self.singles + self.chunks + self.forks
+
+
+@dataclass(slots=True)
+class StepResult:
+    """One entry for each row of logits, in the order of the plan's slices."""
+
+    tokens: list[int]
+    valid: list[bool]
+    logprobs: np.ndarray | None = None  # float32 [entries]
+    ranks: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None  # int32 [entries, n]
+    top_logprobs: np.ndarray | None = None

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step's result says of one sequence: its next token, why it ends, log-probabilities. Changes nobody else."""
+
+from collections.abc import Set
+
+from jaxserve.engine.plan import Slice, StepResult
+from jaxserve.engine.sequence import Sequence
+from jaxserve.types import FinishReason, TokenLogprobs, Update
+
+
+def sampled(
+    sequence: Sequence, result: StepResult, entry: int, update: Update, ends_of_text: Set[int]
+) -> FinishReason | None:
+    """Takes the token of this row of logits, if it is not for others to choose; whether the sequence ends by it."""
+    params, token = sequence.request.params, result.tokens[entry]
+    sequence.pending -= 1
+    if params.logprobs is not None:
+        update.logprobs = [token_logprobs(result, entry, params.logprobs)]
+    tokens = sequence.tokens
+    if sequence.held:
+        sequence.told = len(tokens)
+        return None
+    tokens.append(token)
+    update.token_ids = [token]
+    length = len(tokens)
+    if token in sequence.stops and length >= sequence.min_end:
+        if params.ignore_eos or token not in ends_of_text:
+            update.stop_reason = token
+        return "stop"
+    return "length" if length >= sequence.end else None
+
+
+def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
+    """Log-probabilities of the prompt tokens that the slice scores; the rows of logits begin with this one."""
+    wanted = slice.sequence.request.params.prompt_logprobs or 0
+    return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
+
+
+def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs:
+    """With the `wanted` likeliest tokens, -1 for all: other rows of the step may want more than this one."""
+    logprobs, ranks = result.logprobs, result.ranks
+    if logprobs is None or ranks is None:
+        raise RuntimeError("the step computed no log-probabilities, and a row wants them")
+    tops: list[int] = []
+    values: list[float] = []
+    if wanted and result.top_tokens is not None and result.top_logprobs is not None:
+        count = None if wanted < 0 else wanted
+        tops, values = result.top_tokens[entry, :count].tolist(), result.top_logprobs[entry, :count].tolist()
+        if tops and tops[-1] < 0:  # fewer exist
+            count = tops.index(-1)
+            tops, values = tops[:count], values[:count]
+    return TokenLogprobs(result.tokens[entry], float(logprobs[entry]), int(ranks[entry]), tops, values)

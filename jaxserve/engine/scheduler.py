@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes what in the next step. Owns all sequences and the rows; knows no jax, and of blocks only who lacks some.
+
+    add(request)              into the queue, or refused
+    schedule(now) -> StepPlan who runs: one token for each decoding row and chunks of prompts, within one token budget
+    commit(plan, result)      what the step gave: tokens appended, sequences ended, rows and blocks handed back
+
+A plan is a promise: `schedule` counts its work as done (`computed`, `pending`), so that the next plan can be made
+before its result is there. A sequence that left its row meanwhile is known by its epoch, and what the step says of it
+is dropped.
+
+The running ones are kept in order of arrival (or priority, then arrival) and are planned in that order. When blocks
+run out, the last gives up its own and waits to be computed again. So the first always gets on, none waits for ever,
+and whoever is planned stays planned.
+"""
+
+import random
+from bisect import bisect_left, insort
+
+from jaxserve.config import Limits
+from jaxserve.engine import admission, results
+from jaxserve.engine.block_pool import BlockPool
+from jaxserve.engine.block_tables import BlockTables
+from jaxserve.engine.plan import Draft, Slice, StepPlan, StepResult
+from jaxserve.engine.sequence import Sequence, Status, order_of
+from jaxserve.engine.waiting import Deadlines, Waiting
+from jaxserve.errors import RequestError
+from jaxserve.types import FinishReason, Request, Update
+
+
+class Scheduler:
+    def __init__(self, limits: Limits, *, score_rows: int, seed: int = 0) -> None:
+        self.limits = limits
+        self.requests: dict[str, list[Sequence]] = {}  # all samples of a request until the last has ended
+        self.preemptions = 0
+        self.policy_version = 0
+        self._score_rows = score_rows
+        self._random = random.Random(seed)
+        self._arrivals = 0
+        self._ended: list[Update] = []  # by abort or deadline, told with the next commit
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.running: list[Sequence] = []
+        self._free_rows = list(range(self.limits.max_num_seqs - 1, -1, -1))
+        self._waiting, self._deadlines = Waiting(self.limits), Deadlines()
+        self._tables = BlockTables(self.limits)
+        self._arrived: list[Sequence] = []  # who took a row since the last plan
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._tables.pool
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.requests) or bool(self._ended)
+
+    # --- arrivals and departures ------------------------------------------------------------------------------------
+
+    def add(self, request: Request, *, held: bool = False) -> None:
+        """Into the queue. A request that cannot be served as asked is refused by a RequestError."""
+        limits, params = self.limits, request.params
+        admission.check(request, limits)
+        if request.id in self.requests:
+            raise RequestError("request_id", f"a request {request.id!r} is in flight", "give another id")
+        self._waiting.check_room(len(request.prompt_token_ids))
+        self._arrivals += 1
+        seed = self._random.getrandbits(32) if params.seed is None else params.seed
+        seed ^= (seed >> 32) & 0xFFFF_FFFF
+        priority = request.priority if limits.priority else 0
+        group = [
+            Sequence(request, index=index, order=(priority, self._arrivals, index), limits=limits, seed=seed + index)
+            for index in range(params.n)
+        ]
+        leader, *leader.siblings = group
+        leader.held = held
+        self.requests[request.id] = group
+        self._enqueue(leader)
+        if request.deadline is not None:
+            self._deadlines.put(request.deadline, self._arrivals, request.id)
+
+    def abort(self, request_id: str, *, index: int | None = None) -> None:
+        """End a request, or one of its samples, in whatever state it is. Unknown ids have ended already."""
+        for sequence in list(self.requests.get(request_id, ())):
+            if index in (None, sequence.index):
+                self._end(sequence, "abort")
+
+    def abort_all(self, error: str) -> list[Update]:
+        """End everything, as after a fault: nothing that is kept of it is trusted, all of it starts anew."""
+        for sequence in (sequence for group in self.requests.values() for sequence in group):
+            update = Update(request_id=sequence.request.id, index=sequence.index, finish_reason="error", error=error)
+            update.num_cached_tokens, update.policy_version = sequence.cached, self.policy_version
+            self._ended.append(update)
+            sequence.status, sequence.epoch = Status.FINISHED, sequence.epoch + 1
+        self.requests.clear()
+        self._start_empty()
+        return self.take_ended()
+
+    def take_ended(self) -> list[Update]:
+        """Ends that no step brought about."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _expire(self, now: float) -> None:
+        for request_id in self._deadlines.passed(now):
+            for sequence in list(self.requests[request_id]):
+                self._end(sequence, "abort", error="the deadline has passed")
+
+    def _end(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
+        """It ends for a reason that no step found."""
+        update = Update(request_id=sequence.request.id, index=sequence.index)
+        update.error, update.policy_version = error, self.policy_version
+        self._ended.append(self._finish(sequence, update, reason))
+
+    def _finish(self, sequence: Sequence, update: Update, reason: FinishReason) -> Update:
+        request = sequence.request
+        group = self.requests[request.id]
+        group.remove(sequence)
+        if sequence.status == Status.RUNNING:
+            self._leave_row(sequence)
+        elif sequence.status == Status.WAITING:
+            self._waiting.remove(sequence)
+        for other in group:
+            if sequence in other.siblings:
+                other.siblings.remove(sequence)
+        if group:
+            self._hand_on(sequence, group)
+        else:
+            del self.requests[request.id]
+            if request.deadline is not None:
+                self._deadlines.remove(request.deadline, sequence.order[1], request.id)
+        sequence.status = Status.FINISHED
+        update.finish_reason = reason
+        update.num_cached_tokens = sequence.cached
+        return update
+
+    def _hand_on(self, sequence: Sequence, group: list[Sequence]) -> None:
+        """What it was to do for the others of its request: to compute their prompt, to tell how likely it is."""
+        if sequence.siblings:
+            leader, *leader.siblings = sequence.siblings
+            sequence.siblings = []
+            leader.scored = leader.scores_told = sequence.scores_told
+            self._enqueue(leader)
+        elif sequence.scores_told < sequence.prompt_len:
+            heir = group[0]
+            if heir.status == Status.RUNNING:
+                self._preempt(heir)  # it has computed the prompt already, and does it again
+            heir.scored = heir.scores_told = sequence.scores_told
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self._waiting.put(sequence)
+
+    def _take_row(self, sequence: Sequence) -> None:
+        sequence.row = self._free_rows.pop()
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=order_of)
+        self._arrived.append(sequence)
+        self._tables.tell(sequence)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        del self.running[bisect_left(self.running, sequence.order, key=order_of)]
+        self._free_rows.append(sequence.row)
+        self._tables.end(sequence)
+        sequence.row, sequence.pending = -1, 0
+        sequence.scored = sequence.scores_told
+        sequence.epoch += 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave_row(sequence)
+        self.preemptions += 1
+        if sequence.told < len(sequence.tokens):
+            self._enqueue(sequence)
+        else:
+            sequence.status = Status.BESIDE
+
+    # --- planning ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float = 0.0) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute until a step in flight is committed."""
+        self._expire(now)
+        draft = Draft()
+        self._admit(draft, self._go_on(draft))
+        while not draft.tokens and self._waiting and self.running and all(map(_idles, self.running)):
+            # Beams that wait for one that has no room: nobody would ever give any up.
+            self._preempt(self.running[-1])
+            self._admit(draft, [])
+        if not draft.tokens:
+            return None
+        copies, edits = self._tables.take_changes()
+        arrivals = [sequence for sequence in self._arrived if sequence.status == Status.RUNNING]
+        self._arrived = []
+        return StepPlan(
+            draft.slices, draft.tokens, draft.entries, draft.need, self.policy_version, copies, edits, arrivals
+        )
+
+    def _go_on(self, draft: Draft) -> list[Sequence]:
+        """Plans for those that run. Gives those whose prompts are being computed in chunks."""
+        decoding = 0
+        work: list[tuple[Sequence, int]] = []  # who has how many tokens left to compute
+        chunked: list[Sequence] = []
+        for sequence in self.running:
+            known = len(sequence.tokens)
+            left = (known if sequence.held else known + sequence.pending) - sequence.computed
+            if left == 1:
+                if sequence.computed >= sequence.goal:
+                    continue
+                decoding += 1
+            elif left <= 0:
+                continue
+            work.append((sequence, left))
+        spare = self.limits.max_num_batched_tokens - decoding
+        for sequence, left in work:
+            if sequence.row < 0:
+                break  # given up for one before it, as are all after it
+            taken = self._compute(draft, sequence, min(left, spare) if left > 1 else 1)
+            if left > 1:
+                spare -= taken
+                if sequence.row >= 0:
+                    chunked.append(sequence)
+        return chunked
+
+    def _admit(self, draft: Draft, chunked: list[Sequence]) -> None:
+        """Gives rows to those whose turn it is, as long as the whole prompt of each fits beside what runs: of which
+        each may want one block more, and those with prompts still to be computed all blocks for that.
+        """
+        tables, waiting = self._tables, self._waiting
+        reserve = len(self.running) + sum(map(tables.wanted, chunked))
+        while waiting and draft.tokens < self.limits.max_num_batched_tokens and self._free_rows:
+            sequence = waiting.first
+            if not tables.begin(sequence, reserve=reserve):
+                break
+            waiting.remove(sequence)
+            self._take_row(sequence)
+            if not sequence.epoch:  # later it finds what it had computed itself
+                sequence.cached = sequence.computed
+            left = sequence.length - sequence.computed
+            self._compute(draft, sequence, min(left, self.limits.max_num_batched_tokens - draft.tokens))
+            reserve += 1 + tables.wanted(sequence)
+
+    def _compute(self, draft: Draft, sequence: Sequence, count: int) -> int:
+        """At most so many of its next tokens; how many it became."""
+        if sequence.scores:
+            free = max(0, sequence.scored - 1 - sequence.computed)  # their scores are told: they cost no row of logits
+            count = min(count, free + self._score_rows - draft.scores)
+        if count <= 0 or not self._make_room(sequence, count):
+            return 0
+        self._promise(draft, sequence, count)
+        return count
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Slots for its next tokens. Takes blocks from the last running ones, in the end from itself."""
+        if self.limits.window is not None:
+            self._tables.leave_window(sequence)
+        while not self._tables.grow(sequence, count):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _promise(self, draft: Draft, sequence: Sequence, count: int) -> None:
+        """Plans it, and counts the work as done."""
+        start = sequence.computed
+        stop = sequence.computed = start + count
+        length = len(sequence.tokens) + sequence.pending
+        samples = stop == length < sequence.end
+        slice = Slice(sequence, start, count, samples)
+        if sequence.scores:
+            slice.score_from = max(sequence.scored, start + 1)
+            slice.score_to = max(slice.score_from, min(stop + 1, sequence.prompt_len))
+            sequence.scored = slice.score_to
+        draft.put(slice)
+        if stop // self.limits.block_size > sequence.published:
+            self._tables.publish(sequence)
+        if samples:
+            sequence.pending += 1
+            if sequence.siblings:
+                self._fork(draft, slice)
+
+    def _fork(self, draft: Draft, slice: Slice) -> None:
+        """The other samples of a request whose prompt this slice completes take their first token from its logits."""
+        leader = slice.sequence
+        siblings, leader.siblings = leader.siblings, []
+        for sibling in siblings:
+            if not self._free_rows:
+                self._enqueue(sibling)
+                continue
+            self._tables.begin_as(sibling, leader)
+            self._take_row(sibling)
+            sibling.pending = 1
+            fork = Slice(sibling, leader.computed, 0, samples=True)
+            fork.parent = slice
+            draft.put(fork)
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
+        """What the step gave, and what ended otherwise since the last one."""
+        updates = self.take_ended()
+        sound = all(result.valid)
+        end = 0
+        for slice in plan.slices:
+            first = end
+            end += slice.score_to - slice.score_from + slice.samples
+            sequence = slice.sequence
+            if slice.epoch != sequence.epoch:
+                continue
+            if not sound and not all(result.valid[first:end]):
+                updates.append(self._broken(sequence))
+                continue
+            update = Update(
+                request_id=sequence.request.id,
+                index=sequence.index,
+                num_cached_tokens=sequence.cached,
+                policy_version=plan.policy_version,
+            )
+            if slice.score_to > slice.score_from:
+                update.prompt_logprobs = results.scores(slice, result, first)
+                sequence.scores_told = slice.score_to
+            reason: FinishReason | None = None
+            if slice.samples:
+                reason = results.sampled(sequence, result, end - 1, update, self.limits.eos_token_ids)
+            elif sequence.request.score_only and slice.start + slice.count == sequence.goal:
+                reason = "length"
+            if reason:
+                self._finish(sequence, update, reason)
+            if update.token_ids or update.prompt_logprobs or update.logprobs or reason:
+                updates.append(update)
+        return updates
+
+    def _broken(self, sequence: Sequence) -> Update:
+        """Its logits are no numbers, or nothing is left to sample: it ends, and its KV is trusted by nobody."""
+        self._tables.distrust(sequence)
+        update = Update(request_id=sequence.request.id, index=sequence.index, policy_version=self.policy_version)
+        update.error = "the model gave logits that are not finite, or masks left no token to sample"
+        return self._finish(sequence, update, "error")
+
+    # --- beams ------------------------------------------------------------------------------------------------------
+
+    def extend(self, sequence: Sequence, token: int) -> None:
+        """A held sequence goes on with this token."""
+        sequence.tokens.append(token)
+        if sequence.status == Status.BESIDE:
+            self._enqueue(sequence)
+
+    def branch(self, sequence: Sequence, index: int) -> Sequence:
+        """A twin of a held sequence, to be extended another way."""
+        request, group = sequence.request, self.requests[sequence.request.id]
+        if any(other.index == index for other in group):
+            raise RuntimeError(f"request {request.id!r} has a sample {index}")
+        order = (*sequence.order[:2], index)
+        twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed)
+        twin.held, twin.tokens, twin.told = True, list(sequence.tokens), sequence.told
+        group.append(twin)
+        if sequence.status == Status.RUNNING and self._free_rows:
+            self._tables.begin_as(twin, sequence)
+            self._take_row(twin)
+        return twin
+
+
+def _idles(sequence: Sequence) -> bool:
+    """A held one that has told what it sampled and was not told how to go on."""
+    return sequence.told == len(sequence.tokens)

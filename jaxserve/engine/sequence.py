@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's state of one sample of a request. Only the scheduler changes it; nobody else keeps one.
+
+tokens    the prompt and what was generated, as far as the host knows it
+pending   tokens after those that steps in flight are sampling
+computed  tokens whose KV is written, or will be by the steps in flight
+epoch     raised when the sequence leaves its row: results that a step in flight still brings are then stale
+"""
+
+from enum import IntEnum
+
+from jaxserve.config import Limits
+from jaxserve.sampling.control_row import needs_controls
+from jaxserve.types import Request
+
+
+class Status(IntEnum):
+    WAITING = 0
+    BESIDE = 1  # in no queue: another sample of its request computes the prompt, or it is held and without a row
+    RUNNING = 2
+    FINISHED = 3
+
+
+class Need(IntEnum):
+    """What sampling a row takes; a step does what its most demanding row needs."""
+
+    GREEDY = 0
+    RANDOM = 1
+    FILTERED = 2  # top-k, top-p, min-p
+    SCORED = 3  # and the log-probability of the token
+    FULL = 4  # and the likeliest ones, penalties, biases, masks
+
+
+class Sequence:
+    __slots__ = (
+        "blocks",
+        "cached",
+        "computed",
+        "controlled",
+        "end",
+        "epoch",
+        "first_block",
+        "generation",
+        "goal",
+        "held",
+        "index",
+        "keys",
+        "min_end",
+        "need",
+        "order",
+        "pending",
+        "prompt_len",
+        "published",
+        "request",
+        "rope_length",
+        "row",
+        "scored",
+        "scores_told",
+        "scoring_need",
+        "seed",
+        "siblings",
+        "status",
+        "stops",
+        "tokens",
+        "told",
+    )
+
+    def __init__(self, request: Request, *, index: int, order: tuple[int, int, int], limits: Limits, seed: int) -> None:
+        params = request.params
+        self.request, self.index, self.order = request, index, order
+        self.tokens = list(map(int, request.prompt_token_ids))
+        self.prompt_len = len(self.tokens)
+        wanted = limits.max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
+        self.end = self.prompt_len if request.score_only else min(wanted, limits.max_model_len)
+        # How many tokens' KV it takes: the last token of an answer is looked at by nobody.
+        self.goal = self.prompt_len if request.score_only else self.end - 1
+        self.min_end = self.prompt_len + params.min_tokens
+        self.stops = stops_of(request, limits)
+        self.rope_length = limits.rope_key(self.end) if limits.rope_key else 0
+        self.controlled = needs_controls(params, request.bad_word_ids)
+        self.need = sampling_need(request, controlled=self.controlled)
+        self.scoring_need = None if params.prompt_logprobs is None else scoring_need(params.prompt_logprobs)
+        # Prompt tokens whose log-probabilities are told, and will be by the steps in flight. The first has none.
+        self.scored = self.scores_told = 1 if self.scoring_need is not None and index == 0 else self.prompt_len
+        self.seed = seed & 0xFFFF_FFFF
+        self.status = Status.BESIDE
+        self.row, self.epoch, self.computed, self.pending, self.cached = -1, 0, 0, 0, 0
+        self.blocks: list[int] = []
+        self.first_block = 0  # those before it left every layer's window and are given back
+        self.keys: list[bytes] = []  # of its full blocks, as far as they were needed
+        self.published = 0  # how many of its blocks are shared under these keys
+        self.generation = -1  # of the pool, when its KV began to be computed
+        self.siblings: list[Sequence] = []  # other samples of the request, until its prompt is computed
+        self.held = False  # sampling stops after each token, until told how to go on: a beam
+        self.told = 0  # how many tokens a held one had when it last told what could follow
+
+    @property
+    def length(self) -> int:
+        """Tokens that the next step can assume, known to the host or not."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities of its prompt are still wanted."""
+        return self.scored < self.prompt_len
+
+
+def order_of(sequence: Sequence) -> tuple[int, int, int]:
+    """Whose turn is before whose: priority, arrival, which of the samples."""
+    return sequence.order
+
+
+def stops_of(request: Request, limits: Limits) -> frozenset[int]:
+    """The tokens that end it."""
+    own = frozenset(request.params.stop_token_ids or ())
+    return own if request.params.ignore_eos else own | limits.eos_token_ids
+
+
+def sampling_need(request: Request, *, controlled: bool) -> Need:
+    params = request.params
+    if controlled or (params.logprobs is not None and params.logprobs != 0):
+        return Need.FULL
+    if params.logprobs is not None:
+        return Need.SCORED
+    if params.greedy:
+        return Need.GREEDY
+    filtered = params.top_k or params.top_p < 1 or params.min_p
+    return Need.FILTERED if filtered else Need.RANDOM
+
+
+def scoring_need(prompt_logprobs: int) -> Need:
+    return Need.FULL if prompt_logprobs else Need.SCORED

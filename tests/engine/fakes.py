@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device of plain numpy with the runner's `launch` and `read`, an oracle for what it gives, an engine around it.
+
+The device carries a step out as the programs do: block table edits and copies, slots from positions and tables, tokens
+fed forward by row. Of every token it keeps in the slot the token, its position, and a digest of all that it attended to
+when it was computed. A row of logits attends to these through its block table; the next token is a hash of them and of
+how the row samples. So a wrong block, a stale edit, a missed copy, two owners, a wrong position, a late token or
+sampling numbers of somebody else change the answer, or are found at once: nobody attends to a slot of another position.
+
+The oracle makes the same answer from the request alone.
+"""
+
+import random
+import struct
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from jaxserve.config import Limits
+from jaxserve.engine import batch
+from jaxserve.engine.batch import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.plan import StepPlan, StepResult
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.sequence import Need, Sequence, Status, order_of, stops_of
+from jaxserve.types import FinishReason, Request, SamplingParams, TokenLogprobs, Update
+
+type Digests = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+POISON = -7  # a position that no token has
+TOP = 2  # likeliest tokens
+
+VOCAB, EOS = 40, 3
+STEMS = [random.Random(seed).choices(range(VOCAB), k=40) for seed in (1, 2)]
+
+
+# --- the made-up model ----------------------------------------------------------------------------------------------
+
+
+def digest(attended: Ints) -> int:
+    """Of the tokens that a token attends to, itself included: what its KV depends on."""
+    return crc32(attended.astype("<i4").tobytes())
+
+
+def draw(tokens: Ints, digests: Digests, way: bytes) -> int:
+    """A hash of a whole history and of how a row samples; what else a step gives is made of it."""
+    return crc32(digests.astype("<i8").tobytes(), crc32(tokens.astype("<i4").tobytes(), crc32(way)))
+
+
+def pick(drawn: int, vocab_size: int, masked: frozenset[int]) -> int:
+    return next(token for i in range(vocab_size) if (token := (drawn + i) % vocab_size) not in masked)
+
+
+def likelihood(drawn: int, token: int) -> tuple[float, int, list[int], list[float]]:
+    """The log-probability of a token, its rank, the likeliest tokens and theirs."""
+    mixed = crc32(struct.pack("<Iq", drawn, token))
+    return -(mixed % 1024) / 64, 1 + mixed % 9, [drawn % 11, drawn % 13], [-(drawn % 64) / 8, -(drawn % 32) / 4]
+
+
+def way(position: int, numbers: list[int], output: list[int]) -> bytes:
+    """How a row samples; a greedy one does not look at most of its numbers."""
+    used = numbers if numbers[NUMBERS.index("temperature")] else numbers[:1]
+    return struct.pack(f"<q{len(used)}q{len(output)}q", position, *used, *output)
+
+
+# --- the device -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Controls:
+    """A row's, as the real ones are: what was generated is counted on the device."""
+
+    output: list[int]
+    stops: frozenset[int]
+    min_end: int
+
+
+class FakeDevice:
+    def __init__(self, limits: Limits, buckets: Buckets) -> None:
+        self.limits, self.buckets = limits, buckets
+        self.width = -(-limits.max_model_len // limits.block_size)
+        shape = (limits.num_blocks, limits.block_size)
+        self.tokens, self.positions = np.full(shape, POISON, np.int32), np.full(shape, POISON, np.int32)
+        self.digests = np.zeros(shape, np.int64)
+        self.tables = np.zeros((buckets.rows, self.width), np.int32)
+        self.last = np.full(buckets.rows, POISON, np.int32)
+        self.controls: dict[int, Controls] = {}
+        self.broken: set[int] = set()  # a row of logits that attends to one of these tokens is not finite
+        self.launched: list[Packed] = []
+
+    def poison(self, blocks: list[int]) -> None:
+        """Nobody may read what lies there."""
+        for array in (self.tokens, self.positions):
+            array[blocks] = POISON
+
+    def launch(self, packed: Packed) -> tuple[Packed, StepResult]:
+        self.launched = [packed]
+        for vector in packed.edits:
+            assert vector.size == batch.EDIT_SIZE
+            cells, blocks = vector[: batch.EDITS_AT_ONCE], vector[batch.EDITS_AT_ONCE : 2 * batch.EDITS_AT_ONCE]
+            self._edit(cells, blocks)
+            self._copy(vector[2 * batch.EDITS_AT_ONCE :])
+        for sequence in packed.controlled:
+            output = sequence.tokens[sequence.prompt_len :]
+            self.controls[sequence.row] = Controls(list(output), sequence.stops, sequence.min_end)
+        layout = packed.layout
+        assert layout in self.layouts() and packed.vector.dtype == np.int32 and packed.vector.size == layout.size
+        parts = {name: packed.vector[at] for name, at in batch.places(layout).items()}
+        self._edit(parts["cells"], parts["blocks"])
+        lines, positions = self._write(parts, decode=layout.decode)
+        return packed, self._head(packed, parts, lines, positions)
+
+    def read(self, handle: tuple[Packed, StepResult]) -> StepResult:
+        return handle[1]
+
+    def layouts(self) -> list[batch.Layout]:
+        """What is compiled."""
+        mixed = [batch.mixed_layout(size, self.buckets, self.limits.block_size) for size in self.buckets.mixed]
+        return [*mixed, *map(batch.decode_layout, self.buckets.decode)]
+
+    def _edit(self, cells: Ints, blocks: Ints) -> None:
+        used = cells >= 0
+        assert np.unique(cells[used]).size == np.count_nonzero(used), "a cell is edited twice, in no order"
+        self.tables.reshape(-1)[cells[used]] = blocks[used]
+
+    def _copy(self, vector: Ints) -> None:
+        sources, destinations = (half[half >= 0] for half in np.split(vector, 2))
+        assert sources.size == destinations.size == np.unique(destinations).size
+        assert not set(sources.tolist()) & set(destinations.tolist()), "blocks move in no order"
+        for array in (self.tokens, self.positions, self.digests):
+            array[destinations] = array[sources]
+
+    def _write(self, parts: dict[str, Ints], *, decode: bool) -> tuple[Ints, Ints]:
+        """KV of all tokens, before any of them is attended to: as each layer does. The line and position of each."""
+        starts, rows, kv_lens = parts["starts"], parts["rows"], parts["kv_lens"]
+        singles, count = parts["distribution"].tolist()
+        counts = np.diff(starts)[:count]
+        assert (counts[:singles] == 1).all() and (counts[singles:] > 1).all() and (counts > 0).all()
+        assert (rows[:count] < self.buckets.rows).all() and np.unique(rows[:count]).size == count
+        assert (rows[count:] == self.buckets.rows).all() and not kv_lens[count:].any()
+        lines = np.repeat(np.arange(count), counts)
+        ends = np.cumsum(counts)
+        positions = kv_lens[lines] - (ends[lines] - np.arange(lines.size))
+        fed = self.last[rows[lines]]
+        tokens = np.where(parts["tokens"][: lines.size] < 0, fed, parts["tokens"][: lines.size])
+        assert (tokens >= 0).all() and (tokens < self.limits.vocab_size).all()
+        blocks = self.tables[rows[lines], positions // self.limits.block_size]
+        assert (blocks > 0).all(), "the null block is written"
+        slots = (blocks, positions % self.limits.block_size)
+        assert np.unique(blocks * self.limits.block_size + slots[1]).size == blocks.size, "a slot is written twice"
+        self.tokens[slots], self.positions[slots] = tokens, positions
+        for at, (line, position) in enumerate(zip(lines.tolist(), positions.tolist(), strict=True)):
+            attended, _ = self._attend(int(rows[line]), position)
+            self.digests[slots[0][at], slots[1][at]] = digest(attended)
+        return rows[lines], positions
+
+    def _attend(self, row: int, position: int) -> tuple[Ints, Digests]:
+        """Tokens and digests that a token sees, through its row's table."""
+        first = 0 if self.limits.window is None else max(0, position - self.limits.window + 1)
+        seen = np.arange(first, position + 1)
+        slots = (self.tables[row, seen // self.limits.block_size], seen % self.limits.block_size)
+        assert (self.positions[slots] == seen).all(), f"row {row} at {position} sees slots of others"
+        return self.tokens[slots], self.digests[slots]
+
+    def _head(self, packed: Packed, parts: dict[str, Ints], rows: Ints, positions: Ints) -> StepResult:
+        entries = parts["entries"].reshape(-1, len(batch.ENTRY))
+        assert (entries[packed.entries :, ROW] == self.buckets.rows).all()
+        tokens: list[int] = []
+        valid: list[bool] = []
+        likely: list[tuple[float, int, list[int], list[float]]] = []
+        fed: dict[int, int] = {}
+        for entry in entries[: packed.entries].tolist():
+            at, row, numbers = entry[TOKEN], entry[ROW], entry[FIXED:]
+            # A fork samples from the logits of a token of another row; the token after it is what is asked for.
+            assert entry[POSITION] == positions[at] + 1
+            seen, digests = self._attend(int(rows[at]), int(positions[at]))
+            drawn = draw(seen, digests, b"")
+            valid.append(not self.broken & set(seen.tolist()))
+            token = entry[GIVEN]
+            if entry[SAMPLES]:
+                token = fed[row] = self._sample(row, entry[POSITION], numbers, seen, digests)
+            else:
+                assert token >= 0 and row == rows[at]
+            tokens.append(token)
+            likely.append(likelihood(drawn, token))
+        for row, token in fed.items():
+            self.last[row] = token
+        return self._result(packed.need, tokens, valid, likely)
+
+    def _sample(self, row: int, position: int, numbers: list[int], seen: Ints, digests: Digests) -> int:
+        own = self.controls.get(row) if numbers[NUMBERS.index("controlled")] else None
+        assert own is not None or not numbers[NUMBERS.index("controlled")]
+        drawn = draw(seen, digests, way(position, numbers, own.output if own else []))
+        token = pick(drawn, self.limits.vocab_size, own.stops if own and position < own.min_end else frozenset())
+        if own:
+            own.output.append(token)
+        return token
+
+    @staticmethod
+    def _result(
+        need: Need, tokens: list[int], valid: list[bool], likely: list[tuple[float, int, list[int], list[float]]]
+    ) -> StepResult:
+        result = StepResult(tokens, valid)
+        if need >= Need.SCORED and likely:
+            logprobs, ranks, top_tokens, top_logprobs = zip(*likely, strict=True)
+            width = TOP if need == Need.FULL else 0
+            result.logprobs, result.ranks = np.array(logprobs, np.float32), np.array(ranks, np.int32)
+            result.top_tokens = np.array(top_tokens, np.int32)[:, :width]
+            result.top_logprobs = np.array(top_logprobs, np.float32)[:, :width]
+        return result
+
+
+# --- the oracle -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """All that a sample of a request was told, or should be."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+
+    def take(self, update: Update) -> None:
+        assert self.reason is None, f"news after the end: {update}"
+        self.tokens += update.token_ids
+        self.logprobs += update.logprobs or []
+        self.reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
+
+
+class Oracle:
+    """One token after the other, from the whole history."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+
+    def _seen(self, tokens: list[int], position: int) -> tuple[Ints, Digests]:
+        window = self.limits.window
+        firsts = [0 if window is None else max(0, p - window + 1) for p in range(position + 1)]
+        seen = range(firsts[position], position + 1)
+        array = np.array(tokens, np.int32)
+        return array[seen.start : seen.stop], np.array([digest(array[firsts[p] : p + 1]) for p in seen], np.int64)
+
+    def told(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
+        """The log-probability of what follows these tokens."""
+        drawn = draw(*self._seen(tokens, len(tokens) - 1), b"")
+        logprob, rank, top_tokens, top_logprobs = likelihood(drawn, token)
+        return TokenLogprobs(token, logprob, rank, top_tokens[:wanted], top_logprobs[:wanted])
+
+    def prompt_logprobs(self, request: Request) -> list[TokenLogprobs]:
+        prompt, wanted = list(request.prompt_token_ids), request.params.prompt_logprobs
+        return [] if wanted is None else [self.told(prompt[:i], prompt[i], wanted) for i in range(1, len(prompt))]
+
+    def answer(self, request: Request, index: int) -> Answer:
+        params, prompt, limits = request.params, list(request.prompt_token_ids), self.limits
+        answer = Answer()
+        if request.score_only:
+            answer.reason = "length"
+            return answer
+        stops = stops_of(request, limits)
+        controlled = params.min_tokens > 0 or params.penalized
+        seed = ((params.seed or 0) % 2**32 ^ (params.seed or 0) >> 32) + index
+        floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
+        numbers = [int(controlled), floats[0], params.top_k, *floats[1:], (seed + 2**31) % 2**32 - 2**31]
+        tokens = list(prompt)
+        while answer.reason is None:
+            told = way(len(tokens), numbers, answer.tokens if controlled else [])
+            masked = stops if len(answer.tokens) < params.min_tokens else frozenset[int]()
+            token = pick(draw(*self._seen(tokens, len(tokens) - 1), told), limits.vocab_size, masked)
+            if params.logprobs is not None:
+                answer.logprobs.append(self.told(tokens, token, params.logprobs))
+            tokens.append(token)
+            answer.tokens.append(token)
+            if token in stops and len(answer.tokens) >= params.min_tokens:
+                answer.reason = "stop"
+                plain = token in limits.eos_token_ids and not params.ignore_eos
+                answer.stop_reason = None if plain else token
+            elif len(answer.tokens) == params.max_tokens or len(tokens) == limits.max_model_len:
+                answer.reason = "length"
+        return answer
+
+
+# --- the engine around it -------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """An engine's turn, with everything checked after each."""
+
+    def __init__(self, limits: Limits, *, score_rows: int = 8, depth: int = 2) -> None:
+        self.limits, self.depth = limits, depth
+        self.buckets = Buckets(limits.max_num_seqs, limits.max_num_batched_tokens, score_rows)
+        self.scheduler = Scheduler(limits, score_rows=score_rows)
+        self.device = FakeDevice(limits, self.buckets)
+        self.batcher = Batcher(
+            self.buckets, width=self.device.width, block_size=limits.block_size, num_blocks=limits.num_blocks
+        )
+        self.in_flight: deque[tuple[StepPlan, tuple[Packed, StepResult]]] = deque()
+        self.answers: dict[tuple[str, int], Answer] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample told them
+        self.plans: list[StepPlan] = []
+        self.now = 0.0
+
+    def __repr__(self) -> str:
+        return f"FakeEngine({self.limits}, score_rows={self.buckets.score_rows}, depth={self.depth})"
+
+    def add(self, request: Request, *, held: bool = False) -> None:
+        self.scheduler.add(request, held=held)
+        for index in range(request.params.n):
+            self.answers[request.id, index] = Answer()
+
+    def turn(self) -> list[Update]:
+        before = list(self.scheduler.running)
+        plan = self.scheduler.schedule(self.now)
+        self.check()
+        check_victims(before)
+        if plan is not None:
+            check_plan(plan, self.limits, self.buckets)
+            self.plans.append(plan)
+            self.in_flight.append((plan, self.device.launch(self.batcher.pack(plan))))
+            self.device.poison([0, *self.scheduler.pool._free])  # pyright: ignore[reportPrivateUsage]
+        updates: list[Update] = []
+        if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
+            done, handle = self.in_flight.popleft()
+            updates = self.scheduler.commit(done, self.device.read(handle))
+            self.check()
+        updates += self.scheduler.take_ended()
+        for update in updates:
+            self.answers.setdefault((update.request_id, update.index), Answer()).take(update)
+            self.prompt_logprobs[update.request_id] += update.prompt_logprobs or []
+        return updates
+
+    def drain(self, most: int = 3000) -> None:
+        """Until all have ended; who waits for ever fails."""
+        for _ in range(most):
+            if not (self.scheduler.unfinished or self.in_flight):
+                return
+            self.turn()
+        raise AssertionError(f"not at an end after {most} turns")
+
+    def sequences(self) -> list[Sequence]:
+        return [sequence for group in self.scheduler.requests.values() for sequence in group]
+
+    def check(self) -> None:
+        """Whether all that is kept of sequences, rows and blocks agrees."""
+        scheduler, alive = self.scheduler, self.sequences()
+        owners = Counter(block for sequence in alive for block in sequence.blocks if block)
+        scheduler.pool.check_integrity(owners)
+        running = [sequence for sequence in alive if sequence.status == Status.RUNNING]
+        assert scheduler.running == sorted(running, key=order_of)
+        rows = [sequence.row for sequence in running]
+        assert sorted(rows + scheduler._free_rows) == list(range(self.limits.max_num_seqs))  # pyright: ignore[reportPrivateUsage]
+        waiting = sorted((sequence for sequence in alive if sequence.status == Status.WAITING), key=order_of)
+        queue = scheduler._waiting  # pyright: ignore[reportPrivateUsage]
+        assert queue._queue == waiting  # pyright: ignore[reportPrivateUsage]
+        assert scheduler.queued == len(waiting) and queue.tokens == sum(s.prompt_len for s in waiting)
+        beside = [sibling for sequence in alive for sibling in sequence.siblings]
+        parked = [sequence for sequence in alive if sequence.held and sequence.told == len(sequence.tokens)]
+        for sequence in alive:
+            assert sequence.status != Status.FINISHED
+            assert (sequence.status == Status.BESIDE) <= (sequence in beside or sequence in parked)
+            if sequence.status != Status.RUNNING:
+                assert not sequence.blocks and not sequence.computed and not sequence.pending and sequence.row == -1
+            size = self.limits.block_size
+            assert len(sequence.blocks) == -(-sequence.computed // size)
+            assert not any(sequence.blocks[: sequence.first_block]) and all(sequence.blocks[sequence.first_block :])
+            assert len(sequence.blocks) - sequence.first_block <= self.limits.blocks_for(self.limits.max_model_len)
+            assert sequence.scores_told <= sequence.scored <= sequence.prompt_len
+
+    def check_over(self) -> None:
+        """Whether nothing is left once all have ended."""
+        scheduler = self.scheduler
+        free, cached, used = scheduler.pool.counts()
+        assert used == 0 and free + cached == self.limits.num_blocks - 1
+        assert len(scheduler._free_rows) == self.limits.max_num_seqs  # pyright: ignore[reportPrivateUsage]
+        left = {name: value for name, value in vars(scheduler).items() if hasattr(value, "__len__") and len(value)}
+        assert left.keys() == {"_free_rows"}, left
+
+
+def check_victims(before: list[Sequence]) -> None:
+    """Of those that ran before, in their order, the last ones have given up their rows, if any."""
+    alive = [sequence for sequence in before if sequence.status != Status.FINISHED]
+    still = [sequence.status == Status.RUNNING for sequence in alive]
+    assert still == sorted(still, reverse=True)
+
+
+def check_plan(plan: StepPlan, limits: Limits, buckets: Buckets) -> None:
+    """Whether a step has a shape that is compiled, and each sequence is in it once."""
+    assert plan.tokens == sum(slice.count for slice in plan.slices) <= limits.max_num_batched_tokens
+    assert plan.entries == sum(slice.entries for slice in plan.slices) <= buckets.entries
+    assert len({id(slice.sequence) for slice in plan.slices}) == len(plan.slices) <= limits.max_num_seqs
+    places = [0 if slice.count == 1 else 1 if slice.count else 2 for slice in plan.slices]
+    assert places == sorted(places) and plan.slices[0].count
+    for slice in plan.slices:
+        assert slice.epoch == slice.sequence.epoch and slice.sequence.status == Status.RUNNING
+        assert (slice.count == 0) == (slice.parent is not None)
+        wanted = slice.sequence.need if slice.samples else Need.GREEDY
+        assert plan.need >= wanted
+    assert all(sequence.status == Status.RUNNING for sequence in plan.arrivals)
+
+
+# --- what is asked of it --------------------------------------------------------------------------------------------
+
+
+def limits(**changes: Any) -> Limits:
+    base: dict[str, Any] = dict(
+        vocab_size=VOCAB,
+        max_model_len=40,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        block_size=4,
+        num_blocks=41,
+        max_logprobs=2,
+        eos_token_ids=frozenset([EOS]),
+    )
+    return Limits(**base | changes)
+
+
+def request(
+    name: str, prompt: list[int], *, seed: int = 1, request: dict[str, Any] | None = None, **params: Any
+) -> Request:
+    given: dict[str, Any] = dict(temperature=1.0, seed=seed, max_tokens=8) | params
+    return Request(id=name, prompt_token_ids=prompt, params=SamplingParams(**given), **request or {})
+
+
+def check_answers(engine: FakeEngine, made: Request, aborted: set[tuple[str, int | None]]) -> None:
+    whole = False
+    for index in range(made.params.n):
+        right, given = Oracle(engine.limits).answer(made, index), engine.answers[made.id, index]
+        if given.reason == "abort":
+            late = made.deadline is not None and made.deadline <= engine.now
+            assert late if given.error else {(made.id, None), (made.id, index)} & aborted
+            assert given.error in (None, "the deadline has passed")
+            count = len(given.tokens)
+            assert given.tokens == right.tokens[:count] and given.logprobs == right.logprobs[:count]
+        else:
+            assert (given.tokens, given.logprobs) == (right.tokens, right.logprobs)
+            assert (given.reason, given.stop_reason, given.error) == (right.reason, right.stop_reason, None)
+            whole = True
+    right, scored = Oracle(engine.limits).prompt_logprobs(made), engine.prompt_logprobs[made.id]
+    assert scored == (right if whole else right[: len(scored)])

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine refuses: named by field, value and range, with nothing of it kept and nobody else disturbed."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from jaxserve.config import Limits
+from jaxserve.engine import admission
+from jaxserve.errors import RequestError
+from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request, SamplingParams
+from tests.engine.fakes import FakeEngine, Oracle
+
+LIMITS = Limits(
+    vocab_size=50,
+    max_model_len=20,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    block_size=4,
+    num_blocks=21,
+    max_logprobs=5,
+)
+
+BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    # of the request, of its parameters, the field to change, what is said
+    (dict(prompt_token_ids=[]), {}, "prompt", "the prompt is empty"),
+    (dict(prompt_token_ids=None), {}, "prompt", "prompt is None, expected a list of token ids"),
+    (dict(prompt_token_ids=7), {}, "prompt", "prompt is 7, expected a list"),
+    (dict(prompt_token_ids="hello"), {}, "prompt", "prompt is 'hello', expected a list of token ids"),
+    (dict(prompt_token_ids=b"\x01\x02"), {}, "prompt", "expected a list of token ids"),
+    (dict(prompt_token_ids={1: 2}), {}, "prompt", "expected a list of token ids"),
+    (dict(prompt_token_ids=[[]]), {}, "prompt", r"prompt holds \[\]"),
+    (dict(prompt_token_ids=[[5], [6]]), {}, "prompt", r"prompt holds \[5\]"),
+    (dict(prompt_token_ids=np.array([[1, 2], [3, 4]])), {}, "prompt", "prompt holds array"),
+    (dict(prompt_token_ids=[-1, 5]), {}, "prompt", "prompt holds the token id -1, the model has 0 to 49"),
+    (dict(prompt_token_ids=[5, 50]), {}, "prompt", "token id 50, the model has 0 to 49"),
+    (dict(prompt_token_ids=[999999999]), {}, "prompt", "token id 999999999, the model has 0 to 49"),
+    (dict(prompt_token_ids=[2**63]), {}, "prompt", f"token id {2**63}, the model has 0 to 49"),
+    (dict(prompt_token_ids=[10**5000]), {}, "prompt", "token id a number of more than 128 bits"),
+    (dict(prompt_token_ids=np.array([3, 50], np.uint16)), {}, "prompt", "token id 50"),
+    (dict(prompt_token_ids=[1, True]), {}, "prompt", "prompt holds True"),
+    (dict(prompt_token_ids=[1, 2.0]), {}, "prompt", "prompt holds 2.0"),
+    (dict(prompt_token_ids=[1, float("nan")]), {}, "prompt", "prompt holds nan"),
+    (dict(prompt_token_ids=[1, None]), {}, "prompt", "prompt holds None"),
+    (dict(prompt_token_ids=["1"]), {}, "prompt", "prompt holds '1'"),
+    (dict(prompt_token_ids=[1] * 20), {}, "prompt", "has 20 tokens, and the longest that can be continued has 19"),
+    (dict(prompt_token_ids=[1] * 21, score_only=True), {}, "prompt", "longest that can be scored has 20"),
+    (dict(prompt_token_ids=range(10**9)), {}, "prompt", "has 1000000000 tokens"),
+    ({}, dict(n=5, temperature=1), "n", "n is 5, the engine runs 4 sequences at once; give at most 4"),
+    ({}, dict(stop_token_ids=[50]), "stop_token_ids", "stop_token_ids holds the token id 50, the model has 0 to 49"),
+    ({}, dict(stop_token_ids=[999999], min_tokens=2), "stop_token_ids", "token id 999999"),
+    ({}, dict(allowed_token_ids=[0, 50]), "allowed_token_ids", "allowed_token_ids holds the token id 50"),
+    ({}, dict(logit_bias={191222: -100}), "logit_bias", "logit_bias holds the token id 191222, the model has 0 to 49"),
+    (dict(bad_word_ids=((1, 50),)), {}, "bad_words", "bad_words holds the token id 50"),
+    (dict(bad_word_ids=((-1,),)), {}, "bad_words", "bad_words holds the token id -1"),
+    (dict(bad_word_ids=((),)), {}, "bad_words", "a sequence of 0 tokens; give sequences of 1 to 32"),
+    (dict(bad_word_ids=((1,) * (BAD_WORD_TOKENS + 1),)), {}, "bad_words", "a sequence of 33 tokens"),
+    (dict(bad_word_ids=((1,),) * (MAX_BAD_WORDS + 1)), {}, "bad_words", "makes 129 token sequences; .* at most 128"),
+    ({}, dict(logprobs=6), "logprobs", "logprobs is 6, above the engine's max_logprobs 5; give at most 5"),
+    ({}, dict(logprobs=-1), "logprobs", r"logprobs is -1 \(all 50\), above the engine's max_logprobs 5"),
+    ({}, dict(prompt_logprobs=6), "prompt_logprobs", "prompt_logprobs is 6"),
+    ({}, dict(min_tokens=18, max_tokens=None), "min_tokens", "min_tokens is 18, .* there is room for 17"),
+    ({}, dict(min_tokens=10**9, max_tokens=None), "min_tokens", "min_tokens is 1000000000"),
+    (dict(cache_salt=""), {}, "cache_salt", "cache_salt is '', expected a string of 1 to 128 characters"),
+    (dict(cache_salt="x" * 129), {}, "cache_salt", "expected a string of 1 to 128 characters"),
+    (dict(cache_salt=5), {}, "cache_salt", "cache_salt is 5, expected a string"),
+    (dict(priority=1.5), {}, "priority", "priority is 1.5, expected a whole number of at most 64 bits"),
+    (dict(priority=2**63), {}, "priority", f"priority is {2**63}, expected"),
+    (dict(priority=True), {}, "priority", "priority is True, expected"),
+    (dict(deadline=float("nan")), {}, "deadline", "deadline is nan, expected a time"),
+    (dict(deadline="soon"), {}, "deadline", "deadline is 'soon', expected a time"),
+    (dict(id=["a"]), {}, "request_id", r"request_id is \['a'\], expected a string"),
+]
+
+
+def made(changes: dict[str, Any], params: dict[str, Any]) -> Request:
+    fields: dict[str, Any] = dict(id="a", prompt_token_ids=[1, 2, 3]) | changes
+    return Request(**fields, params=SamplingParams(**params))
+
+
+@pytest.mark.parametrize(("changes", "params", "field", "said"), BAD)
+def test_bad_requests_are_refused_by_name(
+    changes: dict[str, Any], params: dict[str, Any], field: str, said: str
+) -> None:
+    request = made(changes, params)
+    with pytest.raises(RequestError, match=said) as refused:
+        admission.check(request, LIMITS)
+    assert refused.value.field == field and refused.value.status == 400
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_refused_requests_leave_nothing_and_disturb_nobody() -> None:
+    engine = FakeEngine(LIMITS)
+    canary = Request(
+        id="canary", prompt_token_ids=[4, 5, 6], params=SamplingParams(temperature=1, seed=5, max_tokens=12)
+    )
+    engine.add(canary)
+    for changes, params, _, _ in BAD:
+        engine.turn()
+        before = vars(engine.scheduler).copy()
+        with pytest.raises(RequestError):
+            engine.scheduler.add(made(changes, params))
+        assert vars(engine.scheduler) == before and engine.scheduler.queued == 0
+        engine.check()
+    engine.drain()
+    engine.check_over()
+    assert engine.answers["canary", 0].tokens == Oracle(LIMITS).answer(canary, 0).tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "params"),
+    [
+        (dict(prompt_token_ids=[0, 49]), {}),
+        (dict(prompt_token_ids=(1,)), {}),
+        (dict(prompt_token_ids=range(10)), {}),
+        (dict(prompt_token_ids=np.arange(19, dtype=np.int64)), {}),
+        (dict(prompt_token_ids=[np.int32(3), 4]), {}),
+        (dict(prompt_token_ids=[1] * 20, score_only=True), dict(prompt_logprobs=5)),
+        ({}, dict(n=4, temperature=1, logprobs=5, min_tokens=17, max_tokens=17)),
+        ({}, dict(stop_token_ids=[0, 49], allowed_token_ids=[49], logit_bias={"0": 1, 49: -1})),
+        (dict(bad_word_ids=((49,) * BAD_WORD_TOKENS,) * MAX_BAD_WORDS), {}),
+        (dict(cache_salt="x" * 128, priority=-(2**63), deadline=0), {}),
+    ],
+)
+def test_what_is_at_the_edge_is_taken(changes: dict[str, Any], params: dict[str, Any]) -> None:
+    engine = FakeEngine(LIMITS)
+    engine.scheduler.add(made(changes, params))
+    for sequence in engine.sequences():
+        assert all(type(token) is int for token in cast("list[object]", sequence.tokens))
+
+
+def test_all_logprobs_where_the_engine_gives_all() -> None:
+    limits = Limits(**{**vars(LIMITS), "max_logprobs": -1})
+    admission.check(made({}, dict(logprobs=-1, prompt_logprobs=50)), limits)
+    with pytest.raises(RequestError, match="logprobs is 51, above the engine's max_logprobs 50"):
+        admission.check(made({}, dict(logprobs=51)), limits)

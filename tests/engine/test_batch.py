@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing: block moves in turns against moving them one by one, edits that do not fit, ids that would reach others."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.config import Limits
+from jaxserve.engine import batch
+from jaxserve.engine.batch import Batcher
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.plan import Slice, StepPlan
+from jaxserve.engine.sequence import Need, Sequence
+from jaxserve.types import Request, SamplingParams
+
+BLOCKS, BLOCK = 50, 4
+BUCKETS = Buckets(rows=4, tokens=16, score_rows=8)
+LIMITS = Limits(
+    vocab_size=50,
+    max_model_len=40,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    block_size=BLOCK,
+    num_blocks=BLOCKS,
+    max_logprobs=5,
+    rope_key=lambda length: 100 + length,
+)
+
+
+def batcher() -> Batcher:
+    return Batcher(BUCKETS, width=10, block_size=BLOCK, num_blocks=BLOCKS)
+
+
+def sequence(row: int, prompt: list[int], **params: Any) -> Sequence:
+    request = Request(id=f"row {row}", prompt_token_ids=prompt, params=SamplingParams(**params))
+    made = Sequence(request, index=0, order=(0, row, 0), limits=LIMITS, seed=params.get("seed", 0))
+    made.row = row
+    return made
+
+
+def plan(slices: list[Slice], **changes: Any) -> StepPlan:
+    tokens, entries = sum(s.count for s in slices), sum(s.entries for s in slices)
+    return StepPlan(slices, tokens, entries, Need.GREEDY, arrivals=[s.sequence for s in slices], **changes)
+
+
+def parts(packed: batch.Packed) -> dict[str, list[int]]:
+    return {name: packed.vector[at].tolist() for name, at in batch.places(packed.layout).items()}
+
+
+def bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+# --- what lies where ------------------------------------------------------------------------------------------------
+
+
+def test_a_decoding_step_written_out() -> None:
+    known, fed = (
+        sequence(2, [7, 8, 9], temperature=0),
+        sequence(0, [5], temperature=1, seed=-1, top_p=0.5, max_tokens=3),
+    )
+    fed.seed, fed.computed, fed.pending = 2**32 - 1, 1, 1
+    scored = sequence(1, [3, 4, 5], prompt_logprobs=0)
+    slices = [Slice(known, 2, 1, True), Slice(fed, 1, 1, True), Slice(scored, 1, 1, False)]
+    slices[2].score_from, slices[2].score_to = 2, 3
+    packed = batcher().pack(plan(slices, edits={12: 9}))
+    assert packed.layout == batch.decode_layout(4) and packed.entries == 3
+    given = parts(packed)
+    assert given["tokens"] == [9, -1, 4, -1]
+    assert given["rows"] == [2, 0, 1, 4] and given["kv_lens"] == [3, 2, 2, 0]
+    assert given["rope_lengths"] == [100 + 3 + 16, 100 + 4, 100 + 3 + 16, 0]
+    assert given["starts"] == [0, 1, 2, 3, 4] and given["distribution"] == [3, 3]
+    assert given["cells"] == [12] + [-1] * 11 and given["blocks"][0] == 9
+    numbers = [[0, 0, 0, bits(1), 0, 0], [0, bits(1), 0, bits(0.5), 0, -1], [0, bits(1), 0, bits(1), 0, 0]]
+    entries = np.reshape(given["entries"], (4, len(batch.ENTRY))).tolist()
+    assert entries[0] == [0, 2, 3, -1, 1, *numbers[0]]
+    assert entries[1] == [1, 0, 2, -1, 1, *numbers[1]]
+    assert entries[2] == [2, 1, 2, 5, 0, *numbers[2]]
+    assert entries[3] == [0, 4, 0, -1, 0, *[0] * 6]
+
+
+def test_a_mixed_step_written_out() -> None:
+    single, chunk, fork = (
+        sequence(3, [1, 2], temperature=0),
+        sequence(1, [4, 5, 6, 7], prompt_logprobs=0),
+        sequence(0, []),
+    )
+    fork.tokens = [4, 5, 6, 7]
+    slices = [Slice(single, 1, 1, True), Slice(chunk, 1, 3, True), Slice(fork, 4, 0, True)]
+    slices[1].score_from, slices[1].score_to = 2, 4
+    slices[2].parent = slices[1]
+    packed = batcher().pack(plan(slices))
+    assert packed.layout == batch.mixed_layout(16, BUCKETS, BLOCK) and packed.entries == 5
+    given = parts(packed)
+    assert given["tokens"] == [2, 5, 6, 7, *[0] * 12]
+    assert given["rows"] == [3, 1, 4, 4] and given["kv_lens"] == [2, 4, 0, 0]
+    assert given["starts"] == [0, 1, 4, 4, 4] and given["distribution"] == [1, 2]
+    entries = np.reshape(given["entries"], (12, len(batch.ENTRY)))[:, :5].tolist()
+    assert entries[:5] == [[0, 3, 2, -1, 1], [1, 1, 2, 6, 0], [2, 1, 3, 7, 0], [3, 1, 4, -1, 1], [3, 0, 4, -1, 1]]
+    assert entries[5:] == [[0, 4, 0, -1, 0]] * 7
+
+
+def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
+    packer = batcher()
+    first, later = sequence(1, [1], temperature=2, top_k=3), sequence(1, [1], temperature=0, min_tokens=1)
+    at = batch.FIXED + batch.NUMBERS.index("top_k")
+    told: list[int] = []
+    for tenant, arrivals in ((first, [first]), (first, []), (later, [later])):
+        step = plan([Slice(tenant, 0, 1, True)])
+        step.arrivals = arrivals
+        packed = packer.pack(step)
+        told.append(parts(packed)["entries"][at])
+        assert packed.controlled == ([later] if later in arrivals else [])
+    assert told == [3, 3, 0]
+
+
+# --- edits and copies -----------------------------------------------------------------------------------------------
+
+
+def test_edits_that_do_not_fit_go_in_vectors_of_their_own() -> None:
+    wide = Batcher(BUCKETS, width=2000, block_size=BLOCK, num_blocks=9000)
+    edits = {cell: 1 + cell for cell in range(5000)}
+    packed = wide.pack(plan([Slice(sequence(0, [1]), 0, 1, True)], edits=edits, copies=[(3, 4)]))
+    assert set(parts(packed)["cells"]) == {-1}
+    found: dict[int, int] = {}
+    half = batch.EDITS_AT_ONCE
+    for vector in packed.edits:
+        assert vector.size == batch.EDIT_SIZE
+        used = vector[:half] >= 0
+        found |= dict(zip(vector[:half][used].tolist(), vector[half : 2 * half][used].tolist(), strict=True))
+    assert found == edits
+    moved = packed.edits[-1][2 * half :].reshape(2, -1)
+    assert moved[:, 0].tolist() == [3, 4] and (moved[:, 1:] == -1).all()
+    assert all((vector[2 * half :] == -1).all() for vector in packed.edits[:-1])
+
+
+def test_edits_that_fit_need_no_call() -> None:
+    room = batch.decode_layout(1).edits
+    step = plan([Slice(sequence(0, [1]), 0, 1, True)], edits={cell: 9 for cell in range(room)})
+    packed = batcher().pack(step)
+    assert not packed.edits and parts(packed)["cells"] == list(range(room))
+    step.edits[room] = 9
+    assert len(batcher().pack(step).edits) == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda pair: pair[0] != pair[1]), max_size=30))
+def test_copies_in_turns_are_copies_one_by_one(copies: list[tuple[int, int]]) -> None:
+    """A turn reads all before it writes anything, or the other way round: either must give the same."""
+    one_by_one = list(range(10))
+    for source, destination in copies:
+        one_by_one[destination] = one_by_one[source]
+    at_once, shuffled = list(range(10)), list(range(10))
+    for turn in batch.in_turns(copies):
+        read = [at_once[source] for source, _ in turn]
+        for (_, destination), value in zip(turn, read, strict=True):
+            at_once[destination] = value
+        for source, destination in reversed(turn):
+            shuffled[destination] = shuffled[source]
+    assert at_once == shuffled == one_by_one
+
+
+def test_turns_are_few_and_fit_the_program() -> None:
+    copies = [(1, i) for i in range(2, 2 + 2 * batch.COPIES_AT_ONCE)]
+    assert [len(turn) for turn in batch.in_turns(copies)] == [batch.COPIES_AT_ONCE] * 2
+    assert batch.in_turns([(1, 2), (1, 3), (4, 5)]) == [[(1, 2), (1, 3), (4, 5)]]
+    assert batch.in_turns([(1, 2), (2, 3)]) == [[(1, 2)], [(2, 3)]]
+    assert batch.in_turns([]) == []
+
+
+# --- ids that would reach what belongs to others --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(edits={40: 1}), "block table cells reach from 40 to 40, expected 0 to 39"),
+        (dict(edits={-1: 1}), "block table cells reach from -1"),
+        (dict(edits={0: BLOCKS}), "blocks reach from 50 to 50, expected 0 to 49"),
+        (dict(edits={0: -1}), "blocks reach from -1"),
+        (dict(copies=[(1, BLOCKS)]), "blocks reach from 1 to 50, expected 1 to 49"),
+        (dict(copies=[(1, 0)]), "blocks reach from 0 to 1, expected 1 to 49"),
+    ],
+)
+def test_wrong_blocks_raise(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        batcher().pack(plan([Slice(sequence(0, [1]), 0, 1, True)], **changes))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("row", "start", "said"),
+    [
+        (0, 40, "lengths reach from 4. to 4., expected 1 to 40"),
+        (0, -3, "lengths reach from -"),
+        (4, 0, "rows reach from 4 to 4, expected 0 to 3"),
+        (-1, 0, "rows reach from -1 to -1, expected 0 to 3"),
+    ],
+)
+def test_wrong_rows_and_lengths_raise(count: int, row: int, start: int, said: str) -> None:
+    tenant = sequence(0, [1] * 60)
+    step = plan([Slice(tenant, start, count, True)])
+    step.arrivals = []
+    tenant.row = row
+    with pytest.raises(RuntimeError, match=said):
+        batcher().pack(step)
+
+
+def test_more_than_a_step_holds_raises() -> None:
+    with pytest.raises((RuntimeError, IndexError)):
+        batcher().pack(plan([Slice(sequence(0, [1] * 30), 0, 17, True)]))

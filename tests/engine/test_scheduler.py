@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's rules, each by itself, over a device of plain numpy. No jax."""
+
+import random
+from typing import Any
+
+import pytest
+
+from jaxserve.engine.plan import StepResult
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.sequence import Status
+from jaxserve.errors import OverloadedError, RequestError
+from jaxserve.types import Update
+from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
+
+
+def test_a_stream_of_arrivals_starves_nobody() -> None:
+    """In memory for little more than one, whoever arrives is done after all before it and few after it."""
+    engine = FakeEngine(limits(num_blocks=12, max_num_batched_tokens=8))
+    draws = random.Random(0)
+    done: list[int] = []
+    count = 60
+    for i in range(count):
+        engine.add(request(f"{i}", draws.choices(range(VOCAB), k=draws.randint(1, 28)), max_tokens=12, ignore_eos=True))
+        for _ in range(8):
+            done += [int(update.request_id) for update in engine.turn() if update.finish_reason]
+    while engine.scheduler.unfinished:
+        done += [int(update.request_id) for update in engine.turn() if update.finish_reason]
+    assert engine.scheduler.preemptions > 10
+    assert max(abs(place - i) for place, i in enumerate(done)) <= engine.limits.max_num_seqs
+
+
+# --- the queue ------------------------------------------------------------------------------------------------------
+
+
+def test_queue_limits() -> None:
+    engine = FakeEngine(limits(max_num_queued_reqs=3, max_num_queued_tokens=20))
+    scheduler = engine.scheduler
+    engine.add(request("long", [1] * 30))  # into an empty queue any may go that fits at all
+    with pytest.raises(OverloadedError, match=r"30 prompt tokens are waiting, with 1 more above .* 20") as refused:
+        scheduler.add(request("more", [1]))
+    assert refused.value.status == 503
+    engine.turn()
+    for name in "abc":
+        engine.add(request(name, [1] * 5))
+    with pytest.raises(OverloadedError, match=r"3 requests are waiting, at most 3 may \(max_num_queued_reqs\)"):
+        scheduler.add(request("d", [1]))
+    scheduler.abort("b")
+    engine.add(request("d", [1]))
+    engine.drain()
+    engine.check_over()
+    assert {name: answer.reason for (name, _), answer in engine.answers.items()}["b"] == "abort"
+    assert scheduler.queued == 0 and "more" not in scheduler.requests
+
+
+def test_an_id_in_flight_is_refused_and_free_again_after_its_end() -> None:
+    engine = FakeEngine(limits())
+    engine.add(request("a", [1, 2]))
+    with pytest.raises(RequestError, match="'a' is in flight"):
+        engine.scheduler.add(request("a", [5]))
+    engine.turn()
+    engine.scheduler.abort("a")
+    engine.scheduler.add(request("a", [5], max_tokens=1))  # the step in flight is of the one before
+    told = [update for _ in range(4) for update in engine.scheduler.take_ended() + engine.turn()]
+    assert [update.finish_reason for update in told] == ["abort", "length"]
+
+
+def test_deadlines_end_requests_wherever_they_are() -> None:
+    engine = FakeEngine(limits(max_num_seqs=1, max_num_batched_tokens=4))
+    for name, deadline in (("running", 5.0), ("waiting", 5.0), ("later", 6.0), ("none", None), ("gone", 5.5)):
+        engine.add(request(name, [1] * 6, n=1, max_tokens=30, ignore_eos=True, request=dict(deadline=deadline)))
+    engine.scheduler.abort("gone")
+    for _ in range(4):
+        engine.turn()
+    engine.now = 4.9
+    assert not [update for update in engine.turn() if update.finish_reason]
+    engine.now = 5.0
+    ended = {u.request_id: (u.finish_reason, u.error) for u in engine.turn() + engine.turn() if u.finish_reason}
+    assert ended == dict.fromkeys(["running", "waiting"], ("abort", "the deadline has passed"))
+    engine.now = 7.0
+    engine.drain()
+    reasons = {name: answer.reason for (name, _), answer in engine.answers.items()}
+    assert reasons == dict(running="abort", waiting="abort", later="abort", none="length", gone="abort")
+    engine.check_over()
+
+
+def test_deadlines_that_never_come_are_not_kept() -> None:
+    engine = FakeEngine(limits())
+    for i in range(50):
+        engine.add(request(f"{i}", [i % VOCAB], max_tokens=1, request=dict(deadline=1e9 - i)))
+        engine.drain()
+    engine.check_over()
+
+
+def test_a_fault_ends_all_and_leaves_nothing() -> None:
+    engine = FakeEngine(limits(max_num_seqs=2))
+    for name in "abc":
+        engine.add(request(name, [1, 2, 3], n=2))
+    for _ in range(3):
+        engine.turn()
+    engine.scheduler.running[0].blocks.append(17)  # as if the scheduler itself had failed half way
+    ended = engine.scheduler.abort_all("it broke")
+    assert sorted((u.request_id, u.index) for u in ended) == [(name, i) for name in "abc" for i in range(2)]
+    assert {(u.finish_reason, u.error) for u in ended} == {("error", "it broke")}
+    plan, handle = engine.in_flight.popleft()
+    assert engine.scheduler.commit(plan, engine.device.read(handle)) == []
+    engine.check_over()
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_waits_until_all_of_it_fits_beside_what_others_still_need() -> None:
+    engine = FakeEngine(limits(num_blocks=16), score_rows=2)
+    engine.add(request("a", STEMS[0][:36], prompt_logprobs=0))  # 9 of 15 blocks, of which it takes one every other step
+    engine.add(request("b", STEMS[1][:24]))
+    for turn in range(17):
+        engine.turn()
+        assert [s.request.id for s in engine.scheduler.running] == ["a"], turn
+    engine.drain()
+    assert engine.scheduler.preemptions == 0
+    engine.check_over()
+
+
+def test_a_prompt_preempted_while_it_is_scored_is_scored_whole() -> None:
+    engine = FakeEngine(limits(num_blocks=12, enable_prefix_caching=False), score_rows=1)
+    made = request("b", STEMS[1][:24], prompt_logprobs=1, max_tokens=2)
+    engine.add(request("a", STEMS[0][:4], max_tokens=32, ignore_eos=True))
+    engine.add(made)
+    engine.drain()
+    assert engine.scheduler.preemptions
+    check_answers(engine, made, set())
+    slices = [s for plan in engine.plans for s in plan.slices if s.sequence.request is made and s.count > 1]
+    assert slices[0].start == 0 and slices[0].score_to  # what was told already takes no step for each token again
+
+
+def test_priority_goes_before_arrival_and_gives_up_last() -> None:
+    engine = FakeEngine(limits(num_blocks=12, priority=True, max_num_seqs=2, max_num_batched_tokens=32))
+    for name, priority in (("low", 5), ("middle", 1), ("high", -3)):
+        engine.add(
+            request(name, [priority % VOCAB] * 16, max_tokens=20, ignore_eos=True, request=dict(priority=priority))
+        )
+    ends: list[str] = []
+    while engine.scheduler.unfinished:
+        ends += [update.request_id for update in engine.turn() if update.finish_reason]
+    assert ends == ["high", "middle", "low"] and engine.scheduler.preemptions
+
+
+def test_blocks_that_left_the_window_are_given_back() -> None:
+    engine = FakeEngine(limits(window=6, max_num_batched_tokens=8, num_blocks=16))
+    engine.add(request("a", STEMS[0][:20], max_tokens=20, ignore_eos=True))
+    [sequence] = engine.sequences()
+    held: list[int] = []
+    while engine.scheduler.unfinished:
+        engine.turn()
+        if sequence.status == Status.RUNNING:
+            kept = [place for place, block in enumerate(sequence.blocks) if block]
+            # Of the last step's tokens the first saw five before itself; nothing older is kept.
+            assert kept[0] >= (sequence.computed - 8 - 5) // 4
+            assert engine.device.tables[sequence.row, : kept[0]].tolist() == [0] * kept[0]
+            held.append(len(kept))
+    assert max(held) <= 5 and max(held[-12:]) <= 3
+    assert engine.answers["a", 0].tokens == Oracle(engine.limits).answer(sequence.request, 0).tokens
+
+
+def test_samples_share_their_prompt_and_copy_what_they_write() -> None:
+    engine = FakeEngine(limits())
+    engine.add(request("a", STEMS[0][:10], n=4, max_tokens=6, ignore_eos=True))
+    engine.turn()
+    running = engine.scheduler.running
+    assert len(running) == 4 and len({tuple(sequence.blocks) for sequence in running}) == 1
+    assert engine.plans[0].tokens == 10 and engine.plans[0].entries == 4
+    engine.turn()
+    assert len({tuple(sequence.blocks[:2]) for sequence in running}) == 1
+    assert len({sequence.blocks[2] for sequence in running}) == 4
+    assert len(engine.plans[1].copies) == 3
+    engine.drain()
+    streams = [tuple(engine.answers["a", i].tokens) for i in range(4)]
+    assert len(set(streams)) == 4
+
+
+def test_equal_prompts_of_one_step_share_blocks_that_it_fills() -> None:
+    engine = FakeEngine(limits(max_num_batched_tokens=32))
+    for name in "ab":
+        engine.add(request(name, STEMS[0][:14]))
+    engine.turn()
+    assert engine.plans[0].tokens == 14 + 2  # all blocks but the last, which is not full
+    engine.drain()
+    assert engine.answers["a", 0].tokens == engine.answers["b", 0].tokens
+
+
+@pytest.mark.parametrize("salts", [(None, "x"), ("x", "y")])
+def test_other_salts_share_nothing(salts: tuple[str | None, str | None]) -> None:
+    engine = FakeEngine(limits())
+    for name, salt in zip("ab", salts, strict=True):
+        engine.add(request(name, STEMS[0][:14], request=dict(cache_salt=salt)))
+        engine.drain()
+    engine.add(request("c", STEMS[0][:14], request=dict(cache_salt=salts[1])))
+    cached = {update.request_id: update.num_cached_tokens for _ in range(20) for update in engine.turn()}
+    assert cached == {"c": 12}
+    assert [plan.tokens for plan in engine.plans if plan.slices[0].start in (0, 12)] == [14, 14, 2]
+
+
+def test_cached_tokens_are_what_others_left_and_not_its_own() -> None:
+    engine = FakeEngine(limits(num_blocks=12, max_num_seqs=2, max_num_batched_tokens=32))
+    for name, prompt in (("a", STEMS[0][:20]), ("b", STEMS[1][:16])):
+        engine.add(request(name, prompt, max_tokens=16, ignore_eos=True))
+    ended = [update for _ in range(60) for update in engine.turn() if update.finish_reason]
+    assert engine.scheduler.preemptions
+    assert [(update.request_id, update.num_cached_tokens) for update in ended] == [("a", 0), ("b", 0)]
+
+
+@pytest.mark.parametrize("prompt", [3, 9])
+def test_after_a_reset_nothing_old_is_found(prompt: int) -> None:
+    engine = FakeEngine(limits())
+    engine.add(request("a", STEMS[0][:prompt], max_tokens=16, ignore_eos=True))
+    engine.turn()
+    engine.scheduler.pool.reset()  # the weights have changed; what runs keeps its KV, part old, part new
+    engine.drain()
+    engine.add(request("b", STEMS[0][:prompt] + engine.answers["a", 0].tokens))
+    engine.turn()
+    assert engine.plans[-1].slices[0].start == 0
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_scores_are_whole_when_the_sample_that_told_them_is_aborted(index: int) -> None:
+    """After the fork, with the step that scores the last of the prompt in flight."""
+    engine = FakeEngine(limits(max_num_batched_tokens=8))
+    made = request("a", STEMS[0][:12], n=3, prompt_logprobs=1)
+    engine.add(made)
+    engine.turn()
+    engine.turn()
+    assert len(engine.scheduler.running) == 3
+    engine.scheduler.abort("a", index=index)
+    engine.drain()
+    check_answers(engine, made, {("a", index)})
+    engine.check_over()
+
+
+def test_logits_that_are_not_finite_end_their_row_alone() -> None:
+    engine = FakeEngine(limits())
+    engine.device.broken = {39}
+    prompts = {"good": [1, 2, 3, 4, 5], "bad": [1, 2, 3, 4, 39, 6, 7, 8]}
+    for name, prompt in prompts.items():
+        engine.add(request(name, prompt, max_tokens=3, stop_token_ids=[39]))
+    engine.drain()
+    assert engine.answers["bad", 0].reason == "error" and "not finite" in (engine.answers["bad", 0].error or "")
+    good = Oracle(engine.limits).answer(request("good", prompts["good"], max_tokens=3, stop_token_ids=[39]), 0)
+    assert engine.answers["good", 0].tokens == good.tokens
+    engine.device.broken = set()
+    engine.add(request("again", prompts["bad"]))
+    engine.turn()
+    assert engine.plans[-1].slices[0].start == 0  # nothing that the broken one had is trusted, its first block neither
+    engine.drain()
+    engine.check_over()
+
+
+@pytest.mark.parametrize(
+    ("params", "reason", "stop_reason"),
+    [
+        (dict(), "stop", None),
+        (dict(stop_token_ids=[EOS]), "stop", None),
+        (dict(stop_token_ids=[7]), "stop", 7),
+        (dict(stop_token_ids=[EOS], ignore_eos=True), "stop", EOS),
+        (dict(ignore_eos=True), "length", None),
+        (dict(min_tokens=2), "length", None),  # nor does a stop count before, should one be sampled for all that
+        (dict(max_tokens=1, ignore_eos=True), "length", None),
+    ],
+)
+def test_why_a_sample_ends(params: dict[str, Any], reason: str, stop_reason: int | None) -> None:
+    scheduler = Scheduler(limits(max_model_len=5), score_rows=1)
+    asked: dict[str, Any] = dict(max_tokens=9) | params
+    scheduler.add(request("a", [1, 2, 3], **asked))
+    ended: list[Update] = []
+    for token in (7 if stop_reason == 7 else EOS, 9):
+        if plan := scheduler.schedule():
+            ended += [update for update in scheduler.commit(plan, StepResult([token], [True])) if update.finish_reason]
+    assert [(update.finish_reason, update.stop_reason) for update in ended] == [(reason, stop_reason)]
+
+
+def test_the_ends_that_are_known_waste_no_step() -> None:
+    engine = FakeEngine(limits(), depth=2)
+    engine.add(request("a", [1, 2, 3], max_tokens=5, ignore_eos=True))
+    engine.drain()
+    assert [plan.tokens for plan in engine.plans] == [3, 1, 1, 1, 1]
+
+
+def test_kv_memory_is_at_most_four_percent_above_the_tokens_held() -> None:
+    """At blocks of 16 and lengths as chats have them, nothing shared."""
+    draws = random.Random(0)
+    scheduler = Scheduler(
+        limits(
+            vocab_size=1000,
+            max_model_len=2048,
+            max_num_seqs=64,
+            max_num_batched_tokens=512,
+            block_size=16,
+            num_blocks=1500,
+        ),
+        score_rows=64,
+    )
+    for i in range(200):
+        prompt = draws.choices(range(1000), k=min(1500, int(draws.lognormvariate(5.5, 0.9)) + 1))
+        answer = min(500, int(draws.lognormvariate(4.8, 0.7)) + 1)
+        scheduler.add(request(f"{i}", prompt, max_tokens=answer, ignore_eos=True))
+    ratios: list[float] = []
+    while (plan := scheduler.schedule()) is not None:
+        held = sum(sequence.computed for sequence in scheduler.running)
+        if len(scheduler.running) > 32:
+            ratios.append(16 * scheduler.pool.counts()[2] / held)
+        scheduler.commit(plan, StepResult(draws.choices(range(1000), k=plan.entries), [True] * plan.entries))
+    assert len(ratios) > 300 and 1 < max(ratios) <= 1.04
+
+
+# --- beams ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_beam_waits_to_be_told() -> None:
+    """Sampled tokens of a held sequence are never fed to it."""
+    engine = FakeEngine(limits(), depth=2)
+    engine.add(request("a", [1, 2, 3], temperature=0, logprobs=1), held=True)
+    [sequence] = engine.sequences()
+    for _ in range(5):
+        engine.turn()
+    assert len(engine.plans) == 1 and sequence.tokens == [1, 2, 3]
+    engine.scheduler.extend(sequence, 9)
+    twin = engine.scheduler.branch(sequence, 1)
+    with pytest.raises(RuntimeError, match="has a sample 1"):
+        engine.scheduler.branch(sequence, 1)
+    assert twin.blocks == sequence.blocks
+    engine.scheduler.extend(twin, 10)
+    engine.turn()
+    assert len(engine.plans[-1].copies) == 1 and engine.plans[-1].tokens == 3
