@@ -57,7 +57,7 @@ test-cuda: .venv-cuda/.base-installed
 .venv-cuda/.base-installed: $(PINS)
 	@rm -f .venv-cuda/.installed
 	@$(call venv,.venv-cuda)
-	$(call install,.venv-cuda,jax jaxlib flax pytest pytest-timeout pytest-xdist hypothesis)
+	$(call install,.venv-cuda,jax jaxlib flax msgspec pytest pytest-timeout pytest-xdist hypothesis)
 	@touch $@
 
 .venv-cuda/.installed: .venv-cuda/.base-installed

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode step of real models, with abstract weights, compiles for an H200 into what it should: nothing as large
-as a weight matrix or a KV pool is copied, the cache is updated in place, temporaries are small.
+"""A step of real models as the engine runs it, with abstract weights, compiles for an H200 into what it should:
+nothing as large as a weight matrix or a KV pool is copied, state is updated in place, temporaries are small.
 
 `steps.json` records the bytes of temporaries: JAXSERVE_RECORD=1 records them anew.
 """
@@ -18,37 +18,32 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.published import MODELS
-from jaxserve.models import decoder, kv_cache, layout
-from jaxserve.models.inputs import ModelInputs
+from jaxserve.engine import batch, step
+from jaxserve.engine.sequence import Need
+from jaxserve.models import kv_cache, layout
 from jaxserve.models.spec import ModelSpec
+from jaxserve.sampling import controls
 from tests.cuda.hopper import Compiled, compile_for_h200
 
 RECORD = Path(__file__).with_name("steps.json")
-ROWS, BLOCKS, BLOCK_SIZE, WIDTH = 64, 2048, 16, 512
+ROWS, BLOCKS, BLOCK_SIZE, WIDTH, ENTRIES = 64, 2048, 16, 512, 128
 
 
-def decode_inputs(rows: int) -> ModelInputs:
-    def ints(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    return ModelInputs(
-        tokens=ints(rows),
-        positions=ints(rows),
-        slots=ints(rows),
-        block_tables=ints(rows, WIDTH),
-        kv_lens=ints(rows),
-        cu_q_lens=ints(rows + 1),
-        distribution=ints(2),
-        sampled=ints(rows),
-        decode_only=True,
-    )
+def ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def compile_step(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
+def static(spec: ModelSpec) -> step.Model:
+    return step.Model(spec, BLOCK_SIZE, ENTRIES, top_n=20, processed=False)
+
+
+def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
-    step = partial(decoder.step, spec)
-    return compile_for_h200(step, params, cache, decode_inputs(ROWS), donate=(1,)), params, cache
+    decode = batch.decode_layout(ROWS)
+    program = partial(step.model, static(spec), decode)
+    arguments = params, cache, ints(ROWS, WIDTH), ints(ROWS), ints(decode.size)
+    return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
 
 
 def launched(compiled: Compiled) -> list[str]:
@@ -67,20 +62,43 @@ def large_copies(compiled: Compiled, at_least: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_decode_step(name: str) -> None:
-    spec = MODELS[name]()
-    compiled, params, cache = compile_step(spec)
-    # Logits are the widest result of ROWS rows; matrices smaller than they are few, and of no account.
-    assert large_copies(compiled, ROWS * spec.vocab_size + 1) == []
-    assert any(math.prod(leaf.shape) > ROWS * spec.vocab_size for leaf in jax.tree.leaves(params["layers"][0]))
-    # No loop and no sort: both are many launches.
-    assert not [line for line in launched(compiled) if re.search(r" (while|sort|conditional)\(", line)]
-    cache_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    assert compiled.alias_bytes == cache_bytes
+def nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_recorded(name: str, compiled: Compiled) -> None:
     seen = {"temp_bytes": compiled.temp_bytes}
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if os.environ.get("JAXSERVE_RECORD"):
         RECORD.write_text(json.dumps(recorded | {name: seen}, indent=1, sort_keys=True) + "\n")
     else:
         assert seen == recorded.get(name), "differs from steps.json; if that is meant, record it: see above"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding(name: str) -> None:
+    compiled, params, cache = compile_model(MODELS[name]())
+    # Matrices smaller than this are few, and of no account.
+    large = ROWS * MODELS[name]().vocab_size + 1
+    assert large_copies(compiled, large) == []
+    assert any(math.prod(leaf.shape) > large for leaf in jax.tree.leaves(params["layers"][0]))
+    # No loop and no sort: both are many launches.
+    assert not [line for line in launched(compiled) if re.search(r" (while|sort|conditional)\(", line)]
+    assert compiled.alias_bytes == nbytes(cache) + 4 * ROWS * WIDTH
+    check_recorded(name, compiled)
+
+
+@pytest.mark.parametrize("need", Need)
+def test_head(need: Need) -> None:
+    """Of the model with the widest vocabulary: the matrix is read once, the logits stay on the device."""
+    name, spec = max(((name, of()) for name, of in MODELS.items()), key=lambda item: item[1].vocab_size)
+    params = layout.abstract_params(spec, jnp.bfloat16)
+    kept = controls.abstract(ROWS, spec.vocab_size) if need == Need.FULL else None
+    hidden = jax.ShapeDtypeStruct((ENTRIES, spec.hidden), jnp.bfloat16)
+    program = partial(step.head, static(spec), ROWS, need)
+    arguments = params, ints(ROWS), kept, hidden, ints(ENTRIES, len(batch.ENTRY))
+    compiled = compile_for_h200(program, *arguments, donate=(1, 2))
+    assert large_copies(compiled, ROWS * spec.vocab_size + 1) == []
+    assert not [line for line in launched(compiled) if re.search(r" (while|sort|conditional)\(", line)]
+    assert compiled.alias_bytes >= nbytes(kept) + 4 * ROWS
+    check_recorded(f"head {need.name.lower()} {name}", compiled)

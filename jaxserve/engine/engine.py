@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: puts scheduler, batch and runner together, and orders their work. For one thread.
+
+    add, abort            requests in and out, between steps
+    step() -> updates     plans and launches a step, then reads the one before it: the host works while devices do
+    update_weights, sleep, wake, reset_prefix_cache       between steps
+
+What each part does is in its own file; no request can make a step fail. If one fails all the same, the engine is dead:
+all that was in flight ends with an error, and nothing more is taken.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import compile_cache, loading, sizing
+from jaxserve.engine.batch import Batcher
+from jaxserve.engine.loading import Loaded
+from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.runner import Handle, Runner
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.sizing import Report
+from jaxserve.errors import EngineError, JaxserveError
+from jaxserve.metrics import Counters, EngineMetrics
+from jaxserve.models.decoder import Params
+from jaxserve.models.spec import ModelSpec
+from jaxserve.profiling import Profiler
+from jaxserve.types import Request, Update
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Engine:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        params: Params | None = None,
+        spec: ModelSpec | None = None,
+        mesh: Any = None,
+        report: Report = to_stderr,
+    ) -> None:
+        """`params` of a program that holds them already, in public or engine layout, in place of the folder's."""
+        self.config, self.report = config, report
+        compile_cache.keep(config.compilation_cache_dir, report)
+        on = loading.on_mesh(config, mesh)
+        self.loaded: Loaded = (
+            loading.from_folder(config, on) if params is None else loading.from_params(config, spec, params, on)
+        )
+        sized = sizing.sized(config, self.loaded, report)
+        self.limits = limits = sized.limits
+        self.runner = Runner(self.loaded.spec, self.loaded.params, sized.shape, mesh=on)
+        if config.warmup:
+            self.warm()
+        self.scheduler = Scheduler(limits, score_rows=sized.shape.buckets.score_rows, seed=config.seed)
+        self._batcher = Batcher(
+            sized.shape.buckets,
+            width=sized.shape.width,
+            block_size=limits.block_size,
+            num_blocks=limits.num_blocks,
+        )
+        self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
+        self._depth = 2 if config.async_scheduling else 1
+        self._counters = Counters()
+        self.profiler = Profiler()
+        self.asleep = False
+        self._asleep_weights: Params | None = None
+        self.error: str | None = None
+
+    def warm(self) -> None:
+        """Compiles everything that steps need."""
+        shown = _Progress(self.report)
+        self.runner.warm(shown)
+        shown.close()
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, *, held: bool = False) -> None:
+        self.check_alive()
+        if self.asleep:
+            raise JaxserveError("the engine sleeps", "wake it first")
+        self.scheduler.add(request, held=held)
+        self._counters.requests += 1
+        self._counters.prompt_tokens += len(request.prompt_token_ids)
+
+    def also_ends(self, token_ids: Iterable[int]) -> None:
+        """These end a text too, beside those that the checkpoint names: what its tokenizer knows."""
+        known = {token for token in token_ids if 0 <= token < self.limits.vocab_size}
+        self.limits = replace(self.limits, eos_token_ids=self.limits.eos_token_ids | known)
+        self.scheduler.limits = self.limits
+
+    def abort(self, request_id: str, *, index: int | None = None) -> None:
+        """The request, or one of its samples, ends; its blocks are free at once. The next step tells."""
+        self.scheduler.abort(request_id, index=index)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether steps are needed: for requests, or to tell what ended."""
+        return self.scheduler.unfinished or bool(self._in_flight)
+
+    def step(self) -> list[Update]:
+        """One turn: launches a step if there is one, and reads the oldest when enough are in flight."""
+        self.check_alive()
+        try:
+            return self._count(self._turn())
+        except BaseException as error:
+            self.error = f"{type(error).__name__}: {error}"
+            if not isinstance(error, Exception):  # a Ctrl-C: what the step left half done is as lost
+                raise
+            raise EngineError(f"the engine failed: {self.error}", "start it again") from error
+
+    def _turn(self) -> list[Update]:
+        plan = self.scheduler.schedule(time.monotonic())
+        if plan is not None:
+            self._counters.steps += 1
+            with self.profiler.step(self._counters.steps):
+                self._in_flight.append((plan, self.runner.launch(self._batcher.pack(plan))))
+        if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
+            plan, handle = self._in_flight.popleft()
+            return self.scheduler.commit(plan, self.runner.read(handle))
+        return self.scheduler.take_ended()
+
+    def _count(self, updates: list[Update]) -> list[Update]:
+        counters = self._counters
+        for update in updates:
+            counters.generated_tokens += len(update.token_ids)
+            if update.finish_reason is not None:
+                counters.finished[update.finish_reason] += 1
+                counters.cached_tokens += update.num_cached_tokens if update.index == 0 else 0
+        return updates
+
+    def fail_all(self) -> list[Update]:
+        """After a fault: an end for each request that was in flight."""
+        self._in_flight.clear()
+        return self.scheduler.abort_all(self.error or "the engine was stopped")
+
+    def close(self) -> None:
+        """Gives the devices' memory back, for good."""
+        self.error = self.error or "it was shut down"
+        self.fail_all()
+        if not self.asleep:
+            self.runner.free()
+        self.runner.params = {}
+
+    def check_alive(self) -> None:
+        if self.error is not None:
+            raise EngineError(f"the engine failed before: {self.error}", "start it again")
+
+    # --- between steps ----------------------------------------------------------------------------------------------
+
+    def drain(self) -> list[Update]:
+        """Reads what is in flight, so that the host knows all that the devices did."""
+        updates: list[Update] = []
+        while self._in_flight:
+            plan, handle = self._in_flight.popleft()
+            updates += self.scheduler.commit(plan, self.runner.read(handle))
+        return self._count(updates)
+
+    def update_weights(self, params: Params, *, version: int | None = None) -> None:
+        """These parameters from the next step on; a tree of another model is refused and the old ones stay.
+
+        Engine layout with equal shapes, dtype and shardings is taken as it is, without a copy; the public layout is
+        converted on the devices. Cached prompts are forgotten. Requests in flight go on: what they computed stays.
+        """
+        self.check_alive()
+        runner = self.runner
+        runner.params = self._placed(params)
+        self._asleep_weights = None
+        self.scheduler.pool.reset()
+        self.scheduler.policy_version = self.scheduler.policy_version + 1 if version is None else version
+
+    def _placed(self, params: Params) -> Params:
+        runner = self.runner
+        return loading.as_engine(runner.spec, params, runner.mesh, dtype=runner.dtype, device=runner.device)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the devices' memory back: the KV cache, and the weights, which level 1 keeps on the host and level 2
+        forgets. Nothing may be in flight.
+        """
+        self.check_alive()
+        if level not in (1, 2):
+            raise JaxserveError(f"there is no sleep of level {level!r}", "give 1 (weights to the host) or 2 (dropped)")
+        if self.unfinished:
+            raise JaxserveError("requests are in flight", "finish or abort them before the engine sleeps")
+        if self.asleep:
+            raise JaxserveError("the engine sleeps already", "wake it first")
+        runner = self.runner
+        self.scheduler.pool.reset()
+        if level == 1:
+            self._asleep_weights = jax.tree.map(np.asarray, runner.params)
+        # Arrays that a trainer shares with us stay: only our hold on them ends.
+        runner.params = {}
+        runner.free()
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Takes memory again and brings the weights back; after level 2 `update_weights` must have given new ones."""
+        if not self.asleep:
+            raise JaxserveError("the engine does not sleep", "there is nothing to wake")
+        runner = self.runner
+        if self._asleep_weights is not None:
+            runner.params = self._placed(self._asleep_weights)
+            self._asleep_weights = None
+        if not runner.params:
+            raise JaxserveError("the weights were dropped", "give new ones with update_weights, then wake")
+        runner.allocate()
+        self.asleep = False
+
+    def reset_prefix_cache(self) -> None:
+        """Cached prompts are forgotten; requests in flight keep what they have."""
+        self.scheduler.pool.reset()
+
+    def metrics(self) -> EngineMetrics:
+        free, cached, used = self.scheduler.pool.counts()
+        counters = self._counters
+        return EngineMetrics(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.queued,
+            free_blocks=free,
+            cached_blocks=cached,
+            used_blocks=used,
+            kv_usage=used / (free + cached + used),
+            preemptions=self.scheduler.preemptions,
+            compiled_late=self.runner.compiled_late,
+            policy_version=self.scheduler.policy_version,
+            steps=counters.steps,
+            requests=counters.requests,
+            finished=dict(counters.finished),
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+        )
+
+
+class _Progress:
+    """`compiling 7/18 (12 s)`, in place on a terminal; elsewhere the last line alone."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._last = report, ""
+        self._live = report is to_stderr and sys.stderr.isatty()
+
+    def __call__(self, done: int, count: int, seconds: float) -> None:
+        self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
+        if self._live:
+            print(f"\r{self._last}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live and self._last:
+            print(file=sys.stderr)
+        elif self._last:
+            self._report(self._last)

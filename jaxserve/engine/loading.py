@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to a model on its devices: where its files are, what ends its texts, its parameters."""
+
+import contextlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from convert import hub, load, progress
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.errors import JaxserveError
+from jaxserve.models import hf, layout
+from jaxserve.models.decoder import Params
+from jaxserve.models.spec import ModelSpec
+from jaxserve.parallel import mesh
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    spec: ModelSpec
+    params: Params  # engine layout
+    mesh: Any
+    folder: Path | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what generation_config.json says
+
+
+def on_mesh(config: EngineConfig, given: Any) -> Any:
+    """The mesh to run on: the one given, or what the configuration asks for; None for a single device."""
+    tensor, expert = config.tensor_parallel_size, config.expert_parallel_size
+    if given is not None:
+        if tensor * expert > 1:
+            raise ConfigError("a mesh is given and so are parallel sizes", "give one of them")
+        return given
+    return mesh.make_mesh(tensor=tensor, expert=expert) if tensor * expert > 1 else None
+
+
+def from_folder(config: EngineConfig, on: Any) -> Loaded:
+    """The configured model, downloaded if need be, read into its shardings."""
+    cache = Path(config.download_dir).expanduser() if config.download_dir else None
+    folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, check=load.open_spec)
+    opened = load.open_model(folder)
+    dtype = load.param_dtype(opened, None if config.dtype == "auto" else config.dtype)
+    with (
+        jax.set_mesh(on) if on is not None else contextlib.nullcontext(),
+        progress.bar("loading", opened.bytes) as told,
+    ):
+        params = load.read(opened, dtype=dtype, progress=told)
+    return Loaded(opened.spec, params, on, folder, _eos_token_ids(folder), _sampling_defaults(folder))
+
+
+def from_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on: Any) -> Loaded:
+    """Parameters that a program holds already, in engine or public layout. What else there is comes from the folder."""
+    folder = Path(config.model).expanduser()
+    known = folder if (folder / "config.json").is_file() else None
+    if spec is None:
+        if known is None:
+            raise ConfigError("params are given without their spec", "give spec, or a model folder with a config.json")
+        spec = load.open_spec(known)
+    if spec.tied and "head" in params:
+        spec = replace(spec, tied=False)
+    dtype = None if config.dtype == "auto" else jnp.dtype(config.dtype)
+    engine = as_engine(spec, params, on, dtype=dtype, device=None if on is not None else _only_device(params))
+    if known is None:
+        return Loaded(spec, engine, on)
+    return Loaded(spec, engine, on, known, _eos_token_ids(known), _sampling_defaults(known))
+
+
+def _only_device(params: Params) -> Any:
+    """The device that they lie on; None where they are on the host."""
+    devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    if len(devices) > 1:
+        raise ConfigError(f"the parameters lie on {len(devices)} devices, and no mesh is given", "give mesh=")
+    return next(iter(devices), None)
+
+
+def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, device: Any = None) -> Params:
+    """Engine layout where it has to lie: on the mesh, or on the one device. Leaves that lie there as they have to are
+    taken as they are."""
+    with jax.set_mesh(on):
+        given = _leaves(params)
+        dtype = dtype or getattr(given.get(("embed", "weight")), "dtype", jnp.dtype(jnp.float32))
+        targets = dict(layout.leaves(layout.abstract_params(spec, dtype)))
+        if targets.keys() != given.keys():
+            _check_not_engine(spec, given.keys(), targets)
+            given = _leaves(jax.jit(layout.to_engine_layout, static_argnums=0)(spec, params))
+        where = None if on is not None else SingleDeviceSharding(device or jax.devices()[0])
+        engine: Params = {}
+        for path, target in targets.items():
+            layout.put(engine, path, _placed(path, given[path], target, where or target.sharding))
+        return engine
+
+
+def _leaves(params: object) -> dict[layout.Path, Any]:
+    if not isinstance(params, Mapping):
+        problem = f"the parameters are of type {type(params).__name__}"
+        raise JaxserveError(problem, "give a dict, as load_model returns it")
+    found = dict(layout.leaves(params))
+    for path, leaf in found.items():
+        if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise JaxserveError(f"{layout.dotted(path)} is {kind}", "give arrays of floating point numbers")
+    return found
+
+
+def _check_not_engine(spec: ModelSpec, given: Set[layout.Path], targets: Mapping[layout.Path, Any]) -> None:
+    """Raises if the paths are nearly those of engine layout: what is wrong is then said in its words."""
+    public = {part.path for path, leaf in targets.items() for part in layout.parts_of(path, leaf.shape, spec)}
+    if not given & (targets.keys() - public):
+        return
+    for path in targets.keys() - given:
+        raise JaxserveError(f"the parameters lack {layout.dotted(path)}", "give the whole tree in engine layout")
+    for path in given - targets.keys():
+        raise JaxserveError(f"the model has no parameter {layout.dotted(path)}", "give parameters of this model")
+
+
+def _placed(path: layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
+    if leaf.shape != target.shape:
+        problem = (
+            f"{layout.dotted(path)} is {leaf.dtype}{list(leaf.shape)}, expected {target.dtype}{list(target.shape)}"
+        )
+        raise JaxserveError(problem, "give parameters of this model, in the layout of its mesh")
+    if leaf.dtype != target.dtype:
+        leaf = leaf.astype(target.dtype)
+    return leaf if getattr(leaf, "sharding", None) == where else jax.device_put(leaf, where)
+
+
+def _eos_token_ids(folder: Path) -> frozenset[int]:
+    """All tokens that end a text, from the generation config and the model's."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            raw = hf.read_json(folder / name)
+            for part in (raw, raw.get("text_config")):
+                if isinstance(part, Mapping):
+                    found |= _ids(cast("Mapping[str, object]", part).get("eos_token_id"))
+    return frozenset(found)
+
+
+def _ids(value: object) -> set[int]:
+    items = cast("list[object]", value) if isinstance(value, list) else [value]
+    return {item for item in items if isinstance(item, int) and not isinstance(item, bool)}
+
+
+def _sampling_defaults(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    raw = hf.read_json(file)
+    given = {name: raw.get(name) for name in SAMPLING_DEFAULTS}
+    return {name: value for name, value in given.items() if value is not None}

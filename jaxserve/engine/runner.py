@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only holder of device arrays: parameters, KV cache, block tables, last tokens, sampling controls.
+
+    warm(progress)        compiles every program that a step can need; nothing is compiled after it
+    launch(packed)        hands one step to the devices and returns at once
+    read(handle)          waits for it
+
+State is donated to each program and taken back from it, so that nothing is allocated after `warm` but small results.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.engine import batch, step
+from jaxserve.engine.batch import Ints, Layout, Packed
+from jaxserve.engine.buckets import Buckets, fitting
+from jaxserve.engine.plan import StepResult
+from jaxserve.engine.sequence import Need, Sequence
+from jaxserve.engine.step import Model, Program, Sizes
+from jaxserve.models.decoder import Params
+from jaxserve.models.spec import ModelSpec
+from jaxserve.sampling import control_row, controls
+
+type Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of all that a runner holds and computes."""
+
+    buckets: Buckets
+    block_size: int
+    num_blocks: int
+    width: int  # blocks of the longest sequence
+    top_n: int = 20  # likeliest tokens that a request may ask for
+    processed: bool = False  # their log-probabilities are of what is sampled from
+
+
+@dataclass(slots=True)
+class Handle:
+    """A step that was launched."""
+
+    packed: Packed
+    result: Any  # on its way to the host; None where no logits were wanted
+    hidden: Any
+
+
+type Key = Layout | tuple[int, Need] | str  # of a program: a bucket of `model`, of `head`, or another's name
+
+
+class Runner:
+    """On the mesh, or with none on the device where the parameters lie."""
+
+    def __init__(self, spec: ModelSpec, params: Params, shape: Shape, *, mesh: Any = None) -> None:
+        self.spec, self.shape, self.mesh = spec, shape, mesh
+        self.params: Params = params
+        self.static = Model(spec, shape.block_size, shape.buckets.entries, shape.top_n, shape.processed)
+        self.dtype = params["embed"]["weight"].dtype
+        self._everywhere = None if mesh is None else NamedSharding(mesh, P())
+        self.device = None if mesh is not None else next(iter(params["embed"]["weight"].devices()))
+        self._executables: dict[Key, Any] = {}
+        self._warm = False
+        self.compiled_late = 0
+        self.allocate()
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """Everything but the parameters, as zeros made on the devices."""
+        with self.on_mesh():
+            self.cache, self.tables, self.last, self.controls = self._executable("fresh")()
+
+    def free(self) -> None:
+        """Gives back the memory of everything but the parameters."""
+        for array in jax.tree.leaves((self.cache, self.tables, self.last, self.controls)):
+            array.delete()
+
+    def state_bytes(self) -> int:
+        """Of all but the parameters and the KV cache, on each device."""
+        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves((self.tables, self.last, self.controls)))
+
+    def largest_step(self) -> int:
+        """Bytes that programs take for themselves while they run, on each device: those of the largest, compiled."""
+        buckets = self.shape.buckets
+        tokens = batch.mixed_layout(buckets.tokens, buckets, self.shape.block_size)
+        analyses = [self._executable(key).memory_analysis() for key in (tokens, (buckets.entries, Need.FULL))]
+        sizes = [a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses if a]
+        return max(sizes, default=0)
+
+    def on_mesh(self) -> Any:
+        return jax.set_mesh(self.mesh) if self.mesh is not None else jax.default_device(self.device)
+
+    # --- programs ---------------------------------------------------------------------------------------------------
+
+    def every_key(self) -> list[Key]:
+        """All that a step can need, the largest first: they take longest to compile."""
+        buckets = self.shape.buckets
+        return [
+            *(batch.mixed_layout(tokens, buckets, self.shape.block_size) for tokens in reversed(buckets.mixed)),
+            *(batch.decode_layout(rows) for rows in reversed(buckets.decode)),
+            *((rows, need) for need in reversed(Need) for rows in reversed(self._ladder(need))),
+            *("edit", "set_row", "add_counts"),
+        ]
+
+    def warm(self, progress: Progress | None = None) -> None:
+        """Compiles what is not compiled yet. What a step still asks for later is counted in `compiled_late`."""
+        keys = [key for key in self.every_key() if key not in self._executables]
+        with self.on_mesh():
+            programs = [self.program(key) for key in keys]
+            compiled = step.compile_all(programs, workers=min(16, os.cpu_count() or 1), progress=progress)
+        self._executables |= dict(zip(keys, compiled, strict=True))
+        if next(iter(self.last.devices())).platform != "cpu":
+            self.exercise()
+        self._warm = True
+
+    def exercise(self) -> None:
+        """Runs every program once, over padding alone: a device loads code, and captures graphs, at the first run."""
+        shape = self.shape
+        nothing = np.full(batch.EDIT_SIZE, -1, np.int32)
+        self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
+        hidden = entries = None
+        for key in self.every_key():
+            if isinstance(key, Layout):
+                vector = self._put(batch.padding(key, shape.buckets))
+                hidden, entries, self.cache, self.tables = self._executable(key)(
+                    self.params, self.cache, self.tables, self.last, vector
+                )
+        for rows, need in (key for key in self.every_key() if isinstance(key, tuple)):
+            kept = self.controls if need == Need.FULL else None
+            _, self.last, kept = self._executable((rows, need))(self.params, self.last, kept, hidden, entries)
+            self.controls = kept or self.controls
+        jax.block_until_ready((self.cache, self.last))
+
+    def _ladder(self, need: Need) -> tuple[int, ...]:
+        return self.shape.buckets.heads if need < Need.SCORED else self.shape.buckets.scoring_heads
+
+    def _executable(self, key: Key) -> Any:
+        found = self._executables.get(key)
+        if found is None:
+            self.compiled_late += self._warm
+            with self.on_mesh():
+                found = self._executables[key] = step.compiled(self.program(key))
+        return found
+
+    def program(self, key: Key) -> Program:
+        static, shape = self.static, self.shape
+        match key:
+            case Layout():
+                given = (self.params, self.cache, self.tables, self.last, self._vector(key.size))
+                return self._with_shapes(step.model, (static, key), *given)
+            case (int(rows), need):
+                hidden = self._abstract((static.entries, self.spec.hidden), self.dtype)
+                entries = self._abstract((static.entries, len(batch.ENTRY)), jnp.int32)
+                kept = self.controls if need == Need.FULL else None
+                given = (self.params, self.last, kept, hidden, entries)
+                return self._with_shapes(step.head, (static, rows, need), *given)
+            case "fresh":
+                sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
+                return Program(step.fresh, (static, sizes), ())
+            case "edit":
+                return self._with_shapes(step.edit, (), self.cache, self.tables, self._vector(batch.EDIT_SIZE))
+            case "set_row":
+                vector = self._vector(control_row.row_size(self.spec.vocab_size))
+                return self._with_shapes(controls.set_row, (), self.controls, vector)
+            case "add_counts":
+                return self._with_shapes(controls.add_counts, (), self.controls, self._vector(control_row.COUNT_SIZE))
+            case _:
+                raise ValueError(f"there is no program {key!r}")
+
+    def _with_shapes(self, function: Any, static: tuple[Any, ...], *given: Any) -> Program:
+        def of(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if self.mesh else None)
+
+        return Program(function, static, jax.tree.map(of, given))
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+
+    def _vector(self, size: int) -> jax.ShapeDtypeStruct:
+        return self._abstract((size,), jnp.int32)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def launch(self, packed: Packed) -> Handle:
+        for vector in packed.edits:
+            self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(vector))
+        for sequence in packed.controlled:
+            self._set_controls(sequence)
+        run = self._executable(packed.layout)
+        hidden, entries, self.cache, self.tables = run(
+            self.params, self.cache, self.tables, self.last, self._put(packed.vector)
+        )
+        if not packed.entries:
+            return Handle(packed, None, hidden)
+        need = packed.need
+        pick = self._executable((fitting(self._ladder(need), packed.entries), need))
+        kept = self.controls if need == Need.FULL else None
+        result, self.last, kept = pick(self.params, self.last, kept, hidden, entries)
+        if kept is not None:
+            self.controls = kept
+        result.copy_to_host_async()
+        return Handle(packed, result, None)
+
+    def read(self, handle: Handle) -> StepResult:
+        if handle.result is None:
+            jax.block_until_ready(handle.hidden)  # so that the host does not run ahead
+            return StepResult([], [])
+        table = np.asarray(handle.result)[: handle.packed.entries]
+        result = StepResult(table[:, 0].tolist(), table[:, 1].astype(bool).tolist())
+        if handle.packed.need >= Need.SCORED:
+            count = (table.shape[1] - 4) // 2
+            result.logprobs = np.ascontiguousarray(table[:, 2]).view(np.float32)
+            result.ranks = table[:, 3]
+            result.top_tokens = table[:, 4 : 4 + count]
+            result.top_logprobs = np.ascontiguousarray(table[:, 4 + count :]).view(np.float32)
+        return result
+
+    def _set_controls(self, sequence: Sequence) -> None:
+        request, known = sequence.request, sequence.tokens
+        row, counts = control_row.pack_row(
+            row=sequence.row,
+            vocab_size=self.spec.vocab_size,
+            params=request.params,
+            prompt=known[: sequence.prompt_len],
+            output=known[sequence.prompt_len :],
+            stops=sequence.stops,
+            bad_words=request.bad_word_ids,
+        )
+        self.controls = self._executable("set_row")(self.controls, self._put(row))
+        for vector in counts:
+            self.controls = self._executable("add_counts")(self.controls, self._put(vector))
+
+    def _put(self, vector: Ints) -> jax.Array:
+        return jax.device_put(vector, self._everywhere or self.device)
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Of an array or the shape of one, on each device."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize

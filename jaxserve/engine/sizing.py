@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long sequences may be and how many KV blocks there are, from what the memory holds. Says the arithmetic.
+
+On a GPU: its memory x utilization - what lies there already (the weights) - state - the largest step's temporaries,
+as the compiler counts them. On a CPU: as much as all rows could use, up to a quarter of the free memory and 4 GiB.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jaxserve.config import ConfigError, EngineConfig, Limits
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.loading import Loaded
+from jaxserve.engine.runner import Runner, Shape, shard_bytes
+from jaxserve.models import kv_cache
+from jaxserve.models.decoder import Params
+from jaxserve.models.spec import Attention, Dynamic, LongRope, ModelSpec
+
+type Report = Callable[[str], None]
+
+GIB = 2**30
+CPU_CACHE = 4 * GIB
+SCORE_ROWS = 256
+SLACK = 256 * 2**20  # what libraries and the allocator take beside
+
+
+@dataclass(frozen=True)
+class Sized:
+    limits: Limits
+    shape: Shape
+
+
+def sized(config: EngineConfig, loaded: Loaded, report: Report) -> Sized:
+    spec = loaded.spec
+    devices = list(loaded.mesh.devices.flat) if loaded.mesh is not None else [device_of(loaded.params)]
+    on_cpu = devices[0].platform == "cpu"
+    rows = config.max_num_seqs or (32 if on_cpu else 256)
+    tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
+    longest = _longest(config, spec)
+    shape = Shape(
+        buckets=Buckets(rows, tokens, score_rows=min(SCORE_ROWS, tokens)),
+        block_size=config.block_size,
+        num_blocks=2,
+        width=-(-longest // config.block_size),
+        top_n=spec.vocab_size if config.max_logprobs == -1 else min(spec.vocab_size, config.max_logprobs),
+        processed=config.logprobs_mode == "processed_logprobs",
+    )
+    per_block = device_block_bytes(loaded, config.block_size)
+    if config.num_blocks is not None:
+        blocks = config.num_blocks
+    elif config.kv_cache_memory_bytes is not None:
+        blocks = config.kv_cache_memory_bytes // per_block
+    elif on_cpu:
+        blocks = _on_cpu(per_block, wanted=1 + rows * shape.width)
+    else:
+        blocks = _on_gpu(config, loaded, shape, devices, per_block, report)
+    longest = _fitted(config, longest, blocks, report)
+    slots = (blocks - 1) * config.block_size
+    report(
+        f"per device: weights {_gib(weight_bytes(loaded.params))}, KV cache {_gib(blocks * per_block)}: "
+        f"{blocks - 1:,} blocks of {config.block_size} = {slots:,} tokens, {slots / longest:.1f} x {longest:,}"
+    )
+    shape = replace(shape, num_blocks=blocks, width=-(-longest // config.block_size))
+    return Sized(_limits(config, loaded, shape, longest), shape)
+
+
+def _limits(config: EngineConfig, loaded: Loaded, shape: Shape, longest: int) -> Limits:
+    spec, buckets = loaded.spec, shape.buckets
+    return Limits(
+        vocab_size=spec.vocab_size,
+        max_model_len=longest,
+        max_num_seqs=buckets.rows,
+        max_num_batched_tokens=buckets.tokens,
+        block_size=shape.block_size,
+        num_blocks=shape.num_blocks,
+        max_logprobs=shape.top_n,
+        eos_token_ids=frozenset(token for token in loaded.eos_token_ids if 0 <= token < spec.vocab_size),
+        window=window_of(spec),
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        priority=config.scheduling_policy == "priority",
+        rope_key=rope_key_of(spec),
+    )
+
+
+def _longest(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is not None and config.max_model_len > spec.max_positions:
+        problem = f"max_model_len is {config.max_model_len}, the model takes {spec.max_positions}"
+        raise ConfigError(problem, f"give at most {spec.max_positions}")
+    longest = config.max_model_len or spec.max_positions
+    if longest < 2:
+        raise ConfigError(f"max_model_len is {longest}", "a prompt and an answer need 2 at least")
+    return longest
+
+
+def _fitted(config: EngineConfig, longest: int, blocks: int, report: Report) -> int:
+    """`longest`, or where nobody insisted on it, what the blocks hold."""
+    slots = (blocks - 1) * config.block_size
+    if slots >= longest:
+        return longest
+    if config.max_model_len is not None or slots < 2:
+        problem = f"a sequence of {longest} tokens does not fit into the KV cache: {max(slots, 0)} tokens"
+        raise ConfigError(problem, "lower max_model_len, or give the KV cache more memory")
+    report(f"max_model_len is {slots:,}, not the model's {longest:,}: the KV cache holds no more")
+    return slots
+
+
+def _on_cpu(per_block: int, wanted: int) -> int:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else CPU_CACHE
+    return max(2, min(wanted, min(CPU_CACHE, free // 4) // per_block))
+
+
+def _on_gpu(
+    config: EngineConfig, loaded: Loaded, shape: Shape, devices: list[Any], per_block: int, report: Report
+) -> int:
+    most, used = budget(devices, config.gpu_memory_utilization)
+    # A small pool: what a step takes beside it does not depend on the pool's size.
+    probe = Runner(loaded.spec, loaded.params, replace(shape, num_blocks=shape.width + 1), mesh=loaded.mesh)
+    step, state = probe.largest_step(), probe.state_bytes()
+    probe.free()
+    left = most - used - step - state - SLACK
+    report(
+        f"memory per device: {_gib(most)} to use, in use {_gib(used)}, largest step {_gib(step)}, "
+        f"state {_gib(state)}, slack {_gib(SLACK)}: {_gib(max(left, 0))} for the KV cache"
+    )
+    if left < 2 * per_block:
+        raise ConfigError("the model leaves no memory for a KV cache", "use more devices, or a higher utilization")
+    return left // per_block
+
+
+def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
+    """Bytes that may be used of the device that has least left, and that are in use there."""
+
+    def of(device: Any) -> tuple[int, int]:
+        stats = device.memory_stats() or {}
+        limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
+        # jax takes a share of the memory for itself; the utilization is of the whole.
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+        return int(min(limit, limit / share * utilization)), used
+
+    return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])
+
+
+def device_of(params: Params) -> Any:
+    return next(iter(params["embed"]["weight"].devices()))
+
+
+def device_block_bytes(loaded: Loaded, block_size: int) -> int:
+    """Bytes of a block on each device, over all layers."""
+    dtype = loaded.params["embed"]["weight"].dtype
+    with jax.set_mesh(loaded.mesh) if loaded.mesh is not None else contextlib.nullcontext():
+        pools = kv_cache.abstract_cache(loaded.spec, blocks=1, block_size=block_size, dtype=dtype)
+    return sum(shard_bytes(pool) for pool in jax.tree.leaves(pools))
+
+
+def weight_bytes(params: Params) -> int:
+    return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(params))
+
+
+def window_of(spec: ModelSpec) -> int | None:
+    """How far back the layer sees that sees furthest; None if one sees everything."""
+    windows = [layer.attention.window if isinstance(layer.attention, Attention) else None for layer in spec.layers]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
+def rope_key_of(spec: ModelSpec) -> Callable[[int], int] | None:
+    """What of a sequence's length its rotary positions depend on: lengths with equal keys give equal angles."""
+    scalings = [layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None]
+    for scaling in scalings:
+        if isinstance(scaling, Dynamic):
+            return lambda length: max(length, scaling.original)
+        if isinstance(scaling, LongRope):
+            return lambda length: scaling.original + (length > scaling.original)
+    return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every program that an engine runs on the devices, as pure functions, and the table of their compiled forms.
+
+    model     (params, cache, tables, last, vector) -> hidden, entries, cache, tables      decode[B], mixed[T]
+    head      (params, last, controls, hidden, entries) -> result, last, controls           head[S, need]
+    fresh     () -> cache, tables, last, controls            zeros
+    edit      (cache, tables, vector) -> cache, tables       block table edits and block copies out of turn
+    set_row, add_counts   (controls, vector) -> controls     when a request with sampling controls takes a row
+
+A step is `model`, then `head`. They are two because the head's variants would otherwise multiply the models' compile
+time; the hidden states and entries between them have one shape, whatever the bucket. State is donated: cache, tables
+[rows, width], last [rows] (each row's last sampled token: the next step's input, without a way through the host),
+controls. The vector's layout: batch.py.
+"""
+
+import contextvars
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.engine import batch
+from jaxserve.engine.batch import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Layout
+from jaxserve.engine.sequence import Need
+from jaxserve.models import decoder, kv_cache
+from jaxserve.models.decoder import Params
+from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.kv_cache import LayerCache
+from jaxserve.models.spec import ModelSpec
+from jaxserve.parallel import mesh
+from jaxserve.sampling import controls as sampling_controls
+from jaxserve.sampling.controls import Controls
+from pallas_kernels import dispatch, sampling
+
+type Cache = list[LayerCache]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is static about all steps of an engine."""
+
+    spec: ModelSpec
+    block_size: int
+    entries: int  # rows of hidden states that a model program hands to the head
+    top_n: int  # likeliest tokens that Need.FULL gives
+    processed: bool  # log-probabilities are of what is sampled from, else of the model's own distribution
+
+
+@dataclass(frozen=True)
+class Sizes:
+    rows: int
+    width: int  # blocks of the longest sequence
+    blocks: int
+    dtype: str
+
+
+def fresh(static: Model, sizes: Sizes) -> tuple[Cache, jax.Array, jax.Array, Controls]:
+    cache = kv_cache.zeros(static.spec, blocks=sizes.blocks, block_size=static.block_size, dtype=jnp.dtype(sizes.dtype))
+    tables, last = jnp.zeros((sizes.rows, sizes.width), jnp.int32), jnp.zeros(sizes.rows, jnp.int32)
+    return cache, tables, last, sampling_controls.allocate(sizes.rows, static.spec.vocab_size)
+
+
+def model(
+    static: Model, layout: Layout, params: Params, cache: Cache, tables: jax.Array, last: jax.Array, vector: jax.Array
+) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
+    spec = static.spec
+
+    def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
+        parts = {name: vector[at] for name, at in batch.places(layout).items()}
+        tables = edited(tables, parts["cells"], parts["blocks"])
+        entries = parts["entries"].reshape(layout.entries, len(batch.ENTRY))
+        padding = static.entries - layout.entries
+        entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
+        return tables, entries, _inputs(static, layout, parts, tables, last, entries)
+
+    tables, entries, inputs = mesh.island(prepare, P(), P())(tables, last, vector)
+    hidden, cache = decoder.hidden(spec, params, cache, inputs)
+    return hidden, entries, cache, tables
+
+
+def _inputs(
+    static: Model,
+    layout: Layout,
+    parts: dict[str, jax.Array],
+    tables: jax.Array,
+    last: jax.Array,
+    entries: jax.Array,
+) -> ModelInputs:
+    rows, kv_lens, starts = parts["rows"], parts["kv_lens"], parts["starts"]
+    place = jnp.arange(layout.tokens, dtype=jnp.int32)
+    if layout.decode:
+        line, real = place, kv_lens > 0
+        positions = jnp.maximum(kv_lens - 1, 0)
+    else:
+        line = jnp.searchsorted(starts[1:], place, side="right").astype(jnp.int32)
+        real = line < layout.rows
+        line = jnp.minimum(line, layout.rows - 1)
+        positions = jnp.where(real, kv_lens[line] - (starts[line + 1] - place), 0)
+    block_tables = tables.at[rows].get(mode="clip")
+    blocks = block_tables[line, positions // static.block_size]
+    fed = last.at[rows[line]].get(mode="clip")
+    return ModelInputs(
+        tokens=jnp.where(parts["tokens"] < 0, fed, parts["tokens"]),
+        positions=positions,
+        slots=jnp.where(real, blocks * static.block_size + positions % static.block_size, -1),
+        block_tables=block_tables,
+        kv_lens=kv_lens,
+        cu_q_lens=starts,
+        distribution=parts["distribution"],
+        sampled=jnp.maximum(entries[:, TOKEN], 0),
+        rope_lengths=parts["rope_lengths"][line] if static.spec.needs_rope_length else None,
+        decode_only=layout.decode,
+    )
+
+
+def edited(tables: jax.Array, cells: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Cells count through the rows; negative ones are skipped."""
+    width = tables.shape[1]
+    rows = jnp.where(cells < 0, tables.shape[0], cells // width)
+    return tables.at[rows, cells % width].set(blocks, mode="drop")
+
+
+def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax.Array]:
+    cells, blocks = vector[: batch.EDITS_AT_ONCE], vector[batch.EDITS_AT_ONCE : 2 * batch.EDITS_AT_ONCE]
+    sources, destinations = jnp.split(vector[2 * batch.EDITS_AT_ONCE :], 2)
+    tables = mesh.island(edited, P(), P())(tables, cells, blocks)
+    return kv_cache.move_blocks(cache, sources, destinations), tables
+
+
+def head(
+    static: Model,
+    rows: int,
+    need: Need,
+    params: Params,
+    last: jax.Array,
+    controls: Controls | None,
+    hidden: jax.Array,
+    entries: jax.Array,
+) -> tuple[jax.Array, jax.Array, Controls | None]:
+    """The result is int32 [rows, 2]: token, valid; from Need.SCORED on [rows, 4 + 2 * n]: logprob, rank, n likeliest
+    tokens and their log-probabilities too.
+    """
+    logits = decoder.logits(static.spec, params, hidden[:rows])
+    pick = partial(_pick, static, need)
+    return mesh.island(pick, P(), P())(logits, entries[:rows], last, controls)
+
+
+def _pick(
+    static: Model, need: Need, logits: jax.Array, entries: jax.Array, last: jax.Array, controls: Controls | None
+) -> tuple[jax.Array, jax.Array, Controls | None]:
+    rows, positions, given = entries[:, ROW], entries[:, POSITION], entries[:, GIVEN]
+    samples = entries[:, SAMPLES] > 0
+    numbers: dict[str, jax.Array] = dict(zip(NUMBERS, entries[:, FIXED:].T, strict=True))
+    edited = logits
+    if controls is not None:
+        active = samples & (numbers["controlled"] > 0)
+        edited = sampling_controls.apply(controls, logits, rows=rows, active=active, positions=positions)
+    top_n = static.top_n if need == Need.FULL else 0
+    out = sampling.sample(
+        edited,
+        _params(numbers, samples, positions),
+        mode=("greedy", "random", "filtered")[min(need, Need.FILTERED)],
+        logprobs="processed" if static.processed and need >= Need.SCORED else None,
+        top_n=top_n if static.processed else 0,
+    )
+    tokens = jnp.where(given >= 0, given, out.tokens)
+    last = last.at[jnp.where(samples, rows, last.shape[0])].set(tokens, mode="drop")
+    if controls is not None:
+        controls = sampling_controls.update(controls, rows=rows, active=active, tokens=tokens)
+    columns = [tokens, out.valid.astype(jnp.int32)]
+    if need >= Need.SCORED:
+        likely = sampling.token_logprobs(logits, tokens, top_n=top_n)
+        if out.logprobs is not None:  # prompts are always scored by the model's own distribution
+            likely = jax.tree.map(
+                lambda raw, own: jnp.where(samples.reshape(-1, *(1,) * (raw.ndim - 1)), own, raw), likely, out.logprobs
+            )
+        columns += [_bits(likely.logprobs), likely.ranks, *likely.top_tokens.T, *_bits(likely.top_logprobs).T]
+    return jnp.stack(columns, axis=1), last, controls
+
+
+def _params(numbers: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.SamplingParams:
+    def floats(name: str, otherwise: float) -> jax.Array:
+        # Padding has zeros, which are no numbers for all of these.
+        return jnp.where(samples, jax.lax.bitcast_convert_type(numbers[name], jnp.float32), otherwise)
+
+    return sampling.SamplingParams(
+        temperature=floats("temperature", 0.0),
+        top_k=numbers["top_k"],
+        top_p=floats("top_p", 1.0),
+        min_p=floats("min_p", 0.0),
+        seed=jax.lax.bitcast_convert_type(numbers["seed"], jnp.uint32),
+        position=positions,
+    )
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
+
+
+# --- compiled forms -------------------------------------------------------------------------------------------------
+
+DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
+    fresh: (),
+    model: ("cache", "tables"),
+    head: ("last", "controls"),
+    edit: ("cache", "tables"),
+    sampling_controls.set_row: ("controls",),
+    sampling_controls.add_counts: ("controls",),
+}
+STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
+    fresh: ("static", "sizes"),
+    model: ("static", "layout"),
+    head: ("static", "rows", "need"),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function with its static arguments, and the shapes of the others."""
+
+    function: Callable[..., Any]
+    static: tuple[Any, ...]
+    shapes: tuple[Any, ...]
+
+
+# Engines of one process share what is equal: the same shapes on the same devices.
+_COMPILED: OrderedDict[Any, Any] = OrderedDict()
+_KEPT = 1024
+_LOCK = threading.Lock()
+
+
+def compile_all(
+    programs: Sequence[Program], *, workers: int, progress: Callable[[int, int, float], None] | None = None
+) -> list[Any]:
+    """Executables, compiled side by side: XLA does not hold Python's lock. Progress: how many of all, seconds."""
+    started, done = time.monotonic(), 0
+
+    def report(_: Any) -> None:
+        nonlocal done
+        with _LOCK:
+            done += 1
+            if progress is not None:
+                progress(done, len(programs), time.monotonic() - started)
+
+    context = jax.sharding.get_mesh() if mesh.in_mesh() else None
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [
+            pool.submit(contextvars.copy_context().run, partial(_compile_on, context, program)) for program in programs
+        ]
+        for future in futures:
+            future.add_done_callback(report)
+        return [future.result() for future in futures]
+
+
+def _compile_on(context: Any, program: Program) -> Any:
+    if context is None:
+        return compiled(program)
+    with jax.set_mesh(context):
+        return compiled(program)
+
+
+def compiled(program: Program) -> Any:
+    """On the mesh in context."""
+    leaves, tree = jax.tree.flatten(program.shapes)
+    shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+    context = jax.sharding.get_mesh() if mesh.in_mesh() else None
+    key = (program.function, program.static, tree, shapes, context, dispatch.implementation())
+    with _LOCK:
+        if key in _COMPILED:
+            _COMPILED.move_to_end(key)
+            return _COMPILED[key]
+    jitted = jax.jit(
+        program.function,
+        static_argnames=STATIC.get(program.function, ()),
+        donate_argnames=DONATED[program.function],
+    )
+    executable = jitted.lower(*program.static, *program.shapes).compile()
+    with _LOCK:
+        _COMPILED[key] = executable
+        while len(_COMPILED) > _KEPT:
+            _COMPILED.popitem(last=False)
+    return executable

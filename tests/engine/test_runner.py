@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner by itself: padding changes nothing, programs are shared, memory is given back."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve.engine import batch, step
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.runner import Runner, Shape
+from jaxserve.engine.sequence import Need
+from jaxserve.models import layout
+from tests.models import tiny
+
+SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num_blocks=5, width=2, top_n=3)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    spec = tiny.SPECS["mla"]
+    return Runner(spec, layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+
+
+def filled(tree: Any) -> Any:
+    """Values that any write would change."""
+    return jax.tree.map(lambda leaf: (jax.numpy.ones_like(leaf) * 7).astype(leaf.dtype), tree)
+
+
+def state(runner: Runner) -> list[np.ndarray]:
+    return [np.array(leaf) for leaf in jax.tree.leaves((runner.cache, runner.tables, runner.last, runner.controls))]
+
+
+def test_padding_changes_nothing(runner: Runner) -> None:
+    runner.cache, runner.tables, runner.last, runner.controls = filled(
+        (runner.cache, runner.tables, runner.last, runner.controls)
+    )
+    before = state(runner)
+    runner.exercise()
+    assert any(isinstance(key, batch.Layout) for key in runner.every_key()), "no step was run"
+    for old, new in zip(before, state(runner), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_programs_are_shared_by_equal_runners(runner: Runner) -> None:
+    key = (1, Need.GREEDY)
+    twin = Runner(runner.spec, runner.params, SHAPE)
+    assert step.compiled(twin.program(key)) is step.compiled(runner.program(key))
+    other = Runner(runner.spec, runner.params, Shape(**{**vars(SHAPE), "top_n": 2}))
+    assert step.compiled(other.program(key)) is not step.compiled(runner.program(key))
+
+
+def test_memory_is_given_back_and_taken_again(runner: Runner) -> None:
+    leaves = jax.tree.leaves((runner.cache, runner.tables, runner.last, runner.controls))
+    runner.free()
+    assert all(leaf.is_deleted() for leaf in leaves)
+    runner.allocate()
+    assert all(not leaf.any() for leaf in state(runner))
+
+
+def test_an_unknown_program(runner: Runner) -> None:
+    with pytest.raises(ValueError, match="no program 'nothing'"):
+        runner.program("nothing")
