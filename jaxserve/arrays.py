@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and answers as arrays, for pipelines that never leave token ids: training loops, evaluation, distillation."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxserve.errors import RequestError
+from jaxserve.intake import is_one
+from jaxserve.types import RequestOutput
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class GeneratedArrays(NamedTuple):
+    """Of B prompts with n samples each. T is the largest max_tokens: the same parameters give the same shapes."""
+
+    tokens: jax.Array  # int32 [B, n, T], pad_id after the end
+    logprobs: jax.Array  # float32 [B, n, T], of these tokens; 0 after the end
+    mask: jax.Array  # bool [B, n, T], which are tokens
+    lengths: jax.Array  # int32 [B, n]
+    finish_reasons: jax.Array  # int32 [B, n], places in FINISH_REASONS
+
+
+def prompt_rows(prompts: Any) -> list[Any]:
+    """The ids of each prompt, of a list of them or of (tokens [B, S], lengths [B])."""
+    if isinstance(prompts, tuple) and len(prompts) == 2 and np.ndim(prompts[0]) == 2 and hasattr(prompts[0], "dtype"):
+        tokens, lengths = np.asarray(prompts[0]), np.asarray(prompts[1])
+        if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
+            problem = f"tokens have shape {list(tokens.shape)} and lengths are {lengths.dtype}{list(lengths.shape)}"
+            raise RequestError("prompts", problem, "give one whole number for each row")
+        if lengths.size and not (lengths.min() >= 0 and lengths.max() <= tokens.shape[1]):
+            problem = f"lengths reach from {lengths.min()} to {lengths.max()}, the rows have {tokens.shape[1]} tokens"
+            raise RequestError("prompts", problem, "correct the lengths")
+        return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    if is_one(prompts):
+        raise RequestError("prompts", "prompts is one prompt", "give a list of prompts, or tokens and lengths")
+    return np.asarray(prompts).tolist() if hasattr(prompts, "__array__") else list(prompts)
+
+
+def as_arrays(
+    outputs: Sequence[RequestOutput], *, samples: int, width: int, pad_id: int, place: Any
+) -> GeneratedArrays:
+    """Final outputs, of requests with log-probabilities, on the devices."""
+    shape = (len(outputs), samples, width)
+    tokens, logprobs = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
+    lengths, reasons = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.int32)
+    for row, output in enumerate(outputs):
+        for sample in output.outputs:
+            at = row, sample.index
+            count = len(sample.token_ids)
+            tokens[at][:count] = sample.token_ids
+            pairs = zip(sample.logprobs or (), sample.token_ids, strict=True)
+            logprobs[at][:count] = [position[token].logprob for position, token in pairs]
+            lengths[at] = count
+            reasons[at] = FINISH_REASONS.index(sample.finish_reason or "error")
+    mask = np.arange(width, dtype=np.int32) < lengths[..., None]
+    return GeneratedArrays(*jax.device_put((tokens, logprobs, mask, lengths, reasons), place))

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what users give to requests that an engine will take: prompts in all their forms, parameters, the tokenizer.
+
+Everything is checked here, against the engine's limits, before an engine hears of it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from convert import hub
+from jaxserve import tokenizer as tokenizers
+from jaxserve.config import EngineConfig, Limits
+from jaxserve.engine import admission
+from jaxserve.engine.engine import Engine
+from jaxserve.errors import CheckpointError, RequestError
+from jaxserve.tokenizer import Tokenizer
+from jaxserve.types import Request, SamplingParams
+
+type Prompt = str | Sequence[int] | np.ndarray | jax.Array | Mapping[str, Any]
+"""Text, token ids, or {"prompt": text}, {"prompt_token_ids": ids} with, if wanted, a "cache_salt"."""
+
+FORMS = "a string, a list of token ids, or a dict with prompt or prompt_token_ids"
+KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A request that was checked, and the text it came as."""
+
+    request: Request
+    prompt: str | None
+
+
+class Intake:
+    """Makes requests for one engine."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, limits: Limits, *, defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self._defaults = dict(defaults or {})
+        self._ids = itertools.count()
+        self._spelled: tuple[object, tuple[tuple[int, ...], ...]] = (None, ())  # the last bad words, and their ids
+
+    def default_params(self) -> SamplingParams:
+        """As the model's generation_config.json wants it."""
+        return SamplingParams(**self._defaults)
+
+    def next_id(self) -> str:
+        return str(next(self._ids))
+
+    def ready(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0, **more: Any
+    ) -> Ready:
+        """A checked request. `more` are further fields of Request."""
+        if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            problem = f"sampling_params is of type {type(params).__name__}"
+            raise RequestError("sampling_params", problem, "give a SamplingParams")
+        if priority and not self.limits.priority:
+            problem = f"priority is {priority!r}, and the engine goes by order of arrival"
+            raise RequestError("priority", problem, 'start it with scheduling_policy="priority"')
+        if params.stops and self.tokenizer is None:
+            raise RequestError("stop", "stop strings need a tokenizer, and there is none", "give stop_token_ids")
+        text, ids, salt = self._parsed(prompt)
+        request = Request(
+            id=self.next_id() if request_id is None else request_id,
+            prompt_token_ids=ids,
+            params=params,
+            bad_word_ids=self._bad_word_ids(params),
+            priority=priority,
+            cache_salt=salt,
+            **more,
+        )
+        admission.check(request, self.limits)
+        return Ready(request, text)
+
+    def all_ready(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        priority: Sequence[int] | None = None,
+        **more: Any,
+    ) -> list[Ready]:
+        """One for each prompt; of a bad one the error says which it is."""
+        if len(params) != len(prompts):
+            problem = f"{len(params)} sampling_params for {len(prompts)} prompts"
+            raise RequestError("sampling_params", problem, "give one for all, or one for each")
+        if priority is not None and len(priority) != len(prompts):
+            problem = f"{len(priority)} priorities for {len(prompts)} prompts"
+            raise RequestError("priority", problem, "give one for each")
+        levels = itertools.repeat(0) if priority is None else priority
+        return each_named(
+            lambda job: self.ready(job[0], job[1], priority=job[2], **more),
+            list(zip(prompts, params, levels, strict=False)),
+        )
+
+    def _parsed(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """Text, ids, cache salt."""
+        if isinstance(prompt, str):
+            return prompt, self._encoded(prompt), None
+        if not isinstance(prompt, Mapping):
+            return None, token_ids(prompt), None
+        for key in prompt:
+            if key not in KEYS:
+                raise RequestError("prompt", f"a prompt has no key {key!r}", f"known: {', '.join(KEYS)}")
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise RequestError("prompt", f"the prompt is of type {type(text).__name__}", f"give {FORMS}")
+        if ids is None:
+            if text is None:
+                raise RequestError("prompt", "the prompt has neither prompt nor prompt_token_ids", f"give {FORMS}")
+            ids = self._encoded(text)
+        return text, token_ids(ids), prompt.get("cache_salt")
+
+    def _encoded(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            problem = "the prompt is text, and there is no tokenizer"
+            raise RequestError("prompt", problem, "give token ids, or name a tokenizer when you start")
+        return self.tokenizer.encode(text)
+
+    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise RequestError("bad_words", "bad_words need a tokenizer, and there is none", "use logit_bias")
+        words, ids = self._spelled
+        if words is not params.bad_words:
+            ids = self.tokenizer.bad_word_ids(params.bad_words)
+            self._spelled = params.bad_words, ids
+        return ids
+
+
+def token_ids(given: object) -> list[Any]:
+    """A list of what is meant as ids, of numpy's and jax's arrays too. The values are checked by admission."""
+    if hasattr(given, "__array__"):
+        given = np.asarray(given)
+        if given.ndim != 1:
+            raise RequestError("prompt", f"the prompt is an array of shape {given.shape}", f"give {FORMS}")
+        return cast("list[Any]", given.tolist())
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise RequestError("prompt", f"the prompt is of type {type(given).__name__}", f"give {FORMS}")
+    return list(cast("Sequence[Any]", given))
+
+
+def is_one(prompts: object) -> bool:
+    """Whether this is one prompt and no list of prompts: a list of ids is one."""
+    if isinstance(prompts, str | bytes | Mapping):
+        return True
+    if hasattr(prompts, "__array__"):
+        return np.ndim(cast(Any, prompts)) < 2
+    if not isinstance(prompts, Sequence):
+        return True  # refused with the words for a prompt
+    first = cast("Sequence[object]", prompts)[:1]
+    return bool(first) and isinstance(first[0], Integral | float)
+
+
+def listed(prompts: Any) -> list[Any]:
+    return [prompts] if is_one(prompts) else list(prompts)
+
+
+def each_named[T, R](make: Callable[[T], R], items: Sequence[T], *, what: str = "prompt") -> list[R]:
+    """`make` of each; a RequestError says of which item it is, where there are several."""
+    made: list[R] = []
+    for place, item in enumerate(items):
+        try:
+            made.append(make(item))
+        except RequestError as error:
+            if len(items) == 1:
+                raise
+            raise type(error)(error.field, f"{what} {place}: {error.problem}", error.hint) from None
+    return made
+
+
+def by_prompt(params: Any, count: int, default: Callable[[], SamplingParams]) -> list[Any]:
+    """The parameters of each of `count` prompts: one stands for all, None for the model's own."""
+    if params is None:
+        params = default()
+    if isinstance(params, Iterable) and not isinstance(params, str | Mapping):
+        return list(cast("Iterable[Any]", params))
+    return [params] * count
+
+
+def opened(model: str, settings: Mapping[str, Any], **given: Any) -> tuple[Engine, Intake]:
+    """An engine and the way into it. `given` are params, spec and mesh of a program that has them."""
+    config = EngineConfig(model=model, **settings)
+    # Before the engine, which may download and compile for long.
+    tokenizer = tokenizer_of(config, loads_model=given.get("params") is None)
+    with jax.set_mesh(None):  # a mesh in the caller's context is not meant
+        engine = Engine(config, **given)
+    if tokenizer is not None:
+        engine.also_ends(tokenizer.eos_token_ids)
+    return engine, Intake(tokenizer, engine.limits, defaults=engine.loaded.sampling_defaults)
+
+
+def tokenizer_of(config: EngineConfig, *, loads_model: bool) -> Tokenizer | None:
+    """The configured tokenizer; None where none is wanted, or none can be: parameters that come from a program."""
+    if config.skip_tokenizer_init:
+        return None
+    source = config.tokenizer or config.model
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if config.tokenizer is None and not loads_model:
+            return None
+        cache = Path(config.download_dir).expanduser() if config.download_dir else None
+        revision = config.revision if config.tokenizer is None else None
+        folder = hub.fetch(source, revision=revision, cache_dir=cache, weights=False)
+    try:
+        return tokenizers.load(folder)
+    except CheckpointError as error:
+        hint = "name another with tokenizer=, or set skip_tokenizer_init=True and give prompts as token ids"
+        raise CheckpointError(error.problem, hint) from None

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of the package: there when they are used, and free until then."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxserve
+
+STUB = Path(__file__).parents[1] / "jaxserve" / "__init__.pyi"
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, jaxserve\n"
+        "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'numpy', 'tqdm'}\n"
+        "assert 'LLM' in dir(jaxserve)\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "from jaxserve import EngineConfig, RequestOutput, SamplingParams\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "jaxserve.LLM\n"
+        "assert 'jax' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_every_name_is_there_and_known_to_type_checkers() -> None:
+    imported = [node for node in ast.walk(ast.parse(STUB.read_text())) if isinstance(node, ast.ImportFrom)]
+    told = {str(alias.asname): node.module for node in imported for alias in node.names}
+    names = vars(jaxserve)["__all__"]
+    assert sorted([*told, "__version__"]) == sorted(names)
+    for name, module in told.items():
+        assert getattr(jaxserve, name).__module__ == module
+    assert set(names) <= set(dir(jaxserve))
+
+
+def test_other_names_are_not() -> None:
+    name = "Server"
+    with pytest.raises(AttributeError, match="no attribute 'Server'"):
+        getattr(jaxserve, name)

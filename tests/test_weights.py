@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New weights for a running LLM, and its sleep: what is swapped, what is refused, what it answers then."""
+
+import copy
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.config import ConfigError
+from jaxserve.errors import JaxserveError
+from jaxserve.llm import LLM
+from jaxserve.models import layout
+from jaxserve.models.decoder import Params
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.types import SamplingParams
+from tests import tiny_llm
+from tests.models import tiny
+from tests.tiny_llm import SPEC, Reference
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+PROMPT = list(range(40, 70))
+OLD, NEW = tiny_llm.params(0), tiny_llm.params(1)
+
+
+@pytest.fixture(scope="module")
+def shared() -> LLM:
+    return tiny_llm.make()
+
+
+@pytest.fixture
+def llm(shared: LLM) -> Generator[LLM]:
+    if shared._engine.asleep:
+        shared.wake()
+    shared.update_weights(OLD, version=0)
+    yield shared
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[int]]:
+    found = {name: Reference(params).greedy(PROMPT, 6) for name, params in (("old", OLD), ("new", NEW))}
+    assert found["old"] != found["new"]
+    return found
+
+
+def answer(llm: LLM) -> list[int]:
+    [output] = llm.generate(PROMPT, GREEDY)
+    return output.outputs[0].token_ids
+
+
+def engine_layout(public: Params) -> Params:
+    return jax.jit(layout.to_engine_layout, static_argnums=0)(SPEC, public)
+
+
+def pointers(params: Params) -> list[int]:
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)]
+
+
+def test_engine_layout_is_taken_without_a_copy(llm: LLM, answers: dict[str, list[int]]) -> None:
+    assert answer(llm) == answers["old"]
+    new = engine_layout(NEW)
+    llm.update_weights(new)
+    assert all(mine is given for mine, given in zip(*map(jax.tree.leaves, (llm.params, new)), strict=True))
+    assert pointers(llm.params) == pointers(new)
+    [output] = llm.generate(PROMPT, GREEDY)
+    assert output.outputs[0].token_ids == answers["new"]
+    assert output.num_cached_tokens == 0  # what the old weights computed is forgotten
+    assert output.outputs[0].policy_version == llm.metrics().policy_version == 1
+
+
+def test_the_public_layout_is_converted(llm: LLM, answers: dict[str, list[int]]) -> None:
+    llm.update_weights(jax.tree.map(np.asarray, NEW), version=17)
+    [output] = llm.generate(PROMPT, GREEDY)
+    assert (output.outputs[0].token_ids, output.outputs[0].policy_version) == (answers["new"], 17)
+    public = llm.public_params()
+    assert jax.tree.structure(public) == jax.tree.structure(NEW)
+    for mine, given in zip(*map(jax.tree.leaves, (public, NEW)), strict=True):
+        np.testing.assert_array_equal(mine, given)
+
+
+def test_other_forms_of_the_same_weights(llm: LLM, answers: dict[str, list[int]]) -> None:
+    """From the host, from another device, from a mesh of one, in another dtype."""
+    new = engine_layout(NEW)
+    elsewhere = jax.device_put(new, jax.devices()[3])
+    on_mesh = jax.device_put(new, jax.sharding.NamedSharding(make_mesh(), jax.sharding.PartitionSpec()))
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), new)
+    for given in (jax.tree.map(np.asarray, new), elsewhere, on_mesh, wide):
+        llm.update_weights(OLD)
+        llm.update_weights(given)
+        assert answer(llm) == answers["new"]
+        assert {leaf.dtype for leaf in jax.tree.leaves(llm.params)} == {jnp.dtype(jnp.float32)}
+
+
+def edited(params: Params, path: tuple[Any, ...], value: Any) -> Params:
+    """With this value at the path, or without the leaf where it is None."""
+    params = copy.deepcopy(jax.tree.map(np.asarray, params))
+    node: Any = params
+    for key in path[:-1]:
+        node = node[key]
+    if value is None:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return params
+
+
+ATTENTION = ("layers", 0, "attention")
+WRONG: dict[str, tuple[Params, str]] = {
+    "engine, a leaf missing": (
+        edited(engine_layout(OLD), (*ATTENTION, "qkv", "kernel"), None),
+        r"layers\.0\.attention\.qkv\.kernel",
+    ),
+    "engine, a leaf too many": (
+        edited(engine_layout(OLD), (*ATTENTION, "gate"), np.ones(3)),
+        r"layers\.0\.attention\.gate",
+    ),
+    "engine, another shape": (
+        edited(engine_layout(OLD), ("embed", "weight"), np.ones((426, 31), np.float32)),
+        r"embed\.weight.*\[426, 31\].*\[426, 32\]",
+    ),
+    "engine, integers": (
+        edited(engine_layout(OLD), ("embed", "weight"), np.ones((426, 32), np.int32)),
+        r"embed\.weight is int32",
+    ),
+    "engine, no array": (edited(engine_layout(OLD), ("embed", "weight"), "weights"), r"embed\.weight"),
+    "public, a leaf missing": (edited(OLD, (*ATTENTION, "q", "kernel"), None), r"layers\.0\.attention\.q\.kernel"),
+    "public, a leaf too many": (edited(OLD, (*ATTENTION, "gate"), np.ones(3)), r"layers\.0\.attention\.gate"),
+    "public, another shape": (
+        edited(OLD, (*ATTENTION, "q", "kernel"), np.ones((8, 8, 31), np.float32)),
+        r"layers\.0\.attention\.q\.kernel.*31",
+    ),
+    "another model": (tiny.public_params(tiny.SPECS["moe"]), r"experts|router|vocab|embed"),
+    "nothing": ({}, "embed.weight|lack"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_tree_is_refused_by_the_name_of_its_leaf(llm: LLM, answers: dict[str, list[int]], case: str) -> None:
+    tree, words = WRONG[case]
+    before = jax.tree.leaves(llm.params)
+    with pytest.raises(JaxserveError, match=words):
+        llm.update_weights(tree)
+    assert all(mine is old for mine, old in zip(jax.tree.leaves(llm.params), before, strict=True))
+    assert answer(llm) == answers["old"]
+    assert llm.metrics().policy_version == 0
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int]], level: int) -> None:
+    cache = jax.tree.leaves(llm._engine.runner.cache)
+    llm.sleep(level)
+    assert all(pool.is_deleted() for pool in cache)
+    assert llm.params == {}
+    with pytest.raises(JaxserveError, match="sleeps"):
+        llm.generate(PROMPT, GREEDY)
+    with pytest.raises(JaxserveError, match="sleeps already"):
+        llm.sleep()
+    if level == 2:
+        with pytest.raises(JaxserveError, match="give new ones"):
+            llm.wake()
+        llm.update_weights(OLD, version=0)
+    llm.wake()
+    assert answer(llm) == answers["old"]
+    with pytest.raises(JaxserveError, match="does not sleep"):
+        llm.wake_up()
+    with pytest.raises(JaxserveError, match="level 3"):
+        llm.sleep(3)
+
+
+def test_weights_may_come_during_sleep(llm: LLM, answers: dict[str, list[int]]) -> None:
+    llm.sleep()
+    llm.update_weights(engine_layout(NEW), version=5)
+    llm.wake_up()
+    [output] = llm.generate(PROMPT, GREEDY)
+    assert (output.outputs[0].token_ids, output.outputs[0].policy_version) == (answers["new"], 5)
+
+
+def test_a_shared_tree_outlives_sleep(answers: dict[str, list[int]]) -> None:
+    """Its arrays are the trainer's too."""
+    mine = engine_layout(NEW)
+    llm = tiny_llm.make(params=mine)
+    assert pointers(llm.params) == pointers(mine)
+    llm.sleep(2)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(mine))
+    llm.update_weights(mine)
+    llm.wake()
+    assert answer(llm) == answers["new"]
+
+
+def test_reset_prefix_cache(llm: LLM) -> None:
+    answer(llm)
+    [hit] = llm.generate(PROMPT, GREEDY)
+    llm.reset_prefix_cache()
+    [miss] = llm.generate(PROMPT, GREEDY)
+    assert (hit.num_cached_tokens, miss.num_cached_tokens) == (24, 0)
+    assert hit.outputs[0].token_ids == miss.outputs[0].token_ids
+
+
+def test_weights_on_a_mesh(answers: dict[str, list[int]]) -> None:
+    mesh = make_mesh(tensor=2)
+    with jax.set_mesh(mesh):
+        old, new = engine_layout(OLD), engine_layout(NEW)
+    llm = tiny_llm.make(params=old, mesh=mesh)
+    assert pointers_of_shards(llm.params) == pointers_of_shards(old)
+    assert answer(llm) == answers["old"]
+    llm.update_weights(new)
+    assert pointers_of_shards(llm.params) == pointers_of_shards(new)
+    assert answer(llm) == answers["new"]
+    llm.update_weights(OLD)
+    assert answer(llm) == answers["old"]
+    for mine, given in zip(*map(jax.tree.leaves, (llm.public_params(), OLD)), strict=True):
+        np.testing.assert_array_equal(mine, given)
+    found = llm.generate_arrays([PROMPT], GREEDY)
+    assert found.tokens.sharding.is_fully_replicated and found.tokens.sharding.device_set == set(mesh.devices.flat)
+    assert found.tokens[0, 0].tolist() == answers["old"]
+    llm.sleep()
+    llm.wake()
+    assert answer(llm) == answers["old"]
+    with pytest.raises(ConfigError, match="mesh"):
+        tiny_llm.make(params=old)
+
+
+def pointers_of_shards(params: Params) -> list[int]:
+    return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+
+
+def test_a_mesh_of_the_caller_is_none_of_ours(llm: LLM, answers: dict[str, list[int]]) -> None:
+    with jax.set_mesh(make_mesh(tensor=2)):
+        llm.update_weights(NEW)
+        assert answer(llm) == answers["new"]
+        assert jax.tree.structure(llm.public_params()) == jax.tree.structure(NEW)
+        fresh = tiny_llm.make(params=OLD)
+        assert answer(fresh) == answers["old"]
