@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxserve.engine import compile_cache
 from tests.golden import load as golden
 
 ROOT = Path(__file__).parents[1]
@@ -115,16 +116,33 @@ def test_wrong_maps_fail(small: Path) -> None:
 def run_example(number: int) -> dict[str, Any]:
     """As a reader would paste it."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     names: dict[str, Any] = {}
     exec(compile(examples[number], "README.md", "exec"), names)
     return names
 
 
+def test_the_example_of_generation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden.write_checkpoint("qwen3", tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    # Compiled programs go where the user has decided, here: nowhere.
+    monkeypatch.setattr(compile_cache, "keep", lambda *_: None)
+    names = run_example(0)
+    batch = names["batch"]
+    assert batch.tokens.shape == batch.logprobs.shape == (2, 1, 8)
+    # Row by row what `generate` gave before it for the same seed; the log-probabilities are those that `score` gives.
+    first = names["llm"].generate([[1, 5, 9], [2, 7]], names["params"])
+    for row, output in enumerate(first):
+        made = output.outputs[0].token_ids
+        assert np.asarray(batch.tokens)[row, 0, : len(made)].tolist() == made
+        [scores] = names["llm"].score([*output.prompt_token_ids, *made])
+        np.testing.assert_allclose(np.asarray(batch.logprobs)[row, 0, : len(made)], scores[-len(made) :], atol=1e-4)
+
+
 def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.write_checkpoint("qwen3", tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    names = run_example(0)
+    names = run_example(1)
     assert names["logits"].shape == (1, 5, names["spec"].vocab_size)
     grad = names["grads"]["layers"][0]["attention"]["q"]["kernel"]
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0
@@ -132,7 +150,7 @@ def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_example_of_kernels_runs() -> None:
     """Its rows are those of a pool in which only the new tokens are not zero."""
-    names = run_example(1)
+    names = run_example(2)
     out = np.asarray(names["out"])
     assert out.shape == (6, 8, 64)
     # The decode row sees 39 zero keys and one of ones, whose logit is 64 / sqrt(64).
