@@ -8,6 +8,7 @@ for a slow consumer as one that grows, never as a queue.
 import asyncio
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from jaxserve.metrics import EngineMetrics
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.types import RequestOutput, SamplingParams
+from jaxserve.types import RequestOutput, SamplingParams, number
 from jaxserve.worker import Mailbox, Stream, Worker
 
 
@@ -52,24 +53,29 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Outputs of the kind that `sampling_params.output_kind` says, as they come.
 
-        What came while the consumer was busy comes as one. Who leaves the loop early aborts the request.
+        A request that takes longer than `timeout` seconds, waiting included, ends with finish_reason "abort". What
+        came while the consumer was busy comes as one. Who leaves the loop early aborts the request.
         """
         params = self._intake.default_params() if sampling_params is None else sampling_params
-        stream = self._opened(prompt, params, request_id, priority)
+        deadline = None if timeout is None else time.monotonic() + number("timeout", timeout, above=0)
+        stream = self._opened(prompt, params, request_id, priority, deadline)
         try:
             while not stream.finished:
                 yield await stream.next()
         finally:
             self._forget(stream)
 
-    def _opened(self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int) -> Stream:
+    def _opened(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, deadline: float | None
+    ) -> Stream:
         self._worker.check_alive()
         loop = asyncio.get_running_loop()
         name = self._intake.next_id() if request_id is None else request_id
-        job = self._intake.ready(prompt, params, request_id=name, priority=priority)
+        job = self._intake.ready(prompt, params, request_id=name, priority=priority, deadline=deadline)
         builder = OutputBuilder(self._intake.tokenizer, job.request, prompt=job.prompt)
         # The engine's id is never used twice: what it still says of an earlier request reaches nobody.
         request = replace(job.request, id=f"{next(self._ids)}:{name}")

@@ -165,6 +165,8 @@ class BeamSearch:
 
 def check(params: BeamSearchParams, limits: Limits) -> None:
     """That the engine can tell as many candidates and run as many beams."""
+    if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RequestError("params", f"params are of type {type(params).__name__}", "give BeamSearchParams")
     width = params.beam_width
     if 2 * width > limits.max_logprobs:
         problem = f"beam_width is {width}, and twice as many log-probabilities are above max_logprobs"

@@ -18,6 +18,11 @@ class ConfigError(JaxserveError):
     """A setting that is out of range, contradicts another, or does not fit the model or the memory."""
 
 
+def too_few_tokens(tokens: int, sequences: int) -> ConfigError:
+    problem = f"max_num_batched_tokens is {tokens}, below max_num_seqs {sequences}"
+    return ConfigError(problem, "every running sequence needs a token in each step: raise it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     model: str
@@ -105,6 +110,8 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization is {share!r}", "give a number above 0, up to 1")
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_blocks and kv_cache_memory_bytes are both given", "give one of them")
+        if self.max_num_batched_tokens and self.max_num_seqs and self.max_num_batched_tokens < self.max_num_seqs:
+            raise too_few_tokens(self.max_num_batched_tokens, self.max_num_seqs)
 
     def _whole(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -137,8 +144,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
-            problem = f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs {self.max_num_seqs}"
-            raise ConfigError(problem, "every running sequence needs a token in each step: raise it")
+            raise too_few_tokens(self.max_num_batched_tokens, self.max_num_seqs)
         if self.num_blocks < 1 + self.blocks_for(self.max_model_len):
             have = (self.num_blocks - 1) * self.block_size
             problem = f"a sequence of max_model_len {self.max_model_len} tokens does not fit into {have} KV slots"

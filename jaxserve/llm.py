@@ -161,7 +161,7 @@ class LLM:
                 return  # a stop string ended it
             output = builder.add(update)
             for index in builder.take_stopped():
-                engine.abort(update.request_id, index=index)
+                engine.abort(update.request_id, index=index, reason="stop")
             if output is not None:
                 outputs[update.request_id] = output
                 del builders[update.request_id]
@@ -242,6 +242,8 @@ class LLM:
         `prompts` is a list of lists or arrays of ids, or (tokens [B, S], lengths [B]). All prompts take the same n.
         """
         rows = arrays.prompt_rows(prompts)
+        if not isinstance(pad_id, int) or isinstance(pad_id, bool) or not -(2**31) <= pad_id < 2**31:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("pad_id", f"pad_id is {pad_id!r}", "give a whole number of at most 32 bits")
         with self._alone() as interrupts:
             given = by_prompt(sampling_params, len(rows), self._intake.default_params)
             slim: dict[int, Any] = {

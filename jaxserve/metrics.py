@@ -28,7 +28,7 @@ class EngineMetrics:
     kv_usage: float  # share of the blocks that are in use
     steps: int
     preemptions: int
-    compiled_late: int  # programs that were compiled while requests waited; 0 but for an engine without warm-up
+    compiled_late: int  # programs that a step had to wait for; 0 but for an engine without warm-up
     requests: int
     finished: dict[str, int]
     prompt_tokens: int

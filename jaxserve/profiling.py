@@ -16,11 +16,11 @@ class Profiler:
     def start(self, folder: str | Path) -> None:
         if self._folder is not None:
             raise JaxserveError(f"a trace into {self._folder} is being taken", "stop it first")
-        wanted = Path(folder).expanduser()
         try:
+            wanted = Path(folder).expanduser()
             wanted.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise JaxserveError(f"cannot write to {wanted}: {error.strerror}", "name another folder") from None
+        except (OSError, TypeError, ValueError) as error:
+            raise JaxserveError(f"cannot write a trace to {folder!r}: {error}", "name another folder") from None
         jax.profiler.start_trace(wanted)
         self._folder = wanted
 

@@ -159,7 +159,7 @@ class Tokenizer:
             raise RequestError("chat_template", problem, "give one, or send the whole prompt as a completion")
         try:
             return self._loaded.apply_chat_template(
-                [dict(message) for message in messages],
+                [_plain(message, index) for index, message in enumerate(messages)],
                 chat_template=chat_template,
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=add_generation_prompt,
@@ -167,6 +167,8 @@ class Tokenizer:
                 tokenize=False,
                 **extra,
             )
+        except RequestError:
+            raise
         except Exception as error:  # a template can fail in any way
             problem = f"the chat template does not take these messages: {_told(error)}"
             raise RequestError("messages", problem, "send messages in the form that the model was trained on") from None
@@ -185,6 +187,23 @@ def _check_messages(messages: object) -> None:
     for index, message in enumerate(listed):
         if not isinstance(message, Mapping) or not isinstance(cast("Mapping[str, object]", message).get("role"), str):
             raise RequestError("messages", f"messages[{index}] is no object with a role", 'give {"role": …, …}')
+
+
+def _plain(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The message with its content as one string: templates would print a list of parts as Python does."""
+    content: object = message.get("content")
+    if isinstance(content, str) or (content is None and message["role"] == "assistant"):
+        return dict(message)
+    texts: list[str] = []
+    for part in _listed(f"messages[{index}].content", content):
+        fields = cast("Mapping[str, object]", part) if isinstance(part, Mapping) else dict[str, object]()
+        text = fields.get("text")
+        if fields.get("type") != "text" or not isinstance(text, str):
+            kind = one_line(str(fields.get("type", "unknown")))
+            problem = f"messages[{index}] has a part of type {kind!r}: models here take text alone"
+            raise RequestError("messages", problem, 'send parts as {"type": "text", "text": …}')
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import numbers
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any, Literal, Self, cast
 
@@ -21,6 +22,15 @@ import msgspec
 
 from jaxserve.errors import RequestError
 
+# vLLM's names of what may come: of sampling parameters, then of settings.
+NOT_YET = frozenset(
+    (
+        *("structured_outputs", "guided_decoding", "logprob_token_ids", "flat_logprobs", "thinking_token_budget"),
+        *("repetition_detection", "logits_processors", "best_of", "truncate_prompt_tokens", "extra_args"),
+        *("quantization", "enable_lora", "max_loras", "speculative_config", "kv_cache_dtype", "enforce_eager"),
+        *("pipeline_parallel_size", "data_parallel_size", "swap_space", "cpu_offload_gb"),
+    )
+)
 MAX_SAMPLES = 16384
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024
@@ -78,13 +88,13 @@ class SamplingParams:
         put = self._put
         put("n", _integer("n", self.n, low=1, high=MAX_SAMPLES))
         for name in ("presence_penalty", "frequency_penalty"):
-            put(name, _number(name, getattr(self, name), low=-2, high=2))
-        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, above=0))
-        put("temperature", _number("temperature", self.temperature, low=0, high=2))
-        put("top_p", _number("top_p", self.top_p, above=0, high=1))
+            put(name, number(name, getattr(self, name), low=-2, high=2))
+        put("repetition_penalty", number("repetition_penalty", self.repetition_penalty, above=0))
+        put("temperature", number("temperature", self.temperature, low=0, high=2))
+        put("top_p", number("top_p", self.top_p, above=0, high=1))
         top_k = _integer("top_k", self.top_k, low=-1, high=2**31 - 1)
         put("top_k", max(top_k, 0))
-        put("min_p", _number("min_p", self.min_p, low=0, high=1))
+        put("min_p", number("min_p", self.min_p, low=0, high=1))
         if self.seed is not None:
             seed = _integer("seed", self.seed, low=-(2**63), high=2**64 - 1)
             put("seed", None if seed == -1 else seed)
@@ -145,7 +155,7 @@ class SamplingParams:
             for key, value in self.logit_bias.items():
                 token = int(key) if isinstance(key, str) and _is_decimal(key) else key
                 [token] = _ids("logit_bias", [token])
-                pairs[token] = min(max(_number("logit_bias", value), -100.0), 100.0)
+                pairs[token] = min(max(number("logit_bias", value), -100.0), 100.0)
             self._put("logit_bias", pairs or None)
 
     def _check_lengths(self) -> None:
@@ -193,10 +203,10 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         _integer("beam_width", self.beam_width, low=1, high=MAX_SAMPLES)
         _integer("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
-        _number("length_penalty", self.length_penalty, low=-100, high=100)
+        number("length_penalty", self.length_penalty, low=-100, high=100)
         _boolean("ignore_eos", self.ignore_eos)
         _boolean("include_stop_str_in_output", self.include_stop_str_in_output)
-        if _number("temperature", self.temperature, low=0, high=2) != 0:
+        if number("temperature", self.temperature, low=0, high=2) != 0:
             problem = f"temperature is {self.temperature}: beams are ranked by the model's own log-probabilities"
             raise RequestError("temperature", problem, "leave it at 0")
 
@@ -205,8 +215,12 @@ def check_names(kind: type, given: Mapping[str, object]) -> None:
     """That every name is a field of the dataclass."""
     known = [f.name for f in fields(cast(Any, kind))]
     for name in given:
+        if name in NOT_YET:
+            raise RequestError(name, f"{name} is not supported yet", "leave it out")
         if name not in known:
-            raise RequestError(str(name), f"{name!r} is no field of {kind.__name__}", f"known: {', '.join(known)}")
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise RequestError(str(name), f"{name!r} is no field of {kind.__name__}", hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +333,7 @@ def _integer(name: str, value: object, *, low: int, high: int) -> int:
     return int(value)
 
 
-def _number(
+def number(
     name: str, value: object, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf
 ) -> float:
     try:

@@ -210,7 +210,7 @@ class Worker:
             self._engine.abort(update.request_id)
             return EngineError(f"the output failed: {type(fault).__name__}: {fault}", "report this")
         for index in stream.builder.take_stopped():
-            self._engine.abort(update.request_id, index=index)
+            self._engine.abort(update.request_id, index=index, reason="stop")
         return output
 
     def _close(self, error: EngineError) -> None:

@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _configure_jax() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Most of a test's time goes into compiling small programs: LLVM's passes cost more than they bring. Read once.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)

@@ -414,3 +414,16 @@ def test_an_engine_that_nobody_holds_ends() -> None:
     assert held() is None
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_timeout_ends_a_request(engine: AsyncLLM) -> None:
+    async def work() -> None:
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        *_, last = await outputs(engine, [1, 2, 3], params, timeout=1e-6)
+        assert last.outputs[0].finish_reason == "abort" and "deadline" in (last.outputs[0].error or "")
+        for timeout in (0, -1, float("nan"), "1"):
+            with pytest.raises(RequestError, match="timeout"):
+                await outputs(engine, [1, 2, 3], params, timeout=timeout)
+        await settled(engine)
+
+    run(work())

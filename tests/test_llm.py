@@ -106,9 +106,11 @@ def test_texts_end_at_stop_strings_and_at_the_end_of_text(llm: LLM, reference: R
     prompt = next([i] for i in range(420) if len(set(reference.greedy([i], 8))) == 8)
     answer = reference.greedy(prompt, 8)
     stop = TOKENIZER.token_text(answer[3])
-    before = llm.metrics().generated_tokens
+    before = llm.metrics()
     [output] = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=50, stop=stop))
-    assert llm.metrics().generated_tokens - before <= 5  # the engine is told at once
+    after = llm.metrics()
+    assert after.generated_tokens - before.generated_tokens <= 5  # the engine is told at once
+    assert after.finished["stop"] == before.finished["stop"] + 1 and after.finished["abort"] == before.finished["abort"]
     [sample] = output.outputs
     assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
     assert sample.text == TOKENIZER.decode(answer).split(stop)[0]

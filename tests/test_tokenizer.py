@@ -340,3 +340,17 @@ def test_other_decoders_decode_as_they_do(decoder: Any, words: list[str]) -> Non
     tokenizer = small(words, decoder=decoder)
     for ids in ([1, 2, 1, 2], [2, 1], [1], [len(words) - 1, 1, 1]):
         assert tokenizer.decode(ids) == decoder.decode([words[token] for token in ids])
+
+
+def test_parts_of_text_are_one_text() -> None:
+    tokenizer = LOADED["byte-level"]
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    whole = tokenizer.chat_text([{"role": "user", "content": "one\ntwo"}])
+    assert tokenizer.chat_text([{"role": "user", "content": parts}]) == whole
+
+
+@pytest.mark.parametrize("content", [5, None, [{"type": "image_url", "image_url": {"url": "x"}}], ["text"], [{}]])
+def test_content_that_is_no_text_is_refused(content: Any) -> None:
+    with pytest.raises(RequestError, match=r"messages\[0\]") as caught:
+        LOADED["byte-level"].chat_text([{"role": "user", "content": content}])
+    assert caught.value.field.startswith("messages")

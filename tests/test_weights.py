@@ -234,3 +234,17 @@ def test_a_mesh_of_the_caller_is_none_of_ours(llm: LLM, answers: dict[str, list[
         assert jax.tree.structure(llm.public_params()) == jax.tree.structure(NEW)
         fresh = tiny_llm.make(params=OLD)
         assert answer(fresh) == answers["old"]
+
+
+def test_what_was_donated_is_refused(llm: LLM, answers: dict[str, list[int]]) -> None:
+    tree = jax.tree.map(jnp.array, llm.public_params())
+    tree["layers"][0]["mlp"]["down"]["kernel"].delete()
+    with pytest.raises(JaxserveError, match=r"layers\.0\.mlp\.down\.kernel is deleted"):
+        llm.update_weights(tree)
+    assert answer(llm) == answers["old"]
+
+
+@pytest.mark.parametrize("version", ["a", -1, 1.5, True])
+def test_versions_are_whole_numbers(llm: LLM, version: Any) -> None:
+    with pytest.raises(JaxserveError, match="version"):
+        llm.update_weights(llm.params, version=version)

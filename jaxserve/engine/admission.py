@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from jaxserve.config import Limits
+from jaxserve.engine.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
 from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request
 
@@ -40,6 +41,17 @@ def check(request: Request, limits: Limits) -> None:
     if params.min_tokens > max(room, 0):
         problem = f"min_tokens is {params.min_tokens}, and after the prompt there is room for {max(room, 0)}"
         raise RequestError("min_tokens", problem, "lower it")
+    if params.min_tokens:
+        _check_something_is_left(request, limits)
+
+
+def _check_something_is_left(request: Request, limits: Limits) -> None:
+    """Until min_tokens are made nothing that ends the text can be sampled: something else must be possible."""
+    stops, allowed = stops_of(request, limits), request.params.allowed_token_ids
+    left = limits.vocab_size - len(stops) if allowed is None else len(set(allowed) - stops)
+    if left <= 0:
+        problem = f"min_tokens is {request.params.min_tokens}, and every token that may be sampled ends the text"
+        raise RequestError("min_tokens", problem, "allow other tokens, or give min_tokens=0")
 
 
 def _check_kinds(request: Request) -> None:

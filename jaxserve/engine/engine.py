@@ -32,7 +32,7 @@ from jaxserve.metrics import Counters, EngineMetrics
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.profiling import Profiler
-from jaxserve.types import Request, Update
+from jaxserve.types import FinishReason, Request, Update
 
 
 def to_stderr(line: str) -> None:
@@ -51,6 +51,7 @@ class Engine:
     ) -> None:
         """`params` of a program that holds them already, in public or engine layout, in place of the folder's."""
         self.config, self.report = config, report
+        sizing.reserve_memory(config)
         compile_cache.keep(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         self.loaded: Loaded = (
@@ -98,9 +99,9 @@ class Engine:
         self.limits = replace(self.limits, eos_token_ids=self.limits.eos_token_ids | known)
         self.scheduler.limits = self.limits
 
-    def abort(self, request_id: str, *, index: int | None = None) -> None:
+    def abort(self, request_id: str, *, index: int | None = None, reason: FinishReason = "abort") -> None:
         """The request, or one of its samples, ends; its blocks are free at once. The next step tells."""
-        self.scheduler.abort(request_id, index=index)
+        self.scheduler.abort(request_id, index=index, reason=reason)
 
     @property
     def unfinished(self) -> bool:
@@ -172,6 +173,8 @@ class Engine:
         converted on the devices. Cached prompts are forgotten. Requests in flight go on: what they computed stays.
         """
         self.check_alive()
+        if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise JaxserveError(f"the version is {version!r}", "give a whole number from 0")
         runner = self.runner
         runner.params = self._placed(params)
         self._asleep_weights = None

@@ -107,6 +107,8 @@ def _leaves(params: object) -> dict[layout.Path, Any]:
         if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise JaxserveError(f"{layout.dotted(path)} is {kind}", "give arrays of floating point numbers")
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise JaxserveError(f"{layout.dotted(path)} is deleted or was donated", "give arrays that are there")
     return found
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.config import ConfigError
 from jaxserve.engine import batch, step
 from jaxserve.engine.batch import Ints, Layout, Packed
 from jaxserve.engine.buckets import Buckets, fitting
@@ -65,10 +66,9 @@ class Runner:
         self.params: Params = params
         self.static = Model(spec, shape.block_size, shape.buckets.entries, shape.top_n, shape.processed)
         self.dtype = params["embed"]["weight"].dtype
-        self._everywhere = None if mesh is None else NamedSharding(mesh, P())
         self.device = None if mesh is not None else next(iter(params["embed"]["weight"].devices()))
+        self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[Key, Any] = {}
-        self._warm = False
         self.compiled_late = 0
         self.allocate()
 
@@ -77,7 +77,14 @@ class Runner:
     def allocate(self) -> None:
         """Everything but the parameters, as zeros made on the devices."""
         with self.on_mesh():
-            self.cache, self.tables, self.last, self.controls = self._executable("fresh")()
+            try:
+                self.cache, self.tables, self.last, self.controls = self._executable("fresh")()
+                jax.block_until_ready(self.cache)
+            except jax.errors.JaxRuntimeError as error:
+                problem = f"the devices have no memory for {self.shape.num_blocks} KV blocks: {error}"
+                raise ConfigError(
+                    problem, "lower num_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
+                ) from None
 
     def free(self) -> None:
         """Gives back the memory of everything but the parameters."""
@@ -112,7 +119,7 @@ class Runner:
         ]
 
     def warm(self, progress: Progress | None = None) -> None:
-        """Compiles what is not compiled yet. What a step still asks for later is counted in `compiled_late`."""
+        """Compiles what is not compiled yet. What a step has to wait for is counted in `compiled_late`."""
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
             programs = [self.program(key) for key in keys]
@@ -120,7 +127,6 @@ class Runner:
         self._executables |= dict(zip(keys, compiled, strict=True))
         if next(iter(self.last.devices())).platform != "cpu":
             self.exercise()
-        self._warm = True
 
     def exercise(self) -> None:
         """Runs every program once, over padding alone: a device loads code, and captures graphs, at the first run."""
@@ -146,7 +152,7 @@ class Runner:
     def _executable(self, key: Key) -> Any:
         found = self._executables.get(key)
         if found is None:
-            self.compiled_late += self._warm
+            self.compiled_late += key != "fresh"
             with self.on_mesh():
                 found = self._executables[key] = step.compiled(self.program(key))
         return found
@@ -178,7 +184,7 @@ class Runner:
 
     def _with_shapes(self, function: Any, static: tuple[Any, ...], *given: Any) -> Program:
         def of(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if self.mesh else None)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
         return Program(function, static, jax.tree.map(of, given))
 
@@ -240,7 +246,7 @@ class Runner:
             self.controls = self._executable("add_counts")(self.controls, self._put(vector))
 
     def _put(self, vector: Ints) -> jax.Array:
-        return jax.device_put(vector, self._everywhere or self.device)
+        return jax.device_put(vector, self._everywhere)
 
 
 def shard_bytes(leaf: Any) -> int:

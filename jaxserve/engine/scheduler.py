@@ -84,11 +84,11 @@ class Scheduler:
         if request.deadline is not None:
             self._deadlines.put(request.deadline, self._arrivals, request.id)
 
-    def abort(self, request_id: str, *, index: int | None = None) -> None:
+    def abort(self, request_id: str, *, index: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one of its samples, in whatever state it is. Unknown ids have ended already."""
         for sequence in list(self.requests.get(request_id, ())):
             if index in (None, sequence.index):
-                self._end(sequence, "abort")
+                self._end(sequence, reason)
 
     def abort_all(self, error: str) -> list[Update]:
         """End everything, as after a fault: nothing that is kept of it is trusted, all of it starts anew."""

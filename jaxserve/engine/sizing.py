@@ -23,6 +23,7 @@ from jaxserve.models.spec import Attention, Dynamic, LongRope, ModelSpec
 
 type Report = Callable[[str], None]
 
+MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax's own variable: the share of a GPU's memory that it takes
 GIB = 2**30
 CPU_CACHE = 4 * GIB
 SCORE_ROWS = 256
@@ -120,8 +121,8 @@ def _on_gpu(
     config: EngineConfig, loaded: Loaded, shape: Shape, devices: list[Any], per_block: int, report: Report
 ) -> int:
     most, used = budget(devices, config.gpu_memory_utilization)
-    # A small pool: what a step takes beside it does not depend on the pool's size.
-    probe = Runner(loaded.spec, loaded.params, replace(shape, num_blocks=shape.width + 1), mesh=loaded.mesh)
+    # With the smallest pool: what a step takes beside it does not depend on the pool's size.
+    probe = Runner(loaded.spec, loaded.params, shape, mesh=loaded.mesh)
     step, state = probe.largest_step(), probe.state_bytes()
     probe.free()
     left = most - used - step - state - SLACK
@@ -134,6 +135,13 @@ def _on_gpu(
     return left // per_block
 
 
+def reserve_memory(config: EngineConfig) -> None:
+    """Has jax take as much of a GPU as we are to use. Of no effect if the program has used a device before, or has
+    set the variable itself.
+    """
+    os.environ.setdefault(MEMORY_SHARE, str(config.gpu_memory_utilization))
+
+
 def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
     """Bytes that may be used of the device that has least left, and that are in use there."""
 
@@ -141,7 +149,7 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
         stats = device.memory_stats() or {}
         limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
         # jax takes a share of the memory for itself; the utilization is of the whole.
-        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+        share = float(os.environ.get(MEMORY_SHARE, "0.75"))
         return int(min(limit, limit / share * utilization)), used
 
     return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])

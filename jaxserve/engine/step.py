@@ -243,27 +243,30 @@ def compile_all(
     """Executables, compiled side by side: XLA does not hold Python's lock. Progress: how many of all, seconds."""
     started, done = time.monotonic(), 0
 
-    def report(_: Any) -> None:
+    def report(future: Any) -> None:
         nonlocal done
         with _LOCK:
             done += 1
-            if progress is not None:
+            if progress is not None and not future.cancelled():
                 progress(done, len(programs), time.monotonic() - started)
 
-    context = jax.sharding.get_mesh() if mesh.in_mesh() else None
-    with ThreadPoolExecutor(workers) as pool:
+    context, device = jax.sharding.get_mesh() if mesh.in_mesh() else None, jax.config.jax_default_device
+    pool = ThreadPoolExecutor(workers)
+    try:
         futures = [
-            pool.submit(contextvars.copy_context().run, partial(_compile_on, context, program)) for program in programs
+            pool.submit(contextvars.copy_context().run, partial(_compile_on, context, device, program))
+            for program in programs
         ]
         for future in futures:
             future.add_done_callback(report)
         return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C those that run end by themselves
 
 
-def _compile_on(context: Any, program: Program) -> Any:
-    if context is None:
-        return compiled(program)
-    with jax.set_mesh(context):
+def _compile_on(context: Any, device: Any, program: Program) -> Any:
+    """A thread has contexts of its own."""
+    with jax.default_device(device) if context is None else jax.set_mesh(context):
         return compiled(program)
 
 
@@ -272,7 +275,8 @@ def compiled(program: Program) -> Any:
     leaves, tree = jax.tree.flatten(program.shapes)
     shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
     context = jax.sharding.get_mesh() if mesh.in_mesh() else None
-    key = (program.function, program.static, tree, shapes, context, dispatch.implementation())
+    where = context or jax.config.jax_default_device
+    key = (program.function, program.static, tree, shapes, where, dispatch.implementation())
     with _LOCK:
         if key in _COMPILED:
             _COMPILED.move_to_end(key)

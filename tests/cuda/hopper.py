@@ -20,7 +20,8 @@ DUMP = Path(tempfile.mkdtemp(prefix="jaxserve-ptx-"))
 # XLA reads its flags once, when jax first starts a backend: set before the import below. The emitter filter names
 # PTX alone: it also lets Triton's passes be dumped, which takes 20 times as long as the compile.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=3"  # the other tests are content with 0
+    f" --xla_dump_to={DUMP} --xla_dump_hlo_as_text --xla_dump_emitter_re=ptx"
 )
 
 import jax  # noqa: E402

@@ -62,6 +62,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, dict(prompt_logprobs=6), "prompt_logprobs", "prompt_logprobs is 6"),
     ({}, dict(min_tokens=18, max_tokens=None), "min_tokens", "min_tokens is 18, .* there is room for 17"),
     ({}, dict(min_tokens=10**9, max_tokens=None), "min_tokens", "min_tokens is 1000000000"),
+    ({}, dict(allowed_token_ids=[7], stop_token_ids=[7], min_tokens=2), "min_tokens", "every token .* ends the text"),
     (dict(cache_salt=""), {}, "cache_salt", "cache_salt is '', expected a string of 1 to 128 characters"),
     (dict(cache_salt="x" * 129), {}, "cache_salt", "expected a string of 1 to 128 characters"),
     (dict(cache_salt=5), {}, "cache_salt", "cache_salt is 5, expected a string"),

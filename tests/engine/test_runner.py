@@ -62,3 +62,27 @@ def test_memory_is_given_back_and_taken_again(runner: Runner) -> None:
 def test_an_unknown_program(runner: Runner) -> None:
     with pytest.raises(ValueError, match="no program 'nothing'"):
         runner.program("nothing")
+
+
+def test_devices_do_not_share_programs(runner: Runner) -> None:
+    """Equal shapes elsewhere are other programs, whatever jax's default device is."""
+    device = jax.devices()[2]
+    with jax.default_device(device):
+        other = Runner(runner.spec, jax.device_put(runner.params, device), SHAPE)
+    key = (1, Need.GREEDY)
+    assert step.compiled(other.program(key)) is not step.compiled(runner.program(key))
+    assert other.cache[0]["latent"].devices() == {device}
+
+
+def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+
+    def interrupt(context: object, device: object, program: object) -> None:
+        begun.append(program)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "_compile_on", interrupt)
+    programs = [runner.program((1, need)) for need in Need] * 20
+    with pytest.raises(KeyboardInterrupt):
+        step.compile_all(programs, workers=1)
+    assert len(begun) < len(programs)

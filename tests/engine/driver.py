@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small real model in an engine, driven request by request, with everything that must hold after each turn checked.
+
+Compiling is nearly all of the time that such engines take, and engines of equal shapes share their programs. So there
+is one shape, and what a test wants scarcer (blocks, tokens in a step) is made so on the host alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.engine import Engine
+from jaxserve.models import decoder, layout
+from jaxserve.models.decoder import Params
+from jaxserve.models.spec import ModelSpec
+from jaxserve.types import FinishReason, Request, TokenLogprobs, Update
+from tests.models import tiny
+
+ROWS, TOKENS, BLOCK, LONGEST, TOP = 4, 32, 8, 64, 5
+BLOCKS = 1 + ROWS * LONGEST // BLOCK
+EOS = 3
+
+# The first layer sees everything, the second a little: no block is ever given back early.
+FULL = replace(
+    tiny.model(
+        tiny.block(tiny.grouped(qkv_bias=True, out_bias=True, sinks=True), tiny.MLP),
+        tiny.block(tiny.grouped(window=6), tiny.MLP),
+    ),
+    max_positions=LONGEST,
+)
+# No layer sees further than 20 tokens.
+WINDOWED = replace(
+    FULL,
+    layers=(tiny.block(tiny.grouped(window=20, sinks=True), tiny.MLP), tiny.block(tiny.grouped(window=5), tiny.MLP)),
+)
+VOCABULARY = FULL.vocab_size
+
+
+@cache
+def public_of(spec: ModelSpec) -> Params:
+    """Of this seed's model greedy texts do not soon go round in circles."""
+    return tiny.public_params(spec, seed=21)
+
+
+@cache
+def params_of(spec: ModelSpec) -> Params:
+    return layout.to_engine_layout(spec, public_of(spec))
+
+
+@jax.jit
+def _forward_full(params: Params, tokens: jax.Array) -> jax.Array:
+    return decoder.forward(FULL, params, tokens)
+
+
+def logits_of(tokens: list[int], params: Params | None = None) -> np.ndarray:
+    """What FULL gives after each of these tokens, densely, in one program."""
+    line = np.zeros((1, LONGEST), np.int32)
+    line[0, : len(tokens)] = tokens
+    return np.asarray(_forward_full(params_of(FULL) if params is None else params, jnp.asarray(line)))[0, : len(tokens)]
+
+
+@dataclass
+class Stream:
+    """All that was told of one sample."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    cached: int = 0
+
+    def take(self, update: Update) -> None:
+        assert self.finish_reason is None, "told after its end"
+        self.tokens += update.token_ids
+        self.logprobs += update.logprobs or []
+        self.prompt_logprobs += update.prompt_logprobs or []
+        self.finish_reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
+        self.cached = update.num_cached_tokens
+
+
+type Streams = dict[tuple[str, int], Stream]
+
+
+class Driver:
+    """An engine, and what it told. `spare` leaves that many blocks free, `budget` is tokens in a step."""
+
+    def __init__(
+        self,
+        spec: ModelSpec = FULL,
+        *,
+        params: Params | None = None,
+        spare: int | None = None,
+        budget: int = TOKENS,
+        eos: bool = True,
+        **config: Any,
+    ) -> None:
+        given: dict[str, Any] = dict(
+            model="tiny",
+            max_num_seqs=ROWS,
+            max_num_batched_tokens=TOKENS,
+            block_size=BLOCK,
+            num_blocks=BLOCKS,
+            max_logprobs=TOP,
+            warmup=False,
+            compilation_cache_dir="",
+        )
+        self.engine = Engine(
+            EngineConfig(**given | config),
+            spec=spec,
+            params=params_of(spec) if params is None else params,
+            report=lambda line: None,
+        )
+        self.scheduler, self.runner = self.engine.scheduler, self.engine.runner
+        if eos:
+            self.engine.also_ends([EOS])
+        self.budget = budget
+        self.scheduler.limits = replace(self.scheduler.limits, max_num_batched_tokens=budget)
+        self.held: list[int] = []
+        if spare is not None:
+            self.hold(BLOCKS - 1 - spare)
+        self.streams: Streams = {}
+        self.turns = self.copied = 0
+        self._watch_copies()
+
+    def hold(self, count: int) -> None:
+        """Makes blocks scarce."""
+        taken = self.scheduler.pool.allocate(count)
+        assert taken is not None
+        self.held += taken
+
+    def let_go(self) -> None:
+        self.scheduler.pool.release(self.held)
+        self.held = []
+
+    def add(self, *requests: Request) -> None:
+        for request in requests:
+            self.streams |= {(request.id, index): Stream() for index in range(request.params.n)}
+            self.engine.add(request)
+
+    def turn(self) -> list[Update]:
+        updates = self.engine.step()
+        self.turns += 1
+        for update in updates:
+            self.streams[update.request_id, update.index].take(update)
+        self.check()
+        return updates
+
+    def finish(self, *requests: Request) -> Streams:
+        """Adds these and runs until nothing is left to do; what was told since the last time."""
+        self.add(*requests)
+        for _ in range(2000):
+            if not self.engine.unfinished:
+                break
+            self.turn()
+        else:
+            raise AssertionError("it never ends")
+        streams, self.streams = self.streams, {}
+        for name, stream in streams.items():
+            assert stream.finish_reason is not None, f"{name} was not told to have ended"
+        assert self.scheduler.pool.counts()[2] == len(self.held), "blocks are left behind"
+        return streams
+
+    def check(self) -> None:
+        """What must hold between any two turns."""
+        scheduler = self.scheduler
+        assert scheduler.limits.max_num_batched_tokens == self.budget
+        alive = [sequence for group in scheduler.requests.values() for sequence in group]
+        owned = Counter(block for sequence in alive for block in sequence.blocks if block)
+        owned.update(self.held)
+        scheduler.pool.check_integrity(owned)
+        running = scheduler.running
+        assert sorted(s.order for s in running) == [s.order for s in running]
+        rows = [s.row for s in running]
+        assert len(set(rows)) == len(rows) and all(0 <= row < ROWS for row in rows)
+        assert all(s.row < 0 and not s.blocks for s in alive if s not in running)
+        for s in running:
+            assert len(s.blocks) == -(-s.computed // BLOCK), "blocks that no token is in, or too few"
+            assert s.computed <= len(s.tokens) + s.pending <= s.end
+            assert all(block == 0 for block in s.blocks[: s.first_block])
+            assert all(block != 0 for block in s.blocks[s.first_block :])
+
+    def _watch_copies(self) -> None:
+        launch = self.runner.launch
+
+        def watched(packed: Any) -> Any:
+            self.copied += len(packed.edits)
+            return launch(packed)
+
+        self.runner.launch = watched
+
+
+def alone(driver: Driver, requests: Iterable[Request]) -> Streams:
+    """Each by itself, with nothing cached."""
+    streams: Streams = {}
+    for request in requests:
+        driver.engine.reset_prefix_cache()
+        streams |= driver.finish(request)
+    return streams

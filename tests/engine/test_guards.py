@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a warm engine never does, over work that uses every feature: compile, send more than it said, allocate, copy."""
+
+import re
+from typing import Any
+
+import jax
+import pytest
+
+from jaxserve.engine import step
+from jaxserve.engine.batch import Layout, Packed
+from jaxserve.engine.sequence import Need
+from jaxserve.types import Request, SamplingParams
+from tests.conftest import ForbidCompiles
+from tests.engine.driver import BLOCK, BLOCKS, LONGEST, Driver
+from tests.engine.workloads import Job, random_jobs, run
+
+SEEDS = range(4)
+
+
+class Watched(Driver):
+    """Knows of each step what it was given, how many vectors were sent for it, and where the state lies after it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sent: list[tuple[Packed, int]] = []
+        self.needs: set[Any] = set()
+        self.moved: list[str] = []
+        self.arrays: list[int] = []
+        self.puts = 0
+        put, launch = self.runner._put, self.runner.launch  # pyright: ignore[reportPrivateUsage]
+
+        def counted(vector: Any) -> Any:
+            self.puts += 1
+            return put(vector)
+
+        def watched(packed: Packed) -> Any:
+            before, lay = self.puts, pointers(self.runner)
+            handle = launch(packed)
+            self.sent.append((packed, self.puts - before))
+            if packed.entries:
+                self.needs.add(packed.need)
+            self.moved += [name for name, at in pointers(self.runner).items() if at != lay[name]]
+            return handle
+
+        self.runner._put, self.runner.launch = counted, watched  # pyright: ignore[reportPrivateUsage]
+
+    def check(self) -> None:
+        super().check()
+        if not self.engine._in_flight:  # pyright: ignore[reportPrivateUsage]
+            self.arrays.append(len(jax.live_arrays()))
+
+
+def pointers(runner: Any) -> dict[str, int]:
+    state = dict(cache=runner.cache, tables=runner.tables, last=runner.last, controls=runner.controls)
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path): leaf.unsafe_buffer_pointer() for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def warm() -> Watched:
+    return Watched(warmup=True, spare=LONGEST // BLOCK + 2, budget=16)
+
+
+def work(seed: int) -> list[Job]:
+    """Every kind of row, and some that certainly take their share of a feature."""
+    jobs = random_jobs(100 + seed, count=10)
+    plain: dict[str, Any] = dict(prompt_token_ids=list(range(1 + seed, 20 + seed)))
+    asked = (
+        Request(id="greedy", params=SamplingParams(temperature=0, max_tokens=30), **plain),
+        Request(id="samples", params=SamplingParams(n=3, seed=seed, max_tokens=20), **plain),
+        Request(id="scored", params=SamplingParams(prompt_logprobs=2, logprobs=0, top_k=5, seed=1), **plain),
+        Request(id="whole", params=SamplingParams(prompt_logprobs=0), score_only=True, **plain),
+        Request(id="ended", params=SamplingParams(seed=seed, max_tokens=None, repetition_penalty=1.2), **plain),
+    )
+    return [*(Job(request, 0, 5 if request.id == "ended" else None, None) for request in asked), *jobs]
+
+
+def test_a_warm_engine(warm: Watched, forbid_compiles: ForbidCompiles) -> None:
+    baseline = len(jax.live_arrays())
+    with forbid_compiles(), jax.no_tracing(), jax.transfer_guard("disallow"):
+        for seed in SEEDS:
+            run(warm, work(seed))
+    metrics = warm.engine.metrics()
+    assert metrics.compiled_late == 0
+
+    # It was work that had it all.
+    assert warm.needs == set(Need)
+    assert metrics.preemptions and metrics.cached_tokens and warm.copied
+    assert all(metrics.finished[reason] for reason in ("stop", "length", "abort"))
+    layouts = {packed.layout for packed, _ in warm.sent}
+    assert layouts == {key for key in warm.runner.every_key() if isinstance(key, Layout)}
+
+    for packed, puts in warm.sent:
+        least = 1 + len(packed.edits) + len(packed.controlled)
+        penalized = sum(sequence.request.params.penalized for sequence in packed.controlled)
+        assert least <= puts <= least + penalized
+    assert sum(puts == 1 for _, puts in warm.sent) > len(warm.sent) // 2
+
+    assert not warm.moved, f"donated, and yet not in place: {sorted(set(warm.moved))}"
+    assert set(warm.arrays) == {baseline}, "arrays that stay"
+
+
+def test_programs_write_in_place(warm: Watched) -> None:
+    """XLA aliases the whole state, and copies no pool inside."""
+    runner = warm.runner
+    sizes = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(state)) for name, state in state_of(runner).items()}
+    pool = next(iter(runner.cache[0].values()))
+    shape = ",".join(map(str, pool.shape))
+    assert pool.shape[0] == BLOCKS
+    for key in runner.every_key():
+        with runner.on_mesh():
+            compiled = step.compiled(runner.program(key))
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        assert memory.alias_size_in_bytes >= sum(sizes[name] for name in donated(key)), key
+        if isinstance(key, Layout) or key == "edit":
+            assert f"f32[{shape}]" in text
+            assert not re.search(rf"= f32\[{shape}\]\S* (copy|convert)\(", text), key
+
+
+def state_of(runner: Any) -> dict[str, Any]:
+    return dict(cache=runner.cache, tables=runner.tables, last=runner.last, controls=runner.controls)
+
+
+def donated(key: Any) -> tuple[str, ...]:
+    match key:
+        case Layout() | "edit":
+            return ("cache", "tables")
+        case (_, need):
+            return ("last", "controls") if need == Need.FULL else ("last",)
+        case _:
+            return ("controls",)

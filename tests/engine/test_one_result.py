@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's result is its own: whatever else runs, however its work is cut up, wherever its KV comes from.
+
+Random work is run in every way an engine has, and each stream must be that of the request alone. Float32, where sums in
+another order can turn a tie: two tokens that differ must be one, by an oracle that knows the model's logits.
+"""
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.models.spec import ModelSpec
+from jaxserve.types import Request, SamplingParams, TokenLogprobs
+from tests.engine.driver import BLOCK, FULL, LONGEST, WINDOWED, Driver, Stream, Streams, alone, logits_of, public_of
+from tests.engine.model_oracle import Step
+from tests.engine.workloads import Job, random_jobs, run
+
+LEAST = LONGEST // BLOCK  # blocks that the longest sequence takes: with fewer there is no engine
+
+
+@cache
+def single(spec: ModelSpec) -> Driver:
+    """The plainest engine: one step at a time, whole prompts, nothing shared."""
+    return Driver(spec, async_scheduling=False, enable_prefix_caching=False)
+
+
+def check(jobs: list[Job], got: Streams, wanted: Streams) -> None:
+    for job in jobs:
+        for index in range(job.request.params.n):
+            name = (job.request.id, index)
+            _same(job, index, got[name], wanted[name])
+
+
+def _same(job: Job, index: int, got: Stream, wanted: Stream) -> None:
+    count = len(got.tokens)
+    if got.finish_reason != "abort":
+        assert got.finish_reason == wanted.finish_reason and got.stop_reason == wanted.stop_reason
+        assert len(got.prompt_logprobs) == len(wanted.prompt_logprobs)
+    else:
+        assert job.abort_after is not None and job.abort_index in (None, index)
+    for i, (mine, other) in enumerate(zip(got.tokens, wanted.tokens, strict=False)):
+        if mine != other:
+            _tie(job.request, index, wanted.tokens[:i], {mine, other})
+            count = i
+            break
+    else:
+        assert got.tokens == wanted.tokens[:count]
+        if got.finish_reason != "abort":
+            assert count == len(wanted.tokens)
+    assert len(got.logprobs) == (len(got.tokens) if job.request.params.logprobs is not None else 0)
+    _close(got.logprobs[:count], wanted.logprobs[:count])
+    _close(got.prompt_logprobs, wanted.prompt_logprobs[: len(got.prompt_logprobs)])
+
+
+def _tie(request: Request, index: int, output: list[int], tokens: set[int]) -> None:
+    text = [*request.prompt_token_ids, *output]
+    possible = Step(request, index, output, logits_of(text)[-1]).possible()
+    assert tokens <= possible, f"{request.id}.{index} after {len(output)} tokens: {tokens}, where {possible} are right"
+
+
+def _close(got: list[TokenLogprobs], wanted: list[TokenLogprobs]) -> None:
+    def numbers(of: list[TokenLogprobs]) -> np.ndarray:
+        return np.array([x for entry in of for x in (entry.logprob, *entry.top_logprobs)])
+
+    assert [entry.token for entry in got] == [entry.token for entry in wanted]
+    assert [len(entry.top_tokens) for entry in got] == [len(entry.top_tokens) for entry in wanted]
+    np.testing.assert_allclose(numbers(got), numbers(wanted), rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=16)
+@given(
+    seed=st.integers(0, 2**20),
+    overlap=st.booleans(),
+    caching=st.booleans(),
+    budget=st.sampled_from([4, 5, 11, 32]),
+    spare=st.sampled_from([LEAST, LEAST + 3, None]),
+)
+def test_any_work_any_way(seed: int, overlap: bool, caching: bool, budget: int, spare: int | None) -> None:
+    jobs = random_jobs(seed)
+    driver = Driver(FULL, async_scheduling=overlap, enable_prefix_caching=caching, budget=budget, spare=spare)
+    wanted = alone(single(FULL), [job.request for job in jobs])
+    check(jobs, run(driver, jobs), wanted)
+    check(jobs, run(driver, jobs), wanted)  # what it finds in the prefix cache now
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": dict(async_scheduling=False, enable_prefix_caching=False),
+    "overlapped": dict(),
+    "chunks": dict(budget=5),
+    "scarce": dict(spare=LEAST),
+    "scarce chunks, one at a time": dict(spare=LEAST, budget=7, async_scheduling=False),
+    "scarce and nothing cached": dict(spare=LEAST, budget=16, enable_prefix_caching=False),
+}
+
+
+@pytest.mark.parametrize("spec", [FULL, WINDOWED], ids=["full", "windowed"])
+def test_the_same_work_every_way(spec: ModelSpec) -> None:
+    """Work that certainly preempts, copies, hits the cache, is cut into chunks; of the windowed model all rows ask for
+    everything, so that few programs do."""
+    seen: Counter[str] = Counter()
+    for seed in range(4):
+        jobs = random_jobs(seed, count=9, always={} if spec is FULL else {"logprobs": 2, "prompt_logprobs": None})
+        wanted = alone(single(spec), [job.request for job in jobs])
+        for way, options in WAYS.items():
+            driver = Driver(spec, **options)
+            check(jobs, run(driver, jobs), wanted)
+            seen["copies"] += driver.copied
+            seen["hits"] += driver.engine.metrics().cached_tokens
+            seen[way] += driver.engine.metrics().steps
+            if "scarce" in way:
+                seen["preemptions"] += driver.scheduler.preemptions
+            if way in ("overlapped", "scarce"):
+                check(jobs, run(driver, jobs), wanted)
+    assert all(seen[what] > 10 for what in ("copies", "hits", "preemptions")), seen
+    assert seen["chunks"] > seen["overlapped"] + 30, seen
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_a_prompt_that_was_left_half_computed(turns: int) -> None:
+    """The next one to ask the same finds no block that is half full."""
+    prompt = list(range(30, 54))
+    asked = [Request(id=name, prompt_token_ids=prompt, params=SamplingParams(temperature=0)) for name in "ab"]
+    driver = Driver(budget=5)
+    driver.add(asked[0])
+    for _ in range(turns):
+        driver.turn()
+    driver.engine.abort("a")
+    got = driver.finish(asked[1])["b", 0]
+    assert got.cached == turns * 5 // BLOCK * BLOCK
+    assert got.tokens == alone(single(FULL), [asked[1]])["b", 0].tokens
+
+
+def test_tensor_parallel() -> None:
+    """All rows ask for everything, and two run at once: few programs."""
+    jobs = random_jobs(5, count=5, always={"logprobs": 2, "prompt_logprobs": None, "n": 1})
+    forked = Request(id="forked", prompt_token_ids=list(range(11)), params=SamplingParams(n=2, seed=3, logprobs=2))
+    jobs.insert(0, Job(forked, arrival=0))
+    wanted = alone(single(FULL), [job.request for job in jobs])
+    driver = Driver(FULL, params=public_of(FULL), tensor_parallel_size=4, max_num_seqs=2, budget=8, spare=LEAST)
+    check(jobs, run(driver, jobs), wanted)
+    assert driver.copied
+
+
+def test_own_seeds_are_of_the_order_of_arrival() -> None:
+    """Requests that bring no seed get the engine's, whatever becomes of the others."""
+    free = [
+        Request(id=str(i), prompt_token_ids=[5, 6, 7 + i], params=SamplingParams(temperature=1.5, max_tokens=6))
+        for i in range(3)
+    ]
+    first, other = Driver(seed=7).finish(*free), Driver(seed=8).finish(*free)
+    again = alone(Driver(seed=7), free)
+    assert [s.tokens for s in first.values()] == [s.tokens for s in again.values()]
+    assert [s.tokens for s in first.values()] != [s.tokens for s in other.values()]

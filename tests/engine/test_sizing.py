@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much an engine holds: the arithmetic against numbers worked out by hand, on devices that are not there."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine import loading, sizing
+from jaxserve.engine.loading import Loaded
+from jaxserve.engine.runner import Shape
+from jaxserve.engine.sizing import GIB, SLACK, Sized
+from jaxserve.models.rope import angles
+from jaxserve.models.spec import Dynamic, LongRope, ModelSpec, Rope, Yarn
+from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
+from tests.golden import load as golden
+from tests.models import tiny
+
+# Two layers of 2 KV heads of 8 numbers, keys and values, in float32.
+BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 8 * 4
+
+
+def sized(spec: ModelSpec = FULL, **config: Any) -> tuple[Sized, list[str]]:
+    lines: list[str] = []
+    given: dict[str, Any] = dict(model="tiny", block_size=BLOCK)
+    return sizing.sized(EngineConfig(**given | config), Loaded(spec, params_of(spec), None), lines.append), lines
+
+
+# --- on a CPU -------------------------------------------------------------------------------------------------------
+
+
+def pretend_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    answers = {"SC_AVPHYS_PAGES": free // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", answers.__getitem__)
+
+
+def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_memory(monkeypatch, 64 * GIB)
+    got, lines = sized()
+    assert (got.limits.max_num_seqs, got.limits.max_num_batched_tokens) == (32, 512)
+    assert got.limits.max_model_len == FULL.max_positions == 64
+    assert got.limits.num_blocks == got.shape.num_blocks == 1 + 32 * 64 // BLOCK
+    assert got.shape.width == 8 and got.shape.buckets.score_rows == 256
+    assert lines == ["per device: weights 0.00 GiB, KV cache 0.00 GiB: 256 blocks of 8 = 2,048 tokens, 32.0 x 64"]
+
+
+def test_a_cpu_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of what is free, and of that whole blocks."""
+    pretend_memory(monkeypatch, 10 * 4096)
+    blocks = 10 * 4096 // 4 // BLOCK_BYTES
+    assert blocks == 5
+    got, lines = sized()
+    assert got.limits.num_blocks == blocks and got.limits.max_model_len == 4 * BLOCK and got.shape.width == 4
+    assert lines[0] == "max_model_len is 32, not the model's 64: the KV cache holds no more"
+
+
+def test_no_cpu_cache_is_above_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_memory(monkeypatch, 1024 * GIB)
+    got, _ = sized(max_num_seqs=16384, max_num_batched_tokens=2**20, spec=replace(FULL, max_positions=2**20))
+    assert got.limits.num_blocks == 4 * GIB // BLOCK_BYTES
+
+
+# --- what was asked for ---------------------------------------------------------------------------------------------
+
+
+def test_blocks_and_bytes_that_are_given() -> None:
+    assert sized(num_blocks=40)[0].limits.num_blocks == 40
+    assert sized(kv_cache_memory_bytes=40 * BLOCK_BYTES + 7)[0].limits.num_blocks == 40
+
+
+def test_a_length_that_nobody_asked_for_is_fitted_and_said() -> None:
+    got, lines = sized(num_blocks=6)
+    assert got.limits.max_model_len == 5 * BLOCK and got.shape.width == 5
+    assert any("max_model_len is 40, not the model's 64" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        (dict(max_model_len=65), "max_model_len is 65, the model takes 64"),
+        (dict(max_model_len=1), "need 2 at least"),
+        (dict(max_model_len=41, num_blocks=6), "41 tokens does not fit into the KV cache: 40 tokens"),
+        (dict(kv_cache_memory_bytes=BLOCK_BYTES), "does not fit into the KV cache: 0 tokens"),
+        (dict(kv_cache_memory_bytes=1), "does not fit into the KV cache: 0 tokens"),
+        (dict(max_num_seqs=8, max_num_batched_tokens=7), "max_num_batched_tokens is 7, below max_num_seqs 8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        sized(**config)
+
+
+def test_a_length_that_just_fits() -> None:
+    assert sized(max_model_len=40, num_blocks=6)[0].limits.max_model_len == 40
+
+
+def test_rows_alone_raise_the_tokens_of_a_step() -> None:
+    assert sized(max_num_seqs=600, num_blocks=9)[0].limits.max_num_batched_tokens == 600
+
+
+def test_every_log_probability() -> None:
+    assert sized(max_logprobs=-1, num_blocks=9)[0].limits.max_logprobs == FULL.vocab_size
+    assert sized(max_logprobs=10**6, num_blocks=9)[0].limits.max_logprobs == FULL.vocab_size
+
+
+# --- on GPUs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeDevice:
+    total: int
+    used: int
+    preallocated: float = 0.75
+    platform: str = "gpu"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": int(self.total * self.preallocated), "bytes_in_use": self.used}
+
+
+@pytest.mark.parametrize(
+    "fraction, utilization, usable",
+    [
+        (None, 0.5, 40),  # of the whole memory, not of jax's share of it
+        (None, 0.9, 60),  # jax has three quarters
+        ("0.95", 0.9, 72),
+        ("0.95", 1.0, 76),
+    ],
+)
+def test_the_budget(monkeypatch: pytest.MonkeyPatch, fraction: str | None, utilization: float, usable: int) -> None:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    if fraction:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
+    devices = [FakeDevice(80 * GIB, used * GIB, float(fraction or 0.75)) for used in (3, 16, 5)]
+    most, used = sizing.budget(devices, utilization)
+    assert (most / GIB, used) == (pytest.approx(usable), 16 * GIB)  # of the one that has least left
+
+
+@dataclass
+class FakeRunner:
+    """Of a model whose largest step takes 1 GiB."""
+
+    spec: ModelSpec
+    params: Any
+    shape: Shape
+    mesh: Any = None
+    freed = 0
+
+    def largest_step(self) -> int:
+        return GIB
+
+    def state_bytes(self) -> int:
+        return GIB // 4
+
+    def free(self) -> None:
+        FakeRunner.freed += 1
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, **config: Any) -> tuple[Sized, list[str]]:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(sizing, "Runner", FakeRunner)
+    monkeypatch.setattr(sizing, "device_of", lambda params: device)
+    return sized(**config)
+
+
+def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = FakeRunner.freed
+    got, lines = on_gpu(monkeypatch, FakeDevice(16 * GIB, 3 * GIB), gpu_memory_utilization=0.5)
+    left = 8 * GIB - 3 * GIB - GIB - GIB // 4 - SLACK
+    assert got.limits.num_blocks == left // BLOCK_BYTES
+    assert (got.limits.max_num_seqs, got.limits.max_num_batched_tokens) == (256, 2048)
+    assert FakeRunner.freed == before + 1
+    assert lines[0] == (
+        "memory per device: 8.00 GiB to use, in use 3.00 GiB, largest step 1.00 GiB, state 0.25 GiB, "
+        "slack 0.25 GiB: 3.50 GiB for the KV cache"
+    )
+
+
+def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="leaves no memory for a KV cache"):
+        on_gpu(monkeypatch, FakeDevice(4 * GIB, 2 * GIB))
+
+
+# --- what a spec says -----------------------------------------------------------------------------------------------
+
+
+def test_the_window_is_that_of_the_layer_that_sees_furthest() -> None:
+    assert sizing.window_of(WINDOWED) == 20
+    assert sizing.window_of(FULL) is None  # one layer sees everything
+    assert sizing.window_of(tiny.SPECS["mla"]) is None
+    assert sized(WINDOWED, num_blocks=9)[0].limits.window == 20
+
+
+def with_scaling(scaling: Any) -> ModelSpec:
+    rope = Rope(dim=8, base=10_000.0, scaling=scaling)
+    layers = tuple(replace(layer, attention=replace(layer.attention, rope=rope)) for layer in FULL.layers)
+    return replace(FULL, layers=layers)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        Yarn(factor=4.0, original=16),
+        Dynamic(factor=4.0, original=16),
+        LongRope(short=(1.0,) * 4, long=(2.0, 3.0, 4.0, 5.0), original=16),
+    ],
+    ids=["none", "yarn", "dynamic", "longrope"],
+)
+def test_equal_keys_are_equal_angles(scaling: Any) -> None:
+    """Sequences share cached blocks if their keys agree: then, and only then, must their positions turn alike."""
+    spec = with_scaling(scaling)
+    key = sizing.rope_key_of(spec)
+    assert (key is not None) == spec.needs_rope_length
+    rope = spec.layers[0].attention.rope
+    assert rope is not None
+    lengths = range(1, 40)
+
+    def turned(length: int) -> bytes:
+        parts = angles(rope, jnp.arange(6, dtype=jnp.int32), jnp.full(6, length, jnp.int32))
+        return b"".join(np.asarray(part).tobytes() for part in parts)
+
+    if key is not None:  # it is what the devices are told as the length
+        assert all(turned(key(length)) == turned(length) for length in lengths)
+        told = {key(length): turned(length) for length in lengths}
+        assert len(told) == len(set(told.values())) > 1
+
+
+# --- what a folder says ---------------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(golden.read("llama-gqa-tied").config | config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    return tmp_path
+
+
+def loaded(folder: Path) -> Loaded:
+    config = EngineConfig(model=str(folder), num_blocks=9)
+    return loading.from_params(config, FULL, params_of(FULL), None)
+
+
+@pytest.mark.parametrize(
+    "config, generation, wanted",
+    [
+        (dict(eos_token_id=5), None, {5}),
+        (dict(eos_token_id=5), dict(eos_token_id=[6, 7]), {5, 6, 7}),
+        (dict(eos_token_id=None), dict(eos_token_id=8), {8}),
+        (dict(eos_token_id=None, text_config=dict(eos_token_id=[9])), dict(), {9}),
+        (dict(eos_token_id=[True, "x", 4]), dict(eos_token_id=None), {4}),
+    ],
+)
+def test_what_ends_a_text(
+    tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, wanted: set[int]
+) -> None:
+    assert loaded(folder_of(tmp_path, config, generation)).eos_token_ids == wanted
+
+
+def test_ids_that_the_model_does_not_have_end_nothing(tmp_path: Path) -> None:
+    known = loaded(folder_of(tmp_path, dict(eos_token_id=[3, FULL.vocab_size, -1]), None))
+    got = sizing.sized(EngineConfig(model="tiny", num_blocks=9), known, lambda line: None)
+    assert got.limits.eos_token_ids == {3}
+
+
+def test_defaults_of_sampling(tmp_path: Path) -> None:
+    given = dict(temperature=0.6, top_p=None, top_k=20, do_sample=True)
+    assert loaded(folder_of(tmp_path, dict(), given)).sampling_defaults == dict(temperature=0.6, top_k=20)
