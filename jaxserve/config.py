@@ -152,7 +152,12 @@ class Limits:
 
     def blocks_for(self, tokens: int) -> int:
         """How many blocks a sequence of so many tokens holds at once, at most."""
-        if self.window is not None:
-            # Those of a window, of the chunk that is being computed, and where either begins within a block.
-            tokens = min(tokens, self.window + self.max_num_batched_tokens + 2 * self.block_size)
-        return -(-tokens // self.block_size)
+        return held_blocks(tokens, self.block_size, window=self.window, step=self.max_num_batched_tokens)
+
+
+def held_blocks(tokens: int, block_size: int, *, window: int | None, step: int) -> int:
+    """How many blocks a sequence of so many tokens holds at once, at most, in steps of at most `step` tokens."""
+    if window is not None:
+        # Those of a window, of the chunk that is being computed, and where either begins within a block.
+        tokens = min(tokens, window + step + 2 * block_size)
+    return -(-tokens // block_size)

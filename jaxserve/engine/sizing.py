@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.config import ConfigError, EngineConfig, Limits
+from jaxserve.config import ConfigError, EngineConfig, Limits, held_blocks
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.loading import Loaded
 from jaxserve.engine.runner import Runner, Shape, shard_bytes
@@ -52,15 +52,17 @@ def sized(config: EngineConfig, loaded: Loaded, report: Report) -> Sized:
         processed=config.logprobs_mode == "processed_logprobs",
     )
     per_block = device_block_bytes(loaded, config.block_size)
+    held = held_blocks(longest, config.block_size, window=window_of(spec), step=tokens)
     if config.num_blocks is not None:
         blocks = config.num_blocks
     elif config.kv_cache_memory_bytes is not None:
         blocks = config.kv_cache_memory_bytes // per_block
     elif on_cpu:
-        blocks = _on_cpu(per_block, wanted=1 + rows * shape.width)
+        blocks = _on_cpu(per_block, wanted=1 + rows * held)
     else:
         blocks = _on_gpu(config, loaded, shape, devices, per_block, report)
-    longest = _fitted(config, longest, blocks, report)
+    if blocks <= held:
+        longest = _fitted(config, longest, blocks, report)
     slots = (blocks - 1) * config.block_size
     report(
         f"per device: weights {_gib(weight_bytes(loaded.params))}, KV cache {_gib(blocks * per_block)}: "
@@ -101,10 +103,8 @@ def _longest(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def _fitted(config: EngineConfig, longest: int, blocks: int, report: Report) -> int:
-    """`longest`, or where nobody insisted on it, what the blocks hold."""
+    """What the blocks hold, which is less than `longest`, where nobody insisted on that."""
     slots = (blocks - 1) * config.block_size
-    if slots >= longest:
-        return longest
     if config.max_model_len is not None or slots < 2:
         problem = f"a sequence of {longest} tokens does not fit into the KV cache: {max(slots, 0)} tokens"
         raise ConfigError(problem, "lower max_model_len, or give the KV cache more memory")
@@ -147,7 +147,10 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
 
     def of(device: Any) -> tuple[int, int]:
         stats = device.memory_stats() or {}
-        limit, used = stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
+        if "bytes_limit" not in stats:
+            problem = f"{device} does not tell how much memory it has"
+            raise ConfigError(problem, "give num_blocks or kv_cache_memory_bytes")
+        limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
         # jax takes a share of the memory for itself; the utilization is of the whole.
         share = float(os.environ.get(MEMORY_SHARE, "0.75"))
         return int(min(limit, limit / share * utilization)), used

@@ -181,6 +181,13 @@ def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_device_that_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(16 * GIB, 3 * GIB)
+    monkeypatch.setattr(FakeDevice, "memory_stats", lambda self: None)
+    with pytest.raises(ConfigError, match="does not tell how much memory"):
+        on_gpu(monkeypatch, device)
+
+
 def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="leaves no memory for a KV cache"):
         on_gpu(monkeypatch, FakeDevice(4 * GIB, 2 * GIB))
@@ -194,6 +201,14 @@ def test_the_window_is_that_of_the_layer_that_sees_furthest() -> None:
     assert sizing.window_of(FULL) is None  # one layer sees everything
     assert sizing.window_of(tiny.SPECS["mla"]) is None
     assert sized(WINDOWED, num_blocks=9)[0].limits.window == 20
+
+
+def test_blocks_that_left_the_window_are_not_needed() -> None:
+    """A window of 20, a step of 4 and what lies beside them in blocks: 5 blocks hold any length."""
+    got, lines = sized(WINDOWED, num_blocks=6, max_model_len=60, max_num_seqs=1, max_num_batched_tokens=4)
+    assert got.limits.max_model_len == 60 and not any("max_model_len" in line for line in lines)
+    with pytest.raises(ConfigError, match="does not fit"):
+        sized(WINDOWED, num_blocks=5, max_model_len=60, max_num_seqs=1, max_num_batched_tokens=4)
 
 
 def with_scaling(scaling: Any) -> ModelSpec:
