@@ -121,7 +121,7 @@ class BeamSearch:
         scheduler = self._engine.scheduler
         left = Counter(index for _, index in kept)
         for index in self._beams.keys() - left.keys():  # first, so that their rows and blocks are free
-            self._engine.abort(self._request.id, index=index)
+            scheduler.drop(self._beams[index].sequence)
         beams: dict[int, _Beam] = {}
         for step, index in kept:
             sequence = self._beams[index].sequence
@@ -143,7 +143,17 @@ class BeamSearch:
         if not sequences:  # a fault at the first token
             sequences = [BeamSearchSequence(list(self._request.prompt_token_ids), [], finish_reason=reason)]
         self.output = BeamSearchOutput(sequences)
-        self._engine.abort(self._request.id)
+        self._end(None if reason != "length" else sequences[0].finish_reason)
+
+    def _end(self, reason: FinishReason | None) -> None:
+        """In the engine's counts a search is one request that ended, by its best beam's reason; None: by a fault, which
+        is counted already."""
+        scheduler = self._engine.scheduler
+        beams = list(scheduler.requests.get(self.id, ()))
+        for sequence in beams[reason is not None :]:
+            scheduler.drop(sequence)
+        if reason is not None:
+            self._engine.abort(self.id, reason=reason)
 
     def _sequence(self, step: _Step, tokenizer: Tokenizer | None, reason: FinishReason) -> BeamSearchSequence:
         steps, width = step.chain(), 2 * self._params.beam_width

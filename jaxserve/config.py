@@ -68,7 +68,7 @@ class EngineConfig:
     logprobs_mode: LogprobsMode = "raw_logprobs"
     """Of the model's own distribution, or of the one sampled from."""
     max_num_queued_reqs: int | None = None
-    """How many requests may wait; more are refused. No limit if not given."""
+    """How many requests may wait; more are refused. If not given no limit, in the server 1024."""
     max_num_queued_tokens: int | None = None
     """How many prompt tokens may wait in all; more are refused. No limit if not given."""
     warmup: bool = True

@@ -24,12 +24,13 @@ from jaxserve.arrays import GeneratedArrays
 from jaxserve.engine import sizing
 from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.intake import Prompt, Ready, by_prompt, each_named, is_one, listed, opened
+from jaxserve.intake import Prompt, Ready, by_prompt, each_named, is_one, listed
 from jaxserve.interrupts import Deferred
 from jaxserve.metrics import EngineMetrics
 from jaxserve.models import layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
+from jaxserve.opening import opened
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.types import (
     BeamSearchOutput,
@@ -58,16 +59,17 @@ class LLM:
         A program that holds the parameters already gives them, in public or engine layout, with their spec and the
         mesh that they lie on. It must not donate or delete them while they are in use here.
         """
-        self._engine, self._intake = opened(model, settings, params=params, spec=spec, mesh=mesh)
+        with _usual_jax():
+            self._engine, self._intake = opened(model, settings, params=params, spec=spec, mesh=mesh)
         self._lock = threading.Lock()
 
     @contextmanager
     def _alone(self) -> Generator[Deferred]:
-        """One caller at a time, on no mesh but the engine's own; Ctrl-C waits until nothing is half done."""
+        """One caller at a time, in no context of the caller's; Ctrl-C waits until nothing is half done."""
         if not self._lock.acquire(blocking=False):
             raise JaxserveError("this LLM is in use by another call", "call it from one thread, or use AsyncLLM")
         try:
-            with jax.set_mesh(None), Deferred() as interrupts:
+            with _usual_jax(), Deferred() as interrupts:
                 yield interrupts
         finally:
             self._lock.release()
@@ -210,7 +212,7 @@ class LLM:
     def score(self, tokens: Any) -> list[np.ndarray]:
         """The log-probability of each token of a sequence given those before it: one value less than tokens.
 
-        `tokens` is a list of ids or a list of such lists. Where the model gives no finite numbers the values are NaN.
+        `tokens` is a list of ids or a list of such lists.
         """
         with self._alone() as interrupts:
             sequences = listed(tokens)
@@ -220,15 +222,32 @@ class LLM:
                 job.request.id: np.full(len(job.request.prompt_token_ids) - 1, np.nan, np.float32) for job in jobs
             }
             told = dict.fromkeys(scores, 0)
+            errors: dict[str, str] = {}
 
             def take(update: Update) -> None:
+                if update.error is not None:
+                    errors[update.request_id] = update.error
                 if found := update.prompt_logprobs:
                     at = told[update.request_id]
                     told[update.request_id] = at + len(found)
                     scores[update.request_id][at : at + len(found)] = [entry.logprob for entry in found]
 
             self._run([job for job in jobs if len(job.request.prompt_token_ids) > 1], take, interrupts)
+            _check_all("sequence", [errors.get(job.request.id) for job in jobs])
             return list(scores.values())
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[np.ndarray]:
+        """The embedding of each prompt, in their order: float32 [hidden], what the model's last norm gives for the last
+        token, which alone has seen all others.
+
+        A prompt may be as long as max_model_len. Embeddings are as long as they come; `e / np.linalg.norm(e)` has
+        length 1.
+        """
+        with self._alone() as interrupts:
+            jobs = self._ready(listed(prompts), SamplingParams(detokenize=False), embed=True)
+            outputs = self._outputs(jobs, use_tqdm, interrupts)
+            _check_all("prompt", [output.outputs[0].error for output in outputs])
+            return [output.embedding for output in outputs if output.embedding is not None]
 
     def generate_arrays(
         self,
@@ -327,6 +346,20 @@ class LLM:
     def stop_profile(self) -> Path:
         with self._alone():
             return self._engine.profiler.stop()
+
+
+@contextmanager
+def _usual_jax() -> Generator[None]:
+    """What the caller's context says of its own computing is not meant for the engine's, and would break it."""
+    with jax.set_mesh(None), jax.transfer_guard("allow"), jax.disable_jit(False):
+        yield
+
+
+def _check_all(what: str, errors: Sequence[str | None]) -> None:
+    """Of a request that failed there is no number to give."""
+    for place, error in enumerate(errors):
+        if error is not None:
+            raise JaxserveError(f"{what} {place}: {error}", "check the model's weights; the other ones may be well")
 
 
 class _Bar:

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine counts, as plain numbers. Who exposes them, and how, is not known here."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+
+# Tokens in a step: the upper ends of the classes that steps are counted in; one more class is for those above.
+STEP_TOKENS = (1, 8, *(1 << power for power in range(4, 15)))
 
 
 @dataclass(slots=True)
@@ -9,11 +13,18 @@ class Counters:
     """Only ever growing."""
 
     steps: int = 0
+    step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))  # steps in each class
+    computed_tokens: int = 0  # by all steps
     prompt_tokens: int = 0  # of requests taken
     cached_tokens: int = 0  # of those, not computed for they were cached
     generated_tokens: int = 0
     requests: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
+
+    def count_step(self, tokens: int) -> None:
+        self.steps += 1
+        self.step_tokens[bisect_left(STEP_TOKENS, tokens)] += 1
+        self.computed_tokens += tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +46,7 @@ class EngineMetrics:
     cached_tokens: int
     generated_tokens: int
     policy_version: int
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # of those, found
+    step_tokens: list[int]  # how many steps computed how many tokens, by the classes of STEP_TOKENS
+    computed_tokens: int  # their sum

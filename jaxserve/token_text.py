@@ -69,6 +69,10 @@ class Decoding:
             return str(self._backend.decode(_possible([token]), skip_special_tokens=False))
         return codecs.utf_8_decode(self._bytes[token], self._bytes.spelling.errors, True)[0]
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """Those of a token, also where they are a part of a character only; None where it has none of its own."""
+        return None if self._bytes is None else self._bytes[token]
+
 
 @dataclass(frozen=True)
 class _Spelling:

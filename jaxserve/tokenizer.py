@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxserve.errors import CheckpointError, RequestError, one_line
-from jaxserve.token_text import Decoding, TextStream
+from jaxserve.text_length import TextLength, text_length
+from jaxserve.token_text import BROKEN, Decoding, TextStream
 from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 
 MAX_FILE_BYTES = 256 * 2**20  # the largest vocabularies of today take a sixth of it
@@ -75,6 +76,11 @@ class Tokenizer:
             shown = ascii(text)[:80]
             raise RequestError("prompt", f"the text {shown} is no Unicode string", "send valid Unicode") from None
 
+    @functools.cached_property
+    def text_length(self) -> TextLength:
+        """What the length of a text says of its tokens."""
+        return text_length(self._backend)
+
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
@@ -101,6 +107,15 @@ class Tokenizer:
             if 0 <= token < self.vocab_size:  # so that the cache cannot grow beyond it
                 self._texts[token] = text
         return text
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of one token, in UTF-8 those of its text; None for parts of a character that a tokenizer of another
+        kind than byte-level or byte-fallback has."""
+        found = self._decoding.bytes_of(token)
+        if found is not None:
+            return found
+        text = self.token_text(token)
+        return None if BROKEN in text else text.encode()
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences that spell the words, as such and after a space.

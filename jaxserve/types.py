@@ -16,11 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import msgspec
 
 from jaxserve.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # vLLM's names of what may come: of sampling parameters, then of settings.
 NOT_YET = frozenset(
@@ -236,6 +239,11 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None  # on the monotonic clock
     score_only: bool = False  # nothing is generated: the prompt's log-probabilities are all that is wanted
+    embed: bool = False  # nothing is generated: the last token's hidden state is all that is wanted
+
+    @property
+    def generates(self) -> bool:
+        return not (self.score_only or self.embed)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -261,6 +269,8 @@ class Update(msgspec.Struct, array_like=True, kw_only=True):
     error: str | None = None  # with finish_reason "error" or "abort": why
     num_cached_tokens: int = 0
     policy_version: int = 0  # of the weights
+    embedding: bytes | None = None  # float32, little endian: the end of a request that wants it
+    scheduled: float | None = None  # on a sample's first: when it got a row, on the monotonic clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +309,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token
     num_cached_tokens: int = 0
+    embedding: "np.ndarray | None" = None  # float32 [hidden], of a request that wants it
 
 
 @dataclass(slots=True)

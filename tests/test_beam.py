@@ -83,7 +83,12 @@ def test_beams_are_those_of_the_definition(
 ) -> None:
     params = BeamSearchParams(beam_width=width, max_tokens=6, length_penalty=length_penalty)
     prompts = [PROMPT, [5], [7, 8, 9]]
+    before = llm.metrics().finished
     outputs = llm.beam_search(prompts, params)
+    after = llm.metrics().finished
+    assert {reason: after[reason] - before[reason] for reason in after} == {
+        reason: sum(output.sequences[0].finish_reason == reason for output in outputs) for reason in after
+    }
     for prompt, output in zip(prompts, outputs, strict=True):
         check(output.sequences, naive(reference, prompt, params, ends), ends, prompt)
     assert_empty(llm)
@@ -195,9 +200,11 @@ def test_a_fault_in_one_beam_ends_that_search_alone(llm: LLM, monkeypatch: pytes
 
     [[_, second]] = [llm.generate([[5], [6]], SamplingParams(temperature=0, max_tokens=8))]
     monkeypatch.setattr(llm._engine.runner, "read", faulty)
+    before = llm.metrics().finished
     [broken, sound] = llm.beam_search([[5], [6]], BeamSearchParams(beam_width=2, max_tokens=8, ignore_eos=True))
     assert {sequence.finish_reason for sequence in broken.sequences} == {"error"}
     assert {sequence.finish_reason for sequence in sound.sequences} == {"length"}
+    assert llm.metrics().finished == {**before, "error": before["error"] + 1, "length": before["length"] + 1}
     assert_empty(llm)
     assert llm.generate([[6]], SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids == (
         second.outputs[0].token_ids

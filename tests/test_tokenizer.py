@@ -82,6 +82,15 @@ def test_texts_of_single_tokens_put_together_are_the_text(kind: str) -> None:
     assert tokenizer.token_text(part) == "\ufffd"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_single_tokens_put_together_are_the_text(kind: str) -> None:
+    """Also where a character is cut over several tokens, none of which has a text."""
+    tokenizer = LOADED[kind]
+    text = "naïve 你好 🦊🦊 done"
+    parts = [tokenizer.token_bytes(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    assert b"".join(part or b"" for part in parts).decode().strip() == text
+
+
 def test_texts_of_single_tokens_are_remembered_for_the_vocabulary_only() -> None:
     tokenizer = tokenizers.load(TOKENIZERS / "byte-level")
     for token in range(5000):

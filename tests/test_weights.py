@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxserve.models.decoder import Params
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.types import SamplingParams
 from tests import tiny_llm
+from tests.golden import load as golden
 from tests.models import tiny
 from tests.tiny_llm import SPEC, Reference
 
@@ -168,6 +170,16 @@ def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int
         llm.wake_up()
     with pytest.raises(JaxserveError, match="level 3"):
         llm.sleep(3)
+
+
+def test_after_a_deep_sleep_a_checkpoint_is_read_again(tmp_path: Path) -> None:
+    golden.write_checkpoint("qwen3", tmp_path)
+    few = {name: value for name, value in tiny_llm.OPTIONS.items() if name != "spec"}
+    llm = LLM(str(tmp_path), skip_tokenizer_init=True, **few)
+    before = llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids
+    llm.sleep(2)
+    llm.wake()
+    assert llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids == before
 
 
 def test_weights_may_come_during_sleep(llm: LLM, answers: dict[str, list[int]]) -> None:

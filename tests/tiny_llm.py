@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.llm import LLM
-from jaxserve.models import layout
+from jaxserve.models import decoder, layout
+from jaxserve.models.attention import Dense
 from jaxserve.models.decoder import Params
 from tests.golden.load import TOKENIZERS
 from tests.models import tiny
@@ -63,11 +64,25 @@ class Reference:
         table = self.logprobs(tokens)
         return table[np.arange(len(tokens) - 1), np.asarray(tokens[1:], np.int64)]
 
+    def embedding(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 [hidden]: what the head multiplies after the last of them."""
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(_states(self._params, jnp.asarray(padded))[0, len(tokens) - 1])
+
     def greedy(self, prompt: Sequence[int], count: int, ends: Set[int] = frozenset((END,))) -> list[int]:
         tokens = list(prompt)
         while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] not in ends):
             tokens.append(int(self.logprobs(tokens)[-1].argmax()))
         return tokens[len(prompt) :]
+
+
+@jax.jit
+def _states(params: Params, tokens: jax.Array) -> jax.Array:
+    model = decoder.bind(SPEC, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x, _ = model(tokens, positions, [Dense()] * len(SPEC.layers))
+    return model.final(x)
 
 
 def counted[**P, R](function: Callable[P, R], calls: list[Any]) -> Callable[P, R]:

@@ -14,15 +14,23 @@ import numpy as np
 from jaxserve.config import Limits
 from jaxserve.engine.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
-from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request
+from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request, SamplingParams
 
 MAX_SALT = 128
+PLAIN = SamplingParams()
+# What nothing can come of where nothing is generated. Those that a model's own defaults may hold are let be.
+OF_TEXTS = (
+    *("n", "logprobs", "prompt_logprobs", "min_tokens", "stop", "stop_token_ids", "bad_words", "logit_bias"),
+    *("allowed_token_ids", "presence_penalty", "frequency_penalty"),
+)
 
 
 def check(request: Request, limits: Limits) -> None:
     """Raises a RequestError that names the field, the value and what is possible."""
     params = request.params
     _check_kinds(request)
+    if request.embed:
+        _check_embeds(request)
     _check_prompt(request, limits)
     if params.n > limits.max_num_seqs:
         problem = f"n is {params.n}, the engine runs {limits.max_num_seqs} sequences at once"
@@ -68,6 +76,16 @@ def _check_kinds(request: Request) -> None:
         raise _refused("deadline", deadline, "a time on the monotonic clock")
 
 
+def _check_embeds(request: Request) -> None:
+    params = request.params
+    for name in OF_TEXTS:
+        if getattr(params, name) != getattr(PLAIN, name):
+            problem = f"{name} is {_shown(getattr(params, name))}, and nothing is generated for an embedding"
+            raise RequestError(name, problem, "leave it out")
+    if request.score_only:
+        raise RequestError("embed", "embed and score_only are both set", "ask for one of them")
+
+
 def _check_prompt(request: Request, limits: Limits) -> None:
     prompt = cast(object, request.prompt_token_ids)
     if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
@@ -75,8 +93,8 @@ def _check_prompt(request: Request, limits: Limits) -> None:
     count = len(request.prompt_token_ids)
     if not count:
         raise RequestError("prompt", "the prompt is empty", "give at least one token")
-    longest, use = limits.max_model_len, "scored"
-    if not request.score_only:
+    longest, use = limits.max_model_len, "embedded" if request.embed else "scored"
+    if request.generates:
         longest, use = longest - 1, "continued"
     if count > longest:
         problem = f"the prompt has {count} tokens, and the longest that can be {use} has {longest}"

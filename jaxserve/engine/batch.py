@@ -5,7 +5,8 @@
 the bucket alone. A decoding step of B rows has B tokens and B entries; a mixed one has the largest number of both rows
 and entries, whatever its tokens.
 
-An entry is a row of logits: which token's, of which row, and how to sample it. Floats travel as their bits.
+An entry is a row of hidden states: which token's, of which row, and how to sample from its logits. Floats travel as
+their bits.
 """
 
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def mixed_layout(tokens: int, buckets: Buckets, block_size: int) -> Layout:
 @dataclass(slots=True)
 class Packed:
     layout: Layout
-    entries: int  # rows of logits that are wanted
+    entries: int  # rows of hidden states that are wanted
+    embeds: int  # of these, as they are: all others for their logits
     need: Need
     vector: Ints
     edits: list[Ints]  # for the program of block table edits and block copies, to be run before the step
@@ -114,7 +116,7 @@ class Batcher:
         (self._fill_decode if decode else self._fill_mixed)(plan, parts, entries)
         edits = self._fill_edits(plan, parts)
         controlled = [sequence for sequence in plan.arrivals if sequence.controlled]
-        return Packed(layout, plan.entries, plan.need, vector, edits, controlled)
+        return Packed(layout, plan.entries, plan.embeds, plan.need, vector, edits, controlled)
 
     def _fill_decode(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
         slices = plan.slices
@@ -139,7 +141,7 @@ class Batcher:
         used[:, SAMPLES] = [s.samples for s in slices]
         used[:, FIXED:] = self._numbers[rows]
         for i, s in enumerate(slices):
-            if not s.samples:
+            if s.score_to > s.score_from:
                 used[i, GIVEN] = s.sequence.tokens[s.score_from]
 
     def _fill_mixed(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
@@ -162,8 +164,8 @@ class Batcher:
             last[id(s)] = end = last[id(s.parent)] if s.parent else len(tokens) - 1
             for i in range(s.score_from, s.score_to):
                 table.append((base + i - 1 - s.start, sequence.row, i, sequence.tokens[i], 0))
-            if s.samples:
-                table.append((end, sequence.row, stop, -1, 1))
+            if s.samples or s.embeds:
+                table.append((end, sequence.row, stop, -1, int(s.samples)))
         self._check(np.array(rows), np.array(lengths))
         count = len(rows)
         parts["tokens"][: len(tokens)] = tokens

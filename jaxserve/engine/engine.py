@@ -12,8 +12,9 @@ all that was in flight ends with an error, and nothing more is taken.
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compile_cache, loading, sizing
 from jaxserve.engine.batch import Batcher
-from jaxserve.engine.loading import Loaded
+from jaxserve.engine.loading import Loaded, Told
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.runner import Handle, Runner
 from jaxserve.engine.scheduler import Scheduler
@@ -48,17 +49,24 @@ class Engine:
         spec: ModelSpec | None = None,
         mesh: Any = None,
         report: Report = to_stderr,
+        told: Told | None = None,
+        opened: "Callable[[Engine], object] | None" = None,
     ) -> None:
-        """`params` of a program that holds them already, in public or engine layout, in place of the folder's."""
-        self.config, self.report = config, report
+        """`params` of a program that holds them already, in public or engine layout, in place of the folder's.
+
+        `told` hears how far loading and compiling are; `opened` is called between the two: limits are known then.
+        """
+        self.config, self.report, self._told = config, report, told
         sizing.reserve_memory(config)
         compile_cache.keep(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         self.loaded: Loaded = (
-            loading.from_folder(config, on) if params is None else loading.from_params(config, spec, params, on)
+            loading.from_folder(config, on, told) if params is None else loading.from_params(config, spec, params, on)
         )
         sized = sizing.sized(config, self.loaded, report)
         self.limits = limits = sized.limits
+        if opened is not None:
+            opened(self)
         self.runner = Runner(self.loaded.spec, self.loaded.params, sized.shape, mesh=on)
         if config.warmup:
             self.warm()
@@ -75,11 +83,12 @@ class Engine:
         self.profiler = Profiler()
         self.asleep = False
         self._asleep_weights: Params | None = None
+        self._has_checkpoint = params is None
         self.error: str | None = None
 
     def warm(self) -> None:
         """Compiles everything that steps need."""
-        shown = _Progress(self.report)
+        shown = _Progress(self.report, self._told)
         self.runner.warm(shown)
         shown.close()
 
@@ -122,7 +131,7 @@ class Engine:
     def _turn(self) -> list[Update]:
         plan = self.scheduler.schedule(time.monotonic())
         if plan is not None:
-            self._counters.steps += 1
+            self._counters.count_step(plan.tokens)
             with self.profiler.step(self._counters.steps):
                 self._in_flight.append((plan, self.runner.launch(self._batcher.pack(plan))))
         if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
@@ -206,7 +215,8 @@ class Engine:
         self.asleep = True
 
     def wake(self) -> None:
-        """Takes memory again and brings the weights back; after level 2 `update_weights` must have given new ones."""
+        """Takes memory again and brings the weights back. After level 2 they are those that `update_weights` has given
+        since, else the checkpoint's, read again."""
         if not self.asleep:
             raise JaxserveError("the engine does not sleep", "there is nothing to wake")
         runner = self.runner
@@ -214,13 +224,21 @@ class Engine:
             runner.params = self._placed(self._asleep_weights)
             self._asleep_weights = None
         if not runner.params:
-            raise JaxserveError("the weights were dropped", "give new ones with update_weights, then wake")
+            if not self._has_checkpoint:
+                raise JaxserveError("the weights were dropped", "give new ones with update_weights, then wake")
+            runner.params = loading.from_folder(self.config, runner.mesh).params
         runner.allocate()
         self.asleep = False
 
     def reset_prefix_cache(self) -> None:
         """Cached prompts are forgotten; requests in flight keep what they have."""
         self.scheduler.pool.reset()
+
+    def start_profile(self, folder: str | Path) -> None:
+        self.profiler.start(folder)
+
+    def stop_profile(self) -> Path:
+        return self.profiler.stop()
 
     def metrics(self) -> EngineMetrics:
         free, cached, used = self.scheduler.pool.counts()
@@ -241,17 +259,23 @@ class Engine:
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             generated_tokens=counters.generated_tokens,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
+            step_tokens=list(counters.step_tokens),
+            computed_tokens=counters.computed_tokens,
         )
 
 
 class _Progress:
     """`compiling 7/18 (12 s)`, in place on a terminal; elsewhere the last line alone."""
 
-    def __init__(self, report: Report) -> None:
-        self._report, self._last = report, ""
+    def __init__(self, report: Report, told: Told | None) -> None:
+        self._report, self._told, self._last = report, told, ""
         self._live = report is to_stderr and sys.stderr.isatty()
 
     def __call__(self, done: int, count: int, seconds: float) -> None:
+        if self._told is not None:
+            self._told("compiling", done, count)
         self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
         if self._live:
             print(f"\r{self._last}", end="", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 """From a configuration to a model on its devices: where its files are, what ends its texts, its parameters."""
 
 import contextlib
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,8 @@ from jaxserve.models import hf, layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
+
+type Told = Callable[[str, int, int], object]  # what is under way, how much of it is done, of how much
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -42,7 +44,7 @@ def on_mesh(config: EngineConfig, given: Any) -> Any:
     return mesh.make_mesh(tensor=tensor, expert=expert) if tensor * expert > 1 else None
 
 
-def from_folder(config: EngineConfig, on: Any) -> Loaded:
+def from_folder(config: EngineConfig, on: Any, told: Told | None = None) -> Loaded:
     """The configured model, downloaded if need be, read into its shardings."""
     cache = Path(config.download_dir).expanduser() if config.download_dir else None
     folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, check=load.open_spec)
@@ -50,9 +52,18 @@ def from_folder(config: EngineConfig, on: Any) -> Loaded:
     dtype = load.param_dtype(opened, None if config.dtype == "auto" else config.dtype)
     with (
         jax.set_mesh(on) if on is not None else contextlib.nullcontext(),
-        progress.bar("loading", opened.bytes) as told,
+        progress.bar("loading", opened.bytes) as shown,
     ):
-        params = load.read(opened, dtype=dtype, progress=told)
+        done = 0
+
+        def read(count: int) -> None:
+            nonlocal done
+            done += count
+            shown(count)
+            if told is not None:
+                told("loading", done, opened.bytes)
+
+        params = load.read(opened, dtype=dtype, progress=read)
     return Loaded(opened.spec, params, on, folder, _eos_token_ids(folder), _sampling_defaults(folder))
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an engine's Updates to the RequestOutputs that users see: text, stop strings, log-probabilities.
 
-Runs beside the tokenizer, knows nothing of the engine that the updates come from.
+Runs beside the tokenizer, knows nothing of the engine that the updates come from. An embedding is an output without a
+text.
 
 Every output is a snapshot that no later one changes: users keep them. So with CUMULATIVE an update copies the text
 and a pointer per earlier token of its sample; with DELTA and FINAL_ONLY nothing is copied. What does not change any
@@ -9,6 +10,8 @@ more is shared between outputs: the prompt's lists, the dicts of log-probabiliti
 """
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from jaxserve.errors import RequestError
 from jaxserve.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -45,11 +48,13 @@ class OutputBuilder:
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._kind = params.output_kind
         self._tokenizer = tokenizer if params.detokenize else None
-        self._samples = [_Sample(index, self._tokenizer, request) for index in range(params.n)]
+        writer = self._tokenizer if request.generates else None
+        self._samples = [_Sample(index, writer, request) for index in range(params.n)]
         self._unfinished = params.n
         self._stopped: list[int] = []
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self._num_cached_tokens = 0
+        self._embedding: np.ndarray | None = None
 
     def add(self, update: Update) -> RequestOutput | None:
         """What to show after this update. After a sample's end nothing more is taken for it."""
@@ -60,6 +65,8 @@ class OutputBuilder:
         if update.prompt_logprobs and self._prompt_logprobs is not None:
             # In a new list: an earlier output may hold this one.
             self._prompt_logprobs = self._prompt_logprobs + self._prompt_positions(update.prompt_logprobs)
+        if update.embedding is not None:
+            self._embedding = np.frombuffer(update.embedding, "<f4").astype(np.float32)
         sample.add(update)
         if sample.finish_reason is not None:
             self._unfinished -= 1
@@ -94,6 +101,7 @@ class OutputBuilder:
             finished=self.finished,
             prompt_logprobs=self._prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
+            embedding=self._embedding,
         )
 
     def _prompt_positions(self, tokens: Sequence[TokenLogprobs]) -> list[PositionLogprobs | None]:

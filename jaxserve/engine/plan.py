@@ -11,19 +11,20 @@ from jaxserve.engine.sequence import Need, Sequence
 class Slice:
     """`count` tokens of a sequence from `start` on, and what is wanted of their logits."""
 
-    __slots__ = ("count", "epoch", "parent", "samples", "score_from", "score_to", "sequence", "start")
+    __slots__ = ("count", "embeds", "epoch", "parent", "samples", "score_from", "score_to", "sequence", "start")
 
     def __init__(self, sequence: Sequence, start: int, count: int, samples: bool) -> None:
         self.sequence, self.epoch = sequence, sequence.epoch
         self.start, self.count = start, count
         self.samples = samples  # the last one's logits give the next token
+        self.embeds = False  # the last one's hidden state is wanted as it is
         self.score_from = self.score_to = 0  # these prompt tokens are scored, by the logits of those before them
         self.parent: Slice | None = None  # it computes nothing: it samples from the same logits as this one
 
     @property
     def entries(self) -> int:
-        """Rows of logits that it takes."""
-        return self.score_to - self.score_from + self.samples
+        """Rows of hidden states that it takes; of logits, but for an embedding."""
+        return self.score_to - self.score_from + self.samples + self.embeds
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class StepPlan:
     tokens: int
     entries: int
     need: Need
+    embeds: int = 0  # of the entries, those that are wanted as hidden states
     policy_version: int = 0
     # Everything below happens on the device before the step, in this order.
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
@@ -44,7 +46,7 @@ class StepPlan:
 class Draft:
     """The slices of a plan in the making. What is in it stays: nobody is preempted after being planned."""
 
-    __slots__ = ("chunks", "entries", "forks", "need", "scores", "singles", "tokens")
+    __slots__ = ("chunks", "embeds", "entries", "forks", "need", "scores", "singles", "tokens")
 
     def __init__(self) -> None:
         self.singles: list[Slice] = []
@@ -52,6 +54,7 @@ class Draft:
         self.forks: list[Slice] = []
         self.tokens = self.entries = 0
         self.scores = 0  # rows of logits that score prompt tokens
+        self.embeds = 0
         self.need = Need.GREEDY
 
     def put(self, slice: Slice) -> None:
@@ -62,6 +65,9 @@ class Draft:
             self.entries += 1
             if sequence.need > self.need:
                 self.need = sequence.need
+        if slice.embeds:
+            self.entries += 1
+            self.embeds += 1
         if slice.score_to > slice.score_from:
             self.entries += slice.score_to - slice.score_from
             self.scores += slice.score_to - slice.score_from
@@ -76,7 +82,7 @@ class Draft:
 
 @dataclass(slots=True)
 class StepResult:
-    """One entry for each row of logits, in the order of the plan's slices."""
+    """One entry for each row of logits or embedding, in the order of the plan's slices."""
 
     tokens: list[int]
     valid: list[bool]
@@ -84,3 +90,4 @@ class StepResult:
     ranks: np.ndarray | None = None
     top_tokens: np.ndarray | None = None  # int32 [entries, n]
     top_logprobs: np.ndarray | None = None
+    embeddings: np.ndarray | None = None  # float32 [entries, hidden]

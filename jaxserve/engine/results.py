@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step's result says of one sequence: its next token, why it ends, log-probabilities. Changes nobody else."""
+"""What a step's result says of one sequence: its next token, why it ends, log-probabilities, its embedding. Changes
+nobody else.
+"""
 
 from collections.abc import Set
 
@@ -34,6 +36,12 @@ def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
     """Log-probabilities of the prompt tokens that the slice scores; the rows of logits begin with this one."""
     wanted = slice.sequence.request.params.prompt_logprobs or 0
     return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
+
+
+def embedding(result: StepResult, entry: int) -> bytes:
+    if result.embeddings is None:
+        raise RuntimeError("the step gave no hidden states, and a row wants its own")
+    return result.embeddings[entry].astype("<f4").tobytes()
 
 
 def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs:

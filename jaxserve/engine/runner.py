@@ -51,11 +51,13 @@ class Handle:
     """A step that was launched."""
 
     packed: Packed
-    result: Any  # on its way to the host; None where no logits were wanted
-    hidden: Any
+    result: Any = None  # on its way to the host, as are embeddings; None where no logits are wanted
+    embeddings: Any = None
+    hidden: Any = None  # to wait for, where nothing else is wanted
 
 
-type Key = Layout | tuple[int, Need] | str  # of a program: a bucket of `model`, of `head`, or another's name
+# Of a program: a bucket of `model`, of `head`, of `embed`, or another's name.
+type Key = Layout | tuple[int, Need] | tuple[str, int] | str
 
 
 class Runner:
@@ -115,6 +117,7 @@ class Runner:
             *(batch.mixed_layout(tokens, buckets, self.shape.block_size) for tokens in reversed(buckets.mixed)),
             *(batch.decode_layout(rows) for rows in reversed(buckets.decode)),
             *((rows, need) for need in reversed(Need) for rows in reversed(self._ladder(need))),
+            *(("embed", rows) for rows in reversed(buckets.scoring_heads)),
             *("edit", "set_row", "add_counts"),
         ]
 
@@ -134,16 +137,21 @@ class Runner:
         nothing = np.full(batch.EDIT_SIZE, -1, np.int32)
         self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
         hidden = entries = None
-        for key in self.every_key():
-            if isinstance(key, Layout):
-                vector = self._put(batch.padding(key, shape.buckets))
-                hidden, entries, self.cache, self.tables = self._executable(key)(
-                    self.params, self.cache, self.tables, self.last, vector
-                )
-        for rows, need in (key for key in self.every_key() if isinstance(key, tuple)):
-            kept = self.controls if need == Need.FULL else None
-            _, self.last, kept = self._executable((rows, need))(self.params, self.last, kept, hidden, entries)
-            self.controls = kept or self.controls
+        for key in self.every_key():  # those of `model` come first
+            match key:
+                case Layout():
+                    vector = self._put(batch.padding(key, shape.buckets))
+                    hidden, entries, self.cache, self.tables = self._executable(key)(
+                        self.params, self.cache, self.tables, self.last, vector
+                    )
+                case ("embed", _):
+                    self._executable(key)(self.params, hidden)
+                case (int(), need):
+                    kept = self.controls if need == Need.FULL else None
+                    _, self.last, kept = self._executable(key)(self.params, self.last, kept, hidden, entries)
+                    self.controls = kept or self.controls
+                case _:
+                    pass
         jax.block_until_ready((self.cache, self.last))
 
     def _ladder(self, need: Need) -> tuple[int, ...]:
@@ -163,11 +171,12 @@ class Runner:
             case Layout():
                 given = (self.params, self.cache, self.tables, self.last, self._vector(key.size))
                 return self._with_shapes(step.model, (static, key), *given)
+            case ("embed", int(rows)):
+                return self._with_shapes(step.embed, (static, rows), self.params, self._hidden())
             case (int(rows), need):
-                hidden = self._abstract((static.entries, self.spec.hidden), self.dtype)
                 entries = self._abstract((static.entries, len(batch.ENTRY)), jnp.int32)
                 kept = self.controls if need == Need.FULL else None
-                given = (self.params, self.last, kept, hidden, entries)
+                given = (self.params, self.last, kept, self._hidden(), entries)
                 return self._with_shapes(step.head, (static, rows, need), *given)
             case "fresh":
                 sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
@@ -191,6 +200,9 @@ class Runner:
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
+    def _hidden(self) -> jax.ShapeDtypeStruct:
+        return self._abstract((self.static.entries, self.spec.hidden), self.dtype)
+
     def _vector(self, size: int) -> jax.ShapeDtypeStruct:
         return self._abstract((size,), jnp.int32)
 
@@ -205,21 +217,38 @@ class Runner:
         hidden, entries, self.cache, self.tables = run(
             self.params, self.cache, self.tables, self.last, self._put(packed.vector)
         )
+        handle = Handle(packed)
         if not packed.entries:
-            return Handle(packed, None, hidden)
+            handle.hidden = hidden
+        if packed.embeds:
+            embed = self._executable(("embed", fitting(self.shape.buckets.scoring_heads, packed.entries)))
+            handle.embeddings = embed(self.params, hidden)
+            handle.embeddings.copy_to_host_async()
+        if packed.entries > packed.embeds:
+            handle.result = self._pick(packed, hidden, entries)
+            handle.result.copy_to_host_async()
+        return handle
+
+    def _pick(self, packed: Packed, hidden: Any, entries: Any) -> Any:
         need = packed.need
-        pick = self._executable((fitting(self._ladder(need), packed.entries), need))
+        head = self._executable((fitting(self._ladder(need), packed.entries), need))
         kept = self.controls if need == Need.FULL else None
-        result, self.last, kept = pick(self.params, self.last, kept, hidden, entries)
+        result, self.last, kept = head(self.params, self.last, kept, hidden, entries)
         if kept is not None:
             self.controls = kept
-        result.copy_to_host_async()
-        return Handle(packed, result, None)
+        return result
 
     def read(self, handle: Handle) -> StepResult:
-        if handle.result is None:
+        if handle.hidden is not None:
             jax.block_until_ready(handle.hidden)  # so that the host does not run ahead
-            return StepResult([], [])
+        result = StepResult([], []) if handle.result is None else self._read_table(handle)
+        if handle.embeddings is not None:
+            result.embeddings = np.asarray(handle.embeddings)[: handle.packed.entries]
+            finite = np.isfinite(result.embeddings).all(axis=1)
+            result.valid = (finite & (result.valid or True)).tolist()
+        return result
+
+    def _read_table(self, handle: Handle) -> StepResult:
         table = np.asarray(handle.result)[: handle.packed.entries]
         result = StepResult(table[:, 0].tolist(), table[:, 1].astype(bool).tolist())
         if handle.packed.need >= Need.SCORED:

@@ -33,10 +33,11 @@ class Scheduler:
         self.limits = limits
         self.requests: dict[str, list[Sequence]] = {}  # all samples of a request until the last has ended
         self.preemptions = 0
+        self.prefix_queries = self.prefix_hits = 0  # prompt tokens looked up in the prefix cache, and found
         self.policy_version = 0
         self._score_rows = score_rows
         self._random = random.Random(seed)
-        self._arrivals = 0
+        self._arrivals, self._now = 0, 0.0
         self._ended: list[Update] = []  # by abort or deadline, told with the next commit
         self._start_empty()
 
@@ -117,6 +118,10 @@ class Scheduler:
         update.error, update.policy_version = error, self.policy_version
         self._ended.append(self._finish(sequence, update, reason))
 
+    def drop(self, sequence: Sequence) -> None:
+        """Ends a held one that nobody asks after any more; nothing is told of it."""
+        self._finish(sequence, Update(request_id=sequence.request.id, index=sequence.index), "abort")
+
     def _finish(self, sequence: Sequence, update: Update, reason: FinishReason) -> Update:
         request = sequence.request
         group = self.requests[request.id]
@@ -137,6 +142,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
         update.finish_reason = reason
         update.num_cached_tokens = sequence.cached
+        update.scheduled, sequence.scheduled = sequence.scheduled, None
         return update
 
     def _hand_on(self, sequence: Sequence, group: list[Sequence]) -> None:
@@ -159,6 +165,8 @@ class Scheduler:
     def _take_row(self, sequence: Sequence) -> None:
         sequence.row = self._free_rows.pop()
         sequence.status = Status.RUNNING
+        if not sequence.epoch:
+            sequence.scheduled = self._now
         insort(self.running, sequence, key=order_of)
         self._arrived.append(sequence)
         self._tables.tell(sequence)
@@ -183,6 +191,7 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """The next step, or None if there is nothing to compute until a step in flight is committed."""
+        self._now = now
         self._expire(now)
         draft = Draft()
         self._admit(draft, self._go_on(draft))
@@ -196,7 +205,15 @@ class Scheduler:
         arrivals = [sequence for sequence in self._arrived if sequence.status == Status.RUNNING]
         self._arrived = []
         return StepPlan(
-            draft.slices, draft.tokens, draft.entries, draft.need, self.policy_version, copies, edits, arrivals
+            draft.slices,
+            draft.tokens,
+            draft.entries,
+            draft.need,
+            draft.embeds,
+            self.policy_version,
+            copies,
+            edits,
+            arrivals,
         )
 
     def _go_on(self, draft: Draft) -> list[Sequence]:
@@ -239,9 +256,15 @@ class Scheduler:
             self._take_row(sequence)
             if not sequence.epoch:  # later it finds what it had computed itself
                 sequence.cached = sequence.computed
+                self._count_prefix(sequence)
             left = sequence.length - sequence.computed
             self._compute(draft, sequence, min(left, self.limits.max_num_batched_tokens - draft.tokens))
             reserve += 1 + tables.wanted(sequence)
+
+    def _count_prefix(self, sequence: Sequence) -> None:
+        if self.limits.enable_prefix_caching and not sequence.request.params.skip_reading_prefix_cache:
+            self.prefix_queries += sequence.prompt_len
+            self.prefix_hits += sequence.cached
 
     def _compute(self, draft: Draft, sequence: Sequence, count: int) -> int:
         """At most so many of its next tokens; how many it became."""
@@ -271,6 +294,7 @@ class Scheduler:
         length = len(sequence.tokens) + sequence.pending
         samples = stop == length < sequence.end
         slice = Slice(sequence, start, count, samples)
+        slice.embeds = stop == length and sequence.request.embed
         if sequence.scores:
             slice.score_from = max(sequence.scored, start + 1)
             slice.score_to = max(slice.score_from, min(stop + 1, sequence.prompt_len))
@@ -307,7 +331,7 @@ class Scheduler:
         end = 0
         for slice in plan.slices:
             first = end
-            end += slice.score_to - slice.score_from + slice.samples
+            end += slice.entries
             sequence = slice.sequence
             if slice.epoch != sequence.epoch:
                 continue
@@ -326,11 +350,14 @@ class Scheduler:
             reason: FinishReason | None = None
             if slice.samples:
                 reason = results.sampled(sequence, result, end - 1, update, self.limits.eos_token_ids)
+            elif slice.embeds:
+                update.embedding, reason = results.embedding(result, end - 1), "stop"
             elif sequence.request.score_only and slice.start + slice.count == sequence.goal:
                 reason = "length"
             if reason:
-                self._finish(sequence, update, reason)
-            if update.token_ids or update.prompt_logprobs or update.logprobs or reason:
+                updates.append(self._finish(sequence, update, reason))
+            elif update.token_ids or update.prompt_logprobs or update.logprobs:
+                update.scheduled, sequence.scheduled = sequence.scheduled, None
                 updates.append(update)
         return updates
 

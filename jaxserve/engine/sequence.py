@@ -54,6 +54,7 @@ class Sequence:
         "request",
         "rope_length",
         "row",
+        "scheduled",
         "scored",
         "scores_told",
         "scoring_need",
@@ -71,9 +72,9 @@ class Sequence:
         self.tokens = list(map(int, request.prompt_token_ids))
         self.prompt_len = len(self.tokens)
         wanted = limits.max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
-        self.end = self.prompt_len if request.score_only else min(wanted, limits.max_model_len)
+        self.end = min(wanted, limits.max_model_len) if request.generates else self.prompt_len
         # How many tokens' KV it takes: the last token of an answer is looked at by nobody.
-        self.goal = self.prompt_len if request.score_only else self.end - 1
+        self.goal = self.end - 1 if request.generates else self.prompt_len
         self.min_end = self.prompt_len + params.min_tokens
         self.stops = stops_of(request, limits)
         self.rope_length = limits.rope_key(self.end) if limits.rope_key else 0
@@ -93,6 +94,7 @@ class Sequence:
         self.siblings: list[Sequence] = []  # other samples of the request, until its prompt is computed
         self.held = False  # sampling stops after each token, until told how to go on: a beam
         self.told = 0  # how many tokens a held one had when it last told what could follow
+        self.scheduled: float | None = None  # when it first got a row, until that is told
 
     @property
     def length(self) -> int:

@@ -3,14 +3,15 @@
 
     model     (params, cache, tables, last, vector) -> hidden, entries, cache, tables      decode[B], mixed[T]
     head      (params, last, controls, hidden, entries) -> result, last, controls           head[S, need]
+    embed     (params, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
     edit      (cache, tables, vector) -> cache, tables       block table edits and block copies out of turn
     set_row, add_counts   (controls, vector) -> controls     when a request with sampling controls takes a row
 
-A step is `model`, then `head`. They are two because the head's variants would otherwise multiply the models' compile
-time; the hidden states and entries between them have one shape, whatever the bucket. State is donated: cache, tables
-[rows, width], last [rows] (each row's last sampled token: the next step's input, without a way through the host),
-controls. The vector's layout: batch.py.
+A step is `model`, then `head` where logits are wanted, and `embed` where hidden states are. They are apart because the
+head's variants would otherwise multiply the models' compile time; the hidden states and entries between them have one
+shape, whatever the bucket. State is donated: cache, tables [rows, width], last [rows] (each row's last sampled token:
+the next step's input, without a way through the host), controls. The vector's layout: batch.py.
 """
 
 import contextvars
@@ -153,6 +154,11 @@ def head(
     return mesh.island(pick, P(), P())(logits, entries[:rows], last, controls)
 
 
+def embed(static: Model, rows: int, params: Params, hidden: jax.Array) -> jax.Array:
+    """Float32 [rows, hidden]: what the head multiplies."""
+    return decoder.final(static.spec, params, hidden[:rows]).astype(jnp.float32)
+
+
 def _pick(
     static: Model, need: Need, logits: jax.Array, entries: jax.Array, last: jax.Array, controls: Controls | None
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
@@ -211,6 +217,7 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: (),
     model: ("cache", "tables"),
     head: ("last", "controls"),
+    embed: (),
     edit: ("cache", "tables"),
     sampling_controls.set_row: ("controls",),
     sampling_controls.add_counts: ("controls",),
@@ -219,6 +226,7 @@ STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: ("static", "sizes"),
     model: ("static", "layout"),
     head: ("static", "rows", "need"),
+    embed: ("static", "rows"),
 }
 
 

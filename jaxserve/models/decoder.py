@@ -113,20 +113,23 @@ class Decoder(nnx.Module):
         turns = {rope: angles(rope, positions, rope_lengths) for rope in ropes if rope is not None}
         run = partial(_run_block, remat=remat)
         caches: list[LayerCache | None] = []
-        for block, core in zip(self.layers, cores, strict=True):
+        for place, (block, core) in enumerate(zip(self.layers, cores, strict=True)):
             declared, state = nnx.split(block)
             rope = block.spec.attention.rope
-            x, updated = run(declared, nnx.to_pure_dict(state), x, None if rope is None else turns[rope], core)
+            with jax.named_scope(f"layer{place}"):  # traces show it
+                x, updated = run(declared, nnx.to_pure_dict(state), x, None if rope is None else turns[rope], core)
             caches.append(updated)
         return x, caches
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states [..., hidden] -> float32 [..., vocab_size], whole on every device."""
-        spec = self.spec
+    def final(self, x: jax.Array) -> jax.Array:
+        """Hidden states after the last block -> those that the head multiplies."""
         if self.final_norm is not None:
             x = self.final_norm(x)
-        if self.embed_out is not None:
-            x = self.embed_out(x)
+        return x if self.embed_out is None else self.embed_out(x)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., hidden] -> float32 [..., vocab_size], whole on every device."""
+        spec, x = self.spec, self.final(x)
         weight = self.embed.weight[...] if self.head is None else self.head[...]
         logits = contract(x, weight, count=1, outs=("vocab",), dtype=jnp.dtype(jnp.float32))
         if self.head_bias is not None:
@@ -193,6 +196,11 @@ def hidden(
 def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
     """The end of `step`: float32 logits of such rows. Of the parameters it reads the last norm and the head alone."""
     return bind(spec, params).logits(rows)
+
+
+def final(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
+    """Such rows as the head gets them: what models that embed texts call the last hidden state."""
+    return bind(spec, params).final(rows)
 
 
 def forward(

@@ -77,6 +77,7 @@ class Stream:
     stop_reason: int | str | None = None
     error: str | None = None
     cached: int = 0
+    embedding: bytes | None = None
 
     def take(self, update: Update) -> None:
         assert self.finish_reason is None, "told after its end"
@@ -84,7 +85,7 @@ class Stream:
         self.logprobs += update.logprobs or []
         self.prompt_logprobs += update.prompt_logprobs or []
         self.finish_reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
-        self.cached = update.num_cached_tokens
+        self.cached, self.embedding = update.num_cached_tokens, update.embedding
 
 
 type Streams = dict[tuple[str, int], Stream]

@@ -60,6 +60,11 @@ def likelihood(drawn: int, token: int) -> tuple[float, int, list[int], list[floa
     return -(mixed % 1024) / 64, 1 + mixed % 9, [drawn % 11, drawn % 13], [-(drawn % 64) / 8, -(drawn % 32) / 4]
 
 
+def embedded(drawn: int) -> list[int]:
+    """Small numbers, whole ones: they are exact in float32."""
+    return list(struct.pack("<I", drawn))
+
+
 def way(position: int, numbers: list[int], output: list[int]) -> bytes:
     """How a row samples; a greedy one does not look at most of its numbers."""
     used = numbers if numbers[NUMBERS.index("temperature")] else numbers[:1]
@@ -172,6 +177,8 @@ class FakeDevice:
         valid: list[bool] = []
         likely: list[tuple[float, int, list[int], list[float]]] = []
         fed: dict[int, int] = {}
+        embeddings: list[list[int]] = []
+        embeds = 0
         for entry in entries[: packed.entries].tolist():
             at, row, numbers = entry[TOKEN], entry[ROW], entry[FIXED:]
             # A fork samples from the logits of a token of another row; the token after it is what is asked for.
@@ -180,15 +187,21 @@ class FakeDevice:
             drawn = draw(seen, digests, b"")
             valid.append(not self.broken & set(seen.tolist()))
             token = entry[GIVEN]
+            embeddings.append(embedded(drawn))
             if entry[SAMPLES]:
                 token = fed[row] = self._sample(row, entry[POSITION], numbers, seen, digests)
             else:
-                assert token >= 0 and row == rows[at]
+                assert row == rows[at]
+                embeds += token < 0
             tokens.append(token)
             likely.append(likelihood(drawn, token))
         for row, token in fed.items():
             self.last[row] = token
-        return self._result(packed.need, tokens, valid, likely)
+        assert embeds == packed.embeds
+        result = self._result(packed.need, tokens, valid, likely)
+        if embeds:
+            result.embeddings = np.array(embeddings, np.float32)
+        return result
 
     def _sample(self, row: int, position: int, numbers: list[int], seen: Ints, digests: Digests) -> int:
         own = self.controls.get(row) if numbers[NUMBERS.index("controlled")] else None
@@ -225,11 +238,19 @@ class Answer:
     stop_reason: int | str | None = None
     error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    embedding: bytes | None = None
+    scheduled: float | None = None
+    told: bool = False  # of anything
 
     def take(self, update: Update) -> None:
         assert self.reason is None, f"news after the end: {update}"
         self.tokens += update.token_ids
         self.logprobs += update.logprobs or []
+        self.embedding = update.embedding
+        if self.told:
+            assert update.scheduled is None, "told again when it got its row"
+        else:
+            self.scheduled, self.told = update.scheduled, True
         self.reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
 
 
@@ -261,6 +282,10 @@ class Oracle:
         answer = Answer()
         if request.score_only:
             answer.reason = "length"
+            return answer
+        if request.embed:
+            drawn = draw(*self._seen(prompt, len(prompt) - 1), b"")
+            answer.reason, answer.embedding = "stop", np.array(embedded(drawn), "<f4").tobytes()
             return answer
         stops = stops_of(request, limits)
         controlled = params.min_tokens > 0 or params.penalized
@@ -304,6 +329,7 @@ class FakeEngine:
         self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample told them
         self.plans: list[StepPlan] = []
         self.now = 0.0
+        self.rowed: dict[tuple[str, int], float] = {}  # when each sample first had a row
 
     def __repr__(self) -> str:
         return f"FakeEngine({self.limits}, score_rows={self.buckets.score_rows}, depth={self.depth})"
@@ -317,6 +343,8 @@ class FakeEngine:
         before = list(self.scheduler.running)
         plan = self.scheduler.schedule(self.now)
         self.check()
+        for sequence in self.scheduler.running:
+            self.rowed.setdefault((sequence.request.id, sequence.index), self.now)
         check_victims(before)
         if plan is not None:
             check_plan(plan, self.limits, self.buckets)
@@ -330,7 +358,10 @@ class FakeEngine:
             self.check()
         updates += self.scheduler.take_ended()
         for update in updates:
-            self.answers.setdefault((update.request_id, update.index), Answer()).take(update)
+            name = (update.request_id, update.index)
+            answer = self.answers.setdefault(name, Answer())
+            answer.take(update)
+            assert answer.scheduled == self.rowed.get(name)
             self.prompt_logprobs[update.request_id] += update.prompt_logprobs or []
         return updates
 
@@ -439,6 +470,7 @@ def check_answers(engine: FakeEngine, made: Request, aborted: set[tuple[str, int
             assert given.tokens == right.tokens[:count] and given.logprobs == right.logprobs[:count]
         else:
             assert (given.tokens, given.logprobs) == (right.tokens, right.logprobs)
+            assert given.embedding == right.embedding
             assert (given.reason, given.stop_reason, given.error) == (right.reason, right.stop_reason, None)
             whole = True
     right, scored = Oracle(engine.limits).prompt_logprobs(made), engine.prompt_logprobs[made.id]

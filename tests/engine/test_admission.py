@@ -46,6 +46,29 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (dict(prompt_token_ids=["1"]), {}, "prompt", "prompt holds '1'"),
     (dict(prompt_token_ids=[1] * 20), {}, "prompt", "has 20 tokens, and the longest that can be continued has 19"),
     (dict(prompt_token_ids=[1] * 21, score_only=True), {}, "prompt", "longest that can be scored has 20"),
+    (dict(prompt_token_ids=[1] * 21, embed=True), {}, "prompt", "longest that can be embedded has 20"),
+    *(
+        (
+            dict(embed=True),
+            {name: value},
+            name,
+            f"{name} is .*, and nothing is generated for an embedding; leave it out",
+        )
+        for name, value in dict(
+            n=2,
+            logprobs=0,
+            prompt_logprobs=1,
+            min_tokens=1,
+            stop="x",
+            stop_token_ids=[1],
+            bad_words=["x"],
+            logit_bias={1: 1},
+            allowed_token_ids=[1],
+            presence_penalty=1,
+            frequency_penalty=1,
+        ).items()
+    ),
+    (dict(embed=True, score_only=True), {}, "embed", "embed and score_only are both set"),
     (dict(prompt_token_ids=range(10**9)), {}, "prompt", "has 1000000000 tokens"),
     ({}, dict(n=5, temperature=1), "n", "n is 5, the engine runs 4 sequences at once; give at most 4"),
     ({}, dict(stop_token_ids=[50]), "stop_token_ids", "stop_token_ids holds the token id 50, the model has 0 to 49"),
@@ -118,6 +141,7 @@ def test_refused_requests_leave_nothing_and_disturb_nobody() -> None:
         (dict(prompt_token_ids=np.arange(19, dtype=np.int64)), {}),
         (dict(prompt_token_ids=[np.int32(3), 4]), {}),
         (dict(prompt_token_ids=[1] * 20, score_only=True), dict(prompt_logprobs=5)),
+        (dict(prompt_token_ids=[1] * 20, embed=True), dict(temperature=0.5, top_p=0.5, repetition_penalty=1.5)),
         ({}, dict(n=4, temperature=1, logprobs=5, min_tokens=17, max_tokens=17)),
         ({}, dict(stop_token_ids=[0, 49], allowed_token_ids=[49], logit_bias={"0": 1, 49: -1})),
         (dict(bad_word_ids=((49,) * BAD_WORD_TOKENS,) * MAX_BAD_WORDS), {}),

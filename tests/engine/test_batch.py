@@ -43,7 +43,8 @@ def sequence(row: int, prompt: list[int], **params: Any) -> Sequence:
 
 def plan(slices: list[Slice], **changes: Any) -> StepPlan:
     tokens, entries = sum(s.count for s in slices), sum(s.entries for s in slices)
-    return StepPlan(slices, tokens, entries, Need.GREEDY, arrivals=[s.sequence for s in slices], **changes)
+    changes |= dict(embeds=sum(s.embeds for s in slices), arrivals=[s.sequence for s in slices])
+    return StepPlan(slices, tokens, entries, Need.GREEDY, **changes)
 
 
 def parts(packed: batch.Packed) -> dict[str, list[int]]:
@@ -101,6 +102,20 @@ def test_a_mixed_step_written_out() -> None:
     entries = np.reshape(given["entries"], (12, len(batch.ENTRY)))[:, :5].tolist()
     assert entries[:5] == [[0, 3, 2, -1, 1], [1, 1, 2, 6, 0], [2, 1, 3, 7, 0], [3, 1, 4, -1, 1], [3, 0, 4, -1, 1]]
     assert entries[5:] == [[0, 4, 0, -1, 0]] * 7
+
+
+def test_embeddings_are_entries_that_sample_nothing() -> None:
+    single, chunk = sequence(3, [1, 2]), sequence(1, [4, 5, 6])
+    slices = [Slice(single, 1, 1, False), Slice(chunk, 1, 2, False)]
+    for each in slices:
+        each.embeds = True
+    packed = batcher().pack(plan(slices))
+    assert (packed.entries, packed.embeds) == (2, 2)
+    entries = np.reshape(parts(packed)["entries"], (12, len(batch.ENTRY)))[:, :5].tolist()
+    assert entries[:3] == [[0, 3, 2, -1, 0], [2, 1, 3, -1, 0], [0, 4, 0, -1, 0]]
+    packed = batcher().pack(plan(slices[:1]))
+    assert packed.layout == batch.decode_layout(1) and packed.embeds == 1
+    assert parts(packed)["entries"][:5] == [0, 3, 2, -1, 0]
 
 
 def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:

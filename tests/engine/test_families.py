@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family through the whole engine writes what transformers wrote, token by token.
+"""Every family through the whole engine writes what transformers wrote, token by token, and embeds as it does.
 
 Two requests share overlapped steps of few tokens. One has the golden prompt; the other begins with some of its greedy
 text too, and must go on with the rest. So both prompts are computed in chunks, the second one's beside the first one's
 decoding, and then both decode; from where the second begins follows that they end in the same step.
+
+Of an embedding transformers' logits are known: they are the head's of it.
 """
 
+import numpy as np
 import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.models import registry
+from jaxserve.models.decoder import Params
+from jaxserve.models.spec import ModelSpec
 from jaxserve.types import Request, SamplingParams
 from tests.engine.driver import Stream
 from tests.golden import load as golden
 from tests.models.checkpoints import load_case
-from tests.models.test_golden import CROSSING, paged_cases
+from tests.models.test_golden import CROSSING, TOLERANCE, paged_cases
 
 BLOCK = 8
 BUDGET = 5
@@ -41,7 +46,7 @@ def cases() -> list[str]:
 def test_greedy_text(case: str) -> None:
     want = golden.read(case)
     spec, params = load_case(case)
-    longest = len(want.greedy_prompt) + len(want.greedy)
+    longest = max(len(want.prompt), len(want.greedy_prompt) + len(want.greedy))
     config = EngineConfig(
         model=case,
         max_model_len=longest,
@@ -60,9 +65,34 @@ def test_greedy_text(case: str) -> None:
         prompt = [*want.greedy_prompt, *want.greedy[:count]]
         engine.add(Request(id=name, prompt_token_ids=prompt, params=sampling))
         streams[name] = Stream()
-    while engine.unfinished:
-        for update in engine.step():
-            streams[update.request_id].take(update)
+    run(engine, streams)
     assert tuple(streams["all"].tokens) == want.greedy
     assert tuple(streams["rest"].tokens) == want.greedy[-len(streams["rest"].tokens) :]
     assert len(streams["rest"].tokens) > len(want.greedy) // 2
+
+    count = len(want.prompt)
+    count -= count % BUDGET == 1  # so that no step is of one token, for which programs would be compiled
+    engine.add(Request(id="embedded", prompt_token_ids=want.prompt[:count], embed=True))
+    streams["embedded"] = Stream()
+    run(engine, streams)
+    embedding = np.frombuffer(streams["embedded"].embedding or b"", np.float32)
+    logits = head(spec, params, embedding)
+    assert np.abs(logits - want.logits[count - 1]).max() < TOLERANCE * want.logits.std()
+
+
+def run(engine: Engine, streams: dict[str, Stream]) -> None:
+    while engine.unfinished:
+        for update in engine.step():
+            streams[update.request_id].take(update)
+
+
+def head(spec: ModelSpec, params: Params, embedding: np.ndarray) -> np.ndarray:
+    """More numbers than the embedding has: no other has the same."""
+    weight = np.asarray(params["embed"]["weight"] if spec.tied else params["head"], np.float64)
+    assert embedding.shape == weight.shape[1:] and np.linalg.matrix_rank(weight) == embedding.size
+    logits = weight @ embedding
+    if spec.head_bias:
+        logits += np.asarray(params["head_bias"], np.float64)
+    logits = logits[: spec.vocab_size] * spec.logit_scale
+    cap = spec.logit_soft_cap
+    return logits if cap is None else cap * np.tanh(logits / cap)

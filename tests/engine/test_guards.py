@@ -71,6 +71,7 @@ def work(seed: int) -> list[Job]:
         Request(id="samples", params=SamplingParams(n=3, seed=seed, max_tokens=20), **plain),
         Request(id="scored", params=SamplingParams(prompt_logprobs=2, logprobs=0, top_k=5, seed=1), **plain),
         Request(id="whole", params=SamplingParams(prompt_logprobs=0), score_only=True, **plain),
+        Request(id="embedded", embed=True, **plain),
         Request(id="ended", params=SamplingParams(seed=seed, max_tokens=None, repetition_penalty=1.2), **plain),
     )
     return [*(Job(request, 0, 5 if request.id == "ended" else None, None) for request in asked), *jobs]
@@ -126,6 +127,8 @@ def donated(key: Any) -> tuple[str, ...]:
     match key:
         case Layout() | "edit":
             return ("cache", "tables")
+        case ("embed", _):
+            return ()
         case (_, need):
             return ("last", "controls") if need == Need.FULL else ("last",)
         case _:

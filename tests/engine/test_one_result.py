@@ -53,6 +53,10 @@ def _same(job: Job, index: int, got: Stream, wanted: Stream) -> None:
         if got.finish_reason != "abort":
             assert count == len(wanted.tokens)
     assert len(got.logprobs) == (len(got.tokens) if job.request.params.logprobs is not None else 0)
+    assert (got.embedding is not None) == (job.request.embed and got.finish_reason == "stop")
+    if got.embedding and wanted.embedding:
+        mine, other = (np.frombuffer(stream.embedding or b"", np.float32) for stream in (got, wanted))
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-4)
     _close(got.logprobs[:count], wanted.logprobs[:count])
     _close(got.prompt_logprobs, wanted.prompt_logprobs[: len(got.prompt_logprobs)])
 

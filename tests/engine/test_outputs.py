@@ -5,6 +5,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -309,3 +310,26 @@ def test_without_text_there_are_ids(kind: RequestOutputKind, options: dict[str, 
     output = completion(build.add(update([5, 6], logprobs=[entry(5, -1.0), entry(6, -1.0)], finish_reason="length")))
     assert (output.text, output.token_ids) == ("", [5, 6])
     assert output.logprobs == [{5: Logprob(-1.0, 1, None)}, {6: Logprob(-1.0, 1, None)}]
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_is_an_output_without_a_text(kind: RequestOutputKind) -> None:
+    """The prompt's last token is half a character, which is nothing to show."""
+    prompt = [*PROMPT, TOKENIZER.encode("é", add_special_tokens=False)[0]]
+    request = Request(id="r", prompt_token_ids=prompt, params=SamplingParams(output_kind=kind), embed=True)
+    values = np.array([0.5, -2, 3e-5], np.float32)
+    made = OutputBuilder(TOKENIZER, request, prompt=None)
+    output = shown(made.add(update(finish_reason="stop", embedding=values.astype("<f4").tobytes())))
+    assert output.finished and made.finished and not made.take_stopped()
+    assert output.embedding is not None and output.embedding.dtype == np.float32
+    np.testing.assert_array_equal(output.embedding, values)
+    assert (completion(output).text, completion(output).token_ids) == ("", [])
+
+
+def test_a_failed_embedding_says_why() -> None:
+    made = OutputBuilder(None, Request(id="r", prompt_token_ids=PROMPT, embed=True), prompt=None)
+    output = shown(made.add(update(finish_reason="error", error="not finite")))
+    assert output.embedding is None and completion(output).error == "not finite"

@@ -48,6 +48,8 @@ def check_end(request: Request, stream: Stream) -> None:
     early = [i for i, token in enumerate(tokens) if token in stops and i + 1 >= params.min_tokens]
     if request.score_only:
         assert stream.finish_reason == "length" and not tokens
+    elif request.embed:
+        assert stream.finish_reason in ("stop", "abort") and not tokens
     elif stream.finish_reason == "stop":
         assert early == [len(tokens) - 1]
         assert stream.stop_reason == (None if tokens[-1] == EOS and not params.ignore_eos else tokens[-1])
@@ -72,7 +74,7 @@ def test_every_token_is_foretold() -> None:
 def test_processed_logprobs() -> None:
     """Of the distribution that is sampled from; those of a prompt are the model's own all the same."""
     jobs = random_jobs(300, count=8, always={"logprobs": 5, "n": 1, "prompt_logprobs": 2})
-    requests = [job.request for job in jobs if not job.request.score_only]
+    requests = [job.request for job in jobs if job.request.generates]
     assert sum(bool(r.params.top_k) for r in requests) and sum(r.params.penalized for r in requests)
     streams = alone(Driver(logprobs_mode="processed_logprobs"), requests)
     for request in requests:

@@ -107,6 +107,34 @@ def test_a_fault_ends_all_and_leaves_nothing() -> None:
     engine.check_over()
 
 
+# --- what is counted ------------------------------------------------------------------------------------------------
+
+
+def test_prompt_tokens_looked_up_and_found() -> None:
+    engine = FakeEngine(limits())
+    for name, shared, tail, params in (
+        ("first", 12, [1], dict(n=2)),  # samples look up their prompt together
+        ("again", 12, [2, 3], {}),
+        ("not looking", 12, [4], dict(skip_reading_prefix_cache=True)),
+        ("embedded", 12, [5], dict(n=1)),
+    ):
+        engine.add(request(name, STEMS[0][:shared] + tail, request=dict(embed=name == "embedded"), **params))
+        engine.drain()
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (13 + 14 + 13, 0 + 12 + 12)
+    off = FakeEngine(limits(enable_prefix_caching=False))
+    off.add(request("a", [1, 2, 3]))
+    off.drain()
+    assert (off.scheduler.prefix_queries, off.scheduler.prefix_hits) == (0, 0)
+
+
+def test_what_is_computed_again_is_not_looked_up_again() -> None:
+    engine = FakeEngine(limits(num_blocks=11))
+    for i in range(4):
+        engine.add(request(f"{i}", [i] * 8, max_tokens=20, ignore_eos=True))
+    engine.drain()
+    assert engine.scheduler.preemptions and engine.scheduler.prefix_queries == 4 * 8
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,7 @@ adds = st.builds(
             priority=st.integers(-1, 1),
             cache_salt=st.sampled_from([None, None, None, "salt"]),
             score_only=st.sampled_from([False] * 7 + [True]),
+            embed=st.sampled_from([False] * 7 + [True]),
             deadline=st.sampled_from([None] * 7 + [2, 6]),
         ),
     ),
@@ -113,6 +114,9 @@ def test_any_walk_gives_what_the_requests_alone_give(engine: FakeEngine, script:
         match action:
             case Add(stem, shared, tail, params, extra):
                 n = min(params["n"], engine.limits.max_num_seqs)
+                if extra["embed"]:
+                    reads = params["skip_reading_prefix_cache"]
+                    params, extra, n = dict(skip_reading_prefix_cache=reads), extra | dict(score_only=False), 1
                 name = f"request {len(asked)}"
                 made = request(name, STEMS[stem][:shared] + tail, request=extra, **params | dict(n=n))
                 engine.add(made)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random work for an engine, by seed: who comes when, asks for what, and is aborted when. And the way to run it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,15 @@ def random_jobs(seed: int, *, count: int = 7, always: dict[str, Any] | None = No
                 abort_index=int(random.integers(params.n)) if random.random() < 0.5 else None,
             )
         )
+    if always is None:
+        jobs += [_embedding(job) for job in jobs[:2]]
     return sorted(jobs, key=lambda job: job.arrival)
+
+
+def _embedding(job: Job) -> Job:
+    """Of the same prompt, a little later."""
+    request = replace(job.request, id=f"{job.request.id}.embedding", params=SamplingParams(), bad_word_ids=())
+    return Job(replace(request, score_only=False, embed=True), job.arrival + 1, abort_after=job.abort_after)
 
 
 def _params(random: np.random.Generator, always: dict[str, Any]) -> SamplingParams:

@@ -46,12 +46,15 @@ def make_batch(
     block_size: int = 16,
     padding_rows: int = 1,
     padding_tokens: int = 3,
+    blocks: int | None = None,
+    width: int | None = None,
 ) -> Batch:
-    """Rows of the given lengths, their blocks scattered over the pool in random order."""
+    """Rows of the given lengths, their blocks scattered over the pool in random order. Pool and tables are as large as
+    given, or as needed."""
     rows = len(q_lens) + padding_rows
     needed = [-(-n // block_size) for n in kv_lens]
-    blocks = sum(needed) + 3  # block 0 is the null block, two more belong to nobody
-    width = max([*needed, 1]) + 1
+    blocks = blocks or sum(needed) + 3  # block 0 is the null block, two more belong to nobody
+    width = width or max([*needed, 1]) + 1
     ids = iter(rng.permutation(np.arange(1, blocks)))
     tables = np.full((rows, width), -(10**6), np.int32)  # unused entries must not be followed
     k = np.full((blocks, block_size, kv_heads, dim), np.nan)
