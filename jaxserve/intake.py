@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what users give to requests that an engine will take: prompts in all their forms, parameters, the tokenizer.
 
-Everything is checked here, against the engine's limits, before an engine hears of it.
+Everything is checked here, against the engine's limits, before an engine hears of it. The engine itself may be in
+another process: all that is known of it are its limits.
 """
 
 import itertools
@@ -9,21 +10,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-import jax
 import numpy as np
 
 from convert import hub
 from jaxserve import tokenizer as tokenizers
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine import admission
-from jaxserve.engine.engine import Engine
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.types import Request, SamplingParams
 
-type Prompt = str | Sequence[int] | np.ndarray | jax.Array | Mapping[str, Any]
+
+class Array(Protocol):
+    """numpy's arrays, jax's, and others."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+type Prompt = str | Sequence[int] | Array | Mapping[str, Any]
 """Text, token ids, or {"prompt": text}, {"prompt_token_ids": ids} with, if wanted, a "cache_salt"."""
 
 FORMS = "a string, a list of token ids, or a dict with prompt or prompt_token_ids"
@@ -39,7 +45,7 @@ class Ready:
 
 
 class Intake:
-    """Makes requests for one engine."""
+    """Makes requests for one engine. Any thread may call it."""
 
     def __init__(
         self, tokenizer: Tokenizer | None, limits: Limits, *, defaults: Mapping[str, Any] | None = None
@@ -57,9 +63,17 @@ class Intake:
         return str(next(self._ids))
 
     def ready(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0, **more: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **more: Any,
     ) -> Ready:
-        """A checked request. `more` are further fields of Request."""
+        """A checked request. `more` are further fields of Request: deadline, embed, ..."""
+        if params is None:
+            params = SamplingParams(max_tokens=1) if more.get("embed") else self.default_params()
         if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             problem = f"sampling_params is of type {type(params).__name__}"
             raise RequestError("sampling_params", problem, "give a SamplingParams")
@@ -105,7 +119,7 @@ class Intake:
     def _parsed(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """Text, ids, cache salt."""
         if isinstance(prompt, str):
-            return prompt, self._encoded(prompt), None
+            return prompt, self.encode(prompt), None
         if not isinstance(prompt, Mapping):
             return None, token_ids(prompt), None
         for key in prompt:
@@ -117,14 +131,21 @@ class Intake:
         if ids is None:
             if text is None:
                 raise RequestError("prompt", "the prompt has neither prompt nor prompt_token_ids", f"give {FORMS}")
-            ids = self._encoded(text)
+            ids = self.encode(text)
         return text, token_ids(ids), prompt.get("cache_salt")
 
-    def _encoded(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt. A text that must have too many is refused without a look at its characters."""
         if self.tokenizer is None:
             problem = "the prompt is text, and there is no tokenizer"
             raise RequestError("prompt", problem, "give token ids, or name a tokenizer when you start")
-        return self.tokenizer.encode(text)
+        longest = self.limits.max_model_len
+        if len(text) > longest:
+            least = self.tokenizer.text_length.fewest_tokens(text)
+            if least > longest:
+                problem = f"this model's maximum context length is {longest} tokens, and the prompt has {len(text)}"
+                raise RequestError("prompt", f"{problem} characters, which are {least} tokens or more", "shorten it")
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
@@ -188,20 +209,11 @@ def by_prompt(params: Any, count: int, default: Callable[[], SamplingParams]) ->
     return [params] * count
 
 
-def opened(model: str, settings: Mapping[str, Any], **given: Any) -> tuple[Engine, Intake]:
-    """An engine and the way into it. `given` are params, spec and mesh of a program that has them."""
-    config = EngineConfig(model=model, **settings)
-    # Before the engine, which may download and compile for long.
-    tokenizer = tokenizer_of(config, loads_model=given.get("params") is None)
-    with jax.set_mesh(None):  # a mesh in the caller's context is not meant
-        engine = Engine(config, **given)
-    if tokenizer is not None:
-        engine.also_ends(tokenizer.eos_token_ids)
-    return engine, Intake(tokenizer, engine.limits, defaults=engine.loaded.sampling_defaults)
+def tokenizer_of(config: EngineConfig, *, loads_model: bool, model_folder: Path | None = None) -> Tokenizer | None:
+    """The configured tokenizer; None where none is wanted, or none can be: parameters that come from a program.
 
-
-def tokenizer_of(config: EngineConfig, *, loads_model: bool) -> Tokenizer | None:
-    """The configured tokenizer; None where none is wanted, or none can be: parameters that come from a program."""
+    `model_folder`: where the model was found, if it was looked for already.
+    """
     if config.skip_tokenizer_init:
         return None
     source = config.tokenizer or config.model
@@ -209,9 +221,12 @@ def tokenizer_of(config: EngineConfig, *, loads_model: bool) -> Tokenizer | None
     if not folder.is_dir():
         if config.tokenizer is None and not loads_model:
             return None
-        cache = Path(config.download_dir).expanduser() if config.download_dir else None
-        revision = config.revision if config.tokenizer is None else None
-        folder = hub.fetch(source, revision=revision, cache_dir=cache, weights=False)
+        if config.tokenizer is None and model_folder is not None:
+            folder = model_folder
+        else:
+            cache = Path(config.download_dir).expanduser() if config.download_dir else None
+            revision = config.revision if config.tokenizer is None else None
+            folder = hub.fetch(source, revision=revision, cache_dir=cache, weights=False)
     try:
         return tokenizers.load(folder)
     except CheckpointError as error:

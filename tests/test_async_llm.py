@@ -55,7 +55,7 @@ async def settled(engine: AsyncLLM) -> None:
     """Waits until the engine holds nothing."""
     while (found := await engine.metrics()).running or found.waiting or found.used_blocks:
         await asyncio.sleep(0.005)
-    assert not engine._streams and not engine._worker._streams
+    assert not engine._front.names() and not engine._worker._streams
 
 
 async def outputs(engine: AsyncLLM, prompt: Any, params: SamplingParams, **options: Any) -> list[RequestOutput]:
@@ -171,6 +171,23 @@ def test_consumers_in_several_loops(engine: AsyncLLM, reference: Reference) -> N
     for thread in threads:
         thread.join()
     assert found == {first: reference.greedy([first, first + 1], 6) for first in range(5)}
+
+
+def test_a_conversation(engine: AsyncLLM) -> None:
+    async def work() -> None:
+        messages = [{"role": "user", "content": "hello"}]
+        text = engine.get_tokenizer().chat_text(messages)
+        ids = engine.get_tokenizer().encode(text, add_special_tokens=False)
+        found = [output async for output in engine.chat(messages, GREEDY, "mine")]
+        assert (found[-1].request_id, found[-1].prompt, found[-1].prompt_token_ids) == ("mine", text, ids)
+        assert found[-1].outputs[0].token_ids == await answer(engine, ids, GREEDY)
+        bare = engine.get_tokenizer().chat_text(messages, add_generation_prompt=False)
+        async with aclosing(engine.chat(messages, ENDLESS, add_generation_prompt=False)) as stream:
+            assert (await anext(stream)).prompt == bare != text
+        with pytest.raises(RequestError, match="messages is empty"):
+            await anext(engine.chat([]))
+
+    run(work())
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

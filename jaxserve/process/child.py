@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's process: `python -m jaxserve.process.child --fd N`, N being its end of a socket pair.
+
+    reader  takes messages; when the parent is gone it ends the process, whatever that is doing
+    main    loads the model, then turns: does what the messages say, one step, one message back; sleeps when idle
+    beat    tells each second how long ago the last turn was completed, so that a hang is noticed
+
+The parent decides when this ends. Signals that go to all processes of a terminal or a service are not for this one.
+"""
+
+import argparse
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import JaxserveError
+from jaxserve.process import wire
+from jaxserve.process.outbox import Outbox
+
+if TYPE_CHECKING:
+    from jaxserve.engine.engine import Engine
+
+BEAT = 1.0
+TOLD_EVERY = 0.1  # seconds between two messages of progress, or between two that say nothing but numbers
+LAST_WORDS = 2.0  # how long they may take
+
+
+class Inbox:
+    """What the parent said and nobody has read yet."""
+
+    def __init__(self, receiver: wire.Receiver) -> None:
+        self._receiver = receiver
+        self._changed = threading.Condition()
+        self._messages: list[Any] = []
+        self.stoppable = True  # at once: no model is there that could be closed
+
+    def read(self) -> None:
+        """In a thread of its own, to the end of the process."""
+        try:
+            while (messages := self._receiver.receive()) is not None:
+                if self.stoppable and any(isinstance(message, wire.Stop) for message in messages):
+                    break
+                with self._changed:
+                    self._messages += messages
+                    self._changed.notify()
+        except BaseException:
+            traceback.print_exc()
+            _exit(1)
+        _exit(0)
+
+    def take(self, timeout: float | None) -> list[Any]:
+        """Waits for some, or for so long; without a timeout as long as it takes."""
+        with self._changed:
+            if not self._messages and timeout != 0:
+                self._changed.wait(timeout)
+            messages, self._messages = self._messages, []
+        return messages
+
+
+class Child:
+    def __init__(self, engine: "Engine", inbox: Inbox, outbox: Outbox) -> None:
+        self._engine, self._inbox, self._outbox = engine, inbox, outbox
+        self._told = 0.0  # when numbers were last sent
+        self.turned = time.monotonic()  # when the last turn was completed
+
+    @property
+    def working(self) -> bool:
+        """Whether a turn should be under way."""
+        return self._engine.unfinished and not self._outbox.kept
+
+    def run(self) -> None:
+        """Until it is told to stop."""
+        self._outbox.send(wire.Ready(), wire.Turn([], self._engine.metrics()))
+        while self._turn():
+            self.turned = time.monotonic()
+
+    def _turn(self) -> bool:
+        engine, outbox = self._engine, self._outbox
+        idle = not engine.unfinished
+        said = self._inbox.take((TOLD_EVERY if outbox.kept else None) if idle else 0)
+        if idle:
+            self.turned = time.monotonic()
+            if not said:
+                outbox.flush()
+                return True
+        answers: list[Any] = []
+        for message in said:
+            if isinstance(message, wire.Stop):
+                return False
+            self._do(message, answers)
+        updates = engine.step() if engine.unfinished else []
+        now = time.monotonic()
+        if updates or answers or now - self._told > TOLD_EVERY or not engine.unfinished:
+            outbox.send(*answers, wire.Turn(updates, engine.metrics()))
+            self._told = now
+        elif outbox.kept:
+            outbox.flush()
+        outbox.wait()
+        return True
+
+    def _do(self, message: Any, answers: list[Any]) -> None:
+        match message:
+            case wire.Add():
+                try:
+                    self._engine.add(wire.request_of(message))
+                except Exception as error:
+                    answers.append(wire.Refused(message.request_id, wire.fault_of(error)))
+            case wire.Abort():
+                self._engine.abort(message.request_id, index=message.index, reason=message.reason)
+            case wire.Call():
+                answers.append(self._called(message))
+            case _:
+                raise TypeError(f"a {type(message).__name__} came while the engine runs")
+
+    def _called(self, call: wire.Call) -> wire.Answer:
+        try:
+            wire.check_call(call.name)
+            result = getattr(self._engine, call.name)(**call.arguments)
+            return wire.Answer(call.number, msgspec.Raw(wire.encode(result)))
+        except Exception as error:
+            if not isinstance(error, JaxserveError):
+                traceback.print_exc()
+            return wire.Answer(call.number, fault=wire.fault_of(error))
+
+
+class Beat:
+    """Signs of life. Where Python itself stands still none is sent, and after a while the stacks are printed and the
+    process ends: nobody else could end it if the parent were gone too."""
+
+    def __init__(self, outbox: Outbox, watchdog: float | None) -> None:
+        self._outbox, self._watchdog = outbox, watchdog
+        self.of: Child | None = None
+        threading.Thread(target=self._run, name="jaxserve-beat", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            if self._watchdog is not None:
+                faulthandler.dump_traceback_later(self._watchdog + 10 * BEAT, exit=True)
+            self._outbox.flush()
+            if not self._outbox.kept:
+                child, now = self.of, time.monotonic()
+                age, working = (0.0, False) if child is None else (now - child.turned, child.working)
+                self._outbox.send(wire.Beat(age, working))
+            time.sleep(BEAT)
+
+
+def _opened(engine: "Engine") -> wire.Opened:
+    import jax
+
+    from jaxserve.engine.runner import shard_bytes
+
+    spec, leaves = engine.loaded.spec, jax.tree.leaves(engine.loaded.params)
+    folder = engine.loaded.folder
+    return wire.Opened(
+        folder=None if folder is None else str(folder),
+        limits=replace(engine.limits, rope_key=None),
+        sampling_defaults=dict(engine.loaded.sampling_defaults),
+        family=spec.family,
+        layers=len(spec.layers),
+        dtype=leaves[0].dtype.name,
+        parameters=sum(leaf.size for leaf in leaves),
+        weight_bytes=sum(map(shard_bytes, leaves)),
+    )
+
+
+def _load(start: wire.Start, outbox: Outbox) -> "Engine":
+    config = EngineConfig(**start.config)
+    outbox.send(wire.Progress("starting", 0, 0))
+    from jaxserve.engine.engine import Engine  # with jax: seconds
+
+    last = 0.0
+
+    def told(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > TOLD_EVERY or done >= total:
+            last = time.monotonic()
+            outbox.send(wire.Progress(what, done, total))
+
+    outbox.send(wire.Progress("opening the model", 0, 0))
+    return Engine(config, told=told, opened=lambda engine: outbox.send(_opened(engine)))
+
+
+def serve(end: socket.socket) -> int:
+    """The exit code."""
+    receiver = wire.Receiver(end, of_parent=True)
+    first = receiver.receive()
+    if first is None:
+        return 0
+    [start] = first
+    inbox, outbox = Inbox(receiver), Outbox(end)
+    threading.Thread(target=inbox.read, name="jaxserve-reader", daemon=True).start()
+    beat = Beat(outbox, start.watchdog)
+    try:
+        engine = _load(start, outbox)
+        inbox.stoppable = False
+        beat.of = child = Child(engine, inbox, outbox)
+        child.run()
+    except BaseException as error:
+        if not isinstance(error, JaxserveError) or error.__cause__ is not None:
+            traceback.print_exc()
+        outbox.send(wire.Failed(wire.fault_of(error)))
+        outbox.finish(LAST_WORDS)
+        return 1
+    return 0  # the system takes all memory back, the devices' too
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the parent asks where it hangs
+    parser = argparse.ArgumentParser(prog="jaxserve.process.child")
+    parser.add_argument("--fd", type=int, required=True)
+    number = parser.parse_args(arguments).fd
+    os.set_inheritable(number, False)
+    _exit(serve(socket.socket(fileno=number)))
+
+
+def _exit(code: int) -> NoReturn:
+    """At once: threads of jax, or of a compiler, are not waited for."""
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

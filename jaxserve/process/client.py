@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way to an engine in a child process, for a parent that does not import jax.
+
+    callers --- Add, Abort, Call ---> sender --- all there is, in one message ---> child
+    streams, calls, `on_change` <--- receiver <--- one message per turn --- child
+
+Nothing here waits for the child but `stop`. However it ends (a fault, a signal, a hang that the watchdog sees), its
+streams and calls end with an EngineError at once, it is waited for, and nothing is started again: make another.
+"""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import msgspec
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineError, JaxserveError
+from jaxserve.metrics import EngineMetrics
+from jaxserve.process import wire
+from jaxserve.process.wire import Opened
+from jaxserve.streams import Abort, Stream, Streams, again
+
+__all__ = ["EngineProcess", "EngineState", "Opened"]
+
+type Phase = Literal["starting", "ready", "failed", "stopped"]
+
+START_SECONDS = 60.0  # libraries that are read from a slow disk let no beat through: while it starts, at least this
+EXIT_SECONDS = 0.5  # for a child that closed its end to be gone
+DUMP_SECONDS = 0.3  # for one that hangs to print where
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    phase: Phase = "starting"
+    detail: str = "starting"  # what is under way: "loading 35 %", "compiling 7/18"; empty when nothing is
+    done: int = 0
+    total: int = 0
+    error: str | None = None  # of a failed one: what was wrong; what to do
+
+
+class EngineProcess:
+    """An EngineLink. Made, it is started once."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        watchdog: float | None = 300.0,
+        command: Sequence[str] | None = None,
+        on_change: Callable[[EngineState], object] | None = None,
+    ) -> None:
+        """
+        watchdog: how many seconds without a completed turn while there is work, or without a sign of life, mean a hang.
+        on_change: called with each new state, one after the other, in any thread; it must not wait for anything.
+        """
+        self.state = EngineState()
+        self.stats: EngineMetrics | None = None  # as of the last turn
+        self.opened: Opened | None = None  # once the model was read
+        self._config, self._watchdog, self._on_change = config, watchdog, on_change
+        self._command = [*(command or _command())]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._threads: list[threading.Thread] = []
+        self._streams = Streams()
+        self._changed = threading.Condition()  # guards the next four
+        self._outgoing: list[msgspec.Raw] = []
+        self._calls: dict[int, tuple[str, Future[Any]]] = {}
+        self._numbers = 0
+        self._stopping = False
+        self._telling = threading.RLock()  # guards the state
+        self._ended = threading.Event()
+        self._heard = 0.0  # when anything last came
+        self._beat = wire.Beat(0.0, False)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Returns at once; `state` and `on_change` tell how far it is."""
+        mine, its = socket.socketpair()
+        with its:
+            # It ignores what a terminal or a service manager sends to all; until it says so nothing must reach it.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            try:
+                self._process = subprocess.Popen(
+                    [*self._command, "--fd", str(its.fileno())], pass_fds=(its.fileno(),), stdin=subprocess.DEVNULL
+                )
+            except BaseException:
+                mine.close()
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._heard = time.monotonic()
+        with suppress(OSError):  # gone already: the receiver finds out
+            mine.sendall(wire.frame([wire.Start(asdict(self._config), self._watchdog)]))
+        sender = threading.Thread(target=self._send, args=(mine,), name="jaxserve-sender", daemon=True)
+        receiver = threading.Thread(
+            target=self._receive, args=(mine, self._process, sender), name="jaxserve-receiver", daemon=True
+        )
+        self._threads = [sender, receiver]
+        if self._watchdog is not None:
+            work = self._watch, (self._process, self._watchdog)
+            self._threads.append(threading.Thread(target=work[0], args=work[1], name="jaxserve-watchdog", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, grace: float = 5.0) -> None:
+        """Ends the child, by force after `grace` seconds; streams end at once. Returns when nothing is left of it."""
+        error = EngineError("the engine was shut down", "start it again")
+        with self._changed:
+            self._stopping = True
+        self._fail_all(error)
+        self._post(wire.encode(wire.Stop()))
+        if self._process is not None:
+            try:
+                self._process.wait(grace)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._end("stopped", error)
+        for thread in self._threads:
+            thread.join()
+
+    # --- an EngineLink ----------------------------------------------------------------------------------------------
+
+    def check_alive(self) -> None:
+        self._streams.check_alive()
+
+    def add(self, stream: Stream) -> None:
+        """Its outputs come to the stream; so does the error, if the engine refuses the request."""
+        data = wire.add_of(stream.request)
+        self._streams.add(stream)
+        self._post(data)
+
+    def drop(self, stream: Stream) -> None:
+        """Its consumer has left."""
+        if self._streams.remove(stream):
+            self._post(wire.encode(Abort(stream.request.id)))
+
+    def call(self, name: str, /, **arguments: Any) -> Future[Any]:
+        """Has the engine's method of this name called between two steps; those of wire.CALLS alone."""
+        wire.check_call(name)
+        future: Future[Any] = Future()
+        with self._changed:
+            self._numbers += 1
+            number = self._numbers
+        data = wire.encode(wire.Call(number, name, arguments))
+        with self._changed:
+            self.check_alive()
+            self._calls[number] = name, future
+        self._post(data)
+        return future
+
+    def _post(self, data: bytes) -> None:
+        with self._changed:
+            self._outgoing.append(msgspec.Raw(data))
+            self._changed.notify()
+
+    # --- the sender -------------------------------------------------------------------------------------------------
+
+    def _send(self, end: socket.socket) -> None:
+        while True:
+            with self._changed:
+                while not self._outgoing and not self._ended.is_set():
+                    self._changed.wait()
+                if self._ended.is_set():
+                    return
+                outgoing, self._outgoing = self._outgoing, []
+            try:
+                end.sendall(wire.frame(outgoing))
+            except OSError:  # gone: the receiver finds out
+                return
+
+    # --- the receiver -----------------------------------------------------------------------------------------------
+
+    def _receive(self, end: socket.socket, process: "subprocess.Popen[bytes]", sender: threading.Thread) -> None:
+        receiver = wire.Receiver(end, of_parent=False)
+        try:
+            while (messages := receiver.receive()) is not None:
+                self._heard = time.monotonic()
+                for message in messages:
+                    self._take(message)
+        except Exception as fault:
+            error = EngineError(f"reading from the engine failed: {type(fault).__name__}: {fault}", "report this")
+            self._end("failed", error)
+            process.kill()
+        try:
+            code = process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if not self._stopping:  # else `stop` says so
+            self._end("failed", _ended_with(code))
+        sender.join()
+        receiver.close()
+        end.close()
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case wire.Turn():
+                self.stats = message.metrics
+                for abort in self._streams.take(message.updates):
+                    self._post(wire.encode(abort))
+            case wire.Refused():
+                self._streams.fail(message.request_id, wire.error_of(message.fault))
+            case wire.Answer():
+                self._answer(message)
+            case wire.Beat():
+                self._beat = message
+            case wire.Progress():
+                self._become(EngineState("starting", _detail(message), message.done, message.total))
+            case wire.Opened():
+                self.opened = message
+                self._become(self.state)
+            case wire.Ready():
+                self._become(EngineState("ready", ""))
+            case _:
+                self._end("failed", EngineError(message.fault.problem, message.fault.hint))
+
+    def _answer(self, answer: wire.Answer) -> None:
+        with self._changed:
+            call = self._calls.pop(answer.number, None)
+        if call is None:  # it was ended by `stop`
+            return
+        name, future = call
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = wire.result_of(name, answer)
+        except JaxserveError as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    # --- the watchdog -----------------------------------------------------------------------------------------------
+
+    def _watch(self, process: "subprocess.Popen[bytes]", seconds: float) -> None:
+        every = min(1.0, seconds / 4)
+        last = time.monotonic()
+        while not self._ended.wait(every):
+            now = time.monotonic()
+            if now - last > every + 1:  # this process stood still itself: what came meanwhile was not read
+                self._heard = now
+            last = now
+            patience = seconds if self.state.phase == "ready" else max(seconds, START_SECONDS)
+            if self._beat.working and self._beat.age > seconds:
+                problem = f"the engine completed no step for {self._beat.age:.0f} seconds"
+            elif now - self._heard > patience:
+                problem = f"the engine gave no sign of life for {now - self._heard:.0f} seconds"
+            else:
+                continue
+            self._end("failed", EngineError(problem, "see where it hangs in its log"))
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
+            time.sleep(DUMP_SECONDS)
+            process.kill()
+
+    # --- states and the end -----------------------------------------------------------------------------------------
+
+    def _become(self, state: EngineState) -> None:
+        with self._telling:
+            if not self._ended.is_set():
+                self._tell(state)
+
+    def _tell(self, state: EngineState) -> None:
+        self.state = state
+        if self._on_change is not None:
+            self._on_change(state)
+
+    def _end(self, phase: Literal["failed", "stopped"], error: EngineError) -> None:
+        """Once: the first reason counts."""
+        with self._telling:
+            if self._ended.is_set():
+                return
+            with self._changed:
+                self._ended.set()
+                self._changed.notify_all()
+            told = str(error) if phase == "failed" else None
+            try:  # first, so that whoever is told by a stream finds the state that it is in
+                self._tell(replace(self.state, phase=phase, detail="", error=told))
+            finally:
+                self._fail_all(error)
+
+    def _fail_all(self, error: EngineError) -> None:
+        self._streams.close(error)  # from here on nothing is taken
+        with self._changed:
+            calls, self._calls = list(self._calls.values()), {}
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(again(error))
+
+
+def _command() -> list[str]:
+    """This Python, with what this one was told about assertions, and no module out of the current folder."""
+    return [sys.executable, *["-O"] * sys.flags.optimize, "-P", "-m", "jaxserve.process.child"]
+
+
+def _detail(progress: wire.Progress) -> str:
+    if not progress.total:
+        return progress.what
+    if progress.what == "loading":  # bytes
+        return f"loading {100 * progress.done // progress.total} %"
+    return f"{progress.what} {progress.done}/{progress.total}"
+
+
+def _ended_with(code: int) -> EngineError:
+    if code >= 0:
+        return EngineError(f"the engine's process ended with exit code {code}", "see its log")
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = "the machine may have run out of memory: see its log" if code == -signal.SIGKILL else "see its log"
+    return EngineError(f"the engine's process was ended by {name}", hint)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a child says to its parent, without waiting for it: the engine's steps go on while the parent is busy.
+
+The socket takes what it has room for at once; the rest is kept here and goes first the next time. A parent that takes
+nothing for so long that MOST_KEPT bytes are kept makes `wait` wait. So the child stops computing for nobody, its memory
+is bounded, nothing is lost or merged, and all goes on when the parent does. If the parent is gone instead, who reads
+from it ends the process.
+"""
+
+import select
+import socket
+import threading
+from typing import Any
+
+from jaxserve.process import wire
+
+MOST_KEPT = 64 << 20
+
+
+class Outbox:
+    """Any thread may send."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._lock = threading.Lock()
+        self._kept = bytearray()
+
+    @property
+    def kept(self) -> int:
+        """Bytes that the socket has not taken yet."""
+        return len(self._kept)
+
+    def send(self, *messages: Any) -> None:
+        made = wire.frame(messages)
+        with self._lock:
+            if self._kept:
+                self._kept += made
+            else:
+                self._kept = made
+            self._flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        done = 0
+        try:
+            with memoryview(self._kept) as rest:
+                while done < len(rest):
+                    done += self._end.send(rest[done:], socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:  # the parent is gone
+            done = len(self._kept)
+        del self._kept[:done]
+
+    def wait(self) -> None:
+        """While too much is kept."""
+        while self.kept > MOST_KEPT:
+            self._until_room(None)
+
+    def finish(self, seconds: float) -> None:
+        """Sends the rest, as long as the parent takes some of it within so many seconds."""
+        while self.kept and self._until_room(seconds):
+            pass
+
+    def _until_room(self, seconds: float | None) -> bool:
+        room = select.poll()  # select() takes no descriptor above 1023
+        room.register(self._end, select.POLLOUT)
+        ready = bool(room.poll(None if seconds is None else 1000 * seconds))
+        self.flush()
+        return ready

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What parent and child say to each other, as bytes: MessagePack in frames over a socket. No pickle, so no code.
+
+    frame     8 bytes of length, then that many bytes: a list of messages, which is all that its sender had to say
+    parent    Start, then Add, Abort, Call, Stop, done in their order
+    child     Progress, Opened, Ready while it starts; Turn, Refused, Answer after each turn; Beat; Failed at the end
+
+Both run on one machine, and from one installation: times are on its monotonic clock, and there are no versions.
+"""
+
+import socket
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+
+from jaxserve.config import ConfigError, Limits
+from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
+from jaxserve.metrics import EngineMetrics
+from jaxserve.streams import Abort
+from jaxserve.types import Request, Update
+
+LENGTH = struct.Struct("<Q")
+# Far above what any step can say; a length beyond it is no length.
+MOST_BYTES = 2**36
+READ_AHEAD = 1 << 20
+
+# What a parent may have called, and what it gives.
+CALLS: Mapping[str, Any] = {
+    **dict.fromkeys(("abort", "also_ends", "reset_prefix_cache", "sleep", "start_profile", "wake"), None),
+    "metrics": EngineMetrics,
+    "stop_profile": Path,
+}
+
+
+class Message(msgspec.Struct, array_like=True, tag=str.lower):
+    pass
+
+
+# --- from the parent ------------------------------------------------------------------------------------------------
+
+
+class Start(Message):
+    config: dict[str, Any]  # the fields of an EngineConfig
+    watchdog: float | None
+
+
+class Add(Message):
+    request_id: str
+    request: msgspec.Raw  # a Request, in bytes of its own: one that cannot be read is refused, and no other is
+
+
+class Call(Message):
+    number: int  # of the answer
+    name: str
+    arguments: dict[str, Any]
+
+
+class Stop(Message):
+    pass
+
+
+# --- from the child -------------------------------------------------------------------------------------------------
+
+
+class Fault(msgspec.Struct, array_like=True, frozen=True):
+    """An error, for whoever it is told to."""
+
+    kind: str
+    problem: str
+    hint: str
+    field: str = ""
+
+
+class Progress(Message):
+    what: str
+    done: int
+    total: int
+
+
+class Opened(Message):
+    """What is known once the model was read, before anything is compiled."""
+
+    folder: str | None  # where the model was found
+    limits: Limits
+    sampling_defaults: dict[str, Any]
+    family: str
+    layers: int
+    dtype: str
+    parameters: int  # how many numbers, padding included
+    weight_bytes: int  # on each device
+
+
+class Ready(Message):
+    pass
+
+
+class Turn(Message):
+    updates: list[Update]
+    metrics: EngineMetrics
+
+
+class Refused(Message):
+    request_id: str
+    fault: Fault
+
+
+class Answer(Message):
+    number: int
+    result: msgspec.Raw = msgspec.Raw(b"\xc0")  # null
+    fault: Fault | None = None
+
+
+class Beat(Message):
+    """A sign of life: how long ago the last turn was completed, and whether there is anything to do."""
+
+    age: float
+    working: bool
+
+
+class Failed(Message):
+    """The last words."""
+
+    fault: Fault
+
+
+type FromParent = Start | Add | Abort | Call | Stop
+type FromChild = Progress | Opened | Ready | Turn | Refused | Answer | Beat | Failed
+
+_request = msgspec.msgpack.Decoder(Request)
+_from_parent = msgspec.msgpack.Decoder(list[FromParent])
+_from_child = msgspec.msgpack.Decoder(list[FromChild])
+
+
+def _plain(value: object) -> object:
+    """What users may have put into a request, and results of calls."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return cast(object, value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"a {type(value).__name__} cannot be sent")
+
+
+def _made(kind: type, value: object) -> object:
+    return kind(value)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+encode: Callable[[object], bytes] = _encoder.encode
+
+
+def frame(messages: Sequence[Any]) -> bytearray:
+    """These, or what `encode` made of them as msgspec.Raw."""
+    made = bytearray(LENGTH.size)
+    _encoder.encode_into(messages, made, LENGTH.size)
+    LENGTH.pack_into(made, 0, len(made) - LENGTH.size)
+    return made
+
+
+def add_of(request: Request) -> bytes:
+    """An encoded Add."""
+    try:
+        return encode(Add(request.id, msgspec.Raw(encode(request))))
+    except (OverflowError, UnicodeEncodeError, NotImplementedError) as error:
+        problem = f"the request cannot be sent to the engine: {error}"
+        raise RequestError("prompt", problem, "give numbers of 64 bits and valid Unicode") from None
+
+
+def request_of(add: Add) -> Request:
+    try:
+        return _request.decode(add.request)
+    except msgspec.ValidationError as error:
+        raise RequestError("prompt", f"the engine cannot read the request: {error}", "correct the value") from None
+
+
+def result_of(name: str, answer: Answer) -> Any:
+    """What a call of this name gave, or its error raised."""
+    if answer.fault is not None:
+        raise error_of(answer.fault)
+    return msgspec.msgpack.decode(answer.result, type=CALLS[name], dec_hook=_made)
+
+
+def check_call(name: str) -> None:
+    if name not in CALLS:
+        raise JaxserveError(f"an engine in another process has no {name!r}", f"known: {', '.join(CALLS)}")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, type[JaxserveError]] = {
+    kind.__name__: kind
+    for kind in (CheckpointError, ConfigError, EngineError, JaxserveError, OverloadedError, RequestError)
+}
+
+
+def fault_of(error: BaseException) -> Fault:
+    """One that is not ours is the engine's, in one line."""
+    kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _KINDS), "")
+    if isinstance(error, JaxserveError) and kind:
+        return Fault(kind, error.problem, error.hint, getattr(error, "field", ""))
+    return Fault("EngineError", EngineError(f"{type(error).__name__}: {error}", "").problem, "see its log")
+
+
+def error_of(fault: Fault) -> JaxserveError:
+    kind = _KINDS[fault.kind]
+    if issubclass(kind, RequestError):
+        return kind(fault.field, fault.problem, fault.hint)
+    return kind(fault.problem, fault.hint)
+
+
+# --- the socket -----------------------------------------------------------------------------------------------------
+
+
+class Receiver:
+    """The messages that come out of a socket, for one thread."""
+
+    def __init__(self, end: socket.socket, *, of_parent: bool) -> None:
+        self._file = end.makefile("rb", buffering=READ_AHEAD)
+        self._decode = cast("Callable[[bytes], list[Any]]", (_from_parent if of_parent else _from_child).decode)
+
+    def receive(self) -> list[Any] | None:
+        """Waits for the next; None when the other end is closed."""
+        [size] = LENGTH.unpack(self._read(LENGTH.size) or LENGTH.pack(0))
+        if size > MOST_BYTES:
+            raise EngineError(f"a message of {size} bytes was announced", "report this")
+        data = self._read(size) if size else b""
+        return self._decode(data) if data else None
+
+    def _read(self, size: int) -> bytes:
+        """All of it or nothing. A process that is killed before it has read all resets its sockets."""
+        try:
+            data = self._file.read(size)
+        except ConnectionResetError:
+            data = b""
+        return data if len(data) == size else b""
+
+    def close(self) -> None:
+        self._file.close()

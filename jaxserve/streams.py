@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of an engine's updates to consumers in event loops, in whatever thread they arrive.
+
+    updates --- one thread ---> Streams: outputs, text and all --- one wake-up per loop at most ---> Mailbox -> Stream
+
+Knows nothing of where the engine is. What a slow consumer has not taken waits for it as one output that grows.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from jaxserve.engine.outputs import OutputBuilder
+from jaxserve.errors import EngineError
+from jaxserve.types import FinishReason, Request, RequestOutput, RequestOutputKind, Update
+
+type News = list[tuple["Stream", RequestOutput | Exception]]
+
+
+class Mailbox:
+    """Wakes the consumers of one event loop. Never more than one call of the loop is under way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.lock = threading.Lock()
+        self._loop = loop
+        self._ready: list[Stream] = []
+        self._called = False
+
+    def post(self, news: News) -> bool:
+        """From any thread. False where the loop is closed: nobody listens any more."""
+        with self.lock:
+            for stream, item in news:
+                stream.put(item)
+                self._ready.append(stream)
+            if self._called:
+                return True
+            self._called = True
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            return False
+        return True
+
+    def _deliver(self) -> None:
+        with self.lock:
+            ready, self._ready, self._called = self._ready, [], False
+        for stream in ready:
+            stream.wake()
+
+
+class Stream:
+    """The outputs of one request: made where its updates arrive, taken in its consumer's event loop.
+
+    Times are on the monotonic clock; None until it happened.
+    """
+
+    def __init__(self, request: Request, builder: OutputBuilder, mailbox: Mailbox, *, name: str) -> None:
+        self.request, self.builder, self.mailbox, self.name = request, builder, mailbox, name
+        self.finished = False  # the consumer has had the last output, or the error
+        self.arrival = request.arrival
+        self.scheduled: float | None = None  # when it first got a row
+        self.first_output: float | None = None  # when its first token came here
+        self.last_output: float | None = None  # and its last so far
+        self._merges = request.params.output_kind is RequestOutputKind.DELTA
+        self._waiting: RequestOutput | None = None
+        self._error: Exception | None = None
+        self._event = asyncio.Event()
+
+    def note(self, update: Update, now: float) -> None:
+        """Keeps the times."""
+        if self.scheduled is None:
+            self.scheduled = update.scheduled
+        if update.token_ids:
+            self.last_output = now
+            if self.first_output is None:
+                self.first_output = now
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        """With the mailbox's lock."""
+        if isinstance(item, Exception):
+            self._error = item
+        elif self._merges and self._waiting is not None:
+            _merge(self._waiting, item)
+        else:
+            self._waiting = item
+
+    def wake(self) -> None:
+        self._event.set()
+
+    async def next(self) -> RequestOutput:
+        while True:
+            self._event.clear()
+            with self.mailbox.lock:
+                output, self._waiting = self._waiting, None
+            if output is not None:
+                self.finished = output.finished
+                return output
+            if self._error is not None:
+                self.finished = True
+                raise self._error
+            await self._event.wait()
+
+
+def _merge(into: RequestOutput, later: RequestOutput) -> None:
+    """Adds one DELTA to another that nobody has seen yet."""
+    for sample in later.outputs:
+        before = next((other for other in into.outputs if other.index == sample.index), None)
+        if before is None:
+            into.outputs.append(sample)
+            continue
+        before.text += sample.text
+        before.token_ids += sample.token_ids
+        if before.logprobs is not None and sample.logprobs is not None:
+            before.logprobs += sample.logprobs
+        before.cumulative_logprob, before.policy_version = sample.cumulative_logprob, sample.policy_version
+        before.finish_reason, before.stop_reason = sample.finish_reason, sample.stop_reason
+        before.error = sample.error
+    if into.prompt_logprobs is not None and later.prompt_logprobs:
+        into.prompt_logprobs = into.prompt_logprobs + later.prompt_logprobs
+    if later.embedding is not None:
+        into.embedding = later.embedding
+    into.finished, into.num_cached_tokens = later.finished, later.num_cached_tokens
+
+
+class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
+    """What the engine is to be told: this request, or one of its samples, ends."""
+
+    request_id: str
+    index: int | None = None
+    reason: FinishReason = "abort"
+
+
+class Streams:
+    """The streams whose requests an engine holds, by the engine's ids. Any thread may call; one brings updates."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, Stream] = {}
+        self._error: EngineError | None = None
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def check_alive(self) -> None:
+        if self._error is not None:
+            raise again(self._error)
+
+    def add(self, stream: Stream) -> None:
+        with self._lock:
+            self.check_alive()
+            self._open[stream.request.id] = stream
+
+    def remove(self, stream: Stream) -> bool:
+        """Nothing more comes to it. False where its request has ended already."""
+        return self._open.pop(stream.request.id, None) is not None
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """Its last is this error."""
+        stream = self._open.pop(request_id, None)
+        if stream is not None:
+            stream.mailbox.post([(stream, error)])
+
+    def take(self, updates: Iterable[Update]) -> list[Abort]:
+        """Brings what is new to its consumers; gives what the engine must end before its time: samples at a stop
+        string, requests whose text fails, requests that nobody waits for any more."""
+        now = time.monotonic()
+        aborts: list[Abort] = []
+        news: dict[Mailbox, News] = {}
+        for update in updates:
+            stream = self._open.get(update.request_id)
+            if stream is None:
+                continue
+            stream.note(update, now)
+            item = _output(stream, update, aborts)
+            if item is not None:
+                news.setdefault(stream.mailbox, []).append((stream, item))
+            if stream.builder.finished or isinstance(item, Exception):
+                self.remove(stream)
+        for mailbox, items in news.items():
+            if not mailbox.post(items):
+                aborts += self._deserted(mailbox)
+        return aborts
+
+    def _deserted(self, mailbox: Mailbox) -> list[Abort]:
+        with self._lock:
+            ids = [name for name, stream in self._open.items() if stream.mailbox is mailbox]
+            for name in ids:
+                del self._open[name]
+        return [Abort(name) for name in ids]
+
+    def close(self, error: EngineError) -> None:
+        """Ends every stream, and refuses those that come later, each with an error of its own."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            streams, self._open = list(self._open.values()), {}
+        news: dict[Mailbox, News] = {}
+        for stream in streams:
+            news.setdefault(stream.mailbox, []).append((stream, again(error)))
+        for mailbox, items in news.items():
+            mailbox.post(items)
+
+
+def _output(stream: Stream, update: Update, aborts: list[Abort]) -> RequestOutput | Exception | None:
+    try:
+        output = stream.builder.add(update)
+    except Exception as fault:  # of this request's text; the others go on
+        aborts.append(Abort(update.request_id))
+        return EngineError(f"the output failed: {type(fault).__name__}: {fault}", "report this")
+    for index in stream.builder.take_stopped():
+        aborts.append(Abort(update.request_id, index, "stop"))
+    return output
+
+
+def again(error: EngineError) -> EngineError:
+    """For each who is told one of his own: a traceback grows with every raise."""
+    return EngineError(error.problem, error.hint)
