@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The application: every route, and what each request passes before its handler and after it.
+
+observe (id, load, log, metrics) -> faults (errors as JSON) -> admit (origin, key, readiness, body) -> handler
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
+
+from jaxserve.errors import EngineError, one_line
+from jaxserve.server import logs
+from jaxserve.server.auth import Keys, Origins
+from jaxserve.server.errors import ApiError, as_api_error, bad_request
+from jaxserve.server.guard import Bodies
+from jaxserve.server.prometheus import UNKNOWN
+from jaxserve.server.record import Record
+from jaxserve.server.routes import Handler, Route, all_routes
+from jaxserve.server.state import RECORD, SERVING, Serving
+
+LEFT = 499  # what the log and the metrics say of a client that went before its answer
+MAX_ID = 128
+ID_HEADER = "X-Request-Id"
+
+
+def make_app(serving: Serving) -> web.Application:
+    config = serving.config
+    routes = all_routes(ui=not config.no_ui)
+    table: dict[tuple[str, str], Route] = {(route.method, route.path): route for route in routes}
+    origins = Origins(config)
+    app = web.Application(
+        middlewares=[
+            _observe(serving, table),
+            _faults,
+            _admit(serving, table, keys=Keys(config.api_key), origins=origins, bodies=Bodies(config)),
+        ],
+        client_max_size=config.max_body_bytes,
+    )
+    app[SERVING] = serving
+    for route in routes:
+        app.router.add_route(route.method, route.path, route.handler, expect_handler=_expect)
+        if route.method == hdrs.METH_GET:
+            app.router.add_route(hdrs.METH_HEAD, route.path, route.handler)
+
+    async def mark(request: web.Request, response: web.StreamResponse) -> None:
+        origins.mark(request, response)
+        response.headers[hdrs.SERVER] = "jaxserve"
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        record = request.get(RECORD)
+        if config.enable_request_id_headers and record is not None:
+            response.headers[ID_HEADER] = record.id
+        if serving.draining or not response.keep_alive:
+            response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"
+
+    app.on_response_prepare.append(mark)
+    return app
+
+
+def _route(table: dict[tuple[str, str], Route], request: web.Request) -> Route | None:
+    """By what aiohttp matched, never by what the path looks like."""
+    resource = request.match_info.route.resource
+    method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
+    return None if resource is None else table.get((method, resource.canonical))
+
+
+def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middleware:
+    @web.middleware
+    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        record = request[RECORD] = Record(_request_id(request), time.monotonic())
+        route = _route(table, request)
+        status = LEFT
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            name = UNKNOWN if route is None else route.path
+            serving.metrics.answered(request.method, name, status, time.monotonic() - record.arrival)
+            level = logging.WARNING if status in (500, 504) else logging.INFO if route and route.work else logging.DEBUG
+            shown = request.rel_url.raw_path if route is None else route.path
+            logs.request_line(
+                record, method=request.method, path=shown, status=status, config=serving.config, level=level
+            )
+
+    return observe
+
+
+def _request_id(request: web.Request) -> str:
+    """For logs, and for the client to find it there: never a key to anything."""
+    sent = request.headers.get(ID_HEADER, "")
+    good = 0 < len(sent) <= MAX_ID and sent.isascii() and sent.isprintable()
+    return sent if good else uuid.uuid4().hex
+
+
+@web.middleware
+async def _faults(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        if isinstance(error, ConnectionError) or request.writer.output_size > 0:
+            raise  # there is nobody to tell, or the answer has begun: aiohttp closes the connection
+        told = as_api_error(error)
+        # A failed engine has said why itself: not again for each request that it took along.
+        if told.status >= 500 and not isinstance(error, ApiError | EngineError | web.HTTPException):
+            logs.LOG.error("%s %s failed", request.method, request.match_info.route.name or "", exc_info=error)
+        request[RECORD].error = told.message
+        response = told.response()
+        if response.headers.get(hdrs.CONNECTION) == "close":
+            response.force_close()
+        return response
+
+
+def _admit(
+    serving: Serving, table: dict[tuple[str, str], Route], *, keys: Keys, origins: Origins, bodies: Bodies
+) -> Middleware:
+    @web.middleware
+    async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        origins.check(request)
+        preflight = origins.preflight(request)
+        if preflight is not None:
+            return preflight
+        route = _route(table, request)
+        if keys and not (route is not None and route.public):
+            keys.check(request)
+        if route is not None and not (route.public or serving.config.allow_unknown_fields):
+            _check_query(request, route)
+        if route is None or not route.work:
+            return await handler(request)
+        try:
+            serving.check_engine()
+        except ApiError:
+            serving.metrics.rejections["unavailable"] += 1
+            raise
+        serving.begin()
+        try:
+            size = await bodies.read(request)
+            try:
+                return await handler(request)
+            finally:
+                bodies.release(size)
+        finally:
+            serving.finish()
+
+    return admit
+
+
+def _check_query(request: web.Request, route: Route) -> None:
+    """No parameter is ignored in silence."""
+    known = [query.name for query in route.query]
+    for name in request.query:
+        if name not in known:
+            hint = f"known: {', '.join(known)}" if known else "leave it out"
+            raise bad_request(None, f"{one_line(name, limit=80)!r} is no parameter of this address", hint)
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    """A client asks before it sends the body."""
+    if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
+        return ApiError(417, "There is nothing to expect here but 100-continue.").response()
+    if request.version >= (1, 1):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
+    return None

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may ask: API keys, and against web pages the Host and Origin headers. CORS for the pages that may.
+
+With keys a foreign page gets nowhere: it has none. Without keys a browser on this machine would lend it its place:
+by a request to 127.0.0.1 (Origin tells) or by a name of its own that comes to mean 127.0.0.1 (Host tells).
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from aiohttp import hdrs, web
+
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.errors import ApiError
+
+HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+LOCAL = frozenset(("localhost", "127.0.0.1", "[::1]"))
+PREFLIGHT_SECONDS = "600"
+
+
+class Keys:
+    def __init__(self, keys: Collection[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, request: web.Request) -> None:
+        """Raises a 401 unless the request has one of the keys. Takes the same time whichever it has, or none."""
+        scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        digest = _digest(given.strip())
+        known = [hmac.compare_digest(digest, own) for own in self._digests]
+        if scheme.lower() != "bearer" or not any(known):
+            message = "A key is needed, and this is none. Send one as: Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> bytes:
+    # Headers are decoded with surrogates for what is no UTF-8.
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def is_loopback(address: str) -> bool:
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+class Origins:
+    """Which names this server answers to, and which web pages may use it."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        own = LOCAL | {_bare(config.host), *map(str.lower, config.allowed_hosts)}
+        # On an address that others reach the names are not known; there a warning asks for keys.
+        checks = not config.api_key and (is_loopback(config.host) or config.allowed_hosts)
+        self._hosts = own if checks and "*" not in config.allowed_hosts else None
+
+    def check(self, request: web.Request) -> None:
+        """Raises for a Host that is malformed or not ours, and for a page that may not ask."""
+        host = request.headers.get(hdrs.HOST, "")
+        if request.headers.getall(hdrs.HOST, []) != [host] or (host and not HOST.fullmatch(host)):
+            raise ApiError(400, "The Host header is malformed.")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            raise ApiError(403, "This server does not answer to that Host. Start it with --allowed-hosts to add one.")
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is None or self._config.api_key or self.allows(origin) or _own(origin, host):
+            return
+        raise ApiError(403, "Pages of this Origin may not use this server. Start it with --allowed-origins to add one.")
+
+    def allows(self, origin: str) -> bool:
+        return "*" in self._config.allowed_origins or origin in self._config.allowed_origins
+
+    def preflight(self, request: web.Request) -> web.Response | None:
+        """The answer to a browser that asks whether a page may ask."""
+        origin = request.headers.get(hdrs.ORIGIN)
+        wanted = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_METHOD)
+        if request.method != hdrs.METH_OPTIONS or origin is None or wanted is None or not self.allows(origin):
+            return None
+        methods, headers = self._config.allowed_methods, self._config.allowed_headers
+        asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
+        names = [name.strip() for name in asked.split(",") if name.strip()]
+        known = {name.lower() for name in headers}
+        if ("*" not in methods and wanted not in methods) or (
+            "*" not in headers and not all(name.lower() in known for name in names)
+        ):
+            raise ApiError(403, "Pages of this Origin may not send this method, or one of these headers.")
+        answer = web.Response(status=204)
+        answer.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = wanted
+        if names:
+            answer.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = ", ".join(names)
+        answer.headers[hdrs.ACCESS_CONTROL_MAX_AGE] = PREFLIGHT_SECONDS
+        return answer
+
+    def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Lets the browser show the answer to the page, where that may see it."""
+        if not self._config.allowed_origins:
+            return
+        response.headers.add(hdrs.VARY, "Origin")
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is None or not self.allows(origin):
+            return
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in self._config.allowed_origins else origin
+        if self._config.allow_credentials:
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS] = "true"
+
+
+def _bare(address: str) -> str:
+    """An address as it stands in a Host header."""
+    return f"[{address}]".lower() if ":" in address else address.lower()
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    return re.sub(r":\d+$", "", host).lower().rstrip(".")
+
+
+def _own(origin: str, host: str) -> bool:
+    """Whether the page came from this server. A proxy may speak TLS for us: the scheme does not count."""
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    default = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+    return parts.scheme in ("http", "https") and host != "" and host.lower() in (parts.netloc, parts.netloc + default)

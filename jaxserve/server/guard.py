@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that would cost more than they may: slow, silent, too many, unread, or speaking no HTTP.
+
+aiohttp waits without end for the head of a first request and for a client that reads nothing; here each wait ends.
+"""
+
+import asyncio
+import logging
+import resource
+from typing import Any, cast
+
+from aiohttp import hdrs, web
+from aiohttp.web_protocol import RequestHandler
+
+from jaxserve.errors import one_line
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.errors import ApiError
+
+LOG = logging.getLogger("jaxserve.server")
+SPARE_FILES = 64  # descriptors that are not connections
+MAX_BODIES = 2**29  # bytes of all requests' bodies together
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Connections:
+    """All that are open, the one that has been idle longest first to go."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.most = min(config.max_connections, _room_for_files())
+        self.open: dict[Connection, None] = {}
+
+    def admit(self, connection: "Connection") -> bool:
+        if len(self.open) >= self.most:
+            idle = next((other for other in self.open if other.idle), None)
+            if idle is None:
+                return False
+            idle.force_close()
+            self.open.pop(idle, None)
+        self.open[connection] = None
+        return True
+
+    def renew(self, connection: "Connection") -> None:
+        """It was used: others go first."""
+        if self.open.pop(connection, 0) is None:
+            self.open[connection] = None
+
+    def factory(self, server: web.Server, loop: asyncio.AbstractEventLoop) -> "Connection":
+        return Connection(self, server, loop=loop)
+
+
+def _room_for_files() -> int:
+    """How many connections this process may hold, after asking for as many as it can get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft != hard:
+        wanted = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+        if wanted > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return 2**20 if soft == resource.RLIM_INFINITY else max(soft - SPARE_FILES, 16)
+
+
+class Connection(RequestHandler):
+    def __init__(self, connections: Connections, server: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
+        config = connections.config
+        # No access log: middleware knows more of a request. Unread bodies of refused requests are not waited for long.
+        options: dict[str, Any] = {"access_log": None, "lingering_time": 2.0}
+        super().__init__(server, loop=loop, keepalive_timeout=config.keep_alive_timeout, **options)
+        self._connections = connections
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Between two requests, or before the first."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not self._connections.admit(self):
+            socket = cast(asyncio.Transport, transport)
+            socket.write(FULL)
+            socket.close()
+            return
+        self._timer = self._loop.call_later(self._connections.config.header_timeout, self._close_if_silent)
+        super().connection_made(transport)
+
+    def _close_if_silent(self) -> None:
+        self._timer = None
+        if self._request_count == 0 and self.transport is not None:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport is not None:  # of a connection that was refused nothing is read
+            super().data_received(data)
+            self._connections.renew(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.open.pop(self, None)
+        for timer in (self._timer, self._writing_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # --- a client that does not read --------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing_timer = self._loop.call_later(self._connections.config.stream_timeout, self._cut)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing_timer is not None:
+            self._writing_timer.cancel()
+            self._writing_timer = None
+
+    def _cut(self) -> None:
+        self._writing_timer = None
+        if self.transport is not None:
+            LOG.warning("a client did not read its answer for %g s: cut off", self._connections.config.stream_timeout)
+            self.transport.abort()
+
+    # --- what is no HTTP --------------------------------------------------------------------------------------------
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        if status >= 500:
+            LOG.error("a request failed outside of its handler", exc_info=exc)
+            answer = ApiError(status, "The server failed on this request. Its log says why.").response()
+        else:
+            # The first line: the rest repeats what came.
+            reason = one_line((message or "").split("\n", 1)[0].strip(" :"), limit=100)
+            LOG.debug("no HTTP: %s", reason)
+            answer = ApiError(status, f"This is no valid HTTP request: {reason or 'malformed'}.").response()
+        answer.headers[hdrs.SERVER] = "jaxserve"
+        answer.force_close()
+        return answer
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+class Bodies:
+    """Reads requests' bodies whole, before their handlers run. Counts what all of them hold."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._held = 0
+
+    async def read(self, request: web.Request) -> int:
+        """How many bytes are held until `release`. The body is `await request.read()` from then on."""
+        if not request.body_exists:
+            return 0
+        if (request.content_length or 0) > self._config.max_body_bytes:
+            raise _too_large(self._config)
+        try:
+            async with asyncio.timeout(self._config.body_timeout):
+                return await self._read(request)
+        except TimeoutError:
+            message = f"The body did not come within {self._config.body_timeout:g} seconds."
+            raise ApiError(408, message, headers={hdrs.CONNECTION: "close"}) from None
+        except web.RequestPayloadError:
+            raise ApiError(400, "The body does not hold what its headers say.") from None
+
+    async def _read(self, request: web.Request) -> int:
+        body = bytearray()
+        try:
+            while chunk := await request.content.readany():
+                body += chunk
+                self._held += len(chunk)
+                if len(body) > self._config.max_body_bytes:
+                    raise _too_large(self._config)
+                if self._held > MAX_BODIES:
+                    raise ApiError(503, "Too many large requests at once.", headers={"Retry-After": "5"})
+        except BaseException:
+            self.release(len(body))
+            raise
+        request._read_bytes = bytes(body)  # pyright: ignore[reportPrivateUsage]  # where request.read() keeps it
+        return len(body)
+
+    def release(self, size: int) -> None:
+        self._held -= size
+
+
+def _too_large(config: ServerConfig) -> ApiError:
+    message = f"The body is larger than {config.max_body_bytes} bytes (--max-body-bytes)."
+    return ApiError(413, message, headers={hdrs.CONNECTION: "close"})

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's life: the port first, then the engine's child, then requests, then a drain.
+
+    serve(engine, server) -> exit code
+      0          told to end by SIGTERM or SIGINT, after what was in flight, or after shutdown_timeout
+      128 + n    told twice: ended at once
+      1          the engine failed, and is not to be started again
+
+What is wrong with the configuration, the port or the certificate is a JaxserveError, raised before anything is loaded;
+so is an engine that does not come up.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from aiohttp import web
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineError
+from jaxserve.process.client import EngineProcess
+from jaxserve.server import banner, listening, logs
+from jaxserve.server.app import make_app
+from jaxserve.server.auth import is_loopback
+from jaxserve.server.config import MAX_QUEUED, ServerConfig
+from jaxserve.server.guard import Connections
+from jaxserve.server.prometheus import Metrics
+from jaxserve.server.state import Serving
+
+if TYPE_CHECKING:
+    from jaxserve.front import Front
+
+MAX_RESTARTS = 3
+RESTART_WINDOW = 600.0  # seconds in which so many are allowed
+LAST_WORDS = 2.0  # seconds for the answers to those whose requests were ended
+ENGINE_GRACE = 5.0  # seconds that an engine has to end
+HANDSHAKE_SECONDS = 10.0
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig, *, command: Sequence[str] | None = None) -> int:
+    """Serves until told to end. `command` starts the engine's child in place of the usual one."""
+    config = server_config.with_environment(os.environ)
+    config.template()
+    if engine_config.max_num_queued_reqs is None:
+        engine_config = replace(engine_config, max_num_queued_reqs=MAX_QUEUED)
+    context = listening.tls(config)
+    sockets = listening.bind(config)
+    logs.configure(config)
+    try:
+        return asyncio.run(Life(engine_config, config, sockets=sockets, context=context, command=command).run())
+    finally:
+        for opened in sockets:
+            opened.close()
+
+
+class Life:
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        *,
+        sockets: list[socket.socket],
+        context: ssl.SSLContext | None,
+        command: Sequence[str] | None,
+    ) -> None:
+        self._engine_config, self._config = engine_config, config
+        self._sockets, self._context, self._command = sockets, context, command
+        self._changed = asyncio.Event()  # the engine's state, or signals that came
+        self._signals: list[int] = []
+        self._restarts: list[float] = []
+
+    async def run(self) -> int:
+        loop, config = asyncio.get_running_loop(), self._config
+        names = config.served_model_name or (self._engine_config.model,)
+        metrics = Metrics(config.metrics_prefix, names[0])
+        serving = Serving(config, self._engine(), metrics=metrics)
+        serving.model_names = names
+        metrics.stats = lambda: serving.engine.stats
+        metrics.engine_pid = lambda: serving.engine.pid
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told, number)
+        runner = web.AppRunner(make_app(serving), handler_cancellation=True, shutdown_timeout=LAST_WORDS)
+        await runner.setup()
+        listeners = await self._listen(runner, serving)
+        told = asyncio.create_task(self._tell_throughput(serving))
+        try:
+            self._introduce()
+            return await self._live(serving)
+        finally:
+            told.cancel()
+            await self._end(serving, runner, listeners)
+
+    async def _listen(self, runner: web.AppRunner, serving: Serving) -> list[asyncio.Server]:
+        loop, server, connections = asyncio.get_running_loop(), runner.server, Connections(self._config)
+        if server is None:
+            raise RuntimeError("the application was not set up")
+        serving.metrics.connections = lambda: len(connections.open)
+        handshake = HANDSHAKE_SECONDS if self._context else None
+        factory = partial(connections.factory, server, loop)
+        return [
+            await loop.create_server(
+                factory, sock=opened, ssl=self._context, ssl_handshake_timeout=handshake, backlog=listening.BACKLOG
+            )
+            for opened in self._sockets
+        ]
+
+    def _introduce(self) -> None:
+        url = listening.url(self._config, self._sockets)
+        logs.LOG.info("listening on %s, loading %s", url, self._engine_config.model)
+        if not self._config.api_key and not is_loopback(self._config.host):
+            logs.LOG.warning(
+                "ANYONE WHO REACHES %s CAN USE THIS SERVER: there is no API key. Give --api-key, or --host 127.0.0.1",
+                self._config.host,
+            )
+
+    async def _tell_throughput(self, serving: Serving) -> None:
+        line = logs.Throughput()
+        while not self._config.disable_log_stats:
+            line.tell(serving.engine.stats)
+            await asyncio.sleep(logs.STATS_SECONDS)
+
+    # --- news -------------------------------------------------------------------------------------------------------
+
+    def _engine(self) -> EngineProcess:
+        loop = asyncio.get_running_loop()
+
+        def changed(_: object) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and nobody asks any more
+                loop.call_soon_threadsafe(self._changed.set)
+
+        watchdog = self._config.watchdog_timeout or None
+        return EngineProcess(self._engine_config, watchdog=watchdog, command=self._command, on_change=changed)
+
+    def _told(self, number: int) -> None:
+        self._signals.append(number)
+        self._changed.set()
+
+    async def _when(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    # --- engines, one after another ---------------------------------------------------------------------------------
+
+    async def _live(self, serving: Serving) -> int:
+        was_ready = False
+        while True:
+            was_ready |= await self._served(serving)
+            if self._signals:
+                return await self._drain(serving)
+            serving.lose_engine()
+            error = serving.engine.state.error or "its process ended; see its log"
+            if not was_ready:
+                problem, _, hint = error.rpartition("; ")
+                raise EngineError(problem, hint)
+            logs.LOG.error("the engine failed: %s", error)
+            if not self._may_restart():
+                return 1
+            await asyncio.to_thread(serving.engine.stop, 0.0)
+            serving.engine = self._engine()
+            serving.metrics.restarts += 1
+            logs.LOG.warning("starting the engine again")
+
+    async def _served(self, serving: Serving) -> bool:
+        """Until the engine fails or a signal comes. Whether it ever was ready."""
+        engine = serving.engine
+        engine.start()
+        opening = asyncio.create_task(self._open(serving))
+        ending = asyncio.create_task(self._when(lambda: self._signals or engine.state.phase == "failed"))
+        try:
+            await asyncio.wait((opening, ending), return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+                await ending
+            return serving.front is not None
+        finally:
+            opening.cancel()
+            ending.cancel()
+
+    async def _open(self, serving: Serving) -> None:
+        """To the first request. The tokenizer is loaded while the engine still compiles."""
+        engine = serving.engine
+        importing = None
+        if not self._engine_config.skip_tokenizer_init:
+            # A second or more, while the engine's process does the same with jax.
+            importing = _in_thread(partial(import_module, "transformers.models.auto.tokenization_auto"))
+        await self._when(lambda: engine.opened is not None)
+        if importing is not None:
+            await importing
+        try:
+            front = await _in_thread(partial(_attach, engine, self._engine_config))
+        except EngineError:
+            return  # it has failed meanwhile
+        await self._when(lambda: engine.state.phase == "ready")
+        serving.take_engine(front)
+        gc.collect()
+        gc.freeze()  # what was imported is not looked through again while requests wait
+        lines = await asyncio.to_thread(banner.ready, serving, listening.url(self._config, self._sockets))
+        banner.show(lines, self._config)
+
+    def _may_restart(self) -> bool:
+        now = time.monotonic()
+        self._restarts = [moment for moment in self._restarts if now - moment < RESTART_WINDOW]
+        if not self._config.restart_engine:
+            return False
+        if len(self._restarts) == MAX_RESTARTS:
+            logs.LOG.error("the engine failed too often: %d times in %g s", MAX_RESTARTS + 1, RESTART_WINDOW)
+            return False
+        self._restarts.append(now)
+        return True
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    async def _drain(self, serving: Serving) -> int:
+        """Probes see at once that it ends; what is in flight may finish."""
+        serving.draining = True
+        timeout = self._config.shutdown_timeout
+        if serving.in_flight:
+            logs.LOG.info("ending: %d requests in flight have %g s; again to end now", serving.in_flight, timeout)
+        idle = asyncio.create_task(serving.wait_idle(timeout))
+        now = asyncio.create_task(self._when(lambda: len(self._signals) > 1 or serving.engine.state.phase == "failed"))
+        await asyncio.wait((idle, now), return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        now.cancel()
+        if len(self._signals) > 1:
+            return 128 + self._signals[1]
+        return 1 if serving.engine.state.phase == "failed" else 0
+
+    async def _end(self, serving: Serving, runner: web.AppRunner, listeners: list[asyncio.Server]) -> None:
+        """Whoever still waits is told an error."""
+        serving.draining = True
+        at_once = len(self._signals) != 1 or serving.engine.state.phase == "failed"
+        await asyncio.to_thread(serving.engine.stop, 0.0 if at_once else ENGINE_GRACE)
+        await serving.wait_idle(LAST_WORDS)
+        for listener in listeners:
+            listener.close()
+        await runner.cleanup()
+        serving.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _attach(engine: EngineProcess, config: EngineConfig) -> "Front":
+    from jaxserve.process.attach import attach
+
+    return attach(engine, config)
+
+
+def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":
+    """As asyncio.to_thread, but the end of the process does not wait for it: it may be downloading."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(cast("T", result))
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        try:
+            result, fault = function(), None
+        except BaseException as error:
+            result, fault = None, error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, result, fault)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sockets and the certificate, before anything is loaded: a port in use is known in milliseconds."""
+
+import errno
+import os
+import socket
+import ssl
+
+from jaxserve.config import ConfigError
+from jaxserve.errors import JaxserveError
+from jaxserve.server.config import ServerConfig
+
+BACKLOG = 2048
+# What the kernel keeps of an answer that a client does not read; its own default may grow to megabytes for each.
+SEND_BUFFER = 128 * 1024
+
+
+def bind(config: ServerConfig) -> list[socket.socket]:
+    """A listening socket for each address that the host's name means."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"there is no address for host {config.host!r}: {reason}", "give another --host") from None
+    sockets: list[socket.socket] = []
+    try:
+        for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+            # Port 0 is chosen once, for all of them.
+            port = sockets[0].getsockname()[1] if sockets else config.port
+            try:
+                sockets.append(_listening(family, (address[0], port, *address[2:])))
+            except OSError as error:
+                # A name may also mean an address of a family that this machine does not have.
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) or len(found) == 1:
+                    raise
+        if not sockets:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    except OSError as error:
+        for opened in sockets:
+            opened.close()
+        raise _told(error, config) from None
+    return sockets
+
+
+def _listening(family: int, address: tuple[object, ...]) -> socket.socket:
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+        opened.bind(address)
+        opened.listen(BACKLOG)
+    except BaseException:
+        opened.close()
+        raise
+    opened.setblocking(False)
+    return opened
+
+
+def _told(error: OSError, config: ServerConfig) -> JaxserveError:
+    place = f"{config.host} port {config.port}"
+    if error.errno == errno.EADDRINUSE:
+        return JaxserveError(f"{place} is in use", "give another --port, or stop what listens there")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return JaxserveError(f"{place} may not be listened on", "give a --port above 1023")
+    return JaxserveError(f"cannot listen on {place}: {error.strerror}", "give another --host or --port")
+
+
+def tls(config: ServerConfig) -> ssl.SSLContext | None:
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # Without a password given, OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", None) or str(error)
+        names = " and ".join(name for name in (config.ssl_certfile, config.ssl_keyfile) if name)
+        problem = f"cannot use the certificate of {names}: {reason}"
+        raise ConfigError(problem, "give a PEM certificate and its key, without a password") from None
+    return context
+
+
+def url(config: ServerConfig, sockets: list[socket.socket]) -> str:
+    """Where a client on this machine reaches it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{sockets[0].getsockname()[1]}"

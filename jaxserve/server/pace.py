@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""stream_interval: a client that wants fewer, larger chunks gets tokens by the number it named."""
+
+from dataclasses import replace
+
+from jaxserve.types import CompletionOutput, RequestOutput
+
+
+class Pace:
+    """What is due of a streamed answer. The first tokens of a sample and its last are due at once."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._held: dict[tuple[int, int], CompletionOutput] = {}
+        self._begun: set[tuple[int, int]] = set()
+
+    def due(self, place: int, output: RequestOutput) -> RequestOutput | None:
+        if self._interval == 1:
+            return output
+        samples = [sample for each in output.outputs if (sample := self._sample(place, each)) is not None]
+        return replace(output, outputs=samples) if samples else None
+
+    def _sample(self, place: int, news: CompletionOutput) -> CompletionOutput | None:
+        key = place, news.index
+        held = self._held.pop(key, None)
+        if held is not None:
+            news = _joined(held, news)
+        if key in self._begun and len(news.token_ids) < self._interval and not news.finished:
+            self._held[key] = news
+            return None
+        self._begun.add(key)
+        return news
+
+
+def _joined(earlier: CompletionOutput, later: CompletionOutput) -> CompletionOutput:
+    logprobs = None if later.logprobs is None else [*(earlier.logprobs or ()), *later.logprobs]
+    ids = [*earlier.token_ids, *later.token_ids]
+    return replace(later, text=earlier.text + later.text, token_ids=ids, logprobs=logprobs)

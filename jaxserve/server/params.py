@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the bodies of requests to jobs for the engine: sampling parameters, token ids, names, deadlines.
+
+What takes long, tokenizing and checking, is done by `jobs` and meant for a thread. Here are also the defaults: what a
+request leaves open is as the model's generation_config.json says, and else as OpenAI says.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxserve.errors import RequestError
+from jaxserve.server.errors import ApiError, bad_request
+from jaxserve.server.protocol.base import MAX_CALL_ID, Body, parse
+from jaxserve.server.protocol.sampling import Ordered, Sampling
+from jaxserve.server.state import RECORD, SERVING, Serving
+from jaxserve.types import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.config import Limits
+    from jaxserve.intake import Intake, Ready
+
+FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+AS_SENT = (
+    *("n", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop"),
+    *("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
+    "spaces_between_special_tokens",
+)
+TIMEOUT_HEADER = "X-Request-Timeout"
+ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
+
+
+async def read[B: Body](request: web.Request, kind: type[B]) -> B:
+    """The body of a request. Raw bytes go to the checks: aiohttp's own parsing of JSON fails in ways of its own."""
+    serving = request.app[SERVING]
+    media = request.content_type
+    if media != "application/json" and not media.endswith("+json"):
+        raise bad_request(None, f"the body is sent as {media}", "send JSON, with Content-Type: application/json")
+    body = parse(kind, await request.read(), allow_unknown=serving.config.allow_unknown_fields)
+    if body.model and serving.model_names and body.model not in serving.model_names:
+        raise ApiError(404, f"The model `{_shown(body.model)}` does not exist.", param="model")
+    return body
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name[:80])
+
+
+def model_name(serving: Serving, body: Body) -> str:
+    """As the client calls it."""
+    return body.model or serving.model_names[0]
+
+
+def answer_id(kind: str, request: web.Request, body: Ordered) -> str:
+    """The id that the client sees. Nothing in here is looked up by what a client sends."""
+    sent = request.headers.get("X-Request-Id") or body.request_id or ""
+    kept = "".join(c for c in sent[:MAX_CALL_ID] if c in ID_CHARACTERS)
+    return f"{kind}-{kept or request[RECORD].id}"
+
+
+def deadline(request: web.Request) -> float | None:
+    """When the answer must be there: as the server or the client wants it, whichever is sooner."""
+    server = request.app[SERVING].deadline()
+    sent = request.headers.get(TIMEOUT_HEADER)
+    if sent is None:
+        return server
+    try:
+        seconds = float(sent)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise bad_request(TIMEOUT_HEADER, f"{TIMEOUT_HEADER} is no number of seconds", "send one above 0")
+    client = time.monotonic() + seconds
+    return client if server is None else min(client, server)
+
+
+def sampling_params(
+    body: Sampling, intake: "Intake", *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    defaults = intake.default_params()
+    values: dict[str, Any] = {name: getattr(defaults, name) for name in FROM_MODEL}
+    values |= body.given(*FROM_MODEL, *AS_SENT)
+    return SamplingParams(
+        **values,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=intake.tokenizer is not None,
+        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """How all prompts of a body are to be treated."""
+
+    name: str  # the answer's id: what /abort_requests knows the jobs by
+    deadline: float | None = None
+    add_special_tokens: bool = True
+    priority: int = 0
+    cache_salt: str | None = None
+    truncate: int | None = None  # to so many tokens; below zero to all that fit
+    keep_right: bool = True  # the end of the prompt is kept, its beginning cut off
+    max_tokens_field: str = "max_tokens"  # what the client calls it
+    score_only: bool = False
+    embed: bool = False
+
+    @property
+    def generates(self) -> bool:
+        return not (self.score_only or self.embed)
+
+
+def order(request: web.Request, body: Ordered, *, kind: str, add_special_tokens: bool) -> Order:
+    """`kind` begins the answer's id. `add_special_tokens`: where the client does not say."""
+    if body.truncation_side is not None and body.truncate_prompt_tokens is None:
+        problem = "truncation_side is given and truncate_prompt_tokens is not"
+        raise bad_request("truncation_side", problem, "say to how many tokens the prompt is to be cut")
+    return Order(
+        name=answer_id(kind, request, body),
+        deadline=deadline(request),
+        add_special_tokens=add_special_tokens if body.add_special_tokens is None else body.add_special_tokens,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt,
+        truncate=body.truncate_prompt_tokens,
+        keep_right=body.truncation_side != "right",
+    )
+
+
+def jobs(
+    intake: "Intake",
+    prompts: "Sequence[str] | Sequence[list[int]]",
+    sampling: SamplingParams,
+    order: Order,
+    *,
+    field: str,
+) -> "list[Ready]":
+    """A job for each prompt, all checked. `field` is where the client wrote them."""
+    made: list[Ready] = []
+    for place, prompt in enumerate(prompts):
+        try:
+            made.append(_job(intake, prompt, sampling, order))
+        except RequestError as error:
+            named = field if error.field == "prompt" else error.field
+            if len(prompts) == 1 or named != field:
+                raise type(error)(named, error.problem, error.hint) from None
+            raise type(error)(named, f"{field} {place}: {error.problem}", error.hint) from None
+    return made
+
+
+def _job(intake: "Intake", prompt: str | list[int], sampling: SamplingParams, order: Order) -> "Ready":
+    if not prompt:  # before a tokenizer puts its special tokens there
+        raise RequestError("prompt", "the prompt is empty", "give at least one token")
+    text = prompt if isinstance(prompt, str) else None
+    ids = intake.encode(prompt, add_special_tokens=order.add_special_tokens) if isinstance(prompt, str) else prompt
+    longest = intake.limits.max_model_len - order.generates
+    if order.truncate is not None:
+        keep = longest if order.truncate < 0 else order.truncate
+        if len(ids) > keep:
+            text = None  # what is left of it is told from its ids
+            ids = ids[len(ids) - keep :] if order.keep_right else ids[:keep]
+    check_length(len(ids), sampling, order, intake.limits)
+    given: Mapping[str, Any] = {"prompt_token_ids": ids, "prompt": text, "cache_salt": order.cache_salt}
+    return intake.ready(
+        given,
+        sampling,
+        request_id=f"{order.name}-{intake.next_id()}",  # two clients may send the same id
+        priority=order.priority,
+        deadline=order.deadline,
+        score_only=order.score_only,
+        embed=order.embed,
+    )
+
+
+def check_length(count: int, sampling: SamplingParams, order: Order, limits: "Limits") -> None:
+    """With the words that clients look for when a conversation has become too long."""
+    longest = limits.max_model_len
+    told = f"this model's maximum context length is {longest} tokens"
+    if count > longest - order.generates:
+        leaves = ", which leaves no room for an answer" if count == longest else ""
+        raise RequestError("prompt", f"{told}, and the prompt has {count}{leaves}", "shorten the prompt")
+    if order.generates and sampling.max_tokens is not None and sampling.max_tokens > longest:
+        problem = f"{told}, and {order.max_tokens_field} is {sampling.max_tokens}"
+        raise RequestError(order.max_tokens_field, problem, f"ask for at most {longest - count} after this prompt")

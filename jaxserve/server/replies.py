@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes of answers, whole and in chunks, as OpenAI and vLLM have them.
+
+A chunk is put together from text that is prepared once per answer and what is new, encoded on its own: encoding the
+whole object for every token would cost several times as much.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from jaxserve import __version__
+from jaxserve.errors import one_line
+from jaxserve.server.errors import ApiError, scrubbed
+from jaxserve.types import CompletionOutput, RequestOutput
+
+FINGERPRINT = f"jaxserve-{__version__}"
+
+encode = msgspec.json.Encoder().encode
+
+
+def json_response(value: object) -> web.Response:
+    return web.Response(body=encode(value), content_type="application/json", charset="utf-8")
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an answer has cost so far."""
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0
+
+    def shape(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "total_tokens": self.prompt + self.completion,
+            "completion_tokens": self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+    @classmethod
+    def of(cls, outputs: Sequence[RequestOutput]) -> "Usage":
+        """Of whole answers."""
+        return cls(
+            prompt=sum(len(output.prompt_token_ids) for output in outputs),
+            completion=sum(len(sample.token_ids) for output in outputs for sample in output.outputs),
+            cached=sum(output.num_cached_tokens for output in outputs),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all chunks of an answer begin with, and the answer itself."""
+
+    id: str
+    object: str
+    model: str
+    created: int
+
+    @classmethod
+    def new(cls, id: str, kind: str, model: str) -> "Head":
+        return cls(id, kind, model, int(time.time()))
+
+    def shape(self) -> dict[str, Any]:
+        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
+
+    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Usage, **more: Any) -> dict[str, Any]:
+        rest = {"service_tier": None, "system_fingerprint": FINGERPRINT, "usage": usage.shape()}
+        return {**self.shape(), "choices": choices, **rest, **more}
+
+
+class Chunks:
+    """Writes the chunks of one streamed answer as events."""
+
+    def __init__(self, head: Head, *, continuous_usage: bool) -> None:
+        self._begin = b"data: " + encode(head.shape())[:-1] + b',"choices":['
+        self._end = b"]" + b',"system_fingerprint":' + encode(FINGERPRINT)
+        self._continuous = continuous_usage
+
+    def chunk(self, choice: bytes, usage: Usage, more: bytes = b"") -> bytes:
+        """One choice's news. `more`: further members of the chunk, each with a comma before it."""
+        if self._continuous:
+            more += b',"usage":' + encode(usage.shape())
+        return b"%b%b%b%b}\n\n" % (self._begin, choice, self._end, more)
+
+    def usage(self, usage: Usage) -> bytes:
+        return b'%b%b,"usage":%b}\n\n' % (self._begin, self._end, encode(usage.shape()))
+
+
+def finish(sample: CompletionOutput) -> bytes:
+    """The last members of a choice."""
+    if sample.finish_reason is None:
+        return b',"finish_reason":null}'
+    return b',"finish_reason":%b,"stop_reason":%b}' % (encode(sample.finish_reason), encode(sample.stop_reason))
+
+
+def check_sound(output: RequestOutput) -> None:
+    """Raises what a client is to be told if the engine could not go on with this request."""
+    for sample in output.outputs:
+        if sample.finish_reason == "error":
+            told = one_line(scrubbed(sample.error or "the model gave no usable numbers"), limit=300)
+            raise ApiError(500, f"The engine gave up on this request: {told}.")

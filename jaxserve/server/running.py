@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One HTTP request at the engine: its jobs' outputs as one, its times, and what becomes of it when it is left.
+
+Knows nothing of protocols: what an output looks like to a client is the handlers'.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Protocol
+
+from jaxserve.errors import OverloadedError
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.errors import ApiError, sentence
+from jaxserve.server.prometheus import Finished, Metrics
+from jaxserve.server.record import Record
+from jaxserve.types import RequestOutput, RequestOutputKind
+
+if TYPE_CHECKING:
+    from jaxserve.front import Front
+    from jaxserve.intake import Ready
+    from jaxserve.streams import Stream
+
+
+class Server(Protocol):
+    """What it needs of who serves."""
+
+    config: ServerConfig
+    metrics: Metrics
+
+    def check_ready(self) -> "Front": ...
+    def note_end(self) -> None: ...
+    def retry_after(self) -> int: ...
+
+
+async def run(serving: Server, record: Record, jobs: "Sequence[Ready]") -> AsyncGenerator[tuple[int, RequestOutput]]:
+    front = serving.check_ready()
+    record.jobs = jobs
+    record.prompt_tokens = sum(len(job.request.prompt_token_ids) for job in jobs)
+    streams: list[Stream] = []
+    tallies = [_Tally(serving, record, job) for job in jobs]
+    try:
+        merged = _single(front, streams, jobs[0]) if len(jobs) == 1 else _merged(front, streams, jobs)
+        async with aclosing(merged) as outputs:
+            async for place, output in outputs:
+                tallies[place].add(output)
+                yield place, output
+    except OverloadedError as error:
+        serving.metrics.rejections["queue_full"] += 1
+        headers = {"Retry-After": str(serving.retry_after())}
+        raise ApiError(503, sentence(error.problem, error.hint), headers=headers) from None
+    finally:
+        for stream, tally in zip(streams, tallies, strict=False):
+            front.close(stream)
+            tally.end(stream)
+
+
+async def _single(front: "Front", streams: "list[Stream]", job: "Ready") -> AsyncGenerator[tuple[int, RequestOutput]]:
+    stream = front.open(job)
+    streams.append(stream)
+    while not stream.finished:
+        yield 0, await stream.next()
+
+
+async def _merged(
+    front: "Front", streams: "list[Stream]", jobs: "Sequence[Ready]"
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """At most one output of each waits here: what a slow client does not take stays in the streams."""
+    for job in jobs:
+        streams.append(front.open(job))
+    pending = {asyncio.ensure_future(stream.next()): place for place, stream in enumerate(streams)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=pending.__getitem__):
+                output = task.result()
+                place = pending.pop(task)
+                yield place, output
+                if not streams[place].finished:
+                    pending[asyncio.ensure_future(streams[place].next())] = place
+    finally:
+        for task in pending:
+            if task.done() and not task.cancelled():
+                task.exception()  # seen: several end with the engine, and one is told
+            task.cancel()
+
+
+class _Tally:
+    """What one job has given so far."""
+
+    def __init__(self, serving: Server, record: Record, job: "Ready") -> None:
+        self._serving, self._record, self._request = serving, record, job.request
+        self._generated = [0] * job.request.params.n
+        self._cached = 0
+        self._seen = 0  # gaps between tokens that were measured
+        self._last: list[float | None] = [None] * job.request.params.n  # when each sample's last tokens came
+        self._ended = False
+
+    def add(self, output: RequestOutput) -> None:
+        now = time.monotonic()
+        adds = self._request.params.output_kind is RequestOutputKind.DELTA
+        for sample in output.outputs:
+            if sample.finish_reason == "abort" and self._late(now):
+                timeout = self._serving.config.request_timeout
+                message = "The request took longer than its deadline" + (
+                    f" of {timeout:g} seconds." if timeout else "."
+                )
+                raise ApiError(504, message)
+            count, last = len(sample.token_ids), self._last[sample.index]
+            if adds and count:
+                if last is not None:
+                    self._serving.metrics.token_gap((now - last) / count, count)
+                    self._seen += count
+                self._last[sample.index] = now
+            self._generated[sample.index] = count + (self._generated[sample.index] if adds else 0)
+            if sample.finish_reason is not None:
+                self._record.finish_reasons.append(sample.finish_reason)
+            if self._serving.config.enable_log_outputs and sum(map(len, self._record.texts)) < 2**20:
+                self._record.texts.append(sample.text)
+        self._cached = output.num_cached_tokens
+        self._ended = output.finished
+
+    def _late(self, now: float) -> bool:
+        return self._request.deadline is not None and now >= self._request.deadline
+
+    def end(self, stream: "Stream") -> None:
+        """The stream is closed, at its end or before it."""
+        record, metrics = self._record, self._serving.metrics
+        record.generated_tokens += sum(self._generated)
+        record.cached_tokens += self._cached
+        if stream.first_output is not None and stream.last_output is not None:
+            record.first_token = min(record.first_token or stream.first_output, stream.first_output)
+            record.last_token = max(record.last_token or stream.last_output, stream.last_output)
+        if not self._ended:
+            return
+        self._serving.note_end()
+        longest = max(self._generated)
+        # Tokens that came together, or with the whole answer: their mean.
+        rest = sum(max(count - 1, 0) for count in self._generated) - self._seen
+        if rest > 0 and stream.first_output is not None and stream.last_output is not None:
+            metrics.token_gap((stream.last_output - stream.first_output) / (longest - 1), rest)
+        metrics.request(
+            Finished(
+                arrival=stream.arrival,
+                scheduled=stream.scheduled,
+                first_token=stream.first_output,
+                last_token=stream.last_output,
+                end=time.monotonic(),
+                prompt_tokens=len(self._request.prompt_token_ids),
+                cached_tokens=self._cached,
+                generated_tokens=self._generated,
+                max_tokens=self._request.params.max_tokens,
+            )
+        )

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Server-sent events: writing them to one client, no faster than it reads. How long it may stall is guard.py's.
+
+Nothing is sent before the first event, so that an error before it can still be an HTTP status.
+"""
+
+from aiohttp import web
+
+from jaxserve.server.errors import ApiError
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # else nginx collects the events
+}
+
+
+def event(data: bytes) -> bytes:
+    return b"data: %b\n\n" % data
+
+
+class EventStream:
+    """The events of one answer."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._response = web.StreamResponse(headers=HEADERS)
+
+    @property
+    def started(self) -> bool:
+        """Whether the client has its status, so that errors can only be events."""
+        return self._response.prepared
+
+    async def send(self, events: bytes) -> None:
+        """Writes whole events; a ConnectionResetError where the client has left. Waits while too much is unread."""
+        if not events:
+            return
+        if not self._response.prepared:
+            await self._response.prepare(self._request)
+        await self._response.write(events)
+
+    async def fail(self, error: ApiError) -> None:
+        """What ends an answer that cannot go on."""
+        await self.send(event(error.body()) + DONE)
+
+    async def close(self) -> web.StreamResponse:
+        await self._response.write_eof()
+        return self._response

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server as a process: `python -O -m tests.server.launch '{"engine": {...}, "server": {...}, "command": [...]}'`."""
+
+import json
+import sys
+
+from jaxserve import exits
+from jaxserve.config import EngineConfig
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.lifecycle import serve
+
+
+def main() -> int:
+    given = json.loads(sys.argv[1])
+    return exits.guarded(
+        lambda: serve(EngineConfig(**given["engine"]), ServerConfig(**given["server"]), command=given["command"])
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
