@@ -3,16 +3,25 @@
 
 import sys
 
-import tyro
-
 from convert.command import Convert
 from jaxserve import exits
+from jaxserve.flag_help import help_text
+from jaxserve.flags import HelpRequested, Parser, flags_of
 
 
 def main() -> int:
-    return exits.guarded(
-        lambda: tyro.cli(Convert, prog="python -m convert", config=(tyro.conf.FlagCreatePairsOff,)).run()
-    )
+    parser = Parser("python -m convert", flags_of(Convert), about=Convert.__doc__ or "")
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+
+    def command() -> None:
+        try:
+            given = parser.parse(words)
+        except HelpRequested:
+            print(help_text(parser))
+        else:
+            Convert(**given).run()
+
+    return exits.guarded(command, debug="--debug" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import tyro
-
 from jaxserve.errors import CheckpointError
+from jaxserve.flags import Arg
 
 
 @dataclass(frozen=True)
 class Convert:
     """Write a model in the form that starts fastest, and that JAX programs can restore with Orbax."""
 
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    source: Annotated[str, Arg(positional=True, metavar="SRC")]
     """A model folder, or a hub model such as org/name."""
 
-    destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    destination: Annotated[Path, Arg(positional=True, metavar="DST")]
     """The folder to make."""
 
     revision: str | None = None

@@ -26,6 +26,10 @@ class JaxserveError(Exception):
         return type(self), (self.problem, self.hint)
 
 
+class UsageError(JaxserveError):
+    """A command that was called wrongly."""
+
+
 class CheckpointError(JaxserveError):
     """A checkpoint that is absent, damaged or hostile."""
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command of ours ends: every way out as an exit code.
+"""How a command of ours ends: every way out as an exit code, every fault as one line.
 
-0 done · 1 the user's error, one line `error: what was wrong; what to do` · 2 wrong usage ·
+0 done · 1 a fault, `error: what was wrong  hint: what to do` · 2 wrong usage, said alike ·
 130 Ctrl-C · 141 the reader of its output left
 """
 
@@ -9,13 +9,16 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import JaxserveError, UsageError, one_line
+
+DEBUG = "JAXSERVE_DEBUG"  # set for processes that a command starts, when it runs with --debug
 
 
-def guarded(command: Callable[[], object]) -> int:
-    """Runs a command of this process and gives its exit code. Parsing is the command's own: it exits with 2."""
+def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
+    """Runs a command of this process and gives its exit code: what it returns, where that is a number."""
     # transformers warns that models need PyTorch; ours do not.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for stream in (sys.stdout, sys.stderr):
@@ -23,15 +26,28 @@ def guarded(command: Callable[[], object]) -> int:
             # A tensor's name must not crash a terminal that cannot show it.
             stream.reconfigure(errors="backslashreplace")
     try:
-        command()
+        code = command()
         sys.stdout.flush()  # so that a closed pipe shows up here, not at exit
-    except JaxserveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (`head`, a pager) left. Python flushes once more at exit; give it a sink.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(error_line(error), file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return code if isinstance(code, int) else 0
+
+
+def error_line(error: BaseException) -> str:
+    """What a user is told of an error."""
+    if isinstance(error, JaxserveError):
+        return f"error: {error.problem}  hint: {error.hint}"
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        return f"error: {one_line(error.strerror + place, limit=2000)}  hint: --debug shows where"
+    problem = one_line(f"{type(error).__name__}: {error}", limit=2000)
+    return f"error: {problem}  hint: this is a fault of jaxserve; --debug shows where, and a report is welcome"

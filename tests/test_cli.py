@@ -92,7 +92,7 @@ def test_devices() -> None:
 def test_devices_on_an_absent_platform() -> None:
     for platform in ("nonsense", "cuda"):  # unknown; known, and its plugin not installed here
         message = user_error("devices", JAX_PLATFORMS=platform)
-        assert message.endswith("; check JAX_PLATFORMS") and "()" not in message
+        assert message.endswith("  hint: check JAX_PLATFORMS") and "()" not in message
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])

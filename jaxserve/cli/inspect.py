@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 from convert.safetensors import TensorInfo, read_checkpoint
 from jaxserve.errors import one_line
+from jaxserve.flags import Arg
 
 
 @dataclass(frozen=True)
 class Inspect:
     """List the tensors of a safetensors checkpoint: dtype, shape, bytes and file of each."""
 
-    path: tyro.conf.Positional[Path]
+    path: Annotated[Path, Arg(positional=True)]
     """A .safetensors file, or a model folder."""
 
     json: bool = False

@@ -9,7 +9,7 @@ from jaxserve import __version__
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "transformers", "safetensors", "orbax-checkpoint", "numpy"),
-    *("aiohttp", "pydantic", "msgspec", "llguidance", "prometheus-client", "tyro", "jinja2"),
+    *("aiohttp", "pydantic", "msgspec", "llguidance", "prometheus-client", "pyyaml", "jinja2"),
     *("huggingface-hub", "tqdm"),
 )
 

@@ -61,7 +61,7 @@ def convert(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 
 def user_error(run: Run, *expected: str) -> None:
     assert (run.code, run.out) == (1, ""), run
-    assert re.fullmatch(r"error: [^\n]+; [^\n]+\n", run.err)
+    assert re.fullmatch(r"error: [^\n]+  hint: [^\n]+\n", run.err)
     for part in expected:
         assert part in run.err, run.err
 
@@ -149,7 +149,7 @@ def test_wrong_paths_and_flags_before_jax(source: Path, tmp_path: Path) -> None:
     wrong = before_jax(source, place, "--dtype", "int4")
     assert wrong.code == 2 and "bfloat16" in wrong.err and "Traceback" not in wrong.err
     (source / "config.json").write_text('{"architectures": ["NewForCausalLM"], "model_type": "new"}')
-    user_error(before_jax(source, place), "'NewForCausalLM' is not supported; supported: ", "LlamaForCausalLM")
+    user_error(before_jax(source, place), "'NewForCausalLM' is not supported  hint: supported: ", "LlamaForCausalLM")
     only(tmp_path, "source")
 
 
@@ -334,7 +334,7 @@ def test_weights_of_what_is_not_supported_are_not_fetched(
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     config = golden.read(CASE).config
     for change, complaint in (
-        ({"architectures": ["NewForCausalLM"]}, "'NewForCausalLM' is not supported; supported: "),
+        ({"architectures": ["NewForCausalLM"]}, "'NewForCausalLM' is not supported  hint: supported: "),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
     ):
         hub.commit("org/tiny", files | {"config.json": json.dumps(config | change).encode()})

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load on a server that speaks OpenAI's API, and when each of its answers' tokens came. Knows nothing of flags.
+
+    jobs --- at a rate, so many at once ---> streamed requests ---> one Sample each ---> summary
+
+An event is stamped when it is read and looked at as bytes: at hundreds of streams a JSON parser would be what is timed.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from jaxserve.errors import one_line
+
+NEVER = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request: where it goes, and its body."""
+
+    path: str
+    body: dict[str, Any]
+    prompt_tokens: int  # where the server does not tell
+
+
+@dataclass(slots=True)
+class Sample:
+    """What became of one job. Times are of time.perf_counter, in seconds."""
+
+    began: float = 0.0
+    stamps: list[float] = field(default_factory=list[float])  # of each event that brought text
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def ttft(self) -> float:
+        return self.stamps[0] - self.began
+
+    @property
+    def latency(self) -> float:
+        return self.stamps[-1] - self.began
+
+    @property
+    def tpot(self) -> float:
+        """Seconds per token after the first."""
+        return (self.stamps[-1] - self.stamps[0]) / (self.output_tokens - 1)
+
+    @property
+    def gaps(self) -> list[float]:
+        return [late - early for early, late in zip(self.stamps, self.stamps[1:], strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    samples: list[Sample]
+    seconds: float
+    most_at_once: int
+
+
+async def run(
+    root: str,
+    jobs: Sequence[Job],
+    *,
+    concurrency: int | None = None,
+    rate: float = float("inf"),
+    seed: int = 0,
+    api_key: str | None = None,
+    timeout: float = NEVER,
+    done: Callable[[Sample], None] | None = None,
+) -> Outcome:
+    """Sends every job: `rate` a second at random times (all at once if infinite), `concurrency` at a time."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    slots = asyncio.Semaphore(concurrency or len(jobs) or 1)
+    draw, going, most = random.Random(seed), 0, 0
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+    limits = aiohttp.ClientTimeout(total=timeout)
+    async with aiohttp.ClientSession(root, connector=connector, headers=headers, timeout=limits) as session:
+
+        async def one(job: Job) -> Sample:
+            nonlocal going, most
+            async with slots:
+                going += 1
+                most = max(most, going)
+                try:
+                    sample = await _send(session, job)
+                finally:
+                    going -= 1
+            if done is not None:
+                done(sample)
+            return sample
+
+        began = time.perf_counter()
+        due = began
+        async with asyncio.TaskGroup() as group:
+            tasks: list[asyncio.Task[Sample]] = []
+            for job in jobs:
+                tasks.append(group.create_task(one(job)))
+                if rate != float("inf"):
+                    due += draw.expovariate(rate)
+                    await asyncio.sleep(max(due - time.perf_counter(), 0))
+        return Outcome([task.result() for task in tasks], time.perf_counter() - began, most)
+
+
+async def _send(session: aiohttp.ClientSession, job: Job) -> Sample:
+    sample = Sample(prompt_tokens=job.prompt_tokens)
+    body = {**job.body, "stream": True, "stream_options": {"include_usage": True}}
+    sample.began = time.perf_counter()
+    try:
+        async with session.post(job.path, json=body) as response:
+            if response.status != 200:
+                said = await response.text(errors="replace")
+                sample.error = one_line(f"{response.status} {_message(said)}")
+            else:
+                await _read(response, sample)
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        sample.error = one_line(str(error) or type(error).__name__)
+    if sample.error is None and not sample.output_tokens:
+        sample.output_tokens = len(sample.stamps)
+    return sample
+
+
+async def _read(response: aiohttp.ClientResponse, sample: Sample) -> None:
+    """Stamps the events of a stream."""
+    rest, ended = b"", False
+    async for chunk in response.content.iter_any():
+        now = time.perf_counter()
+        *events, rest = (rest + chunk).split(b"\n\n")
+        for event in events:
+            data = event.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                ended = True
+            elif data.startswith(b"{"):
+                _event(data, now, sample)
+    if not ended and sample.error is None:
+        sample.error = "the answer broke off"
+
+
+def _event(data: bytes, now: float, sample: Sample) -> None:
+    # Within a string a quote has a backslash before it: these are keys, never a model's text.
+    if data.startswith(b'{"error"'):
+        sample.error = one_line(_message(data.decode(errors="replace")))
+        return
+    if b'"usage":{' in data or b'"usage": {' in data:
+        usage = json.loads(data)["usage"]
+        sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    nothing = b'"choices":[]' in data or b'"choices": []' in data
+    # A chat's first event names the role and comes with the first token's event.
+    role = b'"role"' in data and (b'"content":""' in data or b'"content": ""' in data)
+    if not nothing and not role:
+        sample.stamps.append(now)
+
+
+def _message(said: str) -> str:
+    try:
+        error: Any = json.loads(said)["error"]
+        return error if isinstance(error, str) else str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        return said[:200]
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def summary(outcome: Outcome) -> dict[str, float]:
+    """The figures that vLLM's benchmark gives, with its names; of requests that failed nothing is counted."""
+    good = [sample for sample in outcome.samples if sample.error is None and sample.stamps]
+    read, written = sum(s.prompt_tokens for s in good), sum(s.output_tokens for s in good)
+    seconds = max(outcome.seconds, 1e-9)
+    found: dict[str, float] = {
+        "duration": outcome.seconds,
+        "completed": len(good),
+        "failed": len(outcome.samples) - len(good),
+        "total_input_tokens": read,
+        "total_output_tokens": written,
+        "request_throughput": len(good) / seconds,
+        "output_throughput": written / seconds,
+        "total_token_throughput": (read + written) / seconds,
+        "max_concurrent_requests": outcome.most_at_once,
+    }
+    found |= spread("ttft", [sample.ttft for sample in good])
+    found |= spread("tpot", [sample.tpot for sample in good if sample.output_tokens > 1])
+    found |= spread("itl", [gap for sample in good for gap in sample.gaps])
+    return found | spread("e2el", [sample.latency for sample in good])
+
+
+def spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Mean, median, deviation and percentiles in milliseconds; zeros where nothing was measured."""
+    values = sorted(second * 1000 for second in seconds)
+    found = {
+        f"mean_{name}_ms": statistics.fmean(values) if values else 0.0,
+        f"median_{name}_ms": percentile(values, 50),
+        f"std_{name}_ms": statistics.pstdev(values) if values else 0.0,
+    }
+    return found | {f"p{share}_{name}_ms": percentile(values, share) for share in (90, 99)}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Of values in order, with those between two taken in proportion."""
+    if not values:
+        return 0.0
+    place = (len(values) - 1) * share / 100
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (place - low)

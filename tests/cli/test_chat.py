@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jaxserve chat` and `complete` against a server that is made up; a terminal is a real pseudo-terminal."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxserve.cli.terminal import safe
+from tests.cli.conftest import Command, one_error
+from tests.cli.fake_server import KEY, FakeServer
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+JAXSERVE = str(Path(sysconfig.get_path("scripts")) / "jaxserve")
+
+
+def test_one_shot(command: Command, server: FakeServer) -> None:
+    said = command("chat", "--url", server.url, "-q", "Hi", "--max-tokens", "5", "--system-prompt", "Be brief")
+    assert said == (0, "Hello wörld!\n", "")
+    [body] = server.bodies(CHAT)
+    assert body["messages"] == [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    assert (body["model"], body["max_tokens"], body["stream"]) == ("fake", 5, True)
+    assert "temperature" not in body
+
+
+def test_complete_from_a_pipe(command: Command, server: FakeServer) -> None:
+    said = command("complete", "--url", server.url.removesuffix("/v1"), "--stats", stdin="Once upon\n")
+    assert (said.code, said.out) == (0, "Hello wörld!\n")
+    assert re.fullmatch(r"first token after [\d.]+ s, 4 tokens(, [\d.]+ tokens/s)?\n", said.err)
+    assert server.bodies(COMPLETE)[0]["prompt"] == "Once upon"
+
+
+def test_an_empty_pipe(command: Command, server: FakeServer) -> None:
+    one_error(command("chat", "--url", server.url), 2, "nothing to answer")
+
+
+@pytest.mark.parametrize("source", ["flag", "environment"])
+def test_keys(command: Command, server: FakeServer, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    server.needs_key = True
+    one_error(command("chat", "--url", server.url, "-q", "Hi"), 1, "Unauthorized", "--api-key")
+    if source == "environment":
+        monkeypatch.setenv("JAXSERVE_API_KEY", f"{KEY},other")
+    words = ["--api-key", KEY] if source == "flag" else []
+    assert command("chat", "--url", server.url, "-q", "Hi", *words).code == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [(503, "loading"), (404, "says"), ("late", "the engine failed"), ("cut", "broke off"), ("junk", "broke off")],
+)
+def test_faults_of_the_server(command: Command, server: FakeServer, fault: int | str, part: str) -> None:
+    server.faults[CHAT] = fault
+    said = command("chat", "--url", server.url, "-q", "Hi")
+    assert said.code == 1
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and part in said.err
+
+
+def test_nobody_there(command: Command) -> None:
+    one_error(command("chat", "--url", "http://127.0.0.1:9", "-q", "Hi"), 1, "nothing answers", "jaxserve run")
+    one_error(command("chat", "--url", "ftp://x", "-q", "Hi"), 2, "no URL")
+    one_error(command("chat", "--url", "http://x:y", "-q", "Hi"), 2, "no URL")
+    one_error(command("chat", "--url", "http://x", "-q", "Hi", "--api-key", "k\r\nX: y"), 2, "no header")
+
+
+def test_what_a_model_says_cannot_drive_the_terminal(command: Command, server: FakeServer) -> None:
+    server.pieces = ("\x1b[2J\x1b]0;gotcha\x07", "a\tb\nc\r", "\x9b31m", "‮abc", "é✓")
+    out = command("chat", "--url", server.url, "-q", "Hi").out
+    assert out == "\\x1b[2J\\x1b]0;gotcha\\x07a\tb\nc\\r\\x9b31m\\u202eabcé✓\n"
+    assert safe("".join(map(chr, range(32)))).count("\\x") == 29
+
+
+class Terminal:
+    """The command at a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        self._end, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb"}
+        self.process = subprocess.Popen(
+            [JAXSERVE, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=environment
+        )
+        os.close(theirs)
+        self.seen, self._at = "", 0
+
+    def until(self, text: str) -> None:
+        """Waits for `text`, after what was waited for before."""
+        end = time.monotonic() + 20
+        while (place := self.seen.find(text, self._at)) < 0:
+            ready, _, _ = select.select([self._end], [], [], max(0, end - time.monotonic()))
+            assert ready, self.seen
+            self.seen += os.read(self._end, 4096).decode(errors="replace")
+        self._at = place + len(text)
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(10)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self._end)
+
+
+def test_a_conversation(server: FakeServer) -> None:
+    terminal = Terminal("chat", "--url", server.url)
+    try:
+        terminal.until("> ")
+        terminal.type("one\n")
+        terminal.until("Hello wörld!\r\n> ")
+        terminal.type("two\n")
+        terminal.until("Hello wörld!\r\n> ")
+        terminal.type("/reset\n")
+        terminal.until("> ")
+        terminal.type("/system Be rude\n")
+        terminal.until("> ")
+        terminal.type("three\n")
+        terminal.until("Hello wörld!\r\n> ")
+        server.faults[CHAT] = 400
+        terminal.type("four\n")
+        terminal.until("error: ")
+        terminal.until("> ")
+        terminal.type("/nonsense\n")
+        terminal.until("/retry")
+        terminal.type("\x04")
+    finally:
+        code = terminal.close()
+    assert code == 0
+    first, second, third, fourth = (
+        [(each["role"], each["content"]) for each in body["messages"]] for body in server.bodies(CHAT)
+    )
+    answer = ("assistant", "Hello wörld!")
+    assert first == [("user", "one")]
+    assert second == [("user", "one"), answer, ("user", "two")]
+    assert third == [("system", "Be rude"), ("user", "three")]
+    assert fourth == [("system", "Be rude"), ("user", "three"), answer, ("user", "four")]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_command(server: FakeServer) -> None:
+    server.pieces, server.pause = ("word ",) * 1000, 0.02
+    terminal = Terminal("chat", "--url", server.url)
+    try:
+        terminal.until("> ")
+        terminal.type("one\n")
+        terminal.until("word word")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.until("(stopped)")
+        server.pieces, server.pause = ("done",), 0
+        terminal.type("two\n")
+        terminal.until("done")
+        terminal.type("/exit\n")
+    finally:
+        code = terminal.close()
+    assert code == 0
+    assert server.bodies(CHAT)[1]["messages"][1]["content"].startswith("word word")
+
+
+def test_ctrl_c_of_one_shot(server: FakeServer) -> None:
+    server.pieces, server.pause = ("word ",) * 1000, 0.02
+    terminal = Terminal("chat", "--url", server.url, "-q", "Hi")
+    try:
+        terminal.until("word word")
+        terminal.process.send_signal(signal.SIGINT)
+    finally:
+        code = terminal.close()
+    assert code == 130
+    assert "Traceback" not in terminal.seen

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jaxserve run`: from flags and a file to settings, and what is found wrong before anything heavy is imported."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve import cli, demo
+from jaxserve.cli import settings
+from jaxserve.cli.run import Run
+from jaxserve.config import EngineConfig
+from jaxserve.server import lifecycle
+from jaxserve.server.config import ServerConfig
+from tests.cli.conftest import Command, Said, one_error
+from tests.golden import load as golden
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = golden.write_checkpoint("llama-gqa-tied", tmp_path_factory.mktemp("models") / "tiny")
+    shutil.copytree(golden.TOKENIZERS / "byte-level", folder, dirs_exist_ok=True)
+    return folder
+
+
+class Served:
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.server: Any = None
+
+    def __call__(self, engine: EngineConfig, server: ServerConfig) -> int:
+        self.engine, self.server = engine, server
+        return 7
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    """What `run` would serve."""
+    served = Served()
+    monkeypatch.setattr(lifecycle, "serve", served)
+    return served
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"), [(EngineConfig, settings.ENGINE_GROUPS), (ServerConfig, settings.SERVER_GROUPS)]
+)
+def test_every_setting_is_a_flag_in_one_group_with_help(kind: Any, groups: dict[str, tuple[str, ...]]) -> None:
+    names = [field.name for field in fields(kind)]
+    listed = [name for group in groups.values() for name in group]
+    assert sorted(listed) == sorted(names)
+    flags = {flag.name: flag for flag in cli.parser_of("run").flags}
+    for name in names:
+        assert flags[name].help.endswith((".", "ones", ")")), name
+        assert flags[name].option == "--" + name.replace("_", "-")
+
+
+def test_no_spelling_has_two_meanings() -> None:
+    for name in cli.COMMANDS:
+        options = [option for flag in cli.parser_of(name).flags for option in flag.options if not flag.positional]
+        assert len(options) == len(set(options)), name
+
+
+def test_what_is_refused_is_no_flag_of_ours() -> None:
+    known = {option for flag in cli.parser_of("run").flags for option in (*flag.options, flag.negative)}
+    assert not known & settings.refused().keys()
+
+
+def test_every_flag_of_every_command_has_help() -> None:
+    for name in cli.COMMANDS:
+        assert all(flag.help for flag in cli.parser_of(name).flags), name
+
+
+def test_common_flags_exist() -> None:
+    assert set(settings.COMMON) <= {flag.name for flag in cli.parser_of("run").flags}
+
+
+def test_flags_reach_their_settings(command: Command, served: Served, model: Path) -> None:
+    said = command(
+        *("serve", model, "-tp", "2", "--max_model_len", "64", "--no-enable-prefix-caching", "--port", "0"),
+        *("--kv-cache-memory-bytes", "1G", "--served-model-name", "a", "b", "--api-key", "k1", "--api-key=k2"),
+        *("--num-gpu-blocks-override=none", "--disable-log-stats", "--request-timeout", "2.5"),
+    )
+    assert said.code == 7, said
+    engine, server = served.engine, served.server
+    assert (engine.model, engine.tensor_parallel_size, engine.max_model_len) == (str(model), 2, 64)
+    assert (engine.enable_prefix_caching, engine.kv_cache_memory_bytes, engine.num_blocks) == (False, 2**30, None)
+    assert (server.port, server.served_model_name, server.api_key) == (0, ("a", "b"), ("k1", "k2"))
+    assert (server.disable_log_stats, server.request_timeout) == (True, 2.5)
+
+
+def test_what_it_says_first(command: Command, served: Served, model: Path) -> None:
+    said = command("run", model, "--port", "0", "--api-key", "hunter2", "--max-num-seqs", "4", "--host", "127.0.0.1")
+    assert said.out == ""
+    first, second = said.err.splitlines()
+    assert first == f"jaxserve 0.1.0  model {model}"
+    assert second == f"settings: model={model}  max_num_seqs=4  port=0  api_key=***"
+
+
+def test_the_demo_is_the_default(command: Command, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxserve.cli.preflight.check_model", lambda _: None)
+    assert command("run", "--port", "0").err.startswith("jaxserve 0.1.0  model demo\n")
+    assert served.engine.model == str(demo.FOLDER)
+    assert served.server.served_model_name == ("demo",)
+
+
+# --- the configuration file -----------------------------------------------------------------------------------------
+
+
+def test_flag_before_file_before_environment_and_default(
+    command: Command, served: Served, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"model: {model}\nport: 0\nmax-model-len: 32\nmax_num_seqs: 1k\nno-warmup: true\napi-key: [a, b]\n"
+        "tensor-parallel-size: 2\nseed: 3\n"
+    )
+    command("run", "--config", file, "--max-model-len", "64", "--seed", "0")
+    engine, server = served.engine, served.server
+    assert (engine.max_model_len, engine.max_num_seqs, engine.seed) == (64, 1000, 0)
+    assert (engine.warmup, engine.tensor_parallel_size, engine.block_size) == (False, 2, 16)
+    assert server.api_key == ("a", "b")
+    monkeypatch.setenv("JAXSERVE_API_KEY", "x,y")
+    command("run", "--config", file)
+    assert served.server.api_key == ("a", "b")
+    command("run", model, "--port", "0")
+    assert served.server.api_key == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("max-modle-len: 5", ("there is no setting max-modle-len", "did you mean max-model-len?")),
+        ("quantization: awq", ("--quantization is not supported yet",)),
+        ("port: [1, 2]", ("--port is [1, 2]",)),
+        ("port: yes", ("--port is True",)),
+        ("warmup: 3", ("--warmup is 3",)),
+        ("dtype: bf16", ("--dtype is 'bf16'",)),
+        ("- a", ("holds no settings",)),
+        ("a: [", ("is not YAML",)),
+        ("config: b.yaml", ("config names a configuration file",)),
+        ("port: 1\nport_: 2", ("there is no setting port_", "did you mean port?")),
+        ("max-num-seqs: 5\nmax_num_seqs: 6", ("is given twice",)),
+        ("port: 99999", ("--port is 99999",)),
+    ],
+)
+def test_wrong_files(command: Command, tmp_path: Path, content: str, parts: tuple[str, ...]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    one_error(command("run", "x", "--config", file), 2, *parts)
+
+
+def test_no_such_file(command: Command, tmp_path: Path) -> None:
+    one_error(command("run", "--config", tmp_path / "absent"), 2, "absent", "No such file")
+    (tmp_path / "empty.yaml").write_text("")
+    one_error(command("run", "--config", tmp_path / "empty.yaml", "--seed", "x"), 2, "--seed")
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--max-modle-len", "5"], ("unknown option --max-modle-len", "did you mean --max-model-len?")),
+        (["--quantization", "awq"], ("--quantization is not supported yet",)),
+        (["--speculative-config={}"], ("--speculative-config is not supported yet",)),
+        (["--trust-remote-code"], ("never run",)),
+        (["--block-size", "7"], ("--block-size is 7", "256")),
+        (["--gpu-memory-utilization", "1.5"], ("--gpu-memory-utilization is 1.5",)),
+        (["--num-blocks", "9", "--kv-cache-memory-bytes", "1G"], ("--num-blocks and --kv-cache-memory-bytes",)),
+        (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], ("--max-num-batched-tokens is 8",)),
+        (["--model", "y"], ("two models are named: x and y",)),
+        (["--ssl-keyfile", "k"], ("--ssl-keyfile is given and --ssl-certfile is not",)),
+        (["--port", "x"], ("--port is 'x'",)),
+        (["--help=nonsense"], ("no help on 'nonsense'",)),
+    ],
+)
+def test_wrong_flags(command: Command, words: list[str], parts: tuple[str, ...]) -> None:
+    one_error(command("run", "x", *words), 2, *parts)
+
+
+def test_port_in_use(command: Command, model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        one_error(command("run", model, "--port", str(port)), 1, f"port {port} is in use", "--port")
+
+
+def test_certificates(command: Command, tmp_path: Path) -> None:
+    one_error(command("run", "x", "--ssl-certfile", tmp_path / "absent"), 1, "certificate", "absent")
+    (tmp_path / "junk.pem").write_text("junk")
+    one_error(command("run", "x", "--ssl-certfile", tmp_path / "junk.pem"), 1, "certificate")
+
+
+@pytest.mark.parametrize("name", ["/absent/x", "./absent", "~/absent", "a/b/c", "bad name"])
+def test_no_such_model(command: Command, name: str) -> None:
+    one_error(command("run", name, "--port", "0"), 1, name, "org/name")
+
+
+def broken(command: Command, folder: Path, *words: str) -> Said:
+    return command("run", folder, "--port", "0", *words)
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+def test_broken_models(command: Command, copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(b"junk" * 100)
+    one_error(broken(command, copy), 1, "model.safetensors")
+    weights.write_bytes(data[:-10])
+    one_error(broken(command, copy), 1, "model.safetensors")
+    weights.unlink()
+    one_error(broken(command, copy), 1, "safetensors")
+    weights.write_bytes(data)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["Novel"]}))
+    one_error(broken(command, copy), 1, "'Novel' is not supported")
+    (copy / "config.json").unlink()
+    one_error(broken(command, copy), 1, "no config.json")
+
+
+def test_missing_tokenizer(command: Command, copy: Path, served: Served) -> None:
+    (copy / "tokenizer.json").unlink()
+    one_error(broken(command, copy), 1, "has no tokenizer", "--skip-tokenizer-init")
+    one_error(broken(command, copy, "--tokenizer", "/absent"), 1, "no folder /absent")
+    assert broken(command, copy, "--skip-tokenizer-init").code == 7
+    assert broken(command, copy, "--tokenizer", str(golden.TOKENIZERS / "byte-level")).code == 7
+
+
+def test_faults_of_ours_are_one_line_without_debug(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise KeyError("x\ny")
+
+    monkeypatch.delenv("JAXSERVE_DEBUG", raising=False)
+    monkeypatch.setattr(lifecycle, "serve", fails)
+    said = command("run", model, "--port", "0")
+    assert said.code == 1 and "error: KeyError: 'x\\ny'" in said.err and "Traceback" not in said.err
+    for words in (("--debug", "run", model, "--port", "0"), ("run", model, "--port", "0", "--debug")):
+        monkeypatch.setenv("JAXSERVE_DEBUG", "")
+        said = command(*words)
+        assert said.code == 1 and "Traceback" in said.err and "error: KeyError" in said.err
+
+
+def test_nothing_heavy_is_imported_for_a_fault() -> None:
+    script = (
+        "import sys\n"
+        "from jaxserve.cli import main\n"
+        "assert main(sys.argv[1:]) in (1, 2)\n"
+        "heavy = {'jax', 'jaxlib', 'flax', 'transformers'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    words = ["run", "/absent", "--port", "0"]
+    result = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("error: there is no folder") and result.stderr.count("\n") == 1
+
+
+def test_help(command: Command) -> None:
+    few, everything = command("run", "--help"), command("run", "--help=all")
+    assert few.code == everything.code == 0
+    assert "--max-model-len N" in few.out and "--header-timeout" not in few.out and "--help=all" in few.out
+    flags = cli.parser_of("run").flags
+    assert all(flag.shown in everything.out or flag.option[5:] in everything.out for flag in flags)
+    group = command("run", "--help=security").out
+    assert "--api-key" in group and "--port" not in group
+    assert isinstance(Run.parser("p", "").flags, tuple)
