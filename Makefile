@@ -22,12 +22,21 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install test lint test-cuda golden clean
+.PHONY: install serve test test-ui lint test-cuda golden clean
 
 install: .venv/.test-installed
 
+# The demo model on http://127.0.0.1:8000; `make serve FLAGS='--port 9000'`.
+serve: .venv/.base-installed
+	$(BIN)/jaxserve run $(FLAGS)
+
 test: .venv/.test-installed
 	$(BIN)/python -m pytest
+
+# The tests of the page alone. They want a Chromium: `apt-get install chromium`, or CHROMIUM=/path/to/one.
+# Where there is none they say so and are skipped.
+test-ui: .venv/.test-installed
+	$(BIN)/python -m pytest -n 0 -rs tests/ui
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .
@@ -43,8 +52,12 @@ test-cuda: .venv-cuda/.base-installed
 	  echo "test-cuda skipped: the CUDA wheels cannot be installed, for the reason above"; \
 	fi
 
-.venv/.test-installed: $(PINS)
+.venv/.base-installed: $(PINS)
 	@$(call venv,.venv)
+	$(call install,.venv,-e .)
+	@touch $@
+
+.venv/.test-installed: .venv/.base-installed
 	$(call install,.venv,-e '.[test]')
 	@touch $@
 

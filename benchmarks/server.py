@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server costs: `python -m benchmarks.server [--json FILE] [--streams 1,32,256]`.
+
+The demo model, once in an engine alone and once behind `jaxserve run` with the same settings, both up all the time and
+used in turns. Each round every stream asks for the same number of tokens, all streams at once; the server's clients
+read event streams from raw sockets in one thread. Told are the medians over the rounds: how much of the engine's output
+tokens per second the server keeps, and by how much its first token and its gaps between tokens are later, at p50 and
+p99. On a machine with few cores engine, server and clients share them, and XLA would use them all: the ratio says what
+is lost there, not on a server with cores to spare. Aim: 0.85 at 256 streams.
+"""
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import facts, streams
+from jaxserve import demo
+
+AIM, AIM_STREAMS = 0.85, 256
+QUIET = ("--disable-log-stats", "--log-level=warning")
+_ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Row:
+    streams: int
+    engine: float  # output tokens per second
+    server: float
+    kept: float  # of the engine's, median of the ratios round by round
+    first_p50_ms: float  # time to the first token, the server's
+    first_p99_ms: float
+    added_first_p50_ms: float  # above the engine's
+    added_first_p99_ms: float
+    added_gap_p50_ms: float  # of the times between tokens
+    added_gap_p99_ms: float
+
+
+def settings(folder: Path, count: int, length: int) -> dict[str, Any]:
+    return {
+        "model": str(folder),
+        "max_num_seqs": count,
+        "max_num_batched_tokens": max(512, count),
+        "max_model_len": length,
+        "num_blocks": 1 + count * -(-length // 16) + 64,
+    }
+
+
+class Server:
+    """`jaxserve run` on a free port, ready."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in config.items()]
+        command = [Path(sysconfig.get_path("scripts"), "jaxserve"), "run", *flags, f"--port={self.port}", *QUIET]
+        self.process = subprocess.Popen(command, cwd=_ROOT)
+        while not self._healthy():
+            if self.process.poll() is not None:
+                raise SystemExit("error: the server ended; it may say why")
+            time.sleep(0.2)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        fixed = {"max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True}
+        return streams.run(self.port, [{"prompt": ids, **fixed} for ids in prompts])
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+class Alone:
+    """The engine without a server."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        command = [sys.executable, "-m", "benchmarks.peers.jaxserve_engine", json.dumps(config)]
+        self.process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._line()
+
+    def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": new}) + "\n")
+        self.process.stdin.flush()
+        return self._line()
+
+    def _line(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("error: the engine ended; it may say why")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def measure(alone: Any, server: Any, *, counts: Sequence[int], prompt: int, new: int, rounds: int) -> list[Row]:
+    answers: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {count: [] for count in counts}
+    rng = np.random.default_rng(0)
+    for turn in range(rounds + 1):
+        for count in counts:
+            prompts = rng.integers(20, 500, (2, count, prompt)).tolist()  # each side its own: none is in its cache
+            pair = alone.run(prompts[0], new), server.run(prompts[1], new)
+            if turn:  # the first warms up
+                answers[count].append(pair)
+    return [_row(count, new, answers[count]) for count in counts]
+
+
+def _row(count: int, new: int, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Row:
+    speeds = [(count * new / alone["seconds"], count * new / server["seconds"]) for alone, server in pairs]
+    first = [
+        _quantiles([times[0] for answer in side for times in answer["times"]]) for side in zip(*pairs, strict=True)
+    ]
+    gaps = [
+        _quantiles([gap for answer in side for times in answer["times"] for gap in np.diff(times)])
+        for side in zip(*pairs, strict=True)
+    ]
+    return Row(
+        streams=count,
+        engine=statistics.median(alone for alone, _ in speeds),
+        server=statistics.median(server for _, server in speeds),
+        kept=statistics.median(server / alone for alone, server in speeds),
+        first_p50_ms=first[1][0],
+        first_p99_ms=first[1][1],
+        added_first_p50_ms=first[1][0] - first[0][0],
+        added_first_p99_ms=first[1][1] - first[0][1],
+        added_gap_p50_ms=gaps[1][0] - gaps[0][0],
+        added_gap_p99_ms=gaps[1][1] - gaps[0][1],
+    )
+
+
+def _quantiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """p50 and p99, in milliseconds."""
+    p50, p99 = np.quantile(np.asarray(seconds), (0.5, 0.99)) * 1e3
+    return float(p50), float(p99)
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        f"{'streams':>8} {'engine tok/s':>13} {'server tok/s':>13} {'kept':>6} {'TTFT p50':>9} {'p99':>8} "
+        f"{'added TTFT p50':>15} {'p99':>7} {'added gap p50':>14} {'p99':>7}  (ms)"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.streams:8} {row.engine:13.0f} {row.server:13.0f} {row.kept:6.2f} {row.first_p50_ms:9.1f} "
+            f"{row.first_p99_ms:8.1f} {row.added_first_p50_ms:15.1f} {row.added_first_p99_ms:7.1f} "
+            f"{row.added_gap_p50_ms:14.1f} {row.added_gap_p99_ms:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description="What the server costs.")
+    parser.add_argument("--streams", default="1,32,256", help="numbers of streams")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens in a prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens that each stream asks for")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    options = parser.parse_args()
+    counts = [int(count) for count in options.streams.split(",")]
+    config = settings(demo.FOLDER, max(counts), options.prompt + options.new)
+    alone = Alone(config)
+    server = Server(config)
+    try:
+        rows = measure(alone, server, counts=counts, prompt=options.prompt, new=options.new, rounds=options.rounds)
+    finally:
+        server.close()
+        alone.close()
+    print(facts.processor())
+    print(table(rows))
+    for row in rows:
+        if row.streams == AIM_STREAMS:
+            print(f"aim at {AIM_STREAMS} streams: {AIM} of the engine's tokens per second; kept {row.kept:.2f}")
+    if options.json:
+        told = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "prompt": options.prompt}
+        told |= {"new": options.new, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

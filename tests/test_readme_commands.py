@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command in the README is run, or is known to be covered elsewhere; a new one fails until it is either.
+
+The server is `jaxserve run` with the demo model, as a reader would start it, but on a free port and with few shapes.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from jaxserve import demo
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+FEW = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256", "--no-warmup"]
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+}
+COMMANDS = ("jaxserve", "python", "make", "curl", "docker", "pip", ".ci/run", "echo")
+
+
+def commands() -> list[str]:
+    """The lines of indented blocks that begin with one, without what is said of them."""
+    text = (ROOT / "README.md").read_text().partition("## Map of the code")[0]
+    lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return [re.split(r"  +|\s#\s", line)[0].strip() for line in lines if line.split()[0] in COMMANDS]
+
+
+# What others of our tests run, or CI does: the beginning of the command, and where.
+ELSEWHERE = {
+    "make": "test_targets_are_there",
+    "pip install": ".ci/run: the wheel, in an environment of its own",
+    "docker build": "tests/deploy",
+    ".ci/run": "CI itself",
+    "python -m benchmarks": "tests/benchmarks",
+    "jaxserve run": "the fixture here",
+}
+# A command as the README has it, and what stands for its capitals. {url} is the server's.
+OFFLINE = {
+    "jaxserve version [--json]": "jaxserve version --json",
+    "jaxserve devices [--json]": "jaxserve devices --json",
+    "jaxserve inspect PATH [--json]": "jaxserve inspect {demo} --json",
+    "jaxserve check MODEL": "jaxserve check {demo} --memory 1GiB",
+    "jaxserve convert SRC DST": "jaxserve convert {demo} converted",
+    "jaxserve convert SRC DST [--revision R] [--dtype bfloat16] [--offline] [--overwrite]": (
+        "jaxserve convert {demo} converted-again --dtype bfloat16 --offline --overwrite"
+    ),
+    "jaxserve completion bash|zsh|fish": "jaxserve completion bash",
+    "jaxserve bench throughput|latency": "jaxserve bench throughput --help",  # tests/cli/test_bench.py runs them
+}
+ONLINE = {
+    "jaxserve chat [-q TEXT]": "jaxserve chat --url {url} -q Hello",
+    "jaxserve complete [-q TEXT]": "jaxserve complete --url {url} -q Once",
+    "jaxserve bench serve": (
+        "jaxserve bench serve --url {url} --num-prompts 3 --random-input-len 8 --random-output-len 4"
+    ),
+    "jaxserve profile --out DIR": "jaxserve profile --url {url} --out {traces} --seconds 0.2",
+}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def port(traces: Path) -> Generator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = int(probe.getsockname()[1])
+    command = [SCRIPTS / "jaxserve", "run", f"--port={free}", f"--profile-dir={traces}", *FEW]
+    process = subprocess.Popen(
+        [*command, "--compilation-cache-dir="], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until = time.monotonic() + 100
+        while not _healthy(free):
+            assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        yield free
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    # The Ready block is the last that a start says, and its curl is one that works.
+    assert re.search(rf"curl http://127\.0\.0\.1:{free}/v1/chat/completions", said), said
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def run(command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        shlex.split(command), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_command_is_run_somewhere() -> None:
+    known = [*OFFLINE, *ONLINE]
+    literal = ("curl ", "jaxserve chat -q", "jaxserve profile --url")  # run as they stand, below
+    found = commands()
+    assert len(found) > 25
+    unknown = [command for command in found if command not in known and not command.startswith((*ELSEWHERE, *literal))]
+    assert unknown == []
+    assert [command for command in known if command not in found] == [], "no longer in the README"
+
+
+@pytest.mark.parametrize("command", OFFLINE)
+def test_commands_without_a_server(command: str, tmp_path: Path) -> None:
+    assert run(OFFLINE[command].format(demo=demo.FOLDER), tmp_path)
+
+
+@pytest.mark.parametrize("command", ONLINE)
+def test_commands_at_a_server(command: str, port: int, traces: Path, tmp_path: Path) -> None:
+    assert run(ONLINE[command].format(url=f"http://127.0.0.1:{port}", traces=traces), tmp_path)
+
+
+def test_what_stands_in_the_readme_as_it_is(port: int, traces: Path, tmp_path: Path) -> None:
+    """But for the port, and the folder that the server may write to."""
+    for command in commands():
+        here = command.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        if command.startswith("curl "):
+            if shutil.which("curl") is None:
+                continue
+            answer = json.loads(run(here, tmp_path))
+            assert answer["choices"][0]["message"]["content"]
+        elif command.startswith("jaxserve chat -q"):
+            assert run(here.replace("chat ", f"chat --url http://127.0.0.1:{port} "), tmp_path).strip()
+        elif command.startswith("jaxserve profile --url"):
+            run(here.replace("--out DIR", f"--out {traces}").replace("--seconds 5", "--seconds 0.2"), tmp_path)
+            assert list(traces.rglob("*.xplane.pb"))
+
+
+def test_targets_are_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {command.split()[1] for command in commands() if command.startswith("make ")} <= targets
+
+
+def test_benchmarks_are_there() -> None:
+    for command in commands():
+        if command.startswith("python -m benchmarks"):
+            path = ROOT.joinpath(*command.split()[2].split("."))
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
