@@ -81,7 +81,8 @@ class Server:
             return False
 
     def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        fixed = {"max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True}
+        # Special tokens are shown: what has no text makes no event.
+        fixed = {"max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "skip_special_tokens": False}
         return streams.run(self.port, [{"prompt": ids, **fixed} for ids in prompts])
 
     def close(self) -> None:

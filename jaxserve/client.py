@@ -16,10 +16,13 @@ from urllib.parse import urlsplit
 from jaxserve.errors import JaxserveError, UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
+LOG = "see the server's log"
 HINTS = {
+    400: "change the request",
     401: "give --api-key",
     403: "give --api-key, or have the server allow this host",
     404: "check --url and --model-name",
+    413: "send less",
     429: "it has too much to do: try again later",
     503: "it is loading, ending or has too much to do: try again later",
 }
@@ -76,9 +79,10 @@ class Client:
                     return
                 event = self._parsed(data)
                 if isinstance(event, dict) and "error" in event:
-                    raise ServerError(f"the server says: {_message(event) or 'error'}", "see the server's log")
+                    problem, hint = _told(_message(event) or "error", LOG)
+                    raise ServerError(f"the server says: {problem}", hint)
                 yield cast("dict[str, Any]", event)
-            raise ServerError("the answer broke off", "see the server's log")
+            raise ServerError("the answer broke off", LOG)
 
     def model(self) -> str:
         """The first model that the server has."""
@@ -98,9 +102,9 @@ class Client:
             response = self._read(lambda: _answer(connection, method, self._path + path, data, headers))
             if response.status >= 400:
                 said = _message(self._parsed(self._read(response.read), strict=False))
-                problem = f"the server says: {said}" if said else f"{path} answers {response.status} {response.reason}"
-                hint = HINTS.get(response.status, "see the server's log")
-                raise ServerError(problem, hint, status=response.status)
+                problem, hint = _told(said, HINTS.get(response.status, LOG))
+                nothing = f"{path} answers {response.status} {response.reason}"
+                raise ServerError(f"the server says: {problem}" if said else nothing, hint, status=response.status)
             yield response
         finally:
             connection.close()
@@ -112,7 +116,7 @@ class Client:
             hint = "start a server with `jaxserve run`, or give the --url of one"
             raise ServerError(f"nothing answers at {self.root}", hint) from None
         except TimeoutError:
-            raise ServerError(f"{self.root} is silent for {self._timeout:g} s", "see the server's log") from None
+            raise ServerError(f"{self.root} is silent for {self._timeout:g} s", LOG) from None
         except ssl.SSLError as error:
             raise ServerError(f"no secure connection to {self.root}: {error.reason or error}", "check --url") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -144,3 +148,10 @@ def _message(content: Any) -> str:
     except (KeyError, TypeError):
         return ""
     return text if isinstance(text, str) else ""
+
+
+def _told(message: str, usual: str) -> tuple[str, str]:
+    """Problem and hint. Of several sentences the last says what to do, better than a status can."""
+    problem, end, hint = message.rstrip(" .").rpartition(". ")
+    quoted = hint.count("`") % 2 or hint.count('"') % 2  # the end of a sentence in what is quoted
+    return (problem, hint) if end and problem and hint and not quoted else (message, usual)

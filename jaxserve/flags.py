@@ -31,6 +31,7 @@ class Arg:
     positional: bool = False
     metavar: str | None = None
     options: tuple[str, ...] = ()  # further spellings
+    unknown: str = ""  # what is said of a word that is none of the choices, {} being that word
 
 
 class HelpRequested(Exception):
@@ -55,6 +56,7 @@ class Flag:
     metavar: str = ""
     more: tuple[str, ...] = ()  # further spellings
     secret: bool = False  # its value is not to be shown
+    unknown: str = ""  # as Arg's
 
     @property
     def option(self) -> str:
@@ -79,7 +81,10 @@ class Flag:
         if self.optional and self.base is not str and text.lower() in ("none", "auto", "null"):
             return None
         if self.choices and text not in self.choices:
-            self._refuse(text, f"choose one of {', '.join(self.choices)}")
+            hint = f"choose one of {', '.join(self.choices)}"
+            if self.unknown:
+                raise UsageError(self.unknown.format(repr(text)), hint)
+            self._refuse(text, hint)
         if self.base is bool:
             if text.lower() not in _WORDS:
                 self._refuse(text, f"give true or false, or {self.option} alone")
@@ -171,6 +176,7 @@ def flags_of(
             metavar=metavar,
             more=(*arg.options, *(more or {}).get(field.name, ())),
             secret=not field.repr,
+            unknown=arg.unknown,
             **kind,
         )
         found.append(flag)
@@ -302,7 +308,8 @@ class Parser:
         """A message about fields, about their flags."""
         for flag in self.flags:
             if "_" in flag.name and not flag.positional:
-                text = re.sub(rf"\b{flag.name}\b", flag.option, text)
+                # Not within a path or a flag.
+                text = re.sub(rf"(?<![\w/.-]){flag.name}(?![\w/-]|\.\w)", flag.option, text)
             else:
                 text = re.sub(rf"^{flag.name}(?= is )", flag.shown, text)
         return text

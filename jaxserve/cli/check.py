@@ -145,19 +145,20 @@ def _plan_lines(config: EngineConfig, plan: Plan) -> list[str]:
 
 
 def _other_lines(plan: Plan, others: list[tuple[str, Plan]]) -> list[str]:
+    """A table: what one flag's change gives, under what there is without it."""
     shown = [(name, other) for name, other in others if other.fits or plan.fits]
-    lines = ["", "with one flag changed"] if shown else []
-    for name, other in shown:
-        if other.blocks < 1:
-            lines.append(f"  {name:<34}does not fit")
-        elif not other.fits:
-            lines.append(f"  {name:<34}too long for the KV cache of {other.tokens:,} tokens")
-        else:
-            lines.append(
-                f"  {name:<34}KV cache of {other.tokens:,} tokens, {other.concurrency:.1f} sequences "
-                f"of {other.served_len:,}"
-            )
-    return lines
+    if not shown:
+        return []
+    wide = max(len(name) for name, _ in shown) + 2
+    head = f"  {'':<{wide}}{'weights':>12}{'KV cache, tokens':>18}{'longest':>11}{'at once':>10}"
+    return ["", "with one flag changed", head, *(_row(name, one, wide) for name, one in [("as it is", plan), *shown])]
+
+
+def _row(name: str, plan: Plan, wide: int) -> str:
+    start = f"  {name:<{wide}}{_size(plan.weights):>12}{plan.tokens:>18,}"
+    if not plan.fits:
+        return f"{start}  {'does not fit' if plan.blocks < 1 else 'too few'}"
+    return f"{start}{plan.served_len:>11,}{plan.concurrency:>10,.1f}"
 
 
 def _as_json(model: Model, plan: Plan, others: list[tuple[str, Plan]]) -> dict[str, Any]:

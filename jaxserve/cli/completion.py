@@ -17,7 +17,7 @@ from jaxserve.flags import Arg, Flag
 class Completion:
     """Print a completion script."""
 
-    shell: Annotated[Literal["bash", "zsh", "fish"], Arg(positional=True)]
+    shell: Annotated[Literal["bash", "zsh", "fish"], Arg(positional=True, unknown="there is no completion for {}")]
     """The shell."""
 
     def run(self) -> None:

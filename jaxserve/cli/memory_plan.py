@@ -187,24 +187,57 @@ def _step_bytes(spec: Any, dtype: Any, *, rows: int, tokens: int, shards: int) -
 
 
 def alternatives(config: EngineConfig, model: Model, memory: int | None) -> Iterator[tuple[str, Plan]]:
-    """Plans with one flag changed."""
-    tensor, rows = config.tensor_parallel_size, planned(config, model, memory).max_num_seqs
-    changes: list[tuple[str, dict[str, Any]]] = []
-    if memory is not None:
-        size = tensor * 2
-        while size * config.expert_parallel_size <= MAX_DEVICES:
-            changes.append((f"--tensor-parallel-size {size}", {"tensor_parallel_size": size}))
-            size *= 2
-        if config.gpu_memory_utilization < 0.95 and config.kv_cache_memory_bytes is None:
-            changes.append(("--gpu-memory-utilization 0.95", {"gpu_memory_utilization": 0.95}))
-    if rows > 1:
-        changes.append((f"--max-num-seqs {rows // 2}", {"max_num_seqs": rows // 2}))
-    longest = config.max_model_len or model.spec.max_positions
-    for length in (131072, 32768, 8192, 2048):
-        if length < longest:
-            changes.append((f"--max-model-len {length}", {"max_model_len": length}))
-    for name, change in changes:
+    """Plans with one flag changed: halved, doubled, or another choice."""
+    plan = planned(config, model, memory)
+    for name, value in _changes(config, model, plan):
+        flag = "--" + name.replace("_", "-")
         try:
-            yield name, planned(replace(config, **change), model, memory)
+            yield f"{flag} {_told(name, value)}", planned(replace(config, **{name: value}), model, memory)
         except JaxserveError:  # the model cannot be cut so, or two settings contradict
             continue
+
+
+def _changes(config: EngineConfig, model: Model, plan: Plan) -> Iterator[tuple[str, Any]]:
+    longest, most = plan.max_model_len, model.spec.max_positions
+    lengths = {longest * 2, longest // 2, *(length for length in (32768, 8192, 2048) if length < longest)}
+    for length in sorted((length for length in lengths if 2 <= length <= most), reverse=True):
+        yield "max_model_len", length
+    for rows in (plan.max_num_seqs * 2, plan.max_num_seqs // 2):
+        if rows >= 1:
+            yield "max_num_seqs", rows
+    if config.num_blocks is not None:
+        yield "num_blocks", config.num_blocks * 2
+        yield "num_blocks", config.num_blocks // 2
+    elif config.kv_cache_memory_bytes is not None or plan.memory is None:
+        yield from _cache_sizes(config, plan)
+    else:
+        if config.gpu_memory_utilization < 0.95:
+            yield "gpu_memory_utilization", 0.95
+        yield "gpu_memory_utilization", config.gpu_memory_utilization / 2
+    if plan.memory is not None:
+        for tensor in (config.tensor_parallel_size * 2, config.tensor_parallel_size // 2):
+            if 1 <= tensor <= MAX_DEVICES // config.expert_parallel_size:
+                yield "tensor_parallel_size", tensor
+    for dtype in ("float32", "bfloat16"):
+        if dtype != plan.dtype:
+            yield "dtype", dtype
+
+
+def _cache_sizes(config: EngineConfig, plan: Plan) -> Iterator[tuple[str, int]]:
+    """Half of what the cache takes now, and twice that if there is room."""
+    size = config.kv_cache_memory_bytes or max(plan.blocks, 0) * plan.block_bytes
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if plan.memory is not None:
+        room = plan.memory - plan.state - plan.step - plan.slack
+    for other in (size * 2, size // 2):
+        if 0 < other <= room - plan.weights:
+            yield "kv_cache_memory_bytes", other
+
+
+def _told(name: str, value: Any) -> str:
+    """As a flag takes it."""
+    if name == "kv_cache_memory_bytes":
+        for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+            if value % scale == 0:
+                return f"{value // scale}{unit}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

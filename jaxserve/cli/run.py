@@ -14,7 +14,7 @@ from typing import Any
 from jaxserve import __version__
 from jaxserve.cli import settings
 from jaxserve.config import EngineConfig
-from jaxserve.errors import one_line
+from jaxserve.errors import JaxserveError, UsageError, one_line
 from jaxserve.flags import Flag, Parser
 from jaxserve.server.config import ServerConfig
 
@@ -77,4 +77,10 @@ class Run:
             print(f"settings: {one_line(self.settings, limit=2000)}", file=sys.stderr)
         from jaxserve.server import lifecycle
 
-        return lifecycle.serve(self.engine, self.server)
+        try:
+            return lifecycle.serve(self.engine, self.server)
+        except UsageError:
+            raise
+        except JaxserveError as error:  # in the words of fields, that programs use
+            words = self.parser("jaxserve run", "").in_flags_words
+            raise JaxserveError(words(error.problem), words(error.hint)) from error

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from jaxserve.config import EngineConfig
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import EngineError, JaxserveError
+from jaxserve.exits import DEBUG
 from jaxserve.process import wire
 from jaxserve.process.outbox import Outbox
 
@@ -192,6 +193,12 @@ def _load(start: wire.Start, outbox: Outbox) -> "Engine":
     return Engine(config, told=told, opened=lambda engine: outbox.send(_opened(engine)))
 
 
+def _is_fault_of_ours(error: BaseException) -> bool:
+    """Whether its traceback is wanted in a report. What a user can mend is said in a line."""
+    cause = error.__cause__ if isinstance(error, EngineError) and error.__cause__ is not None else error
+    return not isinstance(cause, JaxserveError)
+
+
 def serve(end: socket.socket) -> int:
     """The exit code."""
     receiver = wire.Receiver(end, of_parent=True)
@@ -208,7 +215,7 @@ def serve(end: socket.socket) -> int:
         beat.of = child = Child(engine, inbox, outbox)
         child.run()
     except BaseException as error:
-        if not isinstance(error, JaxserveError) or error.__cause__ is not None:
+        if _is_fault_of_ours(error) or os.environ.get(DEBUG):
             traceback.print_exc()
         outbox.send(wire.Failed(wire.fault_of(error)))
         outbox.finish(LAST_WORDS)

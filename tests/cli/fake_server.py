@@ -21,6 +21,7 @@ class FakeServer:
         self.asked: list[tuple[str, Any]] = []
         self.faults: dict[str, int | str] = {}
         self.pieces: tuple[str, ...] = PIECES
+        self.message = "The server is loading the model."  # that goes with a status
         self.needs_key = False
         self.has_tokenize = True
         self.pause = 0.0
@@ -56,7 +57,7 @@ class FakeServer:
             return _error(401, "Unauthorized")
         fault = self.faults.get(request.path)
         if isinstance(fault, int):
-            return _error(fault, "The server is loading the model.")
+            return _error(fault, self.message)
         if fault == "junk":
             return web.Response(text="<html>")
         return await handler(request)

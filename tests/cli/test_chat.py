@@ -62,6 +62,26 @@ def test_faults_of_the_server(command: Command, server: FakeServer, fault: int |
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and part in said.err
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "problem", "hint"),
+    [
+        (403, "Traces are off. Start the server with --profile-dir X.", "Traces are off", "Start the server with"),
+        (400, "n is 9.5. At most 4. Lower it.", "n is 9.5. At most 4", "Lower it"),
+        (400, "n is 9.5.", "n is 9.5.", "change the request"),
+        (403, "This host is not allowed.", "This host is not allowed.", "give --api-key, or"),
+        (404, 'There is no "a. b".', 'There is no "a. b".', "check --url"),
+        (404, "The model `a. b. c` does not exist.", "The model `a. b. c` does not exist.", "check --url"),
+        (500, "It broke.", "It broke.", "see the server's log"),
+    ],
+)
+def test_a_server_that_says_what_to_do_has_the_last_word(
+    command: Command, server: FakeServer, *, status: int, message: str, problem: str, hint: str
+) -> None:
+    server.faults[CHAT], server.message = status, message
+    said = command("chat", "--url", server.url, "-q", "Hi")
+    one_error(said, 1, f"error: the server says: {problem}  hint: {hint}")
+
+
 def test_nobody_there(command: Command) -> None:
     one_error(command("chat", "--url", "http://127.0.0.1:9", "-q", "Hi"), 1, "nothing answers", "jaxserve run")
     one_error(command("chat", "--url", "ftp://x", "-q", "Hi"), 2, "no URL")

@@ -90,4 +90,18 @@ def test_what_does_not_fit(command: Command, llama: Path) -> None:
 
 def test_the_table(command: Command, llama: Path) -> None:
     out = command("check", llama, "--memory", "80GiB").out
+    for change in ("max-model-len 65536", "max-num-seqs 512", "gpu-memory-utilization 0.45", "tensor-parallel-size 2"):
+        assert f"  --{change} " in out
     assert "8,030,261,248 in bfloat16" in out and "2.00 MiB per block of 16" in out and "with one flag changed" in out
+
+
+def test_what_each_flag_changes_is_what_it_gives(command: Command, tmp_path: Path) -> None:
+    model = golden.write_checkpoint("mistral-full", tmp_path / "tiny")
+    found = json.loads(command("check", model, "--json").out)["alternatives"]
+    flags = {name.split()[0] for name in found}
+    assert flags == {"--max-model-len", "--max-num-seqs", "--kv-cache-memory-bytes", "--dtype"}
+    for name, change in found.items():
+        assert json.loads(command("check", model, "--json", *name.split()).out)["plan"] == {
+            **change,
+            "insisted": "--max-model-len" in name,
+        }

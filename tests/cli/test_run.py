@@ -6,16 +6,19 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxserve import cli, demo
-from jaxserve.cli import settings
+from jaxserve.cli import memory_plan, preflight, settings
 from jaxserve.cli.run import Run
 from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineError, UsageError
+from jaxserve.models import registry
+from jaxserve.models.spec import to_json
 from jaxserve.server import lifecycle
 from jaxserve.server.config import ServerConfig
 from tests.cli.conftest import Command, Said, one_error
@@ -83,7 +86,10 @@ def test_common_flags_exist() -> None:
     assert set(settings.COMMON) <= {flag.name for flag in cli.parser_of("run").flags}
 
 
-def test_flags_reach_their_settings(command: Command, served: Served, model: Path) -> None:
+def test_flags_reach_their_settings(
+    command: Command, served: Served, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     said = command(
         *("serve", model, "-tp", "2", "--max_model_len", "64", "--no-enable-prefix-caching", "--port", "0"),
         *("--kv-cache-memory-bytes", "1G", "--served-model-name", "a", "b", "--api-key", "k1", "--api-key=k2"),
@@ -118,6 +124,7 @@ def test_the_demo_is_the_default(command: Command, served: Served, monkeypatch: 
 def test_flag_before_file_before_environment_and_default(
     command: Command, served: Served, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     file = tmp_path / "config.yaml"
     file.write_text(
         f"model: {model}\nport: 0\nmax-model-len: 32\nmax_num_seqs: 1k\nno-warmup: true\napi-key: [a, b]\n"
@@ -269,6 +276,15 @@ def test_nothing_heavy_is_imported_for_a_fault() -> None:
     assert result.stderr.startswith("error: there is no folder") and result.stderr.count("\n") == 1
 
 
+def test_a_length_that_is_too_long_takes_no_jax(model: Path) -> None:
+    script = "import sys; from jaxserve.cli import main; code = main(sys.argv[1:]); assert 'jax' not in sys.modules; "
+    words = ["run", str(model), "--port", "0", "--max-model-len", "1M"]
+    ask = [sys.executable, "-c", script + "sys.exit(code)", *words]
+    result = subprocess.run(ask, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr == "error: --max-model-len is 1048576, and the model takes 128  hint: give at most 128\n"
+
+
 def test_help(command: Command) -> None:
     few, everything = command("run", "--help"), command("run", "--help=all")
     assert few.code == everything.code == 0
@@ -278,3 +294,93 @@ def test_help(command: Command) -> None:
     group = command("run", "--help=security").out
     assert "--api-key" in group and "--port" not in group
     assert isinstance(Run.parser("p", "").flags, tuple)
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--max-model-len", "129"], ("--max-model-len is 129", "at most 128")),
+        (["--max-model-len", "1"], ("--max-model-len is 1", "2 at least")),
+        (["--kv-cache-memory-bytes", "1KiB"], ("--kv-cache-memory-bytes is 1024", "or more")),
+        (["--kv-cache-memory-bytes", "900TiB"], ("--kv-cache-memory-bytes is", "this machine has")),
+        (["--num-blocks", "3", "--max-model-len", "64"], ("--num-blocks is 3", "give 5 or more", "--max-model-len 32")),
+        (["--max-num-batched-tokens", "16"], ("--max-num-batched-tokens is 16", "--max-num-seqs")),
+        (["-tp", "2"], ("--tensor-parallel-size is 2, and jax has 1 device here",)),
+    ],
+)
+def test_sizes_that_cannot_be(
+    command: Command, served: Served, model: Path, words: list[str], parts: tuple[str, ...]
+) -> None:
+    one_error(command("run", model, "--port", "0", *words), 2, *parts)
+    assert served.engine is None
+
+
+def test_heads_that_do_not_divide(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--a=b --xla_force_host_platform_device_count=8")
+    one_error(command("run", model, "--port", "0", "-tp", "3"), 2, "--tensor-parallel-size 3", "4 attention heads")
+
+
+def test_sizes_of_a_converted_model(command: Command, served: Served, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "converted")
+    content = {"format": 1, "spec": to_json(registry.read_config(model)[0])}
+    (folder / "spec.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps({}))
+    one_error(command("run", folder, "--port", "0", "--max-model-len", "129"), 2, "--max-model-len is 129")
+    (folder / "spec.json").write_text(json.dumps({"spec": {"is": "Norm"}}))
+    assert command("run", folder, "--port", "0", "--max-model-len", "129").code == 7  # its reader will tell
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral-window", "gemma2", "deepseek-v3"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_is_refused_is_what_does_not_fit(tmp_path: Path, name: str, shards: int) -> None:
+    folder = golden.write_checkpoint(name, tmp_path / "tiny")
+    spec = registry.read_config(folder)[0]
+    config = EngineConfig(model=str(folder), tensor_parallel_size=shards, block_size=8, max_model_len=100)
+    config = replace(config, max_num_batched_tokens=32, dtype="bfloat16")
+    described = memory_plan.read(config)
+    per_block = memory_plan.planned(config, described, None).block_bytes
+    assert preflight.block_bytes(config, spec) == per_block
+    refused: set[bool] = set()
+    for blocks in range(1, 20):
+        sized = replace(config, kv_cache_memory_bytes=blocks * per_block)
+        fits = memory_plan.planned(sized, described, None).fits
+        refused.add(not fits)
+        try:
+            preflight.check_cache(sized, spec)
+        except UsageError as error:
+            assert not fits, error
+            wanted = int(error.hint.split()[1].removesuffix(","))
+            assert memory_plan.planned(replace(sized, kv_cache_memory_bytes=wanted), described, None).fits
+        else:
+            assert fits
+    assert refused == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"JAX_PLATFORMS": "cpu"}, 1),
+        ({"JAX_PLATFORMS": "CPU", "JAX_NUM_CPU_DEVICES": "4"}, 4),
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --x=1"}, 8),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, None),
+        ({"JAX_PLATFORMS": "tpu"}, None),
+    ],
+)
+def test_devices_are_counted_where_they_are_certain(environment: dict[str, str], expected: int | None) -> None:
+    assert preflight.cpu_devices(environment) == expected
+
+
+def test_an_engine_that_does_not_start_speaks_of_flags(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise EngineError("no memory for /x/num_blocks/y and max_model_len 5", "lower max_num_seqs.")
+
+    monkeypatch.setattr(lifecycle, "serve", fails)
+    said = command("run", model, "--port", "0")
+    last = said.err.splitlines()[-1]
+    assert said.code == 1
+    assert last == "error: no memory for /x/num_blocks/y and --max-model-len 5  hint: lower --max-num-seqs."

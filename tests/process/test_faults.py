@@ -91,12 +91,18 @@ def test_a_child_that_is_killed_and_another_after_it(config: EngineConfig) -> No
         assert engine.state == EngineState("stopped", "")
         assert all(call.done() for call in calls)
         with pytest.raises(EngineError, match="shut down"):
-            run(stream.next())
+            run(to_the_end(stream))
         assert engine._process is not None and engine._process.returncode == 0  # by itself
 
 
 async def opened(front: Front) -> Any:
     return front.open(front.intake.ready([3], PARAMS))
+
+
+async def to_the_end(stream: Any) -> None:
+    """Of a stream that ends with an error. What came before that is given first."""
+    while True:
+        await stream.next()
 
 
 def test_a_step_that_raises(config: EngineConfig, capfd: pytest.CaptureFixture[str]) -> None:
