@@ -28,6 +28,10 @@ class ProfileRequest(Part):
     folder: Annotated[str | None, Field(max_length=1024, description="Below the server's --profile-dir.")] = None
 
 
+class NoFields(Part):
+    model_config = ConfigDict(title="NoFields")
+
+
 class AbortRequest(Part):
     model_config = ConfigDict(title="AbortRequest")
 
@@ -37,17 +41,17 @@ class AbortRequest(Part):
 
 
 async def _body[B: BaseModel](request: web.Request, kind: type[B]) -> B:
-    """Nothing at all stands for {}."""
+    """Nothing at all, or blanks, stand for {}."""
     allow_unknown = request.app[SERVING].config.allow_unknown_fields
-    return parse(kind, await request.read() or b"{}", allow_unknown=allow_unknown)
+    return parse(kind, (await request.read()).strip() or b"{}", allow_unknown=allow_unknown)
 
 
 async def _ask(serving: Serving, name: str, **arguments: object) -> object:
     """The engine's method of this name. What it will not do in its state is a conflict."""
     try:
         return await serving.check_engine().call(name, **arguments)
-    except EngineError:
-        raise
+    except EngineError as error:
+        raise serving.lost(error) from None
     except JaxserveError as error:
         raise ApiError(409, sentence(error.problem, error.hint), type="ConflictError") from None
 
@@ -79,16 +83,25 @@ def _below(root: str | None, wanted: str | None) -> Path:
 
 async def stop_profile(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
+    await _body(request, NoFields)
     folder = Path(str(await _ask(serving, "stop_profile")))
-    root = Path(serving.config.profile_dir or folder).expanduser().resolve()
-    shown = folder.resolve().relative_to(root) if root in (folder.resolve(), *folder.resolve().parents) else folder.name
-    return reply({"status": "stopped", "folder": str(shown)})
+    shown = await serving.prepare(_shown, folder, serving.config.profile_dir)
+    return reply({"status": "stopped", "folder": shown})
+
+
+def _shown(folder: Path, root: str | None) -> str:
+    """Where the last trace within this folder is, as seen from the configured one."""
+    base = folder if root is None else Path(root).expanduser().resolve()
+    written = [path for path in folder.glob("plugins/profile/*") if path.is_dir()]
+    last = max(written, key=lambda path: (path.stat().st_mtime_ns, path.name), default=folder)
+    return str(last.relative_to(base)) if last.is_relative_to(base) else last.name
 
 
 # --- the engine's memory --------------------------------------------------------------------------------------------
 
 
 async def reset_prefix_cache(request: web.Request) -> web.StreamResponse:
+    await _body(request, NoFields)
     await _ask(request.app[SERVING], "reset_prefix_cache")
     return reply({"status": "reset"})
 
@@ -96,6 +109,7 @@ async def reset_prefix_cache(request: web.Request) -> web.StreamResponse:
 async def sleep(request: web.Request) -> web.StreamResponse:
     """New requests are refused from here on, and the engine sleeps once nothing is in flight, or not at all."""
     serving = request.app[SERVING]
+    await _body(request, NoFields)
     level = request.query.get("level", "1")
     if level not in ("1", "2"):
         raise bad_request("level", "level is neither 1 nor 2", "give 1 (weights to the host) or 2 (dropped)")
@@ -117,6 +131,7 @@ async def _fall_asleep(serving: Serving, level: int) -> None:
 
 async def wake_up(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
+    await _body(request, NoFields)
     if serving.asleep:  # waking twice is no fault: who wakes wants it awake
         await _whatever_the_client_does(_wake(serving))
     return reply({"status": "awake"})

@@ -12,8 +12,8 @@ from jaxserve.server.config import KEYS_VARIABLE, ServerConfig
 from jaxserve.server.state import Serving
 
 
-def ready(serving: Serving, url: str) -> dict[str, str]:
-    """Names and values, in the order they are shown in."""
+def ready(serving: Serving, url: str, *, everywhere: bool) -> dict[str, str]:
+    """Names and values, in the order they are shown in. `everywhere`: it listens on all of the machine's addresses."""
     config, opened = serving.config, serving.engine.opened
     facts = {"model": ", ".join(serving.model_names)}
     if opened is not None:
@@ -23,6 +23,8 @@ def ready(serving: Serving, url: str) -> dict[str, str]:
         limits = opened.limits
         facts["takes"] = f"{limits.max_model_len} tokens a sequence, {limits.max_num_seqs} sequences at once"
     facts["api"] = f"{url}/v1"
+    if everywhere:
+        facts["host"] = f"{config.host}: all addresses of this machine, open to others"
     if not config.no_ui:
         facts["page"] = f"{url}/"
     facts["try"] = _curl(serving, url)

@@ -83,9 +83,9 @@ class ServerConfig:
     keep_alive_timeout: float = 75.0
     """Seconds that a connection may stay idle between two requests."""
     header_timeout: float = 10.0
-    """Seconds in which the first request of a connection must have come, but for its body."""
+    """Seconds in which a request must have come, but for its body: of a connection's first from its opening."""
     body_timeout: float = 30.0
-    """Seconds in which a request's body must have come."""
+    """Seconds in which a request's body must have come. Below 1 KiB a second it has header_timeout."""
     max_body_bytes: int = 32 * 2**20
     """The largest body of a request, unpacked."""
     max_connections: int = 8192

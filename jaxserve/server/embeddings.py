@@ -30,10 +30,12 @@ async def create(request: web.Request) -> web.Response:
     order = params.order(request, body, kind="embd", add_special_tokens=True)
     jobs = await serving.prepare(_jobs, intake, body, replace(order, embed=True))
     last: dict[int, RequestOutput] = {}
-    async with aclosing(serving.run(request, jobs)) as outputs:
-        async for place, output in outputs:
-            check_sound(output)
-            last[place] = output
+    at_once = intake.limits.max_num_queued_reqs or len(jobs)  # no more than may wait
+    for begin in range(0, len(jobs), at_once):
+        async with aclosing(serving.run(request, jobs[begin : begin + at_once])) as outputs:
+            async for place, output in outputs:
+                check_sound(output)
+                last[begin + place] = output
     reply = await serving.prepare(_reply, body, [last[place] for place in range(len(jobs))])
     return json_response({"id": order.name, "model": params.model_name(serving, body), **reply})
 

@@ -34,6 +34,7 @@ MESSAGES = {
     413: "The request is too large.",
     500: "The server failed on this request. Its log says why.",
 }
+SHUT_DOWN = "The server was shut down before this answer was complete."
 ENGINE_FAILED = "The engine failed, and this request is lost. The server's log says why."
 TIMED_OUT = "The request took longer than it may."
 RETRY_AFTER = {"Retry-After": "1"}
@@ -43,6 +44,7 @@ OPENINGS = frozenset(
     (
         *("a", "an", "the", "this", "of", "no", "every", "both", "there", "unknown", "did", "give", "leave", "send"),
         *("set", "say", "start", "ask", "correct", "lower", "raise", "shorten", "make", "try", "allow", "drop", "use"),
+        *("requests", "cannot", "neither"),
     )
 )
 
@@ -87,12 +89,13 @@ def bad_request(param: str | None, problem: str, hint: str) -> ApiError:
 
 def sentence(problem: str, hint: str) -> str:
     """The house's `problem; hint` for people: two sentences."""
-    return scrubbed(f"{_sentence(problem)} {_sentence(hint)}")
+    return scrubbed(f"{_sentence(problem)} {_sentence(hint, names=False)}")
 
 
-def _sentence(text: str) -> str:
-    # A field's name stays as it is written.
-    if text.split(" ", 1)[0] in OPENINGS:
+def _sentence(text: str, *, names: bool = True) -> str:
+    """`names`: its first word may be a field's name, which stays as it is written."""
+    first = text.split(" ", 1)[0]
+    if first in OPENINGS or (not names and first.rstrip(",:").isalpha()):
         text = text[:1].upper() + text[1:]
     return text if text.endswith(("?", ".", "…")) else f"{text}."
 

@@ -86,7 +86,7 @@ async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
 async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) -> Usage:
     usage = Usage(prompt=sum(len(job.request.prompt_token_ids) for job in answer.jobs))
     cached = [0] * len(answer.jobs)
-    pace = Pace(answer.body.stream_interval or 1)
+    pace, large = Pace(answer.body.stream_interval or 1), _Large(answer.jobs)
     async with aclosing(answer.serving.run(answer.request, answer.jobs)) as outputs:
         async for place, output in outputs:
             check_sound(output)
@@ -94,6 +94,26 @@ async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) 
             cached[place] = output.num_cached_tokens
             usage.cached = sum(cached)
             due = pace.due(place, output)
-            if due is not None:
+            if due is None:
+                continue
+            if large.takes_long(place, due):
+                await to_client.send(await answer.serving.prepare(events, place, due, usage))
+            else:
                 await to_client.send(events(place, due, usage))
     return usage
+
+
+class _Large:
+    """Which of a stream's outputs are put together in a thread."""
+
+    def __init__(self, jobs: "Sequence[Ready]") -> None:
+        self._jobs = jobs
+        self._begun: set[tuple[int, int]] = set()
+
+    def takes_long(self, place: int, output: RequestOutput) -> bool:
+        """Whether it holds more than MANY log-probabilities. A prompt's are told with each sample's first tokens."""
+        request = self._jobs[place].request
+        first = {(place, sample.index) for sample in output.outputs} - self._begun
+        self._begun |= first
+        echoed = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) * len(first)
+        return echoed + _logprobs([output]) > MANY

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections that would cost more than they may: slow, silent, too many, unread, or speaking no HTTP.
 
-aiohttp waits without end for the head of a first request and for a client that reads nothing; here each wait ends.
+aiohttp waits long for heads and bodies that come byte by byte, and without end for a client that reads nothing; here
+each wait ends soon.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import resource
 from typing import Any, cast
 
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from jaxserve.errors import one_line
@@ -19,6 +21,7 @@ from jaxserve.server.errors import ApiError
 LOG = logging.getLogger("jaxserve.server")
 SPARE_FILES = 64  # descriptors that are not connections
 MAX_BODIES = 2**29  # bytes of all requests' bodies together
+SLOWEST = 1024  # bytes a second of a body, on average, once header_timeout is over
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -81,18 +84,30 @@ class Connection(RequestHandler):
             socket.write(FULL)
             socket.close()
             return
-        self._timer = self._loop.call_later(self._connections.config.header_timeout, self._close_if_silent)
+        self._await_head()
         super().connection_made(transport)
+
+    def _await_head(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._connections.config.header_timeout, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
         self._timer = None
-        if self._request_count == 0 and self.transport is not None:
+        if self.idle and self.transport is not None:
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport is not None:  # of a connection that was refused nothing is read
-            super().data_received(data)
-            self._connections.renew(self)
+        if self.transport is None:  # of a connection that was refused nothing is read
+            return
+        heads = self._request_count
+        super().data_received(data)
+        self._connections.renew(self)
+        if self._request_count > heads:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        elif self.idle and data.strip(b"\r\n"):  # empty lines before a head are no part of it
+            self._await_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.open.pop(self, None)
@@ -142,6 +157,14 @@ class Connection(RequestHandler):
         answer.force_close()
         return answer
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        fault = kw.get("exc_info")
+        if isinstance(fault, web.RequestPayloadError | HttpProcessingError):
+            # What is left of a body, read in vain after the answer: clients could fill the log with it.
+            LOG.debug("the rest of a body is malformed: %s", one_line(str(fault), limit=100))
+        else:
+            super().log_exception(*args, **kw)
+
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -159,21 +182,32 @@ class Bodies:
             return 0
         if (request.content_length or 0) > self._config.max_body_bytes:
             raise _too_large(self._config)
+        begin = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._config.body_timeout):
-                return await self._read(request)
+            async with asyncio.timeout_at(begin + self._patience(0)) as limit:
+                return await self._read(request, limit, begin)
         except TimeoutError:
-            message = f"The body did not come within {self._config.body_timeout:g} seconds."
+            seconds = asyncio.get_running_loop().time() - begin
+            message = f"The body did not come within {seconds:.3g} seconds, or came too slowly."
             raise ApiError(408, message, headers={hdrs.CONNECTION: "close"}) from None
         except web.RequestPayloadError:
             raise ApiError(400, "The body does not hold what its headers say.") from None
 
-    async def _read(self, request: web.Request) -> int:
+    def _patience(self, size: int) -> float:
+        """Seconds in which there must be more than so many bytes."""
+        return min(max(self._config.header_timeout, size / SLOWEST), self._config.body_timeout)
+
+    async def _read(self, request: web.Request, limit: asyncio.Timeout, begin: float) -> int:
         body = bytearray()
+        until = begin + self._patience(0)
         try:
             while chunk := await request.content.readany():
                 body += chunk
                 self._held += len(chunk)
+                due = begin + self._patience(len(body))
+                if due > until:
+                    until = due
+                    limit.reschedule(due)
                 if len(body) > self._config.max_body_bytes:
                     raise _too_large(self._config)
                 if self._held > MAX_BODIES:

@@ -117,7 +117,8 @@ class Life:
 
     def _introduce(self) -> None:
         url = listening.url(self._config, self._sockets)
-        logs.LOG.info("listening on %s, loading %s", url, self._engine_config.model)
+        others = " and all other addresses of this machine" if listening.everywhere(self._sockets) else ""
+        logs.LOG.info("listening on %s%s, loading %s", url, others, self._engine_config.model)
         if not self._config.api_key and not is_loopback(self._config.host):
             logs.LOG.warning(
                 "ANYONE WHO REACHES %s CAN USE THIS SERVER: there is no API key. Give --api-key, or --host 127.0.0.1",
@@ -206,7 +207,8 @@ class Life:
         serving.take_engine(front)
         gc.collect()
         gc.freeze()  # what was imported is not looked through again while requests wait
-        lines = await asyncio.to_thread(banner.ready, serving, listening.url(self._config, self._sockets))
+        url, everywhere = listening.url(self._config, self._sockets), listening.everywhere(self._sockets)
+        lines = await asyncio.to_thread(banner.ready, serving, url, everywhere=everywhere)
         banner.show(lines, self._config)
 
     def _may_restart(self) -> bool:

@@ -83,6 +83,11 @@ def tls(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
+def everywhere(sockets: list[socket.socket]) -> bool:
+    """Whether it listens on all addresses of this machine."""
+    return any(opened.getsockname()[0] in ("0.0.0.0", "::") for opened in sockets)
+
+
 def url(config: ServerConfig, sockets: list[socket.socket]) -> str:
     """Where a client on this machine reaches it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)

@@ -79,7 +79,7 @@ def request_line(
         shown |= {
             "prompt_tokens": record.prompt_tokens,
             "cached_tokens": record.cached_tokens,
-            "generated_tokens": record.generated_tokens,
+            "generated_tokens": record.generated_tokens if record.all_counted else None,
             "ttft": None if record.first_token is None else record.first_token - record.arrival,
             "tokens_per_second": _pace(record),
             "finish": ",".join(sorted(set(record.finish_reasons))) or "left",
@@ -96,7 +96,10 @@ def _pace(record: Record) -> float | None:
     """Tokens a second, once they came."""
     if record.first_token is None or record.last_token is None or record.last_token <= record.first_token:
         return None
-    return (record.generated_tokens - len(record.finish_reasons or (1,))) / (record.last_token - record.first_token)
+    if not record.all_counted:
+        return None
+    later = record.generated_tokens - len(record.finish_reasons or (1,))
+    return later / (record.last_token - record.first_token) if later > 0 else None
 
 
 def _differing(params: SamplingParams) -> str:

@@ -139,16 +139,29 @@ def jobs(
     field: str,
 ) -> "list[Ready]":
     """A job for each prompt, all checked. `field` is where the client wrote them."""
+    if not order.embed:
+        _check_queue(len(prompts), intake.limits, field)
     made: list[Ready] = []
     for place, prompt in enumerate(prompts):
         try:
             made.append(_job(intake, prompt, sampling, order))
         except RequestError as error:
             named = field if error.field == "prompt" else error.field
-            if len(prompts) == 1 or named != field:
-                raise type(error)(named, error.problem, error.hint) from None
-            raise type(error)(named, f"{field} {place}: {error.problem}", error.hint) from None
+            problem, hint = error.problem, error.hint
+            if order.embed:  # as the client calls it
+                problem, hint = problem.replace("prompt", field), hint.replace("prompt", field)
+            if len(prompts) > 1 and named == field:
+                problem = f"{field} {place}: {problem}"
+            raise type(error)(named, problem, hint) from None
     return made
+
+
+def _check_queue(count: int, limits: "Limits", field: str) -> None:
+    """Of too many for the longest queue none is taken, however often they are sent."""
+    rows, queue = limits.max_num_seqs, limits.max_num_queued_reqs
+    if queue is not None and count > rows + queue:
+        problem = f"{field} has {count} prompts, and the server holds {rows + queue} requests at once: {rows} that run"
+        raise bad_request(field, f"{problem} and {queue} that wait (max_num_queued_reqs)", "send fewer in one body")
 
 
 def _job(intake: "Intake", prompt: str | list[int], sampling: SamplingParams, order: Order) -> "Ready":

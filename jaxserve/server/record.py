@@ -18,6 +18,7 @@ class Record:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    all_counted: bool = True  # whether these are all that were generated
     first_token: float | None = None
     last_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list[str])

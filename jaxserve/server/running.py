@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol
 
-from jaxserve.errors import OverloadedError
+from jaxserve.errors import EngineError, OverloadedError
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import ApiError, sentence
 from jaxserve.server.prometheus import Finished, Metrics
@@ -31,13 +31,14 @@ class Server(Protocol):
 
     def check_ready(self) -> "Front": ...
     def note_end(self) -> None: ...
+    def lost(self, error: EngineError) -> Exception: ...
     def retry_after(self) -> int: ...
 
 
 async def run(serving: Server, record: Record, jobs: "Sequence[Ready]") -> AsyncGenerator[tuple[int, RequestOutput]]:
     front = serving.check_ready()
-    record.jobs = jobs
-    record.prompt_tokens = sum(len(job.request.prompt_token_ids) for job in jobs)
+    record.jobs = [*record.jobs, *jobs]
+    record.prompt_tokens += sum(len(job.request.prompt_token_ids) for job in jobs)
     streams: list[Stream] = []
     tallies = [_Tally(serving, record, job) for job in jobs]
     try:
@@ -50,6 +51,8 @@ async def run(serving: Server, record: Record, jobs: "Sequence[Ready]") -> Async
         serving.metrics.rejections["queue_full"] += 1
         headers = {"Retry-After": str(serving.retry_after())}
         raise ApiError(503, sentence(error.problem, error.hint), headers=headers) from None
+    except EngineError as error:
+        raise serving.lost(error) from None
     finally:
         for stream, tally in zip(streams, tallies, strict=False):
             front.close(stream)
@@ -95,18 +98,14 @@ class _Tally:
         self._cached = 0
         self._seen = 0  # gaps between tokens that were measured
         self._last: list[float | None] = [None] * job.request.params.n  # when each sample's last tokens came
+        # What was generated is told with the outputs: of an answer that was to come whole and did not, nobody knows.
+        self._counted = job.request.params.output_kind is RequestOutputKind.DELTA
         self._ended = False
 
     def add(self, output: RequestOutput) -> None:
         now = time.monotonic()
         adds = self._request.params.output_kind is RequestOutputKind.DELTA
         for sample in output.outputs:
-            if sample.finish_reason == "abort" and self._late(now):
-                timeout = self._serving.config.request_timeout
-                message = "The request took longer than its deadline" + (
-                    f" of {timeout:g} seconds." if timeout else "."
-                )
-                raise ApiError(504, message)
             count, last = len(sample.token_ids), self._last[sample.index]
             if adds and count:
                 if last is not None:
@@ -119,6 +118,11 @@ class _Tally:
             if self._serving.config.enable_log_outputs and sum(map(len, self._record.texts)) < 2**20:
                 self._record.texts.append(sample.text)
         self._cached = output.num_cached_tokens
+        self._counted = True
+        if self._late(now) and any(sample.finish_reason == "abort" for sample in output.outputs):
+            timeout = self._serving.config.request_timeout
+            message = "The request took longer than its deadline" + (f" of {timeout:g} seconds." if timeout else ".")
+            raise ApiError(504, message)
         self._ended = output.finished
 
     def _late(self, now: float) -> bool:
@@ -128,6 +132,7 @@ class _Tally:
         """The stream is closed, at its end or before it."""
         record, metrics = self._record, self._serving.metrics
         record.generated_tokens += sum(self._generated)
+        record.all_counted &= self._counted
         record.cached_tokens += self._cached
         if stream.first_output is not None and stream.last_output is not None:
             record.first_token = min(record.first_token or stream.first_output, stream.first_output)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from jaxserve.errors import EngineError
 from jaxserve.server import running
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.errors import ApiError
+from jaxserve.server.errors import SHUT_DOWN, ApiError
 from jaxserve.server.prometheus import Metrics
 from jaxserve.server.record import Record
 from jaxserve.types import RequestOutput
@@ -103,6 +104,11 @@ class Serving:
         passed a 504, raised here.
         """
         return running.run(self, request[RECORD], jobs)
+
+    def lost(self, error: EngineError) -> Exception:
+        """What to tell of a request that ended with the engine."""
+        ended = self.draining and self.engine.state.phase != "failed"
+        return unavailable(SHUT_DOWN, wait=5) if ended else error
 
     def note_end(self) -> None:
         self._ended = [*self._ended[-63:], time.monotonic()]

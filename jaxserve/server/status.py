@@ -22,10 +22,10 @@ async def health(request: web.Request) -> web.StreamResponse:
     """200 when requests are taken. Else 503, and why."""
     serving = request.app[SERVING]
     state = serving.engine.state
-    if serving.draining:
-        body: dict[str, Any] = {"status": "draining", "detail": f"{serving.in_flight} requests in flight"}
-    elif state.phase == "failed":
-        body = {"status": "failed", "detail": "the engine failed, see the log"}
+    if state.phase == "failed":
+        body: dict[str, Any] = {"status": "failed", "detail": "the engine failed, see the log"}
+    elif serving.draining:
+        body = {"status": "draining", "detail": f"{serving.in_flight} requests in flight"}
     elif serving.front is None:
         body = {"status": "starting", "detail": state.detail, "done": state.done, "total": state.total}
     else:
@@ -34,9 +34,12 @@ async def health(request: web.Request) -> web.StreamResponse:
 
 
 async def live(request: web.Request) -> web.StreamResponse:
-    """200 while a restart would help nobody: it starts, serves or drains. 503 when the engine is gone."""
-    state = request.app[SERVING].engine.state
-    if state.phase in ("failed", "stopped") and not request.app[SERVING].draining:
+    """200 while a restart would help nobody: it starts, serves, drains, or starts its engine again. 503 when the
+    engine is gone."""
+    serving = request.app[SERVING]
+    phase = serving.engine.state.phase
+    gone = phase == "failed" or (phase == "stopped" and not serving.draining)
+    if gone and not serving.config.restart_engine:
         return reply({"status": "dead"}, status=503)
     return reply({"status": "live"})
 

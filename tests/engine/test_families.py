@@ -13,14 +13,13 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.models import registry
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types import Request, SamplingParams
 from tests.engine.driver import Stream
 from tests.golden import load as golden
 from tests.models.checkpoints import load_case
-from tests.models.test_golden import CROSSING, TOLERANCE, paged_cases
+from tests.models.golden_cases import TOLERANCE, engine_cases
 
 BLOCK = 8
 BUDGET = 5
@@ -33,16 +32,7 @@ def begun(prompt: int) -> int:
     return next(k for k in range(1, prompt) if -(-(prompt + k - beside) // (BUDGET - 1)) == k)
 
 
-def cases() -> list[str]:
-    """One of each architecture, and of each that has a RoPE which depends on the sequence's length."""
-    chosen: dict[tuple[str, bool], str] = {}
-    for case in (*sorted(paged_cases()), *(case for case in golden.cases() if case not in CROSSING)):
-        config = golden.read(case).config
-        chosen.setdefault((config["architectures"][0], registry.spec_of(config).needs_rope_length), case)
-    return sorted(chosen.values())
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", engine_cases())
 def test_greedy_text(case: str) -> None:
     want = golden.read(case)
     spec, params = load_case(case)

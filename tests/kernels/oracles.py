@@ -90,7 +90,12 @@ def call_jitted(implementation: dispatch.Implementation, function: Callable[...,
 
 def rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
     """x as the given dtype holds it, in float64."""
-    return np.asarray(jnp.asarray(x, jnp.float32).astype(dtype).astype(jnp.float32), np.float64)
+    return stored(x, dtype).astype(np.float64)
+
+
+def stored(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """x as an array of that dtype. By numpy: jax would compile a program for each shape."""
+    return np.asarray(x, np.float32).astype(dtype)
 
 
 def dense_attention(
@@ -129,7 +134,7 @@ def dense_attention(
 
 def error(got: Any, expected: np.ndarray) -> float:
     """||got - expected|| / ||expected||; NaN never passes a comparison with it."""
-    got = np.asarray(jnp.asarray(got).astype(jnp.float32), np.float64)
+    got = np.asarray(got).astype(np.float64)
     return float(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from tests.kernels.oracles import stored
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2]
@@ -19,7 +20,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn, j
 
 def pool_of(dtype: Any, shape: tuple[int, ...] = (6, 8, 2, 70)) -> np.ndarray:
     values = np.random.default_rng(0).integers(-100, 100, shape)
-    return np.asarray(jnp.asarray(values, jnp.float32).astype(dtype))
+    return stored(values, dtype)
 
 
 def ids(*values: int) -> jax.Array:

@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import Batch, call_jitted, dense_attention, error, make_batch, rounded
+from tests.kernels.oracles import Batch, call_jitted, dense_attention, error, make_batch, rounded, stored
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 21, 2], kv_lens=[40, 1, 5, 50, 33], decode_rows=2)
 TILES: dict[str, Any] = dict(
@@ -30,12 +30,12 @@ def latent_batch(seed: int, *, heads: int, latent: int, rope: int, dtype: Any = 
 
 
 def run(batch: Batch, implementation: dispatch.Implementation, *, dtype: Any = jnp.float32, **options: Any):
-    pool = jnp.asarray(batch.k[:, :, 0], jnp.float32).astype(dtype)
+    pool = stored(batch.k[:, :, 0], dtype)
 
     def call(q: jax.Array, pool: jax.Array, described: Any) -> jax.Array:
         return mla_attention(q, pool, **described, latent_dim=batch.v.shape[3], **options)
 
-    return call_jitted(implementation, call, jnp.asarray(batch.q, dtype), pool, batch.described())
+    return call_jitted(implementation, call, stored(batch.q, dtype), pool, batch.described())
 
 
 @pytest.mark.parametrize("implementation", ["reference", "interpret"])
@@ -45,7 +45,7 @@ def test_against_float64(implementation: dispatch.Implementation, heads: int, la
     got = run(batch, implementation, scale=0.2, **TILES)
     assert got.shape == (*batch.q.shape[:2], latent)
     assert error(got, dense_attention(batch, scale=0.2)) < 2e-6
-    assert not np.asarray(got[batch.used_tokens :]).any()
+    assert not np.asarray(got)[batch.used_tokens :].any()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 6e-3), (jnp.float16, 8e-4)])

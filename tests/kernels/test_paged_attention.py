@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import INTERPRETER_OPTIONS, Batch, dense_attention, error, make_batch, rounded
+from tests.kernels.oracles import INTERPRETER_OPTIONS, Batch, dense_attention, error, make_batch, rounded, stored
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 37, 16, 2], kv_lens=[40, 1, 5, 100, 16, 65], decode_rows=2)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
@@ -40,9 +40,9 @@ def run(
     if implementation == "reference":  # it has no tiles
         options = {name: value for name, value in options.items() if not name.endswith("_tiles")}
     arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
-    k, v = (jnp.asarray(x, jnp.float32).astype(kv or dtype) for x in (batch.k, batch.v))
+    q, k, v = (stored(x, kind) for x, kind in ((batch.q, dtype), (batch.k, kv or dtype), (batch.v, kv or dtype)))
     call = jitted(implementation, tuple(sorted(options.items())))
-    return call(jnp.asarray(batch.q, dtype), k, v, batch.described(), arrays)
+    return call(q, k, v, batch.described(), arrays)
 
 
 def as_stored(batch: Batch, dtype: Any, kv: Any = None) -> Batch:
@@ -61,7 +61,7 @@ def check(batch: Batch, *, dtype: Any = jnp.float32, kv: Any = None, **options: 
         got = run(batch, implementation, dtype=dtype, kv=kv, **options)
         assert got.dtype == dtype
         assert error(got, expected) < TOLERANCE[dtype], implementation
-        assert not np.asarray(got[batch.used_tokens :].astype(jnp.float32)).any(), implementation
+        assert not np.asarray(got)[batch.used_tokens :].astype(np.float32).any(), implementation
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)

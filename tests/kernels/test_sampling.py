@@ -20,6 +20,7 @@ from tests.kernels.oracles import INTERPRETER_OPTIONS, surviving
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 TILES = SamplingTiles(block=128, pivots=4)  # rows of several chunks, even when they are short
+PLAIN = (32, 400)  # rows and entries, where no others are needed: equal shapes share their programs
 OFF: dict[str, Any] = dict(top_k=0, top_p=1.0, min_p=0.0)
 
 
@@ -133,13 +134,8 @@ def test_ties(implementation: dispatch.Implementation) -> None:
 
 @BOTH
 def test_negative_zero_ties_with_zero(implementation: dispatch.Implementation) -> None:
-    result = run(
-        implementation,
-        np.asarray([[-0.0, 0.0, -1.0, -0.0]], np.float32),
-        params(1, top_k=1),
-        logprobs="processed",
-        top_n=4,
-    )
+    logits = np.asarray([[-0.0, 0.0, -1.0, -0.0, -2.0]], np.float32)
+    result = run(implementation, logits, params(1, top_k=1), logprobs="processed", top_n=5)
     assert kept_ids(result, 0) == {0, 1, 3}
 
 
@@ -191,7 +187,7 @@ def test_survivors_that_share_a_lane(implementation: dispatch.Implementation, to
 def test_tokens_are_the_argmax_of_logits_and_noise(implementation: dispatch.Implementation) -> None:
     """Gumbel-max by the book, with the noise that the hash gives for (seed, position, id)."""
     rng = np.random.default_rng(2)
-    rows, size = 32, 400
+    rows, size = PLAIN
     logits = rng.standard_normal((rows, size)).astype(np.float32) * 2
     temperature = rng.uniform(0.3, 2, rows).astype(np.float32)
     p = params(rows, temperature=temperature, top_k=20)
@@ -199,25 +195,29 @@ def test_tokens_are_the_argmax_of_logits_and_noise(implementation: dispatch.Impl
     scores = logits / temperature[:, None] + np.asarray(noise)
     kept = np.stack([surviving(x, temperature=1, top_k=20, top_p=1.0, min_p=0.0) for x in logits])
     expected = np.where(kept, scores, -np.inf).argmax(1)
-    np.testing.assert_array_equal(np.asarray(run(implementation, logits, p).tokens), expected)
+    result = run(implementation, logits, p, mode="filtered")
+    np.testing.assert_array_equal(np.asarray(result.tokens), expected)
 
 
 @BOTH
 def test_greedy_rows(implementation: dispatch.Implementation) -> None:
     """The lowest id among equals; filters and noise play no part; every mode agrees."""
     logits = np.asarray([[0, 5, 1, 5, 5], [7, 7, 7, 7, 7], [-np.inf, -3, -np.inf, -2, -2]], np.float32)
-    filtered = params(3, temperature=0, top_k=1, top_p=0.1, min_p=0.5)
-    for mode, p in (("greedy", filtered), ("filtered", filtered), ("random", params(3, temperature=0))):
+    rows, size = PLAIN
+    logits = np.pad(logits, ((0, rows - 3), (0, size - 5)), constant_values=-np.inf)
+    logits[3:, 77] = 0
+    filtered = params(rows, temperature=0, top_k=1, top_p=0.1, min_p=0.5)
+    for mode, p in (("greedy", filtered), ("filtered", filtered), ("random", params(rows, temperature=0))):
         result = run(implementation, logits, p, mode=mode)
-        assert np.asarray(result.tokens).tolist() == [1, 0, 3], mode
+        assert np.asarray(result.tokens).tolist() == [1, 0, 3, *[77] * (rows - 3)], mode
         assert np.asarray(result.valid).all()
 
 
 @BOTH
 def test_modes_agree_where_they_overlap(implementation: dispatch.Implementation) -> None:
-    logits = np.random.default_rng(3).standard_normal((16, 200)).astype(np.float32)
-    random = run(implementation, logits, params(16), mode="random")
-    filtered = run(implementation, logits, params(16), mode="filtered")
+    logits = np.random.default_rng(3).standard_normal(PLAIN).astype(np.float32)
+    random = run(implementation, logits, params(PLAIN[0]), mode="random")
+    filtered = run(implementation, logits, params(PLAIN[0]), mode="filtered")
     np.testing.assert_array_equal(np.asarray(random.tokens), np.asarray(filtered.tokens))
 
 
@@ -253,11 +253,11 @@ def test_a_row_does_not_depend_on_its_batch(implementation: dispatch.Implementat
 
 @BOTH
 def test_rows_that_are_not_finite(implementation: dispatch.Implementation) -> None:
-    logits = np.random.default_rng(5).standard_normal((5, 64)).astype(np.float32)
+    logits = np.random.default_rng(5).standard_normal(PLAIN).astype(np.float32)
     logits[0, 3], logits[1, 9], logits[2] = np.nan, np.inf, -np.inf
     logits[3, 1:] = -np.inf
-    result = run(implementation, logits, params(5, top_k=5, top_p=0.5))
-    assert np.asarray(result.valid).tolist() == [False, False, False, True, True]
+    result = run(implementation, logits, params(PLAIN[0], top_k=5, top_p=0.5), mode="filtered")
+    assert np.asarray(result.valid).tolist() == [False, False, False, *[True] * (PLAIN[0] - 3)]
     assert np.asarray(result.tokens)[:4].tolist() == [0, 0, 0, 0]
 
 

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family and switch against what transformers computed, by every way through the decoder."""
-
-from functools import cache
+"""Every family and switch against what transformers computed, by the ways through the decoder. Each way of attention
+goes through pages here or in tests/engine/test_families.py."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models import registry
 from jaxserve.models.decoder import Params
-from jaxserve.models.spec import Attention, ModelSpec
+from jaxserve.models.spec import ModelSpec
 from tests.golden import load as golden
 from tests.golden.load import Golden
 from tests.models.checkpoints import load_case
+from tests.models.golden_cases import CROSSING, TOLERANCE, engine_cases, paged_cases
 from tests.models.paged import Paged, Row, run_forward
 
-TOLERANCE = 2e-4  # of the logits' spread
 CHUNKS = (1, 7, 5, 13, 3)
-
-# Here transformers computes the whole text anew when it becomes long: each token has the RoPE length of what is before
-# it. A request keeps to one length for its life.
-CROSSING = ("phi3-longrope-crossing",)
 
 
 @pytest.mark.parametrize("case", golden.cases())
@@ -28,25 +22,8 @@ def test_logits_and_greedy_text(case: str) -> None:
     want = golden.read(case)
     spec, params = load_case(case)
     check_dense(want, spec, params)
-    if case in paged_cases():
+    if case in paged_cases() and case not in engine_cases():
         check_paged(want, spec, params)
-
-
-@cache
-def paged_cases() -> set[str]:
-    """The ways differ within attention alone, so that one case of a family serves all that ask the same of it there."""
-    chosen: dict[object, str] = {}
-    for case in golden.cases():
-        spec = registry.spec_of(golden.read(case).config)
-        asked = frozenset(
-            (attention.window is not None, attention.soft_cap is not None, attention.sinks, attention.group > 1)
-            if isinstance(attention := layer.attention, Attention)
-            else ("latent", attention.q_rank is None)
-            for layer in spec.layers
-        )
-        if case not in CROSSING:
-            chosen.setdefault((spec.family, spec.needs_rope_length, spec.learned_positions is None, asked), case)
-    return set(chosen.values())
 
 
 def check_dense(want: Golden, spec: ModelSpec, params: Params) -> None:

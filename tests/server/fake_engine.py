@@ -13,6 +13,7 @@ refuse          the model cannot be opened
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from jaxserve.config import Limits
@@ -38,6 +39,7 @@ class FakeEngine:
         self._left: dict[str, list[int]] = {}  # tokens still to come, of each sample
         self._ended: list[Update] = []
         self._folder: str | None = None
+        self._traces = 0
 
     @property
     def unfinished(self) -> bool:
@@ -62,6 +64,8 @@ class FakeEngine:
         if self._folder is None:
             raise JaxserveError("no trace is being taken", "start one first")
         folder, self._folder = self._folder, None
+        self._traces += 1
+        (Path(folder) / "plugins/profile" / f"2026_{self._traces:02d}").mkdir(parents=True)
         return folder
 
     def step(self) -> list[Update]:

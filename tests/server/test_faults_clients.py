@@ -144,18 +144,44 @@ def test_too_many_are_told_when_to_come_again(slow: Live) -> None:
 
 
 def test_one_that_is_refused_in_part_is_refused(slow: Live) -> None:
-    reply = slow.complete(30, prompt=["a"] * 40, stream=True)
+    wait(lambda: running(slow) == 1, 5)
+    reply = slow.complete(30, prompt=["a"] * 12, stream=True)
     assert reply.status == 503
     assert reply.error
+
+
+def test_one_that_no_queue_can_hold_is_told_so(slow: Live) -> None:
+    reply = slow.complete(1, prompt=["a"] * 13)
+    assert (reply.status, reply.error["param"]) == (400, "prompt")
+    for number in ("13", "12", "8", "4"):
+        assert number in reply.error["message"]
+
+
+def test_embeddings_of_more_than_the_queue_holds(slow: Live, canary: Future[Reply]) -> None:
+    canary.result()
+    reply = slow.post("/v1/embeddings", {"input": ["a", "b c"] * 10}, X_Request_Id="vectors")
+    assert [item["index"] for item in reply.json["data"]] == list(range(20))
+    [one, other] = [slow.post("/v1/embeddings", {"input": text}).json["data"][0]["embedding"] for text in ("a", "b c")]
+    assert [item["embedding"] for item in reply.json["data"]] == [
+        pytest.approx(each, abs=1e-5) for each in [one, other] * 10
+    ]
+    [line] = [json.loads(line) for line in slow.log.splitlines() if '"id": "vectors"' in line]
+    assert line["prompt_tokens"] == reply.json["usage"]["prompt_tokens"]
 
 
 def test_deadlines(slow: Live) -> None:
     begin = time.monotonic()
     reply = slow.post(
-        "/v1/completions", {"prompt": "a", "max_tokens": 200, "ignore_eos": True}, X_Request_Timeout="0.4"
+        "/v1/completions",
+        {"prompt": "a", "max_tokens": 200, "ignore_eos": True},
+        X_Request_Timeout="0.4",
+        X_Request_Id="late",
     )
     assert (reply.status, reply.error["type"]) == (504, "TimeoutError")
     assert time.monotonic() - begin < 3
+    [line] = [json.loads(line) for line in slow.log.splitlines() if '"id": "late"' in line]
+    assert line["generated_tokens"] > 0  # it came to those, and they are counted
+    assert line["tokens_per_second"] is None or line["tokens_per_second"] > 0
     reply = slow.post(
         "/v1/completions",
         {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True},
@@ -193,6 +219,7 @@ def test_it_does_not_sleep_while_it_works(slow: Live) -> None:
     wait(lambda: running(slow) == 1, 5)
     reply = slow.post("/sleep")
     assert (reply.status, reply.error["type"]) == (409, "ConflictError")
+    assert reply.error["message"].startswith("Requests are in flight. Finish or abort them")
     assert slow.get("/is_sleeping").json == {"is_sleeping": False}
 
 

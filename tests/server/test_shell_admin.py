@@ -32,20 +32,34 @@ def test_traces_stay_in_their_folder(server: Live, root: Path, folder: object) -
     reply = server.post("/start_profile", {"folder": folder})
     if folder == "~":  # a name like any other
         assert reply.status == 200
-        assert server.post("/stop_profile").json["folder"] == "~"
+        assert server.post("/stop_profile").json["folder"].startswith("~/plugins/profile/2026_")
     else:
         assert (reply.status, reply.error["param"]) == (400, "folder")
         assert server.post("/stop_profile").status == 409
 
 
-def test_a_trace(server: Live) -> None:
-    for body, shown in ((None, "."), ({}, "."), ({"folder": "a/b"}, "a/b")):
+def test_a_trace(server: Live, root: Path) -> None:
+    seen: set[str] = set()
+    for body, below in ((None, ""), ({}, ""), ({"folder": "a/b"}, "a/b/"), ({"folder": "a/b"}, "a/b/")):
         assert server.post("/start_profile", body).json == {"status": "tracing"}
         again = server.post("/start_profile", body)
         assert (again.status, again.error["type"]) == (409, "ConflictError")  # and says no path
-        assert server.post("/stop_profile").json == {"status": "stopped", "folder": shown}
+        stopped = server.post("/stop_profile").json
+        assert set(stopped) == {"status", "folder"} and stopped["status"] == "stopped"
+        assert stopped["folder"].startswith(f"{below}plugins/profile/2026_")
+        assert (root / stopped["folder"]).is_dir()
+        seen.add(stopped["folder"])
+    assert len(seen) == 4  # each time that of this trace
     assert server.post("/start_profile", b"{").status == 400
     assert server.post("/start_profile", {"dir": "x"}).error["param"] == "dir"
+
+
+@pytest.mark.parametrize("path", ["/stop_profile", "/reset_prefix_cache", "/sleep", "/wake_up"])
+def test_bodies_where_there_is_nothing_to_say(server: Live, path: str) -> None:
+    reply = server.post(path, {"tags": ["weights"]})
+    assert (reply.status, reply.error["param"]) == (400, "tags")
+    assert server.post(path, b"[]").status == 400
+    assert server.post(path, b"{").status == 400
 
 
 def test_all_requests_are_ended(server: Live) -> None:

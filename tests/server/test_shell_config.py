@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError
+from jaxserve.intake import Ready
 from jaxserve.server import lifecycle, listening, logs
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.histogram import Histogram, token_counts
 from jaxserve.server.record import Record
+from jaxserve.types import Request, SamplingParams
 from tests.server.fake_engine import FakeEngine
 
 
@@ -149,11 +151,18 @@ def test_every_address_of_a_name() -> None:
         assert len({sock.getsockname()[1] for sock in sockets}) == 1
         port = sockets[0].getsockname()[1]
         assert listening.url(config, sockets) == f"http://localhost:{port}"
+        assert not listening.everywhere(sockets)
         for host, shown in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fe80::1", "[fe80::1]"), ("a.b", "a.b")):
             assert listening.url(ServerConfig(host=host), sockets) == f"http://{shown}:{port}"
     finally:
         for sock in sockets:
             sock.close()
+
+
+def test_all_addresses() -> None:
+    [opened] = listening.bind(ServerConfig(host="0.0.0.0", port=0))
+    with opened:
+        assert listening.everywhere([opened])
 
 
 # --- logs -----------------------------------------------------------------------------------------------------------
@@ -218,6 +227,20 @@ def test_what_a_request_says(caplog: pytest.LogCaptureFixture) -> None:
     assert "status=400" in shown
     assert "id=id\\n7" in shown
     assert "error=no\\x1b[31m" in shown
+
+
+def test_paces_that_are_none(caplog: pytest.LogCaptureFixture) -> None:
+    """Of requests that ended before their first tokens were told of, and of those where nobody knows."""
+    logging.getLogger("jaxserve.server").propagate = True
+    prompt = Ready(Request(id="a", prompt_token_ids=[5], params=SamplingParams()), None)
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        for count, known in ((0, True), (1, True), (9, False), (5, True)):
+            record = Record("x", arrival=0.0, first_token=1.0, last_token=2.0, jobs=[prompt])
+            record.generated_tokens, record.all_counted = count, known
+            logs.request_line(record, method="POST", path="/a", status=504, config=ServerConfig())
+    lines = [vars(entry)["fields"] for entry in caplog.records]
+    assert [line["tokens_per_second"] for line in lines] == [None, None, None, 4.0]
+    assert [line["generated_tokens"] for line in lines] == [0, 1, None, 5]
 
 
 def test_the_line_about_throughput(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 import contextlib
 import gzip
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -76,8 +77,11 @@ def test_the_engine_is_gone(shell: Shell) -> None:
     try:
         assert (shell.get("/health").status, shell.get("/live").status) == (503, 503)
         assert "failed" in shell.post("/v1/completions", {}).error["message"]
+        shell.serving.draining = True  # it ends for that
+        assert shell.get("/health").json["status"] == "failed"
+        assert shell.get("/live").status == 503
     finally:
-        shell.engine.state.phase = "starting"
+        shell.engine.state.phase, shell.serving.draining = "starting", False
 
 
 @pytest.mark.parametrize(
@@ -138,15 +142,22 @@ def test_bodies_that_are_too_large(ready: Shell) -> None:
     assert ready.send("POST", "/sleep?level=7", b" " * 2**20).status == 400  # exactly as much as may be
 
 
-def test_bodies_that_are_broken(ready: Shell) -> None:
+def test_bodies_that_are_broken(ready: Shell, caplog: pytest.LogCaptureFixture) -> None:
     head = b"POST /sleep?level=7 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for name in ("jaxserve", "jaxserve.server", "aiohttp"):
+        logging.getLogger(name).propagate = True
     for rest in (
         b"Content-Encoding: gzip\r\nContent-Length: 9\r\n\r\nno gzip..",
+        b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nxx",
+        b"Content-Encoding: gzip\r\nContent-Length: 20\r\n\r\n" + gzip.compress(b" " * 100)[:20],
         b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"Transfer-Encoding: chunked\r\n\r\n-1\r\na\r\n",
         b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n",
     ):
         assert ready.raw(head + rest).status in (400, 413)
+    time.sleep(0.1)  # what is said after the answers
+    loud = [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]
+    assert not loud, loud  # else any client fills the log
 
 
 def test_a_byte_in_each_chunk(ready: Shell) -> None:
@@ -216,6 +227,46 @@ def test_slow_bodies_are_cut(fast: Shell) -> None:
             assert (reply.status, reply.error["type"]) == (408, "RequestTimeoutError")
             assert closed(sock, 5)
     assert time.monotonic() - begin < 8
+
+
+def test_a_later_head_that_comes_slowly_is_cut() -> None:
+    head = b"GET /version HTTP/1.1\r\nHost: localhost\r\nA: "
+    with Shell(header_timeout=1.0, keep_alive_timeout=60.0) as server, contextlib.ExitStack() as stack:
+        slow, idle, halves = (stack.enter_context(server.connect()) for _ in range(3))
+        for sock in (slow, idle, halves):
+            sock.sendall(head + b"\r\n\r\n")
+            assert answer(sock).status == 200
+        idle.sendall(b"\r\n")  # what some clients send after a body; no head
+        begin = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begin < 20:
+                slow.sendall(head[:1])
+                head = head[1:] or b"a"
+                halves.sendall(b"GET /version HT")
+                time.sleep(0.3)
+                halves.sendall(b"TP/1.1\r\nHost: localhost\r\n\r\n")
+                assert answer(halves).status == 200
+        assert 0.9 < time.monotonic() - begin < 8
+        assert closed(slow, 5)
+        idle.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert answer(idle).status == 200
+
+
+def test_bodies_that_make_no_progress_are_cut() -> None:
+    with Shell(header_timeout=1.0, body_timeout=60.0) as server, server.connect() as slow, server.connect() as steady:
+        server.serving.check_engine = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+        slow.sendall(post("/sleep", b" " * 500)[:-499])
+        steady.sendall(post("/sleep?level=7", b" " * 50_000)[:-50_000])
+        begin = time.monotonic()
+        for _ in range(10):
+            with contextlib.suppress(ConnectionError):
+                slow.sendall(b" ")
+            steady.sendall(b" " * 5000)
+            time.sleep(0.2)
+        reply = answer(slow)
+        assert (reply.status, reply.error["type"]) == (408, "RequestTimeoutError")
+        assert time.monotonic() - begin < 8
+        assert answer(steady).error["param"] == "level"
 
 
 def test_idle_connections_are_closed(fast: Shell) -> None:

@@ -18,7 +18,8 @@ Prompts = (
     | Ids
     | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 )
-PROMPTS = f"a string, a list of token ids, or a list of either, of up to {MAX_PROMPTS} prompts"
+FORMS = "a string, a list of token ids, or a list of either, of up to"
+PROMPTS = f"{FORMS} {MAX_PROMPTS} prompts"
 
 
 class CompletionRequest(Sampling):
@@ -38,7 +39,7 @@ class CompletionRequest(Sampling):
         return self
 
 
-def as_list(prompts: Prompts) -> list[str] | list[list[int]]:
+def as_list(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
     """All prompts of a body. A list of ids is one."""
     if isinstance(prompts, str):
         return [prompts]

@@ -8,12 +8,21 @@ from pydantic import Field, model_validator
 from jaxserve.server.protocol.base import Body, NotYet
 from jaxserve.server.protocol.bounds import MAX_VALUES
 from jaxserve.server.protocol.chat import MAX_MESSAGES, Conversation, Message
-from jaxserve.server.protocol.completion import PROMPTS, Prompts
+from jaxserve.server.protocol.completion import FORMS, Ids
 from jaxserve.server.protocol.sampling import Ordered
+
+MAX_INPUTS = 2048  # as many as OpenAI takes
+
+Inputs = (
+    str
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_INPUTS)]
+    | Ids
+    | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_INPUTS)]
+)
 
 
 class EmbeddingRequest(Ordered):
-    input: Annotated[Prompts, Field(description=PROMPTS)]
+    input: Annotated[Inputs, Field(description=f"{FORMS} {MAX_INPUTS} inputs")]
     encoding_format: Annotated[Literal["float", "base64"] | None, Field(description='"float" or "base64"')] = None
     dimensions: Annotated[int | None, Field(ge=1, le=2**31 - 1, description="The model's own number alone.")] = None
     messages: NotYet = None

@@ -59,7 +59,10 @@ def completion(**fields: Any) -> dict[str, Any]:
 )
 def test_prompts_that_are_none(served: Served, prompt: object) -> None:
     refused(served, COMPLETIONS, {"prompt": prompt, "max_tokens": 1}, "prompt")
-    refused(served, EMBEDDINGS, {"input": [5] * 129 if prompt == [5] * 128 else prompt}, "input")
+    longer = [5] * 129 if prompt == [5] * 128 else prompt  # nothing is generated
+    if isinstance(longer, list) and len(longer) == 1025:
+        longer = longer * 2  # of inputs there may be 2048
+    refused(served, EMBEDDINGS, {"input": longer}, "input")
 
 
 def test_prompts_that_are_missing(served: Served) -> None:
@@ -384,6 +387,12 @@ def test_ids_that_are_no_tokens(served: Served) -> None:
     refused(served, "/tokenize", {"prompt": 5}, "prompt")
     refused(served, "/tokenize", {}, None)
     refused(served, "/tokenize", {"prompt": "x", "messages": HELLO}, None)
+
+
+def test_embeddings_speak_of_input(served: Served) -> None:
+    for given in ([9999], [[5], [9999]], [5] * 129, "", ["x", ""], [[5]] * 2049):
+        error = check_error(served.post(EMBEDDINGS, {"input": given}), 400, "input")
+        assert "prompt" not in error["message"], error
 
 
 def test_embeddings_that_cannot_be(served: Served) -> None:

@@ -2,13 +2,16 @@
 """Event streams: usage, chunks by the number, and every way in which one may end."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from jaxserve.errors import EngineError
+from jaxserve.server import generation
 from jaxserve.server.errors import ApiError
+from jaxserve.server.logprobs import CompletionLogprobs
 from jaxserve.types import CompletionOutput, RequestOutput
 from tests.server.api.checks import TELLS, check_error
 from tests.server.api.served import Served, flat
@@ -32,6 +35,31 @@ def test_usage_comes_last_and_only_when_asked(served: Served) -> None:
     whole = served.post("/v1/completions", {**BODY, "stream": False}).json["usage"]
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert last["usage"][name] == whole[name]
+
+
+def test_large_events_are_made_in_a_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An echoed prompt's log-probabilities must not hold up everybody else: also for each further sample."""
+    body = {**BODY, "echo": True, "logprobs": 2, "n": 2, "temperature": 1, "seed": 3}
+    chunks = served.post("/v1/completions", body).events
+    threads: list[str] = []
+    add = CompletionLogprobs.add
+
+    def seen(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return add(*args)
+
+    monkeypatch.setattr(CompletionLogprobs, "add", seen)
+    monkeypatch.setattr(generation, "MANY", 6)
+    again = served.post("/v1/completions", body).events
+    assert joined(chunks) == joined(again)
+    large = [name for name in threads if name != "served"]
+    assert 2 <= len(large) < len(threads)
+
+
+def joined(events: list[Any]) -> list[tuple[str, list[str]]]:
+    parts = [event["choices"][0] for event in events[:-1]]
+    mine = [[part for part in parts if part["index"] == index] for index in (0, 1)]
+    return [("".join(part["text"] for part in one), flat(part["logprobs"]["tokens"] for part in one)) for one in mine]
 
 
 def test_usage_on_every_chunk(served: Served) -> None:
