@@ -17,6 +17,8 @@ for name in ("jaxserve", "pallas_kernels", "convert"):
     assert file and Path(file).is_relative_to(home), f"{name} was imported from {file}"
     print(f"import {name}: {file}")
 json.loads((home / "pallas_kernels" / "tuning.json").read_text())
+for name in ("demo/model/model.safetensors", "demo/draft/model.safetensors", "server/static/index.html"):
+    assert (home / "jaxserve" / name).is_file(), f"the wheel lacks jaxserve/{name}"
 
 command = str(Path(sysconfig.get_path("scripts")) / "jaxserve")
 print(subprocess.run([command, "version"], check=True, capture_output=True, text=True).stdout)

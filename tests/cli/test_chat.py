@@ -149,6 +149,7 @@ def test_a_conversation(server: FakeServer) -> None:
         terminal.until("> ")
         terminal.type("/nonsense\n")
         terminal.until("/retry")
+        terminal.until("> ")  # before it reads a line a terminal would keep the end for itself
         terminal.type("\x04")
     finally:
         code = terminal.close()

@@ -60,16 +60,17 @@ def test_gradients_match_finite_differences(name: str) -> None:
     # Along the gradient of each kind of parameter, so that none can hide behind another: there the loss must change by
     # the gradient's length. A router's choice jumps somewhere; steps this small cross no jump here.
     value, step = fast(partial(loss, spec)), 1e-2
+    public, grads = jax.tree.map(np.asarray, (public, grads))  # jax would compile each little sum
     for kind in {path[-2:] for path, _ in layout.leaves(public)}:
         own = {path: leaf for path, leaf in layout.leaves(grads) if path[-2:] == kind}
-        length = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in own.values())))
+        length = float(np.sqrt(sum(np.sum(leaf**2) for leaf in own.values())))
         assert length > 1e-2, layout.dotted(kind)
         direction: decoder.Params = {}
         for path, leaf in layout.leaves(public):
-            layout.put(direction, path, own[path] / length if path in own else jnp.zeros_like(leaf))
+            layout.put(direction, path, own[path] / np.float32(length) if path in own else np.zeros_like(leaf))
         ahead, behind = (
-            float(value(jax.tree.map(lambda p, d, s=sign * step: p + s * d, public, direction), tokens))
-            for sign in (1, -1)
+            float(value(jax.tree.map(lambda p, d, s=by: p + s * d, public, direction), tokens))
+            for by in (np.float32(step), np.float32(-step))
         )
         assert abs((ahead - behind) / (2 * step) - length) < 1e-3 * length + 2e-4, layout.dotted(kind)
 

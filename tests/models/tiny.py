@@ -85,7 +85,7 @@ def public_params(spec: ModelSpec, seed: int = 0) -> Params:
             values = 1 + 0.3 * values
         elif path[-1] in ("kernel", "k_up", "v_up", "head"):
             values = 1.2 * values * leaf.shape[-1] ** -0.5
-        layout.put(params, path, jnp.asarray(values, jnp.float32))
+        layout.put(params, path, jnp.asarray(values.astype(np.float32)))
     return params
 
 

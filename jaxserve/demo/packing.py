@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From documents to batches of one shape: rows full of documents, and which of their tokens are to be learned."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxserve.demo.corpus import Messages, documents
+from jaxserve.demo.vocabulary import BEGIN, END, PAD
+
+Batch = tuple[np.ndarray, np.ndarray]  # tokens int32 [rows, length], weights float32 [rows, length]
+
+
+class Shape(NamedTuple):
+    rows: int
+    length: int
+    topics: int  # of a conversation, at most
+
+
+def batches(tokenizer: Tokenizer, shape: Shape, *, seed: int) -> Iterator[Batch]:
+    """Without end. Each row begins with the beginning of a document; its last one is cut off."""
+    rows, length, most = shape
+    source = encoded(tokenizer, documents(seed, most))
+    pad = tokenizer.token_to_id(PAD)
+    while True:
+        tokens = np.full((rows, length), pad, np.int32)
+        weights = np.zeros((rows, length), np.float32)
+        for row in range(rows):
+            filled = 0
+            while filled < length:
+                ids, learned = next(source)
+                count = min(len(ids), length - filled)
+                tokens[row, filled : filled + count] = ids[:count]
+                weights[row, filled : filled + count] = learned[:count]
+                filled += count
+        yield tokens, weights
+
+
+def encoded(tokenizer: Tokenizer, source: Iterable[Messages | str]) -> Iterator[tuple[list[int], list[float]]]:
+    """Ids and weights of each document. Of a conversation the answers are learned, of a plain text all."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    number = {text: int(token) for text, token in tokenizer.get_vocab().items()}
+    begin, end = number[BEGIN], number[END]
+    for document in source:
+        if isinstance(document, str):
+            ids = [begin, *encode(document), end]
+            yield ids, [0.0, *[1.0] * (len(ids) - 1)]
+            continue
+        ids, learned = [begin], [0.0]
+        for message in document:
+            content = [*encode(message["content"]), end]
+            ids += [number[f"<|{message['role']}|>"], *content]
+            learned += [0.0, *[float(message["role"] == "assistant")] * len(content)]
+        yield ids, learned

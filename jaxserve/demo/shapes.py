@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two demo models are, and how they become Hugging Face folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save
+from tokenizers import Tokenizer
+
+from jaxserve.demo import vocabulary
+from jaxserve.models import layout
+from jaxserve.models.decoder import Params
+from jaxserve.models.families.llama import WEIGHTS
+
+LENGTH = 2048  # the longest prompt and answer together
+GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+
+
+def config(tokenizer: Tokenizer, *, draft: bool) -> dict[str, Any]:
+    """config.json: a Llama."""
+    if draft:
+        size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
+    else:
+        size = {"hidden_size": 192, "intermediate_size": 480, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        **size,
+        "num_key_value_heads": size["num_attention_heads"] // 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": LENGTH,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        **_special(tokenizer),
+        "dtype": "bfloat16",
+    }
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, Any]:
+    names = {"bos": vocabulary.BEGIN, "eos": vocabulary.END, "pad": vocabulary.PAD}
+    return {f"{name}_token_id": tokenizer.token_to_id(text) for name, text in names.items()}
+
+
+def write(folder: Path, tokenizer: Tokenizer, public: Params, *, draft: bool) -> None:
+    """A folder as the hub would hold it, weights rounded to bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = config(tokenizer, draft=draft)
+    _write_json(folder / "config.json", told)
+    _write_json(folder / "generation_config.json", {**_special(tokenizer), **GENERATION})
+    vocabulary.save(tokenizer, folder, LENGTH)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    names = {rule.path: rule.source for rule in WEIGHTS}
+    for path, array in layout.leaves(public):
+        layer = path[1] if path[0] == "layers" else ""
+        rule = names[layout.dotted(("layers", "{layer}", *path[2:]) if path[0] == "layers" else path)]
+        values = np.asarray(array, np.float32).astype(ml_dtypes.bfloat16)
+        # Heads are an axis of their own here, and rows of one matrix there.
+        heads = path[-2] in ("q", "k", "v"), path[-2] == "out"
+        shape = (-1, values.shape[-1]) if heads[0] else (values.shape[0], -1) if heads[1] else values.shape
+        tensors[rule.format(layer=layer)] = values.reshape(shape)
+    made = folder / "model.safetensors.part"
+    made.write_bytes(save(tensors, metadata={"format": "pt"}))
+    made.replace(folder / "model.safetensors")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
