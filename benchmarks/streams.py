@@ -9,6 +9,7 @@ import selectors
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 DONE = b"data: [DONE]"
@@ -24,8 +25,9 @@ class _Stream:
 
 def run(port: int, bodies: Sequence[dict[str, Any]], *, path: str = "/v1/completions") -> dict[str, Any]:
     """Sends all at once and reads each to its end. Seconds, and the times at which each had news."""
-    streams = [_Stream(socket.create_connection(("127.0.0.1", port))) for _ in bodies]
-    with selectors.DefaultSelector() as selector:
+    with ExitStack() as opened:
+        streams = [_Stream(opened.enter_context(socket.create_connection(("127.0.0.1", port)))) for _ in bodies]
+        selector = opened.enter_context(selectors.DefaultSelector())
         for stream in streams:
             stream.end.setblocking(False)
             selector.register(stream.end, selectors.EVENT_READ, stream)

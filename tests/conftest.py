@@ -2,10 +2,15 @@
 """What every test runs under: CPU, eight devices, strict promotion; a guard against compiles."""
 
 import contextlib
+import gc
+import itertools
 import os
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
+
+from tests.fast import XLA_FLAGS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,13 +23,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _configure_jax() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Most of a test's time goes into compiling small programs: LLVM's passes cost more than they bring. Read once.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)  # read once
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Every compiled program maps its code and data for itself, some 150 times, and the kernel allows a process 65,530 maps:
+# beyond them LLVM crashes.
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 30_000
+_teardowns = itertools.count()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    if next(_teardowns) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def _configure_hypothesis() -> None:

@@ -21,13 +21,14 @@ from pathlib import Path
 import pytest
 
 from jaxserve import demo
+from tests.fast import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 FEW = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256", "--no-warmup"]
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": XLA_FLAGS,
     "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
 }
 COMMANDS = ("jaxserve", "python", "make", "curl", "docker", "pip", ".ci/run", "echo")

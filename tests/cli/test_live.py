@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Command, one_error
+from tests.fast import XLA_FLAGS
 from tests.server.live import ENGINE, Live, cache_folder, wait, write_model
 
 JAXSERVE = str(Path(sysconfig.get_path("scripts")) / "jaxserve")
@@ -29,7 +30,7 @@ def live(folder: Path) -> Generator[Live]:
     config = {**ENGINE, "compilation_cache_dir": str(cache_folder()), "profile_dir": str(folder / "traces")}
     (folder / "config.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
     words = [JAXSERVE, "run", str(write_model(folder / "tiny")), "--port", "0", "--config", str(folder / "config.yaml")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen([*words, "--served-model-name", "tiny"], stdout=log, stderr=log, env=environment) as process,

@@ -77,15 +77,10 @@ def make_batch(
     return Batch(q, k, v, tables, lens, cu, distribution)
 
 
-# The interpreter's programs are large, and what LLVM gains on them here is less than what it costs.
-INTERPRETER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def call_jitted(implementation: dispatch.Implementation, function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments) as one compiled program of the given implementation."""
-    options = INTERPRETER_OPTIONS if implementation == "interpret" else None
     with dispatch.use(implementation):
-        return jax.jit(function, compiler_options=options)(*arguments)
+        return jax.jit(function)(*arguments)
 
 
 def rounded(x: np.ndarray, dtype: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import INTERPRETER_OPTIONS, Batch, dense_attention, error, make_batch, rounded, stored
+from tests.kernels.oracles import Batch, dense_attention, error, make_batch, rounded, stored
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 37, 16, 2], kv_lens=[40, 1, 5, 100, 16, 65], decode_rows=2)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
@@ -31,7 +31,7 @@ def jitted(implementation: dispatch.Implementation, options: tuple[tuple[str, An
         with dispatch.use(implementation):
             return paged_attention(q, k, v, **described, **arrays, **dict(options))
 
-    return jax.jit(call, compiler_options=INTERPRETER_OPTIONS if implementation == "interpret" else None)
+    return jax.jit(call)
 
 
 def run(

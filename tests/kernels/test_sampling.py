@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 from pallas_kernels import dispatch, row_sampler
 from pallas_kernels.sampling import Sampled, SamplingParams, sample, token_logprobs
 from pallas_kernels.tuning import SamplingTiles
-from tests.kernels.oracles import INTERPRETER_OPTIONS, surviving
+from tests.kernels.oracles import surviving
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 TILES = SamplingTiles(block=128, pivots=4)  # rows of several chunks, even when they are short
@@ -41,7 +41,7 @@ def jitted(implementation: dispatch.Implementation, options: tuple[tuple[str, An
         with dispatch.use(implementation):
             return sample(logits, p, tiles=TILES, raw_logits=raw_logits, **dict(options))
 
-    return jax.jit(call, compiler_options=INTERPRETER_OPTIONS if implementation == "interpret" else None)
+    return jax.jit(call)
 
 
 def run(

@@ -19,10 +19,8 @@ from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec
 from pallas_kernels import checks
 
-# Unoptimized code for many small programs: compiling them is nearly all of the time that these tests take.
-FAST = {"xla_backend_optimization_level": 0}
-run_step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache", compiler_options=FAST)
-run_forward = jax.jit(decoder.forward, static_argnames=("spec", "remat"), compiler_options=FAST)
+run_step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache")
+run_forward = jax.jit(decoder.forward, static_argnames=("spec", "remat"))
 
 
 @dataclass

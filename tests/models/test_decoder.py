@@ -21,7 +21,7 @@ from jaxserve.models import decoder, layout
 from jaxserve.models import spec as specs
 from tests.conftest import ForbidCompiles
 from tests.models import tiny
-from tests.models.paged import FAST, Paged, Row, run_forward
+from tests.models.paged import Paged, Row, run_forward
 
 
 @pytest.mark.parametrize("name", tiny.SPECS)
@@ -51,15 +51,14 @@ def loss(spec: specs.ModelSpec, public: decoder.Params, tokens: jax.Array, *, re
 def test_gradients_match_finite_differences(name: str) -> None:
     spec, tokens = tiny.SPECS[name], tiny.tokens(batch=1, length=9)
     public = tiny.public_params(spec)
-    fast = partial(jax.jit, compiler_options=FAST)
-    grads = fast(jax.grad(partial(loss, spec)))(public, tokens)
+    grads = jax.jit(jax.grad(partial(loss, spec)))(public, tokens)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    remat = fast(jax.grad(partial(loss, spec, remat=True)))(public, tokens)
+    remat = jax.jit(jax.grad(partial(loss, spec, remat=True)))(public, tokens)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), remat, grads)
 
     # Along the gradient of each kind of parameter, so that none can hide behind another: there the loss must change by
     # the gradient's length. A router's choice jumps somewhere; steps this small cross no jump here.
-    value, step = fast(partial(loss, spec)), 1e-2
+    value, step = jax.jit(partial(loss, spec)), 1e-2
     public, grads = jax.tree.map(np.asarray, (public, grads))  # jax would compile each little sum
     for kind in {path[-2:] for path, _ in layout.leaves(public)}:
         own = {path: leaf for path, leaf in layout.leaves(grads) if path[-2:] == kind}

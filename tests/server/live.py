@@ -24,6 +24,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.fast import XLA_FLAGS
 from tests.golden import load
 from tests.golden.load import TOKENIZERS
 
@@ -268,9 +269,8 @@ def started(
         "server": {"port": 0, "served_model_name": ["tiny"], **(server or {})},
         "command": command,
     }
-    flags = "--xla_backend_optimization_level=0"
     inherited = {name: text for name, text in os.environ.items() if not name.startswith("JAXSERVE_")}
-    env = {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = {**inherited, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
