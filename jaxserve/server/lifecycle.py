@@ -46,6 +46,7 @@ RESTART_WINDOW = 600.0  # seconds in which so many are allowed
 LAST_WORDS = 2.0  # seconds for the answers to those whose requests were ended
 ENGINE_GRACE = 5.0  # seconds that an engine has to end
 HANDSHAKE_SECONDS = 10.0
+GC_OBJECTS = 20_000  # made since the last look for cycles, before the next
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, *, command: Sequence[str] | None = None) -> int:
@@ -207,6 +208,8 @@ class Life:
         serving.take_engine(front)
         gc.collect()
         gc.freeze()  # what was imported is not looked through again while requests wait
+        # Nothing that a token makes is a cycle; looking for some as often as Python does takes a tenth of the time.
+        gc.set_threshold(GC_OBJECTS, 20, 50)
         url, everywhere = listening.url(self._config, self._sockets), listening.everywhere(self._sockets)
         lines = await asyncio.to_thread(banner.ready, serving, url, everywhere=everywhere)
         banner.show(lines, self._config)
