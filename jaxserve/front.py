@@ -105,10 +105,12 @@ class Front:
         with self._lock:
             return list(self._streams)
 
-    async def abort(self, name: str | None = None) -> int:
-        """Ends a request, or all; each consumer gets a last output. How many there were: unknown ones have ended."""
+    async def abort(self, *names: str) -> int:
+        """Ends these requests, or all; each consumer gets a last output. How many there were: unknown ones have
+        ended."""
         with self._lock:
-            found = [stream for stream in self._streams.values() if name in (None, stream.name)]
+            chosen = (self._streams.get(name) for name in names) if names else self._streams.values()
+            found = [stream for stream in chosen if stream is not None]
         for ended in [self.link.call("abort", request_id=stream.request.id) for stream in found]:
             await asyncio.wrap_future(ended)
         return len(found)

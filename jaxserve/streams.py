@@ -155,11 +155,13 @@ class Streams:
 
     def remove(self, stream: Stream) -> bool:
         """Nothing more comes to it. False where its request has ended already."""
-        return self._open.pop(stream.request.id, None) is not None
+        with self._lock:
+            return self._open.pop(stream.request.id, None) is not None
 
     def fail(self, request_id: str, error: Exception) -> None:
         """Its last is this error."""
-        stream = self._open.pop(request_id, None)
+        with self._lock:
+            stream = self._open.pop(request_id, None)
         if stream is not None:
             stream.mailbox.post([(stream, error)])
 

@@ -35,7 +35,7 @@ type Phase = Literal["starting", "ready", "failed", "stopped"]
 
 START_SECONDS = 60.0  # libraries that are read from a slow disk let no beat through: while it starts, at least this
 EXIT_SECONDS = 0.5  # for a child that closed its end to be gone
-DUMP_SECONDS = 0.3  # for one that hangs to print where
+DUMP_SECONDS = 0.5  # for one that hangs to print where
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,10 +258,10 @@ class EngineProcess:
                 problem = f"the engine gave no sign of life for {now - self._heard:.0f} seconds"
             else:
                 continue
-            self._end("failed", EngineError(problem, "see where it hangs in its log"))
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
-            time.sleep(DUMP_SECONDS)
+            time.sleep(DUMP_SECONDS)  # before anybody is told, who would kill it while it prints
+            self._end("failed", EngineError(problem, "see where it hangs in its log"))
             process.kill()
 
     # --- states and the end -----------------------------------------------------------------------------------------

@@ -138,7 +138,11 @@ async def wake_up(request: web.Request) -> web.StreamResponse:
 
 
 async def _wake(serving: Serving) -> None:
-    await _ask(serving, "wake")
+    try:
+        await _ask(serving, "wake")
+    except ApiError as error:
+        if error.status != 409 or serving.asleep:
+            raise  # else another has woken it meanwhile
     serving.asleep = False
     serving.metrics.sleep_level = 0
 
@@ -165,11 +169,16 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
     body = await _body(request, AbortRequest)
     front = serving.check_engine()
-    if body.request_ids is None:
-        return reply({"aborted": await front.abort()})
-    wanted = set(body.request_ids)
-    names = [name for name in front.names() if name in wanted or name.rpartition("-")[0] in wanted]
-    return reply({"aborted": sum([await front.abort(name) for name in names])})
+    names: list[str] = []
+    if body.request_ids is not None:
+        wanted = set(body.request_ids)
+        names = [name for name in front.names() if name in wanted or name.rpartition("-")[0] in wanted]
+        if not names:
+            return reply({"aborted": 0})
+    try:
+        return reply({"aborted": await front.abort(*names)})
+    except EngineError as error:
+        raise serving.lost(error) from None
 
 
 ROUTES = (

@@ -52,7 +52,7 @@ def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, An
     data: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
         if output.embedding is None:
-            raise ApiError(500, "The engine ended this request without an embedding.")
+            raise ApiError(503, "This request was aborted.", headers={"Retry-After": "1"})
         size = output.embedding.shape[0]
         if body.dimensions not in (None, size):
             problem = f"dimensions is {body.dimensions}, and the model's embeddings have {size}"

@@ -8,6 +8,7 @@ each wait ends soon.
 import asyncio
 import logging
 import resource
+from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import hdrs, web
@@ -20,7 +21,8 @@ from jaxserve.server.errors import ApiError
 
 LOG = logging.getLogger("jaxserve.server")
 SPARE_FILES = 64  # descriptors that are not connections
-MAX_BODIES = 2**29  # bytes of all requests' bodies together
+MAX_BODIES = 2**29  # bytes of all requests' bodies together; small ones are taken still
+SMALL_BODY = 2**16
 SLOWEST = 1024  # bytes a second of a body, on average, once header_timeout is over
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -84,6 +86,10 @@ class Connection(RequestHandler):
             socket.write(FULL)
             socket.close()
             return
+        if transport.get_extra_info("ssl_object") is None:  # TLS has bounds of its own for closing
+            # All that a client leaves unread is waited for, and timed: else a connection that closes with little of
+            # its answer unread would wait for ever.
+            cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
         self._await_head()
         super().connection_made(transport)
 
@@ -170,14 +176,25 @@ class Connection(RequestHandler):
 
 
 class Bodies:
-    """Reads requests' bodies whole, before their handlers run. Counts what all of them hold."""
+    """Reads requests' bodies whole, before their handlers run. Counts what all of them hold until they let go."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._held = 0
 
-    async def read(self, request: web.Request) -> int:
-        """How many bytes are held until `release`. The body is `await request.read()` from then on."""
+    async def read(self, request: web.Request) -> Callable[[], None]:
+        """The body is `await request.read()` from now on, until it is let go of by calling what this returns."""
+        size = await self._size(request)
+
+        def let_go() -> None:
+            nonlocal size
+            self._held -= size
+            size = 0
+            request._read_bytes = b""  # pyright: ignore[reportPrivateUsage]  # where request.read() keeps it
+
+        return let_go
+
+    async def _size(self, request: web.Request) -> int:
         if not request.body_exists:
             return 0
         if (request.content_length or 0) > self._config.max_body_bytes:
@@ -210,16 +227,13 @@ class Bodies:
                     limit.reschedule(due)
                 if len(body) > self._config.max_body_bytes:
                     raise _too_large(self._config)
-                if self._held > MAX_BODIES:
+                if self._held > MAX_BODIES and len(body) > SMALL_BODY:
                     raise ApiError(503, "Too many large requests at once.", headers={"Retry-After": "5"})
         except BaseException:
-            self.release(len(body))
+            self._held -= len(body)
             raise
-        request._read_bytes = bytes(body)  # pyright: ignore[reportPrivateUsage]  # where request.read() keeps it
+        request._read_bytes = bytes(body)  # pyright: ignore[reportPrivateUsage]
         return len(body)
-
-    def release(self, size: int) -> None:
-        self._held -= size
 
 
 def _too_large(config: ServerConfig) -> ApiError:

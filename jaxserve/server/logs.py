@@ -121,7 +121,9 @@ class Throughput:
         now = time.monotonic()
         seen = (now, stats.prompt_tokens, stats.generated_tokens, stats.prefix_queries, stats.prefix_hits)
         last, self._last = self._last, seen
-        if last is None or (not stats.running and not stats.waiting and seen[1:3] == last[1:3]):
+        if last is None or seen[1] < last[1] or seen[2] < last[2]:  # none, or of an engine that is no more
+            return
+        if not stats.running and not stats.waiting and seen[1:3] == last[1:3]:
             return
         seconds, prompt, generated, queries, hits = (after - before for after, before in zip(seen, last, strict=True))
         shown = {

@@ -25,3 +25,4 @@ class Record:
     jobs: "Sequence[Ready]" = ()
     error: str | None = None  # what the client was told instead of an answer
     texts: list[str] = field(default_factory=list[str])  # of the answers, as far as they are to be logged
+    text_length: int = 0  # of these

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from jaxserve.streams import Stream
 
 
+LONGEST_LOGGED = 2**20  # characters that are kept of an answer for the log
+
+
 class Server(Protocol):
     """What it needs of who serves."""
 
@@ -45,7 +48,7 @@ async def run(serving: Server, record: Record, jobs: "Sequence[Ready]") -> Async
         merged = _single(front, streams, jobs[0]) if len(jobs) == 1 else _merged(front, streams, jobs)
         async with aclosing(merged) as outputs:
             async for place, output in outputs:
-                tallies[place].add(output)
+                tallies[place].add(output, streams[place])
                 yield place, output
     except OverloadedError as error:
         serving.metrics.rejections["queue_full"] += 1
@@ -102,27 +105,28 @@ class _Tally:
         self._counted = job.request.params.output_kind is RequestOutputKind.DELTA
         self._ended = False
 
-    def add(self, output: RequestOutput) -> None:
+    def add(self, output: RequestOutput, stream: "Stream") -> None:
         now = time.monotonic()
+        came = stream.last_output or now  # a client that reads slowly is taken for no slow engine
         adds = self._request.params.output_kind is RequestOutputKind.DELTA
         for sample in output.outputs:
             count, last = len(sample.token_ids), self._last[sample.index]
             if adds and count:
                 if last is not None:
-                    self._serving.metrics.token_gap((now - last) / count, count)
+                    self._serving.metrics.token_gap((came - last) / count, count)
                     self._seen += count
-                self._last[sample.index] = now
+                self._last[sample.index] = came
             self._generated[sample.index] = count + (self._generated[sample.index] if adds else 0)
             if sample.finish_reason is not None:
                 self._record.finish_reasons.append(sample.finish_reason)
-            if self._serving.config.enable_log_outputs and sum(map(len, self._record.texts)) < 2**20:
+            if self._serving.config.enable_log_outputs and self._record.text_length < LONGEST_LOGGED:
                 self._record.texts.append(sample.text)
+                self._record.text_length += len(sample.text)
         self._cached = output.num_cached_tokens
         self._counted = True
         if self._late(now) and any(sample.finish_reason == "abort" for sample in output.outputs):
-            timeout = self._serving.config.request_timeout
-            message = "The request took longer than its deadline" + (f" of {timeout:g} seconds." if timeout else ".")
-            raise ApiError(504, message)
+            seconds = (self._request.deadline or now) - self._record.arrival
+            raise ApiError(504, f"The request took longer than its deadline of {seconds:.3g} seconds.")
         self._ended = output.finished
 
     def _late(self, now: float) -> bool:
@@ -151,7 +155,7 @@ class _Tally:
                 scheduled=stream.scheduled,
                 first_token=stream.first_output,
                 last_token=stream.last_output,
-                end=time.monotonic(),
+                end=stream.last_output or time.monotonic(),
                 prompt_tokens=len(self._request.prompt_token_ids),
                 cached_tokens=self._cached,
                 generated_tokens=self._generated,

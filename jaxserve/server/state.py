@@ -126,6 +126,7 @@ class Serving:
 
 SERVING = web.AppKey("serving", Serving)
 RECORD = web.RequestKey("record", Record)
+LET_GO = web.RequestKey[Callable[[], None]]("let_go", Callable)  # of the request's body, once it was read
 
 
 def unavailable(message: str, *, wait: int) -> ApiError:

@@ -261,6 +261,11 @@ def test_the_line_about_throughput(caplog: pytest.LogCaptureFixture, monkeypatch
     shown = logs.Lines("text").format(entry)
     assert "prompt_tokens_per_second=10 generated_tokens_per_second=5 running=1 waiting=0" in shown
     assert "prefix_hits=25.0%" in shown
+    caplog.clear()
+    now += 10
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        line.tell(replace(none, prompt_tokens=30, running=1))  # of an engine that was started again
+        assert not caplog.records
 
 
 # --- histograms -----------------------------------------------------------------------------------------------------

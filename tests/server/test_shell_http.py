@@ -170,6 +170,8 @@ def test_a_byte_in_each_chunk(ready: Shell) -> None:
 
 def test_all_bodies_together_are_bounded(ready: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_BODIES", 1000)
+    assert ready.send("POST", "/sleep?level=7", b" " * 2000).status == 400  # a small one is taken all the same
+    monkeypatch.setattr(guard, "SMALL_BODY", 100)
     with ready.connect() as first:
         first.sendall(post("/sleep", b" " * 2000)[:-900])  # holds what came of it
         assert answer(first).status == 503
@@ -293,6 +295,15 @@ def test_a_client_that_reads_nothing_is_cut(fast: Shell) -> None:
                     sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
                 assert fast.get("/version").status == 200
     wait(lambda: not fast.connections.open, 5)
+
+
+def test_however_little_is_left_unread_the_connection_is_cut(fast: Shell) -> None:
+    with contextlib.ExitStack() as stack:
+        for count in (1, 2, 4, 8, 16, 32, 64):
+            sock = stack.enter_context(fast.connect())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
+        wait(lambda: not fast.connections.open, 10)
 
 
 def test_past_the_limit_the_longest_idle_goes_first() -> None:

@@ -31,15 +31,17 @@ def check(raw: bytes, fields: Collection[str]) -> str | None:
         raise ApiError(
             400, f"The body has about {values} values, and at most {MAX_VALUES} are taken. Send less at once."
         )
+    unknown: str | None = None
     try:
         body = msgspec.json.decode(raw, type=_Object)
         for name, value in body.items():
-            if name not in fields:
-                return name
-            _check_inside(name, value)
-    except (msgspec.DecodeError, RecursionError):
+            if name in fields:
+                _check_inside(name, value)
+            elif unknown is None:
+                unknown = name
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
-    return None
+    return unknown
 
 
 def _check_inside(name: str, value: msgspec.Raw) -> None:

@@ -18,6 +18,7 @@ MAX_METADATA = 16
 
 Text = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # its range is checked where it is known
 
 
 class StreamOptions(Part):
@@ -65,10 +66,10 @@ class Ordered(Body):
 
 
 class Sampling(Ordered):
-    n: int | None = None
+    n: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Count | None = None
     min_p: float | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
     presence_penalty: float | None = None
@@ -84,7 +85,7 @@ class Sampling(Ordered):
     stop_token_ids: Annotated[list[TokenId] | None, Field(fail_fast=True, max_length=MAX_STOP_IDS)] = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Count | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int | None, Field(ge=-1, le=2**31 - 1)] = None

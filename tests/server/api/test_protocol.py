@@ -83,6 +83,27 @@ def test_unknown_fields_can_be_ignored() -> None:
     assert parse(CompletionRequest, large, allow_unknown=True)
 
 
+def test_a_key_of_broken_text_in_a_large_body_is_no_fault_of_ours() -> None:
+    for broken in (b'{"\xff": 1, "prompt": "%s"}', b'{"messages": [{"\xff": 1}], "prompt": "%s"}'):
+        with pytest.raises(ApiError) as refused:
+            parse(CompletionRequest, broken % (b"x" * 100_000))
+        assert refused.value.status == 400
+
+
+def test_no_unknown_field_hides_an_object_with_too_many_keys() -> None:
+    biases = {str(place): 1 for place in range(20_000)}
+    large = json.dumps({"other": 1, "prompt": "a", "logit_bias": biases}).encode()
+    with pytest.raises(ApiError, match="too many keys"):
+        parse(CompletionRequest, large, allow_unknown=True)
+
+
+@pytest.mark.parametrize("field", ["n", "top_k", "min_tokens"])
+def test_endless_numbers_are_not_repeated(field: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(CompletionRequest, b'{"prompt": ["a", "b"], "%s": %s}' % (field.encode(), b"9" * 4300))
+    assert refused.value.status == 400 and refused.value.param == field and len(refused.value.message) < 500
+
+
 def test_faults_within_a_field_name_the_way_there() -> None:
     cases: list[tuple[type[Any], dict[str, Any], str]] = [
         (ChatRequest, {"messages": [{"role": "user", "content": "x"}, {"role": 5}]}, "messages[1].role"),

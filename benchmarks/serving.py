@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load on any server that speaks OpenAI's API: `python -m benchmarks.serving --url URL [--json FILE]`.
+
+    --concurrency 1,8,32   closed loop: so many requests at once, the next when one has ended
+    --rate 2,8             open loop: so many a second, at random times (Poisson), however slow the server is
+    --mix                  fixed (every length the same), sharegpt (lengths as people's chats have them), shared
+                           (every eight prompts begin with the same words, as with a long system prompt)
+
+The same seed asks for the same work of every server. Prompts are words, so that all routes and tokenizers take them.
+Told per load: output tokens per second, time to the first token (TTFT), time per token after it (TPOT), gaps between
+events (ITL), the whole (E2E), each at p50, p90 and p99; failures; and goodput: requests a second that met both
+deadlines.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import facts
+from jaxserve.cli import load
+from jaxserve.cli.bench_serve import WORDS
+from jaxserve.cli.load import Job, Outcome, Sample
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+GROUP = 8  # prompts that begin alike, in the mix of shared prefixes
+SHARED = 0.8  # of such a prompt
+# What is known of people's chats with a model: lengths are log-normal, answers longer than questions, some far longer.
+SPREAD = {"prompt": 1.2, "new": 0.9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is asked for. Lengths are words of a prompt and tokens of an answer; medians where they differ."""
+
+    mix: str = "fixed"
+    prompt: int = 128
+    new: int = 64
+    longest: int = 1024  # neither is longer
+    seed: int = 0
+    words: tuple[str, ...] = tuple(WORDS.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A server, and how it is asked."""
+
+    url: str
+    model: str
+    path: str = COMPLETIONS
+    extra: tuple[tuple[str, Any], ...] = ()  # further fields of every body
+    api_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    ttft_ms: float = 1000.0
+    tpot_ms: float = 100.0
+
+
+MIXES = ("fixed", "sharegpt", "shared")
+
+
+def prompts(work: Work, count: int) -> list[tuple[str, int]]:
+    """So many texts with the length of the answer to each."""
+    draw = random.Random(f"{work.mix} {work.seed}")
+
+    def text(length: int) -> list[str]:
+        return draw.choices(work.words, k=length)
+
+    def near(median: int, spread: float) -> int:
+        return max(1, min(work.longest, round(median * math.exp(draw.gauss(0, spread)))))
+
+    made: list[tuple[str, int]] = []
+    prefix: list[str] = []
+    for place in range(count):
+        match work.mix:
+            case "fixed":
+                words, new = text(work.prompt), work.new
+            case "sharegpt":
+                words, new = text(near(work.prompt, SPREAD["prompt"])), near(work.new, SPREAD["new"])
+            case "shared":
+                if place % GROUP == 0:
+                    prefix = text(round(SHARED * work.prompt))
+                words, new = [*prefix, *text(work.prompt - len(prefix))], work.new
+            case _:
+                raise SystemExit(f"error: there is no mix {work.mix!r}  hint: one of {', '.join(MIXES)}")
+        made.append((" ".join(words), new))
+    return made
+
+
+def jobs(target: Target, work: Work, count: int) -> list[Job]:
+    made: list[Job] = []
+    for text, new in prompts(work, count):
+        asked: dict[str, Any] = {"prompt": text}
+        if target.path == CHAT:
+            asked = {"messages": [{"role": "user", "content": text}]}
+        body = {**asked, "model": target.model, "max_tokens": new, "temperature": 0, **dict(target.extra)}
+        made.append(Job(target.path, body, len(text.split())))
+    return made
+
+
+def run(target: Target, work: list[Job], *, concurrency: int | None = None, rate: float = math.inf) -> Outcome:
+    key = target.api_key
+    return asyncio.run(load.run(target.url, work, concurrency=concurrency, rate=rate, api_key=key, timeout=600))
+
+
+def figures(outcome: Outcome, deadlines: Deadlines) -> dict[str, float]:
+    found = load.summary(outcome)
+    met = sum(1 for sample in outcome.samples if _met(sample, deadlines))
+    return found | {"goodput": met / max(outcome.seconds, 1e-9)}
+
+
+def _met(sample: Sample, deadlines: Deadlines) -> bool:
+    if sample.error is not None or not sample.stamps or sample.ttft * 1000 > deadlines.ttft_ms:
+        return False
+    return sample.output_tokens < 2 or sample.tpot * 1000 <= deadlines.tpot_ms
+
+
+def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
+    """A line for each load."""
+    parts = ("ttft", "tpot", "itl", "e2el")
+    heads = "".join(f"{name.upper().replace('E2EL', 'E2E') + ' p50/p90/p99':>26}" for name in parts)
+    lines = [f"{'load':>14} {'tok/s':>8} {'req/s':>7} {'good/s':>7} {'failed':>6}{heads}  (ms)"]
+    for name, one in rows:
+        times = "".join(
+            f"{one[f'median_{part}_ms']:>12.1f}{one[f'p90_{part}_ms']:>7.0f}{one[f'p99_{part}_ms']:>7.0f}"
+            for part in parts
+        )
+        lines.append(
+            f"{name:>14} {one['output_throughput']:>8.0f} {one['request_throughput']:>7.2f} {one['goodput']:>7.2f} "
+            f"{int(one['failed']):>6}{times}"
+        )
+    return "\n".join(lines)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server, without /v1")
+    parser.add_argument("--model", default="", help="as the server calls it; its first if not given")
+    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route to ask")
+    parser.add_argument("--mix", default="fixed", choices=MIXES)
+    parser.add_argument("--prompt", type=int, default=Work.prompt, help="words in a prompt, or their median")
+    parser.add_argument("--new", type=int, default=Work.new, help="tokens in an answer, or their median")
+    parser.add_argument("--concurrency", default="1,8,32", help="loads of the closed loop")
+    parser.add_argument("--rate", default="", help="loads of the open loop, in place of the closed one")
+    parser.add_argument("--requests", type=int, default=0, help="of each load; four for each at once if 0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ttft-ms", type=float, default=Deadlines.ttft_ms, help="deadline that counts for goodput")
+    parser.add_argument("--tpot-ms", type=float, default=Deadlines.tpot_ms, help="the other")
+    parser.add_argument("--ignore-eos", action="store_true", help="have each answer reach its length")
+    parser.add_argument("--api-key")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    extra = (("ignore_eos", True),) if options.ignore_eos else ()
+    model = options.model or model_of(options.url, options.api_key)
+    target = Target(url=options.url, model=model, path=options.path, extra=extra, api_key=options.api_key)
+    deadlines = Deadlines(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
+    loads: list[tuple[str, int | None, float]] = [(f"{rate:g}/s", None, rate) for rate in numbers(options.rate)] or [
+        (f"{count:g} at once", int(count), math.inf) for count in numbers(options.concurrency)
+    ]
+    rows: list[tuple[str, dict[str, float]]] = []
+    for place, (name, concurrency, rate) in enumerate(loads):
+        count = options.requests or 4 * (concurrency or 16)
+        # Another seed for each load: no prompt of one is in the cache for the next.
+        work = Work(mix=options.mix, prompt=options.prompt, new=options.new, seed=options.seed * 1000 + place)
+        outcome = run(target, jobs(target, work, count), concurrency=concurrency, rate=rate)
+        rows.append((name, figures(outcome, deadlines)))
+    print(table(rows))
+    if options.json:
+        told = facts.collect() | {"processor": facts.processor(), "settings": {**vars(options), "api_key": None}}
+        told["settings"]["json"] = str(options.json)
+        options.json.write_text(json.dumps(told | {"loads": dict(rows)}, indent=1) + "\n")
+
+
+def model_of(url: str, api_key: str | None) -> str:
+    from jaxserve.client import Client
+
+    return Client(url, api_key=api_key).model()
+
+
+if __name__ == "__main__":
+    main()

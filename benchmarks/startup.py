@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a start takes: `python -m benchmarks.startup [--model FOLDER] [--rounds 3] [--json FILE]`.
+
+`jaxserve run` is started with an empty folder for compiled programs (cold) and again with the full one (warm), until
+/health says 200 and one token was answered. Where the time goes is told by what the server says while it starts:
+before the port answers (Python and the server's libraries), before the model is opened (jax), loading, compiling, and
+the rest up to the first token. Medians over the rounds; for scale, the seconds that Python takes for `import jax`, and
+in which the weights' file is read. Aims: the demo warm within 5 s; a model of a billion parameters warm within twice of
+loading its weights.
+"""
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import facts
+from jaxserve import demo
+
+PHASES = ("port", "jax", "load", "compile", "rest")
+AIM_DEMO = 5.0
+
+
+@dataclass
+class Start:
+    """Seconds in each phase."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @property
+    def whole(self) -> float:
+        return sum(self.seconds.values())
+
+
+def phase_of(detail: str | None) -> str:
+    """Which phase a server is in that says this of itself; None: it does not answer yet."""
+    if detail is None:
+        return "port"
+    if detail.startswith("loading"):
+        return "load"
+    if detail.startswith("compiling"):
+        return "compile"
+    return "jax" if detail.startswith(("starting", "opening")) else "rest"
+
+
+def once(model: Path, cache: Path, flags: Sequence[str]) -> Start:
+    """One start, to the first token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [Path(sysconfig.get_path("scripts"), "jaxserve"), "run", model, f"--port={port}", *flags]
+    command += ["--log-level=error", f"--compilation-cache-dir={cache}"]
+    start, last = Start(), time.perf_counter()
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = False
+            while not ready:
+                ready, detail = _health(url)
+                now = time.perf_counter()
+                start.seconds[phase_of(detail)] += now - last
+                last = now
+                if process.poll() is not None:
+                    said = process.stderr.read() if process.stderr else ""
+                    raise SystemExit(f"error: the server ended with code {process.returncode}: {said.strip()}")
+                time.sleep(0.01)
+            _token(url)
+            start.seconds["rest"] += time.perf_counter() - last
+        finally:
+            process.terminate()
+    return start
+
+
+def _health(url: str) -> tuple[bool, str | None]:
+    """Whether it is ready, and what it says that it does."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
+            return answer.status == 200, ""
+    except urllib.error.HTTPError as error:
+        with error:
+            return False, str(json.load(error).get("detail", ""))
+    except OSError:
+        return False, None
+
+
+def _token(url: str) -> None:
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        answer.read()
+
+
+def import_seconds(rounds: int) -> float:
+    return statistics.median(_timed([sys.executable, "-c", "import jax; jax.devices()"]) for _ in range(rounds))
+
+
+def _timed(command: Sequence[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def read_seconds(model: Path) -> float:
+    """Of the weights, with the machine's cache of files as warm as a start finds it."""
+    began = time.perf_counter()
+    for path in model.glob("*.safetensors"):
+        path.read_bytes()
+    return time.perf_counter() - began
+
+
+def table(rows: dict[str, list[Start]]) -> str:
+    lines = [f"{'start':>8} {'seconds':>8}" + "".join(f"{phase:>9}" for phase in PHASES)]
+    for name, starts in rows.items():
+        parts = "".join(f"{statistics.median(one.seconds[phase] for one in starts):9.2f}" for phase in PHASES)
+        lines.append(f"{name:>8} {statistics.median(one.whole for one in starts):8.2f}{parts}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description="What a start takes.")
+    parser.add_argument("--model", type=Path, default=demo.FOLDER, help="a folder; the demo if not given")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("flags", nargs="*", help="further flags of `jaxserve run`, after --")
+    options = parser.parse_args()
+    rows: dict[str, list[Start]] = {"cold": [], "warm": []}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            rows["cold"].append(once(options.model, Path(folder), options.flags))
+            rows["warm"].append(once(options.model, Path(folder), options.flags))
+    scale = {"import jax": import_seconds(options.rounds), "read weights": read_seconds(options.model)}
+    print(facts.processor(), table(rows), sep="\n")
+    print(", ".join(f"{name}: {seconds:.2f} s" for name, seconds in scale.items()))
+    if options.model == demo.FOLDER:
+        print(f"aim for the demo, warm: {AIM_DEMO:.0f} s")
+    if options.json:
+        told: dict[str, Any] = facts.collect() | {"processor": facts.processor(), "model": options.model.name}
+        told |= {"rounds": options.rounds, "flags": options.flags, "scale": scale}
+        told["starts"] = {name: [one.seconds for one in starts] for name, starts in rows.items()}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

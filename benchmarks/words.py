@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer for models of random weights: every word is a token, so that servers which take text alone get prompts of
+a known length."""
+
+import json
+from pathlib import Path
+
+from jaxserve.cli.bench_serve import WORDS
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+# No word of its own around a message: all servers then agree on what a chat's prompt is.
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+
+
+def vocabulary(size: int) -> list[str]:
+    """Common words first, then ones that are only numbered."""
+    words = [*SPECIAL, *dict.fromkeys(WORDS.split())]
+    return (words + [f"w{place}" for place in range(len(words), size)])[:size]
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """Into a model's folder."""
+    words = vocabulary(size)
+    added = [
+        {"id": place, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        | {"special": True}
+        for place, word in enumerate(SPECIAL)
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: place for place, word in enumerate(words)},
+            "unk_token": "<unk>",
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load generator's and the comparison's own parts; what they measure is no test."""
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks import compare, plot, serving, words
+from benchmarks.peers import servers
+from benchmarks.serving import CHAT, Deadlines, Target, Work
+from jaxserve.cli.load import Outcome, Sample
+
+TARGET = Target(url="http://127.0.0.1:1", model="m", path=CHAT)
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", serving.MIXES)
+def test_a_seed_asks_for_the_same_and_another_for_none_of_it(mix: str) -> None:
+    first, again, other = (serving.prompts(Work(mix=mix, seed=seed), 40) for seed in (1, 1, 2))
+    assert first == again
+    assert not {text for text, _ in first} & {text for text, _ in other}
+
+
+def test_fixed_lengths_are_fixed() -> None:
+    made = serving.prompts(Work(prompt=50, new=7), 30)
+    assert {len(text.split()) for text, _ in made} == {50} and {new for _, new in made} == {7}
+
+
+def test_lengths_of_chats_spread_about_their_median() -> None:
+    made = serving.prompts(Work(mix="sharegpt", prompt=60, new=90, longest=512), 2000)
+    for lengths, median in (([len(text.split()) for text, _ in made], 60), ([new for _, new in made], 90)):
+        assert 0.85 * median < statistics.median(lengths) < 1.15 * median
+        assert min(lengths) < median / 4 and max(lengths) == 512 and statistics.mean(lengths) > 1.2 * median
+
+
+def test_prompts_share_their_beginnings_eight_at_a_time() -> None:
+    made = serving.prompts(Work(mix="shared", prompt=100), 24)
+    begins = Counter(" ".join(text.split()[:80]) for text, _ in made)
+    assert set(begins.values()) == {8} and len({text for text, _ in made}) == 24
+
+
+def test_an_unknown_mix_is_told() -> None:
+    with pytest.raises(SystemExit, match="no mix 'x'"):
+        serving.prompts(Work(mix="x"), 1)
+
+
+def test_bodies_are_chats_or_prompts() -> None:
+    [chat] = serving.jobs(TARGET, Work(prompt=3, new=5), 1)
+    assert chat.path == CHAT and len(chat.body["messages"][0]["content"].split()) == 3
+    extra = (("ignore_eos", True),)
+    [plain] = serving.jobs(Target(url="", model="m", extra=extra), Work(prompt=3, new=5), 1)
+    assert plain.body["prompt"] == chat.body["messages"][0]["content"] and plain.body["ignore_eos"]
+    assert plain.body["max_tokens"] == 5 and plain.body["temperature"] == 0
+
+
+def test_goodput_counts_what_met_both_deadlines() -> None:
+    samples = [
+        Sample(began=0, stamps=[0.1, 0.2, 0.3], output_tokens=3),
+        Sample(began=0, stamps=[2.0, 2.1], output_tokens=2),  # begins late
+        Sample(began=0, stamps=[0.1, 1.1], output_tokens=2),  # goes on slowly
+        Sample(began=0, stamps=[0.1], output_tokens=1),
+        Sample(began=0, stamps=[0.1, 0.2], output_tokens=2, error="the answer broke off"),
+    ]
+    found = serving.figures(Outcome(samples, 2.0, 5), Deadlines(ttft_ms=1000, tpot_ms=100.001))
+    assert found["goodput"] == 1.0 and found["failed"] == 1 and found["completed"] == 4
+    assert "1.00" in serving.table([("5 at once", found)])
+
+
+# --- the comparison -------------------------------------------------------------------------------------------------
+
+
+class Fake:
+    def __init__(self, name: str, speeds: list[float], ttft: float, says: str = "yes") -> None:
+        self.name, self.speeds, self.ttft, self.says = name, [math.nan, *speeds], ttft, says
+        self.asked: list[Work] = []
+
+    def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
+        self.asked.append(work)
+        found = {f"{rank}_{part}_ms": self.ttft for rank in ("median", "p99") for part in ("ttft", "tpot")}
+        return found | {"output_throughput": self.speeds[len(self.asked) - 1], "failed": 0}
+
+    def answers(self, work: Work, count: int) -> list[str]:
+        return [self.says if place % 2 else "yes" for place in range(count)]
+
+
+def test_rows_have_medians_and_ratios_round_by_round() -> None:
+    ours, theirs = Fake("ours", [100, 300, 200], 10), Fake("theirs", [50, 100, 200], 20)
+    rows = compare.measure([ours, theirs], Work(), streams=[4], rounds=3, each=2)
+    assert [(row.server, row.tokens_per_second, row.speedup, row.ttft_ratio) for row in rows] == [
+        ("ours", 200, None, None),
+        ("theirs", 100, 2.0, 2.0),
+    ]
+    told = compare.markdown(rows)
+    assert "| 4 | theirs | 100 |" in told and "2.00 x as fast" in told
+
+
+def test_both_get_the_same_work_and_never_the_same_twice() -> None:
+    ours, theirs = Fake("ours", [1] * 7, 1), Fake("theirs", [1] * 7, 1)
+    compare.measure([ours, theirs], Work(), streams=[1, 2], rounds=3, each=1)
+    assert ours.asked == theirs.asked
+    assert len({work.seed for work in ours.asked}) == len(ours.asked) == 8
+
+
+def test_agreement_is_the_share_of_equal_answers() -> None:
+    found = compare.agreement([Fake("a", [], 1), Fake("b", [], 1, "no")], Work(), 4)
+    assert found == {"a": 1.0, "b": 0.5}
+
+
+def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
+    for name in servers.NAMES:
+        made = servers.plan(name, tmp_path, 81, longest=512, venv=tmp_path)
+        assert str(tmp_path) in made.command and "81" in made.command and "127.0.0.1" in made.command
+    assert "--no-enable-prefix-caching" in servers.plan("jaxserve-uncached", tmp_path, 1, longest=9, venv=None).command
+    for name in ("vllm", "transformers"):
+        with pytest.raises(SystemExit, match=f"{name} has no environment"):
+            servers.plan(name, tmp_path, 1, longest=9, venv=None)
+    with pytest.raises(SystemExit, match="no server 'x'"):
+        servers.plan("x", tmp_path, 1, longest=9, venv=None)
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"jaxserve did not start: .*no folder"):
+        compare.Side("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
+
+
+# --- its parts ------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_is_a_token(tmp_path: Path) -> None:
+    words.write_tokenizer(tmp_path, 500)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = serving.prompts(Work(prompt=200), 1)[0][0]
+    ids = tokenizer.encode(text).ids
+    assert len(ids) == 200 and 0 not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.get_vocab_size() == 500
+
+
+def test_bars_are_as_tall_as_their_values() -> None:
+    drawn = ElementTree.fromstring(plot.bars({"1": {"a": 10, "b": 5}, "8 & <9>": {"a": 40, "b": 0}}, "speed"))
+    tall = [float(bar.get("height", "0")) for bar in drawn.iter("{http://www.w3.org/2000/svg}rect")]
+    assert tall[:4] == [plot.HEIGHT, plot.HEIGHT / 2, plot.HEIGHT, 0]
+    assert "8 & <9>" in "".join(drawn.itertext())
