@@ -45,13 +45,14 @@ class ServerError(JaxserveError):
 class Client:
     def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float = 600) -> None:
         """`url` is that of the server, with /v1 or without; `timeout` seconds without a byte end a request."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
+        wrong = UsageError(f"{url!r} is no URL of a server", f"give one such as {DEFAULT_URL}")
         try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
             self._host, self._port = parts.hostname or "", parts.port
         except ValueError:
-            self._host, self._port = "", None
+            raise wrong from None
         if parts.scheme not in ("http", "https") or not self._host:
-            raise UsageError(f"{url!r} is no URL of a server", f"give one such as {DEFAULT_URL}")
+            raise wrong
         self._secure, self._timeout = parts.scheme == "https", timeout
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self.root = f"{parts.scheme}://{parts.netloc}{self._path}"

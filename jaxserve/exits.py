@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO, cast
 
 from jaxserve.errors import JaxserveError, UsageError, one_line
 
@@ -27,7 +28,9 @@ def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = command()
-        sys.stdout.flush()  # so that a closed pipe shows up here, not at exit
+        out = cast("TextIO | None", sys.stdout)
+        if out is not None:  # it was open when we were started
+            out.flush()  # so that a closed pipe shows up here, not at exit
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:

@@ -39,9 +39,11 @@ def topic_help(parser: Parser, topic: str | None) -> str:
     groups = {flag.group.lower(): flag.group for flag in parser.flags}
     if topic.lower() in groups:
         return help_text(parser, groups=[groups[topic.lower()]])
-    name = topic.strip("-").replace("-", "_")
-    if any(flag.name == name for flag in parser.flags):
-        return help_text(parser, names=[name])
+    word = topic.strip("-").replace("_", "-")
+    for flag in parser.flags:
+        spelled = (flag.name.replace("_", "-"), *flag.options, flag.negative or "")
+        if word in {name.lstrip("-") for name in spelled}:
+            return help_text(parser, names=[flag.name])
     known = ", ".join(dict.fromkeys(flag.group for flag in parser.flags))
     raise UsageError(f"there is no help on {topic!r}", f"name a flag, all, or one of {known}")
 

@@ -280,7 +280,8 @@ class Parser:
             found[flag.name] = flag.from_text(value) if equals else positive
             return
         if not equals and (not rest or _is_option(rest[0])):
-            raise UsageError(f"{name} needs a value", f"{name} {value_of(flag)}")
+            dashed = f", or {name}=VALUE for one that begins with a dash" if rest else ""
+            raise UsageError(f"{name} needs a value", f"{name} {value_of(flag)}{dashed}")
         if not flag.many:
             found[flag.name] = flag.from_text(value if equals else rest.popleft())
             return

@@ -97,7 +97,7 @@ class Server:
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         began = time.monotonic()
         self.process = subprocess.Popen(
-            made.command, cwd=made.cwd, env=environment | made.environment, stdout=self._log, stderr=self._log
+            made.command, cwd=made.cwd, env={**environment, **made.environment}, stdout=self._log, stderr=self._log
         )
         while not _answers(self.target.url + made.ready):
             if self.process.poll() is not None or time.monotonic() - began > START_SECONDS:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from jaxserve import exits
-from jaxserve.errors import UsageError
+from jaxserve.errors import JaxserveError, UsageError
 
 if TYPE_CHECKING:
     from jaxserve.flags import Parser
@@ -87,7 +87,13 @@ def _call(name: str, words: Sequence[str]) -> int | None:
         own = wanted.topic is None and hasattr(kind, "help")
         _show(kind.help(parser) if own else topic_help(parser, wanted.topic))
     command = kind.of(parser, given) if hasattr(kind, "of") else kind(**given)
-    return command.run()
+    try:
+        return command.run()
+    except UsageError:
+        raise
+    except JaxserveError as error:  # in the words of fields, that programs use
+        problem, hint = parser.in_flags_words(error.problem), parser.in_flags_words(error.hint)
+        raise JaxserveError(problem, hint) from error
 
 
 def _kind(name: str) -> Any:
@@ -105,8 +111,7 @@ def parser_of(name: str) -> "Parser":
 
 
 def _show(text: str) -> NoReturn:
-    print(text)
-    sys.stdout.flush()  # so that a closed pipe shows up as one
+    print(text, flush=True)  # so that a closed pipe shows up as one
     sys.exit(0)
 
 

@@ -44,13 +44,14 @@ class Offline:
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> Self:
         given = settings.named_model(given)
-        if not given.get("model"):
+        if not settings.names_model(given):
             from jaxserve import demo
 
             given["model"] = str(demo.FOLDER)
         names = {field.name for field in fields(cls)}
         engine = settings.made(parser, lambda: settings.split(EngineConfig, given))
         made = cls(engine=engine, **{name: value for name, value in given.items() if name in names})
+        settings.check_place(made.json)
         for name, low in made.least().items():
             if getattr(made, name) < low:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(made, name)}", f"give {low} or more")
@@ -62,7 +63,7 @@ class Offline:
 
     def write(self, figures: Mapping[str, Any]) -> None:
         if self.json is not None:
-            self.json.write_text(json_module.dumps(figures) + "\n")
+            settings.write(self.json, json_module.dumps(figures))
 
 
 @dataclass(frozen=True, kw_only=True)

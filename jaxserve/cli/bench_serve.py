@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from jaxserve.cli import settings
 from jaxserve.client import DEFAULT_URL, Client, ServerError, key_of_environment
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags import Arg
@@ -25,6 +26,9 @@ WORDS = (
     "would other into has more her two like him see time could no make than first been its who now people my made over "
     "did down only way find use may water long little very after words called just where most know"
 )
+
+
+SLOWEST, LONGEST = 1e-6, 1e9  # requests a second; seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +82,15 @@ class BenchServe:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", f"give {low} or more")
         if self.random_prefix_len < 0 or (self.max_concurrency is not None and self.max_concurrency < 1):
             raise UsageError("--random-prefix-len or --max-concurrency is too small", "give a positive number")
-        if not self.request_rate > 0:
+        if not self.request_rate >= SLOWEST:
             raise UsageError(f"--request-rate is {self.request_rate}", "give a number above 0, or inf")
         if not 0 <= self.random_range_ratio < 1:
             raise UsageError(f"--random-range-ratio is {self.random_range_ratio}", "give a number from 0 to below 1")
-        if not self.timeout > 0:
+        if not 0 < self.timeout <= LONGEST:
             raise UsageError(f"--timeout is {self.timeout}", "give a number of seconds")
+        settings.check_place(self.json)
+        if self.save_result and not self.result_dir.is_dir():
+            raise UsageError(f"there is no folder {self.result_dir}", "make it, or name another with --result-dir")
 
     def run(self) -> int:
         from jaxserve.cli import load
@@ -141,19 +148,19 @@ class BenchServe:
         return jobs
 
     def _report(self, model: str, figures: dict[str, float], errors: Sequence[str]) -> None:
-        settings = {name: value for name, value in asdict(self).items() if name not in ("api_key", "json")}
-        settings |= {"request_rate": str(self.request_rate) if self.request_rate == float("inf") else self.request_rate}
-        settings |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
-        result = json_module.dumps({**settings, **figures, "errors": list(errors)})
+        asked = {name: value for name, value in asdict(self).items() if name not in ("api_key", "json")}
+        asked |= {"request_rate": str(self.request_rate) if self.request_rate == float("inf") else self.request_rate}
+        asked |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
+        result = json_module.dumps({**asked, **figures, "errors": list(errors)})
         if str(self.json) == "-":
             print(result)
         else:
             print(table(figures, rate=self.request_rate, concurrency=self.max_concurrency))
         for error in list(dict.fromkeys(errors))[:3]:
             print(f"failed: {error}", file=sys.stderr)
-        files = [self.json] if self.json is not None and str(self.json) != "-" else []
+        files = [self.json] if self.json is not None and str(self.json) != "-" else list[Path]()
         if self.save_result:
-            name = f"openai-{self.request_rate}qps-{model.rpartition('/')[2]}-{settings['date']}.json"
+            name = f"openai-{self.request_rate}qps-{model.rpartition('/')[2]}-{asked['date']}.json"
             files.append(self.result_dir / name)
         for file in files:
             file.write_text(result + "\n")

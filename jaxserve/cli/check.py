@@ -15,7 +15,7 @@ from typing import Any, cast
 from jaxserve.cli import settings
 from jaxserve.cli.memory_plan import MAX_DEVICES, Model, Plan, alternatives, planned, read
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.errors import JaxserveError, one_line
+from jaxserve.errors import JaxserveError, UsageError, one_line
 from jaxserve.flags import Flag, Parser
 
 MEMORY = Flag(
@@ -46,11 +46,13 @@ class Check:
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Check":
         given = settings.named_model(given)
-        if not given.get("model"):
+        if not settings.names_model(given):
             from jaxserve import demo
 
             given["model"] = str(demo.FOLDER)
         engine = settings.made(parser, lambda: settings.split(EngineConfig, given))
+        if (given.get("memory") or 1) < 1:
+            raise UsageError(f"--memory is {given['memory']}", "give what each accelerator has, such as 80GiB")
         return cls(engine, given.get("memory"), given.get("json", False))
 
     def run(self) -> None:

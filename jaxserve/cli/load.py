@@ -83,7 +83,7 @@ async def run(
     draw, going, most = random.Random(seed), 0, 0
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
     limits = aiohttp.ClientTimeout(total=timeout)
-    async with aiohttp.ClientSession(root, connector=connector, headers=headers, timeout=limits) as session:
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limits) as session:
 
         async def one(job: Job) -> Sample:
             nonlocal going, most
@@ -91,7 +91,7 @@ async def run(
                 going += 1
                 most = max(most, going)
                 try:
-                    sample = await _send(session, job)
+                    sample = await _send(session, root, job)
                 finally:
                     going -= 1
             if done is not None:
@@ -110,12 +110,12 @@ async def run(
         return Outcome([task.result() for task in tasks], time.perf_counter() - began, most)
 
 
-async def _send(session: aiohttp.ClientSession, job: Job) -> Sample:
+async def _send(session: aiohttp.ClientSession, root: str, job: Job) -> Sample:
     sample = Sample(prompt_tokens=job.prompt_tokens)
     body = {**job.body, "stream": True, "stream_options": {"include_usage": True}}
     sample.began = time.perf_counter()
     try:
-        async with session.post(job.path, json=body) as response:
+        async with session.post(root + job.path, json=body) as response:
             if response.status != 200:
                 said = await response.text(errors="replace")
                 sample.error = one_line(f"{response.status} {_message(said)}")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.errors import JaxserveError
+from jaxserve.config import EngineConfig
+from jaxserve.errors import JaxserveError, UsageError
 
 MAX_DEVICES = 16
 
@@ -117,8 +117,8 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
 
     spec = model.spec
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
-        problem = f"max_model_len is {config.max_model_len}, the model takes {spec.max_positions}"
-        raise ConfigError(problem, f"give at most {spec.max_positions}")
+        problem = f"--max-model-len is {config.max_model_len}, and the model takes {spec.max_positions}"
+        raise UsageError(problem, f"give at most {spec.max_positions}")
     auto = jnp.dtype(jnp.float32) if memory is None else model.stored
     dtype = auto if config.dtype == "auto" else jnp.dtype(config.dtype)
     mesh = loading.on_mesh(config, None)
@@ -127,6 +127,9 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
     loaded = loading.Loaded(spec, params, mesh)
     rows = config.max_num_seqs or (32 if memory is None else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if memory is None else 2048)
+    if tokens < rows:
+        problem = f"--max-num-batched-tokens is {tokens}, below --max-num-seqs, {rows}"
+        raise UsageError(problem, f"every running sequence needs a token in each step: give --max-num-seqs {tokens}")
     longest = config.max_model_len or spec.max_positions
     plan = Plan(
         dtype=dtype.name,

@@ -47,7 +47,7 @@ class Profile:
         names = {one.name for one in fields(cls)}
         own = {name: value for name, value in given.items() if name in names}
         engine = None
-        if given.get("model"):
+        if settings.names_model(given):
             engine = settings.made(parser, lambda: settings.split(EngineConfig, given))
             if "url" in given:
                 raise UsageError("--url and a model are both given", "name the server or the model")

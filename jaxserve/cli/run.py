@@ -14,7 +14,7 @@ from typing import Any
 from jaxserve import __version__
 from jaxserve.cli import settings
 from jaxserve.config import EngineConfig
-from jaxserve.errors import JaxserveError, UsageError, one_line
+from jaxserve.errors import one_line
 from jaxserve.flags import Flag, Parser
 from jaxserve.server.config import ServerConfig
 
@@ -59,7 +59,7 @@ class Run:
         file = given.pop("config", None)
         chosen = {**(settings.from_file(file, parser) if file else {}), **given}
         told = settings.told(parser.flags, chosen)
-        if not chosen.get("model"):
+        if not settings.names_model(chosen):
             from jaxserve import demo
 
             chosen["model"] = str(demo.FOLDER)
@@ -77,10 +77,4 @@ class Run:
             print(f"settings: {one_line(self.settings, limit=2000)}", file=sys.stderr)
         from jaxserve.server import lifecycle
 
-        try:
-            return lifecycle.serve(self.engine, self.server)
-        except UsageError:
-            raise
-        except JaxserveError as error:  # in the words of fields, that programs use
-            words = self.parser("jaxserve run", "").in_flags_words
-            raise JaxserveError(words(error.problem), words(error.hint)) from error
+        return lifecycle.serve(self.engine, self.server)

@@ -150,6 +150,13 @@ def named_model(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def names_model(given: Mapping[str, Any]) -> bool:
+    """Whether a model is named at all; an empty name, of a variable that is not set, is no wish for the demo."""
+    if given.get("model") == "":
+        raise UsageError("--model is empty", "name a folder or a hub id, or leave it out")
+    return given.get("model") is not None
+
+
 def server_flags() -> list[Flag]:
     from jaxserve.server.config import ServerConfig
 
@@ -174,11 +181,20 @@ def from_file(path: Path, parser: Parser) -> dict[str, Any]:
     """The settings in a YAML file: flags without their dashes, and values or lists of them."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """That takes no key twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+            for place, (key, _) in enumerate(node.value):
+                if any(key.value == other.value for other, _ in node.value[:place]):
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        content: object = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+        content: object = yaml.load(path.expanduser().read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}", "check --config") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise UsageError(f"{path} is not YAML: {where}", "write one `flag: value` on each line") from None
     if content is None:
@@ -197,6 +213,19 @@ def from_file(path: Path, parser: Parser) -> dict[str, Any]:
             problem = error.problem.replace("unknown option --", "there is no setting ")
             raise UsageError(f"{path}: {problem}", error.hint.replace("did you mean --", "did you mean ")) from None
     return found
+
+
+def check_place(file: Path | None) -> None:
+    """Where figures are to be written in the end; - is standard output."""
+    if file is not None and str(file) != "-" and (file.is_dir() or not file.parent.is_dir()):
+        raise UsageError(f"{file} is no place for a file", "name a file in a folder that is there")
+
+
+def write(file: Path, text: str) -> None:
+    if str(file) == "-":
+        print(text)
+    else:
+        file.write_text(text + "\n")
 
 
 def told(flags: Sequence[Flag], given: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from jaxserve.server.guard import Bodies
 from jaxserve.server.prometheus import UNKNOWN
 from jaxserve.server.record import Record
 from jaxserve.server.routes import Handler, Route, all_routes
-from jaxserve.server.state import LET_GO, RECORD, SERVING, Serving
+from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 
 LEFT = 499  # what the log and the metrics say of a client that went before its answer
 MAX_ID = 128
@@ -140,11 +140,11 @@ def _admit(
             raise
         serving.begin()
         try:
-            let_go = request[LET_GO] = await bodies.read(request)
+            held = request[HELD] = await bodies.read(request)
             try:
                 return await handler(request)
             finally:
-                let_go()
+                held.let_go()
         finally:
             serving.finish()
 

@@ -116,6 +116,8 @@ class ServerConfig:
             items = tuple(cast("tuple[object, ...]", value))
             if not all(isinstance(item, str) and item for item in items):
                 raise ConfigError(f"{name} has an entry that is no text, or is empty", "correct it, or leave it out")
+            if name != "api_key" and any(str(item).startswith('["') for item in items):
+                raise ConfigError(f"{name} has an entry that is a JSON list", "give its entries one after the other")
             object.__setattr__(self, name, items)
         for name in _SWITCHES:
             self._check(name, isinstance(getattr(self, name), bool), "give True or False")

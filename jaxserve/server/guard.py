@@ -8,7 +8,6 @@ each wait ends soon.
 import asyncio
 import logging
 import resource
-from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import hdrs, web
@@ -180,19 +179,11 @@ class Bodies:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._held = 0
+        self.held = 0
 
-    async def read(self, request: web.Request) -> Callable[[], None]:
-        """The body is `await request.read()` from now on, until it is let go of by calling what this returns."""
-        size = await self._size(request)
-
-        def let_go() -> None:
-            nonlocal size
-            self._held -= size
-            size = 0
-            request._read_bytes = b""  # pyright: ignore[reportPrivateUsage]  # where request.read() keeps it
-
-        return let_go
+    async def read(self, request: web.Request) -> "Held":
+        """The body is `await request.read()` from now on, until it is let go of."""
+        return Held(self, request, await self._size(request))
 
     async def _size(self, request: web.Request) -> int:
         if not request.body_exists:
@@ -220,20 +211,33 @@ class Bodies:
         try:
             while chunk := await request.content.readany():
                 body += chunk
-                self._held += len(chunk)
+                self.held += len(chunk)
                 due = begin + self._patience(len(body))
                 if due > until:
                     until = due
                     limit.reschedule(due)
                 if len(body) > self._config.max_body_bytes:
                     raise _too_large(self._config)
-                if self._held > MAX_BODIES and len(body) > SMALL_BODY:
+                if self.held > MAX_BODIES and len(body) > SMALL_BODY:
                     raise ApiError(503, "Too many large requests at once.", headers={"Retry-After": "5"})
         except BaseException:
-            self._held -= len(body)
+            self.held -= len(body)
             raise
         request._read_bytes = bytes(body)  # pyright: ignore[reportPrivateUsage]
         return len(body)
+
+
+class Held:
+    """A request's body in memory."""
+
+    def __init__(self, bodies: Bodies, request: web.Request, size: int) -> None:
+        self._bodies, self._request, self._size = bodies, request, size
+
+    def let_go(self) -> None:
+        """Once it was read. May be called again."""
+        self._bodies.held -= self._size
+        self._size = 0
+        self._request._read_bytes = b""  # pyright: ignore[reportPrivateUsage]  # where request.read() keeps it
 
 
 def _too_large(config: ServerConfig) -> ApiError:

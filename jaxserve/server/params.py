@@ -17,7 +17,7 @@ from jaxserve.errors import RequestError
 from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.protocol.base import MAX_CALL_ID, Body, parse
 from jaxserve.server.protocol.sampling import Ordered, Sampling
-from jaxserve.server.state import LET_GO, RECORD, SERVING, Serving
+from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 from jaxserve.types import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ async def read[B: Body](request: web.Request, kind: type[B]) -> B:
     if media != "application/json" and not media.endswith("+json"):
         raise bad_request(None, f"the body is sent as {media}", "send JSON, with Content-Type: application/json")
     body = parse(kind, await request.read(), allow_unknown=serving.config.allow_unknown_fields)
-    request[LET_GO]()  # an answer may take long
+    request[HELD].let_go()  # an answer may take long
     if body.model and serving.model_names and body.model not in serving.model_names:
         raise ApiError(404, f"The model `{_shown(body.model)}` does not exist.", param="model")
     return body

@@ -18,6 +18,7 @@ from jaxserve.errors import EngineError
 from jaxserve.server import running
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import SHUT_DOWN, ApiError
+from jaxserve.server.guard import Held
 from jaxserve.server.prometheus import Metrics
 from jaxserve.server.record import Record
 from jaxserve.types import RequestOutput
@@ -126,7 +127,7 @@ class Serving:
 
 SERVING = web.AppKey("serving", Serving)
 RECORD = web.RequestKey("record", Record)
-LET_GO = web.RequestKey[Callable[[], None]]("let_go", Callable)  # of the request's body, once it was read
+HELD = web.RequestKey("held", Held)
 
 
 def unavailable(message: str, *, wait: int) -> ApiError:
