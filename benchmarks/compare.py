@@ -113,7 +113,8 @@ class Side(Server):
 
         client = Client(self.target.url)
         bodies = [job.body for job in serving.jobs(self.target, work, count)]
-        return [client.post(self.target.path, body)["choices"][0]["message"]["content"] for body in bodies]
+        answers = [client.post(self.target.path, body)["choices"][0]["message"]["content"] for body in bodies]
+        return [answer.strip() for answer in answers]  # a space after the prompt is the answer's to some, to others not
 
     def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
         outcome = serving.run(self.target, serving.jobs(self.target, work, count), concurrency=streams)

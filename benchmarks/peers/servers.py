@@ -70,7 +70,7 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
             return Plan(
                 command=[command, "serve", str(model), *common, *flags],
                 ready="/v1/models",
-                environment={"HF_HUB_OFFLINE": "1"},
+                environment={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": tempfile.gettempdir()},  # it must be there
                 cwd=Path(tempfile.gettempdir()),
             )
         case _:

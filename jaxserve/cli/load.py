@@ -139,24 +139,24 @@ async def _read(response: aiohttp.ClientResponse, sample: Sample) -> None:
             if data == b"[DONE]":
                 ended = True
             elif data.startswith(b"{"):
-                _event(data, now, sample)
+                ended |= _event(data.replace(b'": ', b'":'), now, sample)
     if not ended and sample.error is None:
         sample.error = "the answer broke off"
 
 
-def _event(data: bytes, now: float, sample: Sample) -> None:
+def _event(data: bytes, now: float, sample: Sample) -> bool:
+    """Whether the answer is complete with it: not every server says [DONE]."""
     # Within a string a quote has a backslash before it: these are keys, never a model's text.
     if data.startswith(b'{"error"'):
         sample.error = one_line(_message(data.decode(errors="replace")))
-        return
-    if b'"usage":{' in data or b'"usage": {' in data:
+        return False
+    if b'"usage":{' in data:
         usage = json.loads(data)["usage"]
         sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    nothing = b'"choices":[]' in data or b'"choices": []' in data
-    # A chat's first event names the role and comes with the first token's event.
-    role = b'"role"' in data and (b'"content":""' in data or b'"content": ""' in data)
-    if not nothing and not role:
+    # A chat's first event names the role, its last the reason; neither need bring text.
+    if any(key + b'"' in data and key + b'""' not in data for key in (b'"content":', b'"text":')):
         sample.stamps.append(now)
+    return b'"finish_reason":"' in data
 
 
 def _message(said: str) -> str:
