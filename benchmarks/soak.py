@@ -247,7 +247,10 @@ def main() -> None:
         url = f"http://127.0.0.1:{own.port}" if own else str(options.url)
         pid = own.process.pid if own else int(options.pid)
         soak = Soak(url, pid, clients=options.clients, seed=options.seed)
-        enough = lambda rounds, seconds: rounds > 1 and seconds > 60 * options.minutes  # noqa: E731
+
+        def enough(rounds: int, seconds: float) -> bool:
+            return rounds > 1 and seconds > 60 * options.minutes
+
         asyncio.run(soak.run(requests=options.round, enough=enough))
     finally:
         if own:

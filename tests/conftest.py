@@ -31,8 +31,8 @@ def _configure_jax() -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Every compiled program maps its code and data for itself, some 150 times, and the kernel allows a process 65,530 maps:
-# beyond them LLVM crashes.
+# Every compiled program maps its code and data for itself, 100 to 200 times, and the kernel allows a process 65,530
+# maps: beyond them LLVM crashes.
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 30_000
 _teardowns = itertools.count()
 

@@ -5,14 +5,14 @@ import json as json_module
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from jaxserve.cli import settings
 from jaxserve.config import EngineConfig
 from jaxserve.errors import UsageError
-from jaxserve.flags import Parser, flags_of
+from jaxserve.flags import Parser
 
 
 def random_prompts(count: int, length: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:
@@ -33,13 +33,11 @@ def opened(engine: EngineConfig) -> Any:
 class Offline:
     engine: EngineConfig
     json: Path | None = None
-    """Write the figures into this file too."""
+    """Write the figures into this file too; - for standard output."""
 
     @classmethod
     def parser(cls, prog: str, about: str) -> Parser:
-        own = [replace(flag, group="Benchmark") for flag in flags_of(cls, skip={"engine"})]
-        flags = settings.engine_flags(positional_model=True)
-        return Parser(prog, [flags[0], *own, *flags[1:]], about=about, refused=settings.refused())
+        return settings.parser_beside_engine(cls, "Benchmark", prog, about)
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> Self:

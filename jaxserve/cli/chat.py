@@ -7,6 +7,7 @@ A text with -q, or from a pipe, is answered once; else there is a prompt. Ctrl-C
 import importlib
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ type Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
+class Talk(ABC):
     url: str = DEFAULT_URL
     """The server, with /v1 or without."""
     model_name: Annotated[str | None, Arg(options=("--model",))] = None
@@ -76,15 +77,16 @@ class Talk:
             except KeyboardInterrupt:
                 print("  (stopped)", file=sys.stderr)
 
-    def help_line(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def help_line(self) -> str: ...
 
+    @abstractmethod
     def turn(self, session: "Session", text: str) -> None:
-        raise NotImplementedError
+        """What a line at the terminal brings about."""
 
+    @abstractmethod
     def request(self, session: "Session", text: str) -> tuple[str, dict[str, Any]]:
         """Path and body that ask for the answer to a text."""
-        raise NotImplementedError
 
     def sampling(self) -> dict[str, Any]:
         names = ("max_tokens", "temperature", "top_p", "seed")

@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxserve.cli.bench_offline import opened, random_prompts
 from jaxserve.client import DEFAULT_URL, Client, key_of_environment
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags import Parser, flags_of
+from jaxserve.flags import Parser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,7 @@ class Profile:
 
     @classmethod
     def parser(cls, prog: str, about: str) -> Parser:
-        own = [replace(flag, group="Profile") for flag in flags_of(cls, skip={"engine"})]
-        flags = settings.engine_flags(positional_model=True)
-        return Parser(prog, [flags[0], *own, *flags[1:]], about=about, refused=settings.refused())
+        return settings.parser_beside_engine(cls, "Profile", prog, about)
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Profile":

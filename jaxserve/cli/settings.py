@@ -133,6 +133,13 @@ def engine_flags(*, positional_model: bool = False) -> list[Flag]:
     return [replace(flags[0], name=FIRST, positional=True, help="The same as --model."), *flags]
 
 
+def parser_beside_engine(kind: type, group: str, prog: str, about: str) -> Parser:
+    """Of a command with an engine of its own: the model, the command's fields as a group, the engine's settings."""
+    own = [replace(flag, group=group) for flag in flags_of(kind, skip={"engine"})]
+    flags = engine_flags(positional_model=True)
+    return Parser(prog, [flags[0], *own, *flags[1:]], about=about, refused=refused())
+
+
 def _in_order(flags: Sequence[Flag], groups: Mapping[str, Sequence[str]]) -> list[Flag]:
     places = {name: place for place, name in enumerate(name for names in groups.values() for name in names)}
     return sorted(flags, key=lambda flag: places.get(flag.name, len(places)))

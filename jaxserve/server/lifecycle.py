@@ -208,7 +208,7 @@ class Life:
         serving.take_engine(front)
         gc.collect()
         gc.freeze()  # what was imported is not looked through again while requests wait
-        # Nothing that a token makes is a cycle; looking for some as often as Python does takes a tenth of the time.
+        # Nothing that a token makes is a cycle; looking for some as often as Python does takes 6 % of the time.
         gc.set_threshold(GC_OBJECTS, 20, 50)
         url, everywhere = listening.url(self._config, self._sockets), listening.everywhere(self._sockets)
         lines = await asyncio.to_thread(banner.ready, serving, url, everywhere=everywhere)
