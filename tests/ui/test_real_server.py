@@ -2,6 +2,7 @@
 """The page on the real server: that the two mean the same by what they say to each other."""
 
 import asyncio
+import json
 from collections.abc import Generator
 
 import pytest
@@ -17,9 +18,12 @@ KEY = "an open secret"
 
 @pytest.fixture(scope="module")
 def real(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Generator[Live]:
-    """Slow enough to be stopped. Asks for the browser, so as not to start where there is none."""
+    """Slow enough to be stopped; no story of it ends. Asks for the browser, so as not to start where there is none."""
     assert browser
     model = living.write_model(tmp_path_factory.mktemp("ui") / "tiny")
+    for name, end in ("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token"):
+        own = model / name
+        own.write_text(json.dumps(json.loads(own.read_text()) | {end: None}))
     with living.started(model, server={"api_key": [KEY]}, slow=0.05) as server:
         server.wait_listening()
         yield server
