@@ -42,6 +42,13 @@ def engine(shared: AsyncLLM) -> Generator[AsyncLLM]:
     run(settled(shared))
 
 
+@pytest.fixture
+def slowly(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for first is still under way when the rest was asked."""
+    step = engine._engine.step
+    monkeypatch.setattr(engine._engine, "step", lambda: (time.sleep(0.02), step())[1])
+
+
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return Reference(tiny_llm.params())
@@ -246,6 +253,7 @@ def test_a_loop_that_was_closed_under_its_streams(engine: AsyncLLM) -> None:
         stream.aclose().send(None)
 
 
+@pytest.mark.usefixtures("slowly")
 def test_abort_by_id(engine: AsyncLLM) -> None:
     async def work() -> None:
         parts: list[RequestOutput] = []
@@ -262,6 +270,7 @@ def test_abort_by_id(engine: AsyncLLM) -> None:
     run(work())
 
 
+@pytest.mark.usefixtures("slowly")
 def test_refusals_leave_others_alone(engine: AsyncLLM, reference: Reference) -> None:
     bad: list[tuple[Any, SamplingParams, str]] = [
         ([], GREEDY, "empty"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a warm engine never does, over work that uses every feature: compile, send more than it said, allocate, copy."""
 
+import gc
 import re
 from typing import Any
 
@@ -78,6 +79,7 @@ def work(seed: int) -> list[Job]:
 
 
 def test_a_warm_engine(warm: Watched, forbid_compiles: ForbidCompiles) -> None:
+    gc.collect()  # what other tests have left in cycles
     baseline = len(jax.live_arrays())
     with forbid_compiles(), jax.no_tracing(), jax.transfer_guard("disallow"):
         for seed in SEEDS:

@@ -136,7 +136,7 @@ class Client:
                 values[name] = float(value)
         return values
 
-    def wait_idle(self, seconds: float = 5.0) -> None:
+    def wait_idle(self, seconds: float = PATIENCE) -> None:
         """Until no request has a row or a block."""
 
         def idle() -> bool:

@@ -221,7 +221,8 @@ def test_slow_bodies_are_cut(fast: Shell) -> None:
         begin = time.monotonic()
         while time.monotonic() - begin < 0.8:
             for sock in socks:
-                sock.sendall(b" ")
+                with contextlib.suppress(ConnectionError):  # cut early, if this is late
+                    sock.sendall(b" ")
             assert fast.get("/version").status == 200
             time.sleep(0.1)
         for sock in socks:

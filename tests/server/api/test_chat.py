@@ -58,7 +58,8 @@ def test_streamed_is_as_whole(served: Served) -> None:
 
 
 def test_the_order_of_chunks(served: Served) -> None:
-    body = {**OPTIONS, "n": 2, "temperature": 1.0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {**OPTIONS, "n": 2, "temperature": 1.0, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, last, done = served.post("/v1/chat/completions", body).events
     assert done == "[DONE]"
     for index in (0, 1):
