@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import compile_cache, loading, sizing
+from jaxserve.engine import compiled_store, loading, sizing
 from jaxserve.engine.batch import Batcher
 from jaxserve.engine.loading import Loaded, Told
 from jaxserve.engine.plan import StepPlan
@@ -58,18 +58,20 @@ class Engine:
         """
         self.config, self.report, self._told = config, report, told
         sizing.reserve_memory(config)
-        compile_cache.keep(config.compilation_cache_dir, report)
+        store = compiled_store.open_store(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         self.loaded: Loaded = (
             loading.from_folder(config, on, told) if params is None else loading.from_params(config, spec, params, on)
         )
-        sized = sizing.sized(config, self.loaded, report)
+        sized = sizing.sized(config, self.loaded, report, store)
         self.limits = limits = sized.limits
         if opened is not None:
             opened(self)
-        self.runner = Runner(self.loaded.spec, self.loaded.params, sized.shape, mesh=on)
+        self.runner = Runner(self.loaded.spec, self.loaded.params, sized.shape, mesh=on, store=store)
         if config.warmup:
             self.warm()
+        else:
+            self.runner.allocate()
         self.scheduler = Scheduler(limits, score_rows=sized.shape.buckets.score_rows, seed=config.seed)
         self._batcher = Batcher(
             sized.shape.buckets,

@@ -24,9 +24,11 @@ from jaxserve.config import ConfigError
 from jaxserve.engine import batch, step
 from jaxserve.engine.batch import Ints, Layout, Packed
 from jaxserve.engine.buckets import Buckets, fitting
+from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.plan import StepResult
 from jaxserve.engine.sequence import Need, Sequence
 from jaxserve.engine.step import Model, Program, Sizes
+from jaxserve.models import kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import control_row, controls
@@ -63,8 +65,10 @@ type Key = Layout | tuple[int, Need] | tuple[str, int] | str
 class Runner:
     """On the mesh, or with none on the device where the parameters lie."""
 
-    def __init__(self, spec: ModelSpec, params: Params, shape: Shape, *, mesh: Any = None) -> None:
-        self.spec, self.shape, self.mesh = spec, shape, mesh
+    def __init__(
+        self, spec: ModelSpec, params: Params, shape: Shape, *, mesh: Any = None, store: Store | None = None
+    ) -> None:
+        self.spec, self.shape, self.mesh, self._store = spec, shape, mesh, store
         self.params: Params = params
         self.static = Model(spec, shape.block_size, shape.buckets.entries, shape.top_n, shape.processed)
         self.dtype = params["embed"]["weight"].dtype
@@ -72,7 +76,9 @@ class Runner:
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[Key, Any] = {}
         self.compiled_late = 0
-        self.allocate()
+        # Shapes alone, up to `allocate`: compilers try out what is fastest in memory that the KV pool would take.
+        self._state = self._abstract_state()
+        self.cache, self.tables, self.last, self.controls = self._state
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -87,6 +93,20 @@ class Runner:
                 raise ConfigError(
                     problem, "lower num_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
                 ) from None
+
+    def _abstract_state(self) -> tuple[Any, Any, Any, Any]:
+        shape, spec = self.shape, self.spec
+        rows = shape.buckets.rows
+        with self.on_mesh():
+            pools = kv_cache.abstract_cache(
+                spec, blocks=shape.num_blocks, block_size=shape.block_size, dtype=self.dtype
+            )
+        cache = [
+            {name: pool.update(sharding=pool.sharding or self._everywhere) for name, pool in layer.items()}
+            for layer in pools
+        ]
+        tables, last = self._abstract((rows, shape.width), jnp.int32), self._abstract((rows,), jnp.int32)
+        return cache, tables, last, controls.abstract(rows, spec.vocab_size, self._everywhere)
 
     def free(self) -> None:
         """Gives back the memory of everything but the parameters."""
@@ -122,12 +142,16 @@ class Runner:
         ]
 
     def warm(self, progress: Progress | None = None) -> None:
-        """Compiles what is not compiled yet. What a step has to wait for is counted in `compiled_late`."""
+        """Compiles what is not compiled yet, and then takes the memory. What a step has to wait for is counted in
+        `compiled_late`."""
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
             programs = [self.program(key) for key in keys]
-            compiled = step.compile_all(programs, workers=min(16, os.cpu_count() or 1), progress=progress)
+            workers = min(16, os.cpu_count() or 1)
+            compiled = step.compile_all(programs, workers=workers, store=self._store, progress=progress)
         self._executables |= dict(zip(keys, compiled, strict=True))
+        if self.last is self._state[2]:
+            self.allocate()
         if next(iter(self.last.devices())).platform != "cpu":
             self.exercise()
 
@@ -155,39 +179,41 @@ class Runner:
         jax.block_until_ready((self.cache, self.last))
 
     def _ladder(self, need: Need) -> tuple[int, ...]:
-        return self.shape.buckets.heads if need < Need.SCORED else self.shape.buckets.scoring_heads
+        # More rows than sequences are wanted for prompts that are scored, and for nothing else.
+        return self.shape.buckets.decode if need < Need.SCORED else self.shape.buckets.scoring_heads
 
     def _executable(self, key: Key) -> Any:
         found = self._executables.get(key)
         if found is None:
             self.compiled_late += key != "fresh"
             with self.on_mesh():
-                found = self._executables[key] = step.compiled(self.program(key))
+                found = self._executables[key] = step.compiled(self.program(key), self._store)
         return found
 
     def program(self, key: Key) -> Program:
         static, shape = self.static, self.shape
+        cache, tables, last, controlled = self._state
         match key:
             case Layout():
-                given = (self.params, self.cache, self.tables, self.last, self._vector(key.size))
+                given = (self.params, cache, tables, last, self._vector(key.size))
                 return self._with_shapes(step.model, (static, key), *given)
             case ("embed", int(rows)):
                 return self._with_shapes(step.embed, (static, rows), self.params, self._hidden())
             case (int(rows), need):
                 entries = self._abstract((static.entries, len(batch.ENTRY)), jnp.int32)
-                kept = self.controls if need == Need.FULL else None
-                given = (self.params, self.last, kept, self._hidden(), entries)
+                kept = controlled if need == Need.FULL else None
+                given = (self.params, last, kept, self._hidden(), entries)
                 return self._with_shapes(step.head, (static, rows, need), *given)
             case "fresh":
                 sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
                 return Program(step.fresh, (static, sizes), ())
             case "edit":
-                return self._with_shapes(step.edit, (), self.cache, self.tables, self._vector(batch.EDIT_SIZE))
+                return self._with_shapes(step.edit, (), cache, tables, self._vector(batch.EDIT_SIZE))
             case "set_row":
                 vector = self._vector(control_row.row_size(self.spec.vocab_size))
-                return self._with_shapes(controls.set_row, (), self.controls, vector)
+                return self._with_shapes(controls.set_row, (), controlled, vector)
             case "add_counts":
-                return self._with_shapes(controls.add_counts, (), self.controls, self._vector(control_row.COUNT_SIZE))
+                return self._with_shapes(controls.add_counts, (), controlled, self._vector(control_row.COUNT_SIZE))
             case _:
                 raise ValueError(f"there is no program {key!r}")
 

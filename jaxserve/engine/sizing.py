@@ -15,6 +15,7 @@ import jax
 
 from jaxserve.config import ConfigError, EngineConfig, Limits, held_blocks
 from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.loading import Loaded
 from jaxserve.engine.runner import Runner, Shape, shard_bytes
 from jaxserve.models import kv_cache
@@ -36,10 +37,9 @@ class Sized:
     shape: Shape
 
 
-def sized(config: EngineConfig, loaded: Loaded, report: Report) -> Sized:
+def sized(config: EngineConfig, loaded: Loaded, report: Report, store: Store | None = None) -> Sized:
     spec = loaded.spec
-    devices = list(loaded.mesh.devices.flat) if loaded.mesh is not None else [device_of(loaded.params)]
-    on_cpu = devices[0].platform == "cpu"
+    on_cpu = devices_of(loaded)[0].platform == "cpu"
     rows = config.max_num_seqs or (32 if on_cpu else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
     longest = _longest(config, spec)
@@ -60,7 +60,7 @@ def sized(config: EngineConfig, loaded: Loaded, report: Report) -> Sized:
     elif on_cpu:
         blocks = _on_cpu(per_block, wanted=1 + rows * held)
     else:
-        blocks = _on_gpu(config, loaded, shape, devices, per_block, report)
+        blocks = _on_gpu(config, loaded, shape, per_block, report, store)
     if blocks <= held:
         longest = _fitted(config, longest, blocks, report)
     slots = (blocks - 1) * config.block_size
@@ -118,13 +118,12 @@ def _on_cpu(per_block: int, wanted: int) -> int:
 
 
 def _on_gpu(
-    config: EngineConfig, loaded: Loaded, shape: Shape, devices: list[Any], per_block: int, report: Report
+    config: EngineConfig, loaded: Loaded, shape: Shape, per_block: int, report: Report, store: Store | None
 ) -> int:
-    most, used = budget(devices, config.gpu_memory_utilization)
+    most, used = budget(devices_of(loaded), config.gpu_memory_utilization)
     # With the smallest pool: what a step takes beside it does not depend on the pool's size.
-    probe = Runner(loaded.spec, loaded.params, shape, mesh=loaded.mesh)
+    probe = Runner(loaded.spec, loaded.params, shape, mesh=loaded.mesh, store=store)
     step, state = probe.largest_step(), probe.state_bytes()
-    probe.free()
     left = most - used - step - state - SLACK
     report(
         f"memory per device: {_gib(most)} to use, in use {_gib(used)}, largest step {_gib(step)}, "
@@ -156,6 +155,10 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
         return int(min(limit, limit / share * utilization)), used
 
     return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])
+
+
+def devices_of(loaded: Loaded) -> list[Any]:
+    return list(loaded.mesh.devices.flat) if loaded.mesh is not None else [device_of(loaded.params)]
 
 
 def device_of(params: Params) -> Any:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.buckets import Buckets, fitting, ladder, powers
+from jaxserve.engine.buckets import Buckets, fitting, ladder
 
 sizes = st.integers(1, 5000)
 
@@ -16,8 +16,8 @@ def test_the_ladder_written_out() -> None:
     assert ladder(1) == (1,)
     assert ladder(33) == (1, 2, 4, 8, 16, 32, 33)
     assert ladder(100) == (1, 2, 4, 8, 16, 32, 64, 96, 100)
-    assert powers(64, 2048) == (64, 128, 256, 512, 1024, 2048)
-    assert powers(64, 100) == (64, 100) and powers(16, 16) == (16,)
+    assert Buckets(8, 512, 1).mixed == (64, 96, 128, 192, 256, 384, 512)
+    assert Buckets(8, 100, 1).mixed == (64, 96, 100) and Buckets(8, 16, 1).mixed == (16,)
 
 
 @given(sizes)

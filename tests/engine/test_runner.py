@@ -20,7 +20,9 @@ SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num
 @pytest.fixture(scope="module")
 def runner() -> Runner:
     spec = tiny.SPECS["mla"]
-    return Runner(spec, layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+    runner = Runner(spec, layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+    runner.allocate()
+    return runner
 
 
 def filled(tree: Any) -> Any:
@@ -69,6 +71,7 @@ def test_devices_do_not_share_programs(runner: Runner) -> None:
     device = jax.devices()[2]
     with jax.default_device(device):
         other = Runner(runner.spec, jax.device_put(runner.params, device), SHAPE)
+    other.allocate()
     key = (1, Need.GREEDY)
     assert step.compiled(other.program(key)) is not step.compiled(runner.program(key))
     assert other.cache[0]["latent"].devices() == {device}
@@ -77,7 +80,7 @@ def test_devices_do_not_share_programs(runner: Runner) -> None:
 def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[object] = []
 
-    def interrupt(context: object, device: object, program: object) -> None:
+    def interrupt(context: object, device: object, program: object, store: object) -> None:
         begun.append(program)
         raise KeyboardInterrupt
 
@@ -86,3 +89,21 @@ def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         step.compile_all(programs, workers=1)
     assert len(begun) < len(programs)
+
+
+def test_programs_are_compiled_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
+    """And the state that is made then is what they were compiled for: nothing is moved or compiled on the way."""
+    late = Runner(runner.spec, runner.params, SHAPE)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in state_of(late))
+    monkeypatch.setattr(step, "compile_all", lambda programs, **_: [step.compiled(program) for program in programs])
+    late.warm()
+    late.exercise()
+    shapes = jax.tree.leaves(late._state)
+    for leaf, shape in zip(state_of(late), shapes, strict=True):
+        assert isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+    assert late.compiled_late == 0
+
+
+def state_of(runner: Runner) -> list[Any]:
+    return jax.tree.leaves((runner.cache, runner.tables, runner.last, runner.controls))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executables of the engine's programs on disk: the next start neither traces nor compiles them.
+
+jax's own cache asks for the lowered program first, and tracing and lowering are most of a warm start: of the demo's
+12.5 s on two cores it took 7. Here the key is what a program is made from: its function, static arguments and shapes,
+the devices, this code, the libraries and every setting of jax. If in doubt the keys differ, and it is compiled.
+
+Files are unpickled, and what they hold is run: only those of this user (or root) that nobody else may write are read.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jaxlib.version
+import numpy as np
+from jax.experimental import serialize_executable
+
+import jaxserve
+import pallas_kernels
+
+SUFFIX, PARTIAL = ".executable", ".partial"
+DAYS = 30  # a file that no start has read for so long goes
+_FORM = 1  # of the files
+
+
+def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
+    """None where nothing is to be kept, or cannot be."""
+    if not folder or jax.process_count() > 1:  # processes that run together compile together
+        return None
+    if jax.config.jax_compilation_cache_dir is not None:
+        # The program that we run in, or whoever started it, keeps jax's cache, and what comes from there cannot be
+        # written down again: on a CPU it lacks its functions then (NOT_FOUND when it is run).
+        return None
+    place = Path(folder).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        usable = os.access(place, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        report(f"compiled programs are not kept: {place} cannot be written (see compilation_cache_dir)")
+        return None
+    return Store(place)
+
+
+class Store:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._prune()
+
+    def load(self, key: str, devices: Sequence[Any]) -> Any:
+        """The executable on these devices; None if there is none, or none that can be used."""
+        file = self._file(key)
+        try:
+            with file.open("rb") as opened:
+                if not _trusted(os.fstat(opened.fileno())):
+                    return None
+                payload, in_tree, out_tree = pickle.load(opened)
+            found = serialize_executable.deserialize_and_load(
+                payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+            )
+            os.utime(file)
+        except FileNotFoundError:
+            return None
+        except Exception:  # half a file, another form, a library that refuses it: as if it were not there
+            file.unlink(missing_ok=True)
+            return None
+        return found
+
+    def save(self, key: str, executable: Any) -> None:
+        """Whole or not at all; where that cannot be, the next start compiles."""
+        try:
+            content = pickle.dumps(serialize_executable.serialize(executable))
+            handle, partial = tempfile.mkstemp(dir=self.folder, suffix=PARTIAL)
+            with os.fdopen(handle, "wb") as opened:
+                opened.write(content)
+            os.replace(partial, self._file(key))
+        except Exception:  # some executables cannot be written down, and disks are full
+            return
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(f'{environment()}\n{key}'.encode()).hexdigest()}{SUFFIX}"
+
+    def _prune(self) -> None:
+        for file in (*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f"*{PARTIAL}")):
+            try:
+                if file.stat().st_mtime < time.time() - DAYS * 86400:
+                    file.unlink()
+            except OSError:
+                continue  # another process was faster
+
+
+def _trusted(file: os.stat_result) -> bool:
+    return file.st_uid in (0, os.geteuid()) and not file.st_mode & 0o022
+
+
+def environment() -> str:
+    """All that two starts must have in common beside the program itself."""
+    # Read now: a program may change settings between two engines, some of them for this thread alone.
+    known = sorted(jax.config.values.items())
+    settings = {name: getattr(jax.config, name, value) for name, value in known if "cache" not in name}
+    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")}
+    return repr((_FORM, settings, flags, _machine(), sources()))
+
+
+@functools.cache
+def _machine() -> tuple[object, ...]:
+    """Libraries, and what compilers look at of the hardware."""
+    versions = (jax.__version__, jaxlib.version.__version__, flax.__version__, np.__version__)
+    devices = [(device.id, device.device_kind) for device in jax.devices()]
+    return (versions, platform.python_version(), jax.devices()[0].client.platform_version, devices, _processor())
+
+
+def _processor() -> str:
+    """Its model and what it can do."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()} {os.cpu_count()}"
+    first = told.split("\n\n")[0]
+    named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", first, re.MULTILINE)
+    return f"{platform.machine()} {os.cpu_count()} {named}"
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the code that programs are traced from."""
+    digest = hashlib.sha256()
+    for package in (jaxserve, pallas_kernels):
+        root = Path(package.__file__ or "").parent
+        for file in sorted((*root.rglob("*.py"), *root.glob("*.json"))):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executables on disk: the next process neither traces nor compiles, and nothing that does not fit is ever run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.engine import compiled_store, step
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.compiled_store import Store
+from jaxserve.engine.runner import Runner, Shape
+from jaxserve.models import layout
+from tests.models import tiny
+from tests.server import live
+
+SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num_blocks=5, width=2, top_n=3)
+
+SCRIPT = """
+import json, sys
+import jax
+from jaxserve.config import EngineConfig
+from jaxserve.engine.engine import Engine
+from jaxserve.types import Request, SamplingParams
+
+counts = {"trace": 0, "lower": 0, "compile": 0}
+def count(event, duration, **_):
+    for name, part in (("trace", "jaxpr_trace"), ("lower", "jaxpr_to_mlir"), ("compile", "backend_compile")):
+        counts[name] += part in event
+jax.monitoring.register_event_duration_secs_listener(count)
+engine = Engine(EngineConfig(**json.loads(sys.argv[1])), report=lambda line: None)
+asked = SamplingParams(max_tokens=6, temperature=0.8, seed=3, logprobs=2, ignore_eos=True, repetition_penalty=1.2)
+engine.add(Request(id="a", prompt_token_ids=list(range(20, 40)), params=asked))
+tokens = []
+while engine.unfinished:
+    for update in engine.step():
+        tokens += update.token_ids
+print(json.dumps({"tokens": tokens, **counts}))
+"""
+
+
+@pytest.fixture
+def forgetful() -> Generator[None]:
+    """Nothing is shared within this process meanwhile."""
+    kept = dict(step._COMPILED)
+    step._COMPILED.clear()
+    yield
+    step._COMPILED.clear()
+    step._COMPILED.update(kept)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    spec = tiny.SPECS["mla"]
+    return Runner(spec, layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def files(store: Store) -> list[Path]:
+    return sorted(store.folder.iterdir())
+
+
+def test_the_next_process_neither_traces_nor_compiles(tmp_path: Path) -> None:
+    """And says the same. Every kind of program is there, shape by shape."""
+    model = live.write_model(tmp_path / "tiny")
+    options = {"model": str(model), "max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 64}
+    options |= {"block_size": 8, "compilation_cache_dir": str(tmp_path / "kept" / "there")}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(options)]
+    first, second = (
+        json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+        for _ in range(2)
+    )
+    assert first["compile"] > 10
+    assert second["compile"] == second["lower"] == 0
+    assert second["tokens"] == first["tokens"] and len(first["tokens"]) == 6
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_what_was_kept_computes_the_same(runner: Runner, store: Store) -> None:
+    program = runner.program("edit")
+    made = step.compiled(program, store)
+    [file] = files(store)
+    assert file.stat().st_mode & 0o077 == 0
+    step._COMPILED.clear()
+    read = step.compiled(program, store)
+    assert read is not made
+
+    def run(executable: Any) -> list[np.ndarray]:
+        runner.allocate()
+        cells = np.full(executable.args_info[0][2].shape, -1, np.int32)
+        cells[:2], cells[len(cells) // 4 : len(cells) // 4 + 2] = (0, 1), (3, 4)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(executable(runner.cache, runner.tables, jnp.array(cells)))]
+
+    for ours, theirs in zip(run(made), run(read), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("content", [b"", b"\x80", b"no pickle", None])
+def test_half_a_file_is_replaced(runner: Runner, store: Store, content: bytes | None) -> None:
+    program = runner.program("edit")
+    step.compiled(program, store)
+    [file] = files(store)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    step._COMPILED.clear()
+    assert step.compiled(program, store) is not None
+    assert files(store) == [file] and len(file.read_bytes()) > len(whole) // 2
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_what_others_may_write_is_not_run(runner: Runner, store: Store) -> None:
+    step.compiled(runner.program("edit"), store)
+    [file] = files(store)
+    device = runner.device
+    key = "anything"
+    os.replace(file, store._file(key))
+    assert store.load(key, [device]) is not None
+    for mode in 0o620, 0o602, 0o666:
+        store._file(key).chmod(mode)
+        assert store.load(key, [device]) is None
+    assert store._file(key).exists()
+
+
+def test_whatever_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    seen = {store._file("program"), store._file("another")}
+    assert store._file("program") in seen
+
+    def new() -> bool:
+        before = len(seen)
+        seen.add(store._file("program"))
+        return len(seen) > before
+
+    with jax.default_matmul_precision("highest"):  # for this thread alone
+        assert new()
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_of=another")
+        assert new()
+    for name in ("sources", "_machine"):
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled_store, name, lambda: "another")
+            assert new()
+    assert not new()
+
+
+def test_the_digest_is_of_all_code() -> None:
+    """Of each file's content, that is: one byte more is another digest."""
+    compiled_store.sources.cache_clear()
+    before = compiled_store.sources()
+    file = Path(step.__file__).with_name("a_file_of_a_test.py")
+    try:
+        file.write_text("")
+        compiled_store.sources.cache_clear()
+        first = compiled_store.sources()
+        file.write_text("#")
+        compiled_store.sources.cache_clear()
+        assert len({before, first, compiled_store.sources()}) == 3
+    finally:
+        file.unlink()
+        compiled_store.sources.cache_clear()
+    assert compiled_store.sources() == before
+
+
+def test_keys_name_no_places_in_memory(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be others in the next process."""
+    keys: list[str] = []
+    monkeypatch.setattr(step, "_COMPILED", OrderedDict())
+    monkeypatch.setattr(Store, "load", lambda self, key, devices: keys.append(key) or object())
+    for key in runner.every_key():
+        step.compiled(runner.program(key), store)
+    assert len(set(keys)) == len(keys) == len(runner.every_key())
+    assert not [key for key in (*keys, compiled_store.environment()) if re.search(r"0x[0-9a-f]{5}|object at", key)]
+
+
+def test_old_files_go(tmp_path: Path) -> None:
+    names = [f"{name}{suffix}" for name in "ab" for suffix in (compiled_store.SUFFIX, compiled_store.PARTIAL)]
+    for name in (*names, "of-somebody-else"):
+        (tmp_path / name).touch()
+    long_ago = time.time() - (compiled_store.DAYS + 1) * 86400
+    for name in ("a.executable", "a.partial", "of-somebody-else"):
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    Store(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"b.executable", "b.partial", "of-somebody-else"}
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told: list[str] = []
+    assert compiled_store.open_store(str(tmp_path / "file" / "folder"), told.append) is None
+    assert len(told) == 1 and "compilation_cache_dir" in told[0]
+
+
+def test_where_jax_keeps_them_we_do_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    assert compiled_store.open_store("", told.append) is None
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
+    try:
+        assert compiled_store.open_store(str(tmp_path / "mine"), told.append) is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+    assert not told and not (tmp_path / "mine").exists()
