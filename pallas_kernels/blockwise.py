@@ -61,6 +61,7 @@ def _attend_tile(
     start: jax.Array,
     stop: jax.Array,
     *,
+    longest: int,
     read: Read,
     block_size: int,
     scale: float,
@@ -69,7 +70,8 @@ def _attend_tile(
     sinks: jax.Array | None,
     value_dim: int,
 ) -> jax.Array:
-    """One tile of one row: query [kv_heads, group, tile, dim] against the KV tokens [start, stop)."""
+    """One tile of one row: query [kv_heads, group, tile, dim] against the KV tokens [start, stop) of at most `longest`
+    blocks."""
     kv_heads, group, tile, dim = query.shape
     flat = query.reshape(kv_heads, group * tile, dim) * scale
     where = jnp.broadcast_to(positions[None, :], (group, tile)).reshape(-1)
@@ -103,9 +105,11 @@ def _attend_tile(
     state = (maximum, total, out)
     first, end = start // block_size, (stop + block_size - 1) // block_size
     large, small = chunk_blocks(block_size, kv_heads * dim, tile)
-    whole = jnp.maximum(end - first, 0) // large
-    state = lax.fori_loop(0, whole, lambda i, s: step(first + i * large, large, s), state)
-    rest_first = first + whole * large
+    rest_first = first
+    if longest >= large:
+        whole = jnp.maximum(end - first, 0) // large
+        state = lax.fori_loop(0, whole, lambda i, s: step(first + i * large, large, s), state)
+        rest_first = first + whole * large
     rest = (jnp.maximum(end - rest_first, 0) + small - 1) // small
     _, total, out = lax.fori_loop(0, rest, lambda i, s: step(rest_first + i * small, small, s), state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
@@ -244,29 +248,38 @@ def attend(
             tables[r],
             jnp.int32(0) if window is None else jnp.maximum(position - window + 1, 0),
             jnp.minimum(kv_len, position + tile),
+            longest=block_tables.shape[1],
             read=read,
             **options,
         )
         return result.transpose(2, 0, 1, 3).reshape(tile, heads, value_dim)
 
-    def rows(out: jax.Array, first: jax.Array, last: jax.Array, tile: int) -> jax.Array:
+    def decode_rows(out: jax.Array) -> jax.Array:
+        def row(r: jax.Array, out: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice(out, one_tile(r, jnp.int32(0), 1), (cu_q_lens[r], 0, 0))
+
+        # Of a loop of one round XLA's CPU compiler makes a loop.
+        return row(jnp.int32(0), out) if decode_only and tokens == 1 else lax.fori_loop(0, distribution[0], row, out)
+
+    def ragged_rows(out: jax.Array) -> jax.Array:
         def row(r: jax.Array, out: jax.Array) -> jax.Array:
             def put(i: jax.Array, out: jax.Array) -> jax.Array:
                 # A last, partly filled tile also writes tokens of the next row, which comes later and wins.
-                return lax.dynamic_update_slice(out, one_tile(r, i * tile, tile), (cu_q_lens[r] + i * tile, 0, 0))
+                place = (cu_q_lens[r] + i * query_tile, 0, 0)
+                return lax.dynamic_update_slice(out, one_tile(r, i * query_tile, query_tile), place)
 
-            return lax.fori_loop(0, (cu_q_lens[r + 1] - cu_q_lens[r] + tile - 1) // tile, put, out)
+            return lax.fori_loop(0, (cu_q_lens[r + 1] - cu_q_lens[r] + query_tile - 1) // query_tile, put, out)
 
-        return lax.fori_loop(first, last, row, out)
+        return lax.fori_loop(distribution[0], distribution[1], row, out)
 
     out = jnp.zeros((tokens + query_tile, heads, value_dim), jnp.float32)
     if read_rows is None or kv_heads * dim >= GROUP_BELOW_COLUMNS or min(len(kv_lens), tokens) == 1:
-        out = rows(out, jnp.int32(0), distribution[0], 1)
+        out = decode_rows(out)
     else:
         alone = partial(one_tile, offset=jnp.int32(0), tile=1)
         grouped = _decode_in_groups(queries, tables, kv_lens, distribution[0], alone, read_rows, kv_heads, **options)
         out = lax.dynamic_update_slice(out, grouped[:tokens], (0, 0, 0))
     if not decode_only:
-        out = rows(out, distribution[0], distribution[1], query_tile)
+        out = ragged_rows(out)
     exists = jnp.arange(tokens, dtype=jnp.int32) < cu_q_lens[distribution[1]]
     return jnp.where(exists[:, None, None], out[:tokens], 0.0).astype(q.dtype)
