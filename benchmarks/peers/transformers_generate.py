@@ -4,7 +4,9 @@
     python transformers_generate.py FOLDER
 
 First line out: versions. Then for each line in, {"prompts": [[ids]], "max_tokens": n}, one line out,
-{"seconds": s, "tokens": [[ids]]}. Greedy, float32, and never ended by a token; threads as torch has them by default.
+{"seconds": s, "tokens": [[ids]]}. The prompts are one batch; unequal ones are padded on the left. `max_tokens` may be a
+list, a number for each prompt: the batch then runs until the longest answer is done, and each is cut to its own.
+Greedy, float32, and never ended by a token; threads as torch has them by default.
 """
 
 import json
@@ -14,25 +16,30 @@ import time
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
+PAD = 0
+
 
 def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     model.eval()
     model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model.generation_config.pad_token_id = PAD
     told = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(told), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        ids = torch.tensor(asked["prompts"])
-        new = asked["max_tokens"]
+        prompts, new = asked["prompts"], asked["max_tokens"]
+        wanted = new if isinstance(new, list) else [new] * len(prompts)
+        width, steps = max(map(len, prompts)), max(wanted)
+        ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         start = time.perf_counter()
         with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new
-            )
+            out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=steps, min_new_tokens=steps)
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "tokens": out[:, ids.shape[1] :].tolist()}), flush=True)
+        answers = out[:, width:].tolist()
+        tokens = [answer[:count] for answer, count in zip(answers, wanted, strict=True)]
+        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What continuous batching and paged KV memory give: `python -m benchmarks.batching --peer PYTHON [--out NAME]`.
+
+    chats    N requests at once, N = 1 ... 256, prompts and answers as unequal as people's chats have them
+    offline  1000 requests of about 100 tokens
+    memory   KV memory in blocks against reservations of the longest length (kv_memory.py); needs no peer
+
+The requests of the first two are done by jaxserve's LLM in this process, and by transformers' `generate` in the Python
+that --peer names (one with torch and transformers; without it only jaxserve is timed), sequentially and in static
+batches of 16, in order of arrival: a batch is padded to its longest prompt and runs until its longest answer is done.
+All generate greedily in float32 and past end tokens; only tokens that were asked for count. Loading and compiling are
+not timed. The three take turns, round by round; told are medians, the spread between the quartiles, and the median of
+the ratios round by round. As transformers may take long, its turn ends after --seconds, with the request or batch in
+hand: how many were timed is told, the first of requests that are drawn at random.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import compare, facts, kv_memory, offline
+from benchmarks.ragged import FULL, LONGEST, TINY, Asked, Sizes, chats, even
+from jaxserve import LLM, SamplingParams
+
+PARTS = ("chats", "offline", "memory")
+SIDES = {"sequential": 1, "static": 16}  # requests in a batch, of transformers
+LEAST = 16  # requests in a turn: where fewer are done at once, they are done in several goes
+_PEER = Path(__file__).parent / "peers" / "transformers_generate.py"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one side to so many requests, the first of those that it was given."""
+
+    seconds: float
+    tokens: list[list[int]]
+
+    @property
+    def speed(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way of doing it with transformers, beside jaxserve."""
+
+    tokens_per_second: float
+    spread: float
+    speedup: float  # jaxserve's tokens per second against these
+    timed: int  # of the requests, the fewest of all rounds
+    same: float  # share of answers that are jaxserve's, token by token
+
+
+@dataclass(frozen=True)
+class Row:
+    load: str
+    requests: int  # at once
+    asked: int  # in a turn
+    tokens_per_second: float
+    spread: float
+    peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
+
+
+class Theirs(offline.Side):
+    """transformers, in a process of its own."""
+
+    def batch(self, requests: Sequence[Asked]) -> Answer:
+        assert self.process.stdin
+        asked = {"prompts": [one.prompt for one in requests], "max_tokens": [one.new for one in requests]}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        told = self._line()
+        return Answer(told["seconds"], told["tokens"])
+
+
+class Ours:
+    """jaxserve, in this process."""
+
+    def __init__(self, model: str, sizes: Sizes, *, warmup: bool) -> None:
+        self._llm = LLM(
+            model=model,
+            dtype="float32",
+            max_model_len=LONGEST,
+            max_num_seqs=sizes.rows,
+            max_num_batched_tokens=sizes.tokens,
+            skip_tokenizer_init=True,
+            warmup=warmup,
+        )
+
+    def batch(self, requests: Sequence[Asked]) -> Answer:
+        prompts = [{"prompt_token_ids": one.prompt} for one in requests]
+        params = [SamplingParams(temperature=0, max_tokens=one.new, ignore_eos=True) for one in requests]
+        start = time.perf_counter()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return Answer(seconds, [list(output.outputs[0].token_ids) for output in outputs])
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+
+def in_batches(side: Any, requests: Sequence[Asked], *, size: int, seconds: float = math.inf) -> Answer:
+    """As many of the requests, from the first, as the time allows; one batch at least."""
+    spent, tokens = 0.0, list[list[int]]()
+    for start in range(0, len(requests), size):
+        answer = side.batch(requests[start : start + size])
+        spent += answer.seconds
+        tokens += answer.tokens
+        if spent >= seconds:
+            break
+    return Answer(spent, tokens)
+
+
+def measure(
+    ours: Any,
+    theirs: Any,
+    load: str,
+    draw: Callable[[int, int], list[Asked]],
+    *,
+    counts: Sequence[int],
+    rounds: int,
+    seconds: float,
+) -> list[Row]:
+    """`draw` gives requests for a seed; `theirs` is None where there is no peer."""
+    found: dict[int, list[dict[str, Answer]]] = {count: [] for count in counts}
+    for turn in range(rounds):
+        for place, count in enumerate(counts):
+            requests = draw(turn, count * max(1, LEAST // count))
+            ways = {"jaxserve": partial(in_batches, ours, requests, size=count)}
+            for name, size in SIDES.items():
+                if theirs is not None and (size == 1 or count > 1):  # one request is no batch
+                    ways[name] = partial(in_batches, theirs, requests, size=min(size, count), seconds=seconds)
+            names = list(ways)
+            start = (turn + place) % len(names)
+            answers = {name: ways[name]() for name in names[start:] + names[:start]}
+            for name, answer in answers.items():
+                _check(name, requests, answer)
+            assert len(answers["jaxserve"].tokens) == len(requests)
+            found[count].append(answers)
+    return [_row(load, count, found[count]) for count in counts]
+
+
+def _check(name: str, requests: Sequence[Asked], answer: Answer) -> None:
+    wanted = [one.new for one in requests[: len(answer.tokens)]]
+    if [len(tokens) for tokens in answer.tokens] != wanted:
+        raise SystemExit(f"error: {name} gave other numbers of tokens than were asked for")
+
+
+def _row(load: str, count: int, rounds: Sequence[dict[str, Answer]]) -> Row:
+    ours = [answers["jaxserve"] for answers in rounds]
+    peers: dict[str, Peer] = {}
+    for name in SIDES:
+        if name not in rounds[0]:
+            continue
+        own = [answers[name] for answers in rounds]
+        pairs = [pair for a, b in zip(ours, own, strict=True) for pair in zip(a.tokens, b.tokens, strict=False)]
+        peers[name] = Peer(
+            tokens_per_second=statistics.median(one.speed for one in own),
+            spread=_spread([one.speed for one in own]),
+            speedup=statistics.median(a.speed / b.speed for a, b in zip(ours, own, strict=True)),
+            timed=min(len(one.tokens) for one in own),
+            same=statistics.mean(a == b for a, b in pairs),
+        )
+    speeds = [one.speed for one in ours]
+    return Row(load, count, len(ours[0].tokens), statistics.median(speeds), _spread(speeds), peers)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Between the quartiles."""
+    ordered = sorted(values)
+    return ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """As Markdown."""
+    names = [name for name in SIDES if any(name in row.peers for row in rows)]
+    heads = "".join(f" {name} tok/s | spread | timed | same | jaxserve is |" for name in names)
+    lines = [f"| load | requests | jaxserve tok/s | spread |{heads}", "|---" * (4 + 5 * len(names)) + "|"]
+    for row in rows:
+        line = f"| {row.load} | {row.requests} | {row.tokens_per_second:.0f} | {row.spread:.0f} |"
+        for name in names:
+            peer = row.peers.get(name)
+            if peer is None:
+                line += " - |" * 5
+                continue
+            line += f" {peer.tokens_per_second:.0f} | {peer.spread:.0f} | {peer.timed} of {row.asked} |"
+            line += f" {peer.same:.0%} | {peer.speedup:.1f} x as fast |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Sizes) -> tuple[list[Row], Any]:
+    """Chats and offline, and what the peer says of itself."""
+    theirs = Theirs([options.peer, str(_PEER), str(folder)]) if options.peer else None
+    loads: dict[str, tuple[Sequence[int], Callable[[int, int], list[Asked]]]] = {
+        "chats": (sizes.counts, lambda seed, count: chats(replace(sizes.chats, seed=seed), vocab, count)),
+        "offline": ((sizes.offline,), lambda seed, count: even(sizes, vocab, count, seed=seed)),
+    }
+    rows: list[Row] = []
+    try:
+        ours = Ours(str(folder), sizes, warmup=not options.tiny)
+        ahead = [one._replace(new=4) for one in even(sizes, vocab, 32, seed=options.rounds)]
+        for side in [ours] if theirs is None else [ours, theirs]:
+            side.batch(ahead)  # warms up
+        for load, (counts, draw) in loads.items():
+            if load in options.parts:
+                rows += measure(ours, theirs, load, draw, counts=counts, rounds=options.rounds, seconds=options.seconds)
+    finally:
+        if theirs is not None:
+            theirs.close()
+    return rows, theirs and theirs.told
+
+
+def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.batching", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--peer", metavar="PYTHON", help="a Python that has torch and transformers")
+    parser.add_argument("--model", default="demo", help=f"{', '.join(compare.MODELS)} or a folder")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--requests", default=",".join(map(str, FULL.counts)), help="chats at once")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0, help="after which a turn of transformers ends")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: whether it runs, not how fast")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments_of(given)
+    jax.config.update("jax_platforms", "cpu")
+    sizes = TINY if options.tiny else replace(FULL, counts=tuple(map(int, options.requests.split(","))))
+    told: dict[str, Any] = {"model": "tiny" if options.tiny else options.model, "parts": options.parts}
+    told |= {"rounds": options.rounds, "seconds": options.seconds, "sizes": asdict(sizes)}
+    shown: list[str] = []
+    with tempfile.TemporaryDirectory() as place:
+        if options.tiny:
+            folder = offline.make_checkpoint(Path(place, "model"), offline.TINY, seed=0)
+        else:
+            folder = compare.model_folder(options.model, Path(place))
+        vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+        if set(options.parts) != {"memory"}:
+            rows, told["peer"] = speeds(folder, vocab, options, sizes)
+            told["rows"] = [asdict(row) for row in rows]
+            shown.append(table(rows))
+        if "memory" in options.parts:
+            requests = chats(sizes.memory, vocab, sizes.memory_requests)
+            memory = kv_memory.measure(
+                str(folder),
+                requests,
+                longest=sizes.memory_longest,
+                rows=sizes.memory_rows,
+                tokens=sizes.tokens,
+                reservations=sizes.reservations,
+            )
+            told["memory"] = asdict(memory)
+            shown.append(kv_memory.table(memory))
+    print(facts.processor(), *shown, sep="\n\n")
+    if options.out:
+        told = facts.collect() | {"processor": facts.processor()} | told
+        options.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text("\n\n".join(shown) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much KV memory requests take in blocks, and would take where each reserves its longest length in one piece.
+
+A part of benchmarks.batching. An engine whose KV cache is as large as a few such reservations gets far more requests
+than it can run at once, with lengths as people's chats have them; after every step it is looked up which blocks are in
+use and which tokens lie in them. No time is measured, so the figures are the same on any machine, and the ratios
+nearly the same for any model.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import sizing
+from jaxserve.engine.engine import Engine
+from jaxserve.types import Request, SamplingParams
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """After a step."""
+
+    running: int
+    waiting: int
+    blocks: int  # in use
+    tokens: int  # whose KV lies in them, or is being written by the step in flight
+
+
+@dataclass(frozen=True)
+class Memory:
+    requests: int
+    max_model_len: int
+    block_size: int
+    cache_bytes: int
+    steps: int  # with requests that wait for room: the means are of these
+    preemptions: int
+    at_once_mean: float
+    at_once_most: int
+    at_once_reserved: int  # with a reservation of max_model_len for each, in the same memory
+    used_mean_bytes: float
+    used_most_bytes: int
+    tokens_mean: float
+    reserved_mean_bytes: float  # what the same running requests would reserve
+    unused_percent: float  # slots of blocks in use that hold no token, mean
+    reserved_unused_percent: float  # the same of reservations
+
+
+def sample(engine: Engine) -> Sample:
+    scheduler = engine.scheduler
+    _, _, used = scheduler.pool.counts()
+    tokens = sum(sequence.computed for sequence in scheduler.running)
+    return Sample(len(scheduler.running), scheduler.queued, used, tokens)
+
+
+def run(engine: Engine, requests: Sequence[tuple[list[int], int]]) -> list[Sample]:
+    """All requests to their ends, and a sample for every step."""
+    for place, (ids, new) in enumerate(requests):
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+        engine.add(Request(id=str(place), prompt_token_ids=ids, params=params))
+    samples: list[Sample] = []
+    while engine.unfinished:
+        engine.step()
+        samples.append(sample(engine))
+    return samples
+
+
+def summary(
+    samples: Sequence[Sample], *, requests: int, limits: tuple[int, int, int], block_bytes: int, preemptions: int
+) -> Memory:
+    """`limits`: max_model_len, slots in a block, blocks that requests may use."""
+    longest, block, blocks = limits
+    full = [one for one in samples if one.waiting and one.running] or [one for one in samples if one.running]
+    reservation = -(-longest // block)  # in blocks
+
+    def mean(values: Sequence[float]) -> float:
+        return statistics.fmean(values)
+
+    return Memory(
+        requests=requests,
+        max_model_len=longest,
+        block_size=block,
+        cache_bytes=blocks * block_bytes,
+        steps=len(full),
+        preemptions=preemptions,
+        at_once_mean=mean([one.running for one in full]),
+        at_once_most=max(one.running for one in full),
+        at_once_reserved=blocks // reservation,
+        used_mean_bytes=mean([one.blocks for one in full]) * block_bytes,
+        used_most_bytes=max(one.blocks for one in full) * block_bytes,
+        tokens_mean=mean([one.tokens for one in full]),
+        reserved_mean_bytes=mean([one.running for one in full]) * reservation * block_bytes,
+        unused_percent=mean([100 * (1 - one.tokens / (one.blocks * block)) for one in full]),
+        reserved_unused_percent=mean([100 * (1 - one.tokens / (one.running * reservation * block)) for one in full]),
+    )
+
+
+def measure(
+    model: str,
+    requests: Sequence[tuple[list[int], int]],
+    *,
+    longest: int,
+    rows: int,
+    tokens: int,
+    reservations: int,
+) -> Memory:
+    """`rows` and `tokens` of a step; the cache is as large as so many `reservations`."""
+    config = EngineConfig(
+        model=model,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=longest,
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+        block_size=BLOCK,
+        num_blocks=1 + reservations * -(-longest // BLOCK),
+        warmup=False,
+    )
+    engine = Engine(config, report=lambda line: None)
+    block_bytes = sizing.device_block_bytes(engine.loaded, BLOCK)
+    try:
+        samples = run(engine, requests)
+        return summary(
+            samples,
+            requests=len(requests),
+            limits=(longest, BLOCK, engine.limits.num_blocks - 1),
+            block_bytes=block_bytes,
+            preemptions=engine.scheduler.preemptions,
+        )
+    finally:
+        engine.close()
+
+
+def table(memory: Memory) -> str:
+    """As Markdown."""
+    more = memory.at_once_mean / memory.at_once_reserved
+    less = memory.reserved_mean_bytes / memory.used_mean_bytes
+    mb = 1e6
+    return "\n".join(
+        [
+            "| of a KV cache | in blocks | max_model_len reserved for each | ratio |",
+            "|---|---|---|---|",
+            f"| requests at once in {memory.cache_bytes / mb:.0f} MB, mean | {memory.at_once_mean:.0f} "
+            f"| {memory.at_once_reserved} | {more:.1f} x |",
+            f"| MB for those at once, mean | {memory.used_mean_bytes / mb:.1f} | {memory.reserved_mean_bytes / mb:.0f} "
+            f"| {less:.1f} x |",
+            f"| slots without a token | {memory.unused_percent:.1f} % | {memory.reserved_unused_percent:.1f} % | |",
+        ]
+    )

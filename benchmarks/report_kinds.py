@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of results that there are: how each is known, what its rows are about, and its table in the README.
+
+Knows nothing of files. A row is about a subject: of two rows about one, the newer counts (report.py).
+"""
+
+import statistics
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import kernels, kv_memory, load, server, startup
+from benchmarks.engine_host import AIM_MS, AIM_ROWS, FLAT_AIM
+from benchmarks.kv_memory import Memory
+from jaxserve import demo
+
+type Content = dict[str, Any]
+type Rows = Mapping[Hashable, Any]
+
+MISSED = "**missed**"
+# Of jaxserve's output tokens per second in times of a peer's, and of the peer's TTFT in times of jaxserve's.
+FIXED_AIMS = {"vllm": (1.2, 1.0), "transformers": (2.0, 1.0)}
+FIXED_STREAMS = (1, 8, 32)
+SHARED_AIMS = {"jaxserve-uncached": (3.0, None)}
+LOADING_AIM = 2.0  # of a warm start, in times of loading the weights
+
+
+@dataclass(frozen=True)
+class Kind:
+    title: str
+    fits: Callable[[Content], bool]
+    rows: Callable[[Content], Rows]  # by what they are about
+    lines: Callable[[Content, Rows], list[str]]  # for those of the rows that count
+
+
+def told(value: float, form: str, aim: float | None, *, at_most: bool = False) -> str:
+    """The value as it is shown, and whether what is shown misses the aim."""
+    shown = format(value, form)
+    if aim is None:
+        return shown
+    near = float(shown.replace(",", ""))
+    return shown if (near <= aim if at_most else near >= aim) else f"{shown} {MISSED}"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def first_row(content: Content) -> Mapping[str, Any]:
+    rows = content.get("rows") or [{}]
+    return rows[0]
+
+
+# --- servers side by side -------------------------------------------------------------------------------------------
+
+
+def compare_rows(content: Content) -> Rows:
+    settings = content["settings"]
+    about = Path(settings["model"]).name, settings["mix"]
+    ours = settings["servers"][0]
+    return {(*about, row["streams"], row["server"]): row for row in content["rows"] if row["server"] != ours}
+
+
+def aims(mix: str, peer: str, streams: int | None = None) -> tuple[float | None, float | None]:
+    """Of the speed and of the first token; in general where `streams` is not given."""
+    if mix == "fixed" and streams in (None, *FIXED_STREAMS):
+        return FIXED_AIMS.get(peer, (None, None))
+    return SHARED_AIMS.get(peer, (None, None)) if mix == "shared" else (None, None)
+
+
+def compare_lines(content: Content, rows: Rows) -> list[str]:
+    settings = content["settings"]
+    ours, mix = settings["servers"][0], settings["mix"]
+    peers = list(dict.fromkeys(row["server"] for row in rows.values()))
+    base = {row["streams"]: row for row in content["rows"] if row["server"] == ours}
+    by_place = {(row["streams"], row["server"]): row for row in rows.values()}
+    heads = ["streams", f"{ours} tok/s", "TTFT p50"]
+    for peer in peers:
+        aim, _ = aims(mix, peer)
+        heads += [f"against {peer}" + (f" (aim {aim:g})" if aim else ""), "its TTFT"]
+    shown: list[list[str]] = []
+    for streams in dict.fromkeys(row["streams"] for row in rows.values()):
+        line = [str(streams), f"{base[streams]['tokens_per_second']:,.0f}", f"{base[streams]['ttft_p50_ms']:,.0f} ms"]
+        for peer in peers:
+            row = by_place.get((streams, peer), {})
+            found = row.get("speedup"), row.get("ttft_ratio")
+            wanted = aims(mix, peer, streams)
+            line += ["-" if one is None else told(one, ".2f", aim) for one, aim in zip(found, wanted, strict=True)]
+        shown.append(line)
+    same = ", ".join(f"{peer} {content['same'][peer]:.0%}" for peer in peers)
+    failed = sum(row["failed"] for row in [*base.values(), *rows.values()])
+    sizes = f"prompts of {settings['prompt']} tokens, answers of {settings['new']}"
+    return [
+        f"Model {Path(settings['model']).name}, {mix} lengths, {sizes}, {settings['rounds']} rounds:",
+        "",
+        *table(heads, shown),
+        "",
+        f"Greedy answers equal word for word: {same}. Failed requests: {failed}.",
+    ]
+
+
+# --- batching, memory -----------------------------------------------------------------------------------------------
+
+
+def batching_rows(content: Content) -> Rows:
+    model = Path(content["model"]).name
+    if model == "tiny":  # whether it runs, not how fast
+        return {}
+    rows: dict[Hashable, Any] = {(model, row["load"], row["requests"]): row for row in content.get("rows", [])}
+    if "memory" in content:
+        rows["memory", model] = content["memory"]
+    return rows
+
+
+def batching_lines(content: Content, rows: Rows) -> list[str]:
+    model = Path(content["model"]).name
+    timed = [row for row in rows.values() if "load" in row]
+    lines: list[str] = []
+    if timed:
+        names = list(dict.fromkeys(name for row in timed for name in row["peers"]))
+        heads = ["load", "requests", "jaxserve tok/s"]
+        heads += [cell for name in names for cell in (f"against {name} generate", "timed")]
+        shown: list[list[str]] = []
+        for row in timed:
+            line = [row["load"], f"{row['requests']:,}", f"{row['tokens_per_second']:,.0f}"]
+            for name in names:
+                peer = row["peers"].get(name)
+                line += ["-", "-"] if peer is None else [f"{peer['speedup']:.1f} x", _share(peer, row["asked"])]
+            shown.append(line)
+        lines += [f"Model {model}, {content['rounds']} rounds:", "", *table(heads, shown)]
+        same = [peer["same"] for row in timed for peer in row["peers"].values()]
+        if same:
+            lines += ["", f"Answers that are the same token by token: {min(same):.0%} or more."]
+    memory = next((row for row in rows.values() if "load" not in row), None)
+    if memory is not None:
+        found = Memory(**memory)
+        lines += [""] * bool(lines)
+        lines += [
+            f"KV memory, model {model}, {found.requests:,} requests with lengths of chats, max_model_len "
+            f"{found.max_model_len:,}:",
+            "",
+            *kv_memory.table(found).splitlines(),
+        ]
+    return lines
+
+
+def _share(peer: Mapping[str, Any], asked: int) -> str:
+    return "all" if peer["timed"] == asked else f"{peer['timed']:,} of {asked:,}"
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+def server_lines(content: Content, rows: Rows) -> list[str]:
+    heads = ["streams", "engine alone, tok/s", "server, tok/s", "kept", "TTFT p50", "added TTFT p50", "added gap p50"]
+    shown = [
+        [
+            str(row["streams"]),
+            f"{row['engine']:,.0f}",
+            f"{row['server']:,.0f}",
+            told(row["kept"], ".2f", server.AIM if row["streams"] == server.AIM_STREAMS else None),
+            *(f"{row[name]:.1f} ms" for name in ("first_p50_ms", "added_first_p50_ms", "added_gap_p50_ms")),
+        ]
+        for row in rows.values()
+    ]
+    return [f"Aim: {server.AIM} kept at {server.AIM_STREAMS} streams.", "", *table(heads, shown)]
+
+
+def startup_rows(content: Content) -> Rows:
+    name = content["model"]
+    return {"demo" if name == demo.FOLDER.name else name: content["starts"]}
+
+
+def startup_lines(content: Content, rows: Rows) -> list[str]:
+    [(model, starts)] = rows.items()
+    medians = {
+        name: {phase: statistics.median(one[phase] for one in those) for phase in startup.PHASES}
+        for name, those in starts.items()
+    }
+    if model == "demo":
+        aim, about = startup.AIM_DEMO, f"{startup.AIM_DEMO:g} s warm"
+    else:
+        aim = LOADING_AIM * medians["warm"]["load"]
+        about = f"warm within {LOADING_AIM:g} x of loading, {aim:.1f} s"
+    shown: list[list[str]] = []
+    for name, those in starts.items():
+        whole = statistics.median(sum(one.values()) for one in those)
+        parts = [f"{medians[name][phase]:.1f}" for phase in startup.PHASES]
+        shown.append([name, told(whole, ".1f", aim if name == "warm" else None, at_most=True), *parts])
+    return [
+        f"Model {model}, seconds until the first token. Aim: {about}.",
+        "",
+        *table(["start", "all", *startup.PHASES], shown),
+    ]
+
+
+def host_lines(content: Content, rows: Rows) -> list[str]:
+    [found] = rows.values()
+    shown = [
+        [
+            str(row["rows"]),
+            told(row["step_us"], ",.0f", AIM_MS * 1000 if row["rows"] == AIM_ROWS else None, at_most=True),
+            f"{row['row_us']:.1f}",
+        ]
+        for row in found["rows"]
+    ]
+    flat = told(found["ratio"], ".2f", FLAT_AIM, at_most=True)
+    return [
+        f"Aim: {AIM_MS * 1000:,.0f} us at {AIM_ROWS} rows. After {found['served'][1]:,} requests a step takes {flat} "
+        f"times what it takes after {found['served'][0]:,} (aim: at most {FLAT_AIM}).",
+        "",
+        *table(["rows", "us per step", "us per row"], shown),
+    ]
+
+
+def offline_lines(content: Content, rows: Rows) -> list[str]:
+    shown = [
+        [
+            str(row["prompts"]),
+            f"{row['ours']:,.0f}",
+            "-" if row["ratio"] is None else told(row["ratio"], ".2f", row["aim"]),
+            "-" if row["aim"] is None else f"{row['aim']:g}",
+        ]
+        for row in rows.values()
+    ]
+    return table(["prompts at once", "jaxserve tok/s", "times transformers' speed", "aim"], shown)
+
+
+def kernel_lines(content: Content, rows: Rows) -> list[str]:
+    [found] = rows.values()
+    shown: list[list[str]] = []
+    for name, aim in (("decode", kernels.DECODE_AIM), ("prefill", kernels.PREFILL_AIM)):
+        ratios = {
+            f"{row['case']}, heads of {row['heads']}": row["ratio"] for row in found if row["case"].startswith(name)
+        }
+        beyond = [
+            " ".join(case.split()) for case, ratio in ratios.items() if MISSED in told(ratio, ".2f", aim, at_most=True)
+        ]
+        worst = told(max(ratios.values()), ".2f", aim, at_most=True)
+        middle = f"{statistics.median(ratios.values()):.2f}"
+        shown.append([name, str(len(ratios)), middle, worst, f"{aim:g}", "; ".join(beyond) or "none"])
+    heads = ["attention", "shapes", "twin's time in dense ones, median", "worst", "aim at most", "beyond it"]
+    return table(heads, shown)
+
+
+def load_lines(content: Content, rows: Rows) -> list[str]:
+    shown = [
+        [
+            f"{row['form']} as {row['dtype']}",
+            f"{row['gb_per_s']:.1f}",
+            told(row["ratio"], ".2f", load.RATIO_AIM, at_most=True),
+            told(row["extra_in_largest"], ".2f", load.MEMORY_AIM, at_most=True),
+        ]
+        for row in rows.values()
+    ]
+    heads = [
+        "checkpoint",
+        "GB/s",
+        f"times reading it (aim {load.RATIO_AIM:g})",
+        f"memory beside, in largest tensors (aim {load.MEMORY_AIM:g})",
+    ]
+    return table(heads, shown)
+
+
+def by(*names: str) -> Callable[[Content], Rows]:
+    return lambda content: {tuple(row[name] for name in names): row for row in content["rows"]}
+
+
+KINDS = (
+    Kind(
+        "Beside other servers, through HTTP",
+        lambda told: "same" in told and "settings" in told,
+        compare_rows,
+        compare_lines,
+    ),
+    Kind("Batching and KV memory", lambda told: "parts" in told, batching_rows, batching_lines),
+    Kind("Offline against transformers", lambda told: "sides" in told, by("prompts"), offline_lines),
+    Kind("What the server costs", lambda told: "kept" in first_row(told), by("streams"), server_lines),
+    Kind("Start-up", lambda told: "starts" in told, startup_rows, startup_lines),
+    Kind("The host's work in a step", lambda told: "after" in told, lambda told: {"host": told}, host_lines),
+    Kind("Loading", lambda told: "convert" in told, by("form", "dtype"), load_lines),
+    Kind(
+        "Attention on a CPU against dense attention",
+        lambda told: "twin_ms" in first_row(told),
+        lambda told: {"kernels": told["rows"]},
+        kernel_lines,
+    ),
+)
