@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import facts
-from benchmarks.gpu import book
+from benchmarks.gpu import apart, book
 from benchmarks.gpu.sections import SECTIONS
 from pallas_kernels import tuning
 
@@ -25,12 +25,17 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="only these, in the book's order; `check` and `time` mean all that begin so",
+        help="only these, in the book's order; `check`, `engine` and `time` mean all that begin so",
     )
     made.add_argument("--seconds", type=float, default=500.0, help="budget for all sections together (%(default)s)")
     made.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/DATE-DEVICE")
     made.add_argument("--seed", type=int, help="of the random inputs; default: the time, and it is recorded")
     made.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: toy shapes, on any backend")
+    made.add_argument(
+        "--apart",
+        action=argparse.BooleanOptionalAction,
+        help="processes of their own for the sections of the engine; default: with --size full",
+    )
     made.add_argument("--list", action="store_true", help="print the sections and end")
     return made
 
@@ -77,6 +82,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     sections = chosen(given.section, made)
     tiny = given.size == "tiny"
+    separate = (not tiny if given.apart is None else given.apart) and apart.needed(sections)
+    if separate:
+        apart.keep_small()
     refused = refusal(tiny)
     if not given.seconds >= 0:  # nor NaN
         made.error(f"--seconds is {given.seconds}, expected 0 or more")
@@ -99,4 +107,5 @@ def main(arguments: Sequence[str]) -> int:
     )
     told = facts.collect()
     print(f"{told['machine']['device']}, jax {told['machine']['jax']}, seed {settings.seed}, {os.cpu_count()} CPUs")
-    return int(book.run(with_ceilings(sections, settings.out), settings, told) > 0)
+    run = apart.run if separate else book.run
+    return int(run(with_ceilings(sections, settings.out), settings, told) > 0)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs sections in the processes that they need, one after the other, and adds up what came of it.
+
+A GPU's memory belongs to whoever took it first: jax takes most of it at once, and never gives any back. So the kernels'
+sections run in one process, those that share the engine in another, and those that start children of their own in this
+one, which must not hold the GPU: it looks at the device with `keep_small` and computes nothing on it.
+
+Each process is the run book itself, with `--no-apart`. It writes the results of its sections as always, so that one
+that dies or is late costs its own sections and no others. What a process leaves of its time is shared by later ones.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.gpu import book, children
+from benchmarks.gpu.book import Row, Section, Settings
+from benchmarks.gpu.engine_gap import TRACED_AS_RUN
+from jaxserve.config import EngineConfig
+from jaxserve.engine.sizing import MEMORY_SHARE
+
+KERNELS, ENGINE, HERE = "kernels", "engine", "here"
+GRACE = 60.0  # seconds that a process may be late: a compile cannot be cut
+
+
+def process_of(section: Section) -> str:
+    if section.name in ("engine_start", "engine_flags", "engine_peer"):
+        return HERE
+    return ENGINE if section.name.startswith("engine_") else KERNELS
+
+
+def needed(sections: Sequence[Section]) -> bool:
+    return any(process_of(section) != KERNELS for section in sections)
+
+
+def keep_small() -> None:
+    """To be called before jax first uses a device."""
+    os.environ[children.SMALL] = "false"
+
+
+def run(sections: Sequence[Section], settings: Settings, told: Row) -> int:
+    """How many rows and sections failed."""
+    end, failed = time.monotonic() + settings.seconds, 0
+    groups = [(process, list(group)) for process, group in groupby(sections, process_of)]
+    for place, (process, group) in enumerate(groups):
+        shares = [sum(section.share for section in later) for _, later in groups[place:]]
+        seconds = max(end - time.monotonic(), 0) * shares[0] / sum(shares)
+        if process == HERE:
+            failed += book.run(group, replace(settings, seconds=seconds), told)
+        else:
+            failed += _child(group, settings, process, seconds)
+    _print_all(sections, settings.out)
+    return failed
+
+
+def _child(group: Sequence[Section], settings: Settings, process: str, seconds: float) -> int:
+    names = [section.name for section in group]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--no-apart", "--section", *names]
+    command += ["--seconds", f"{seconds:.1f}", "--out", str(settings.out.resolve()), "--seed", str(settings.seed)]
+    command += ["--size", "tiny" if settings.tiny else "full"]
+    env = children.environment()
+    if process == ENGINE:
+        env.setdefault(MEMORY_SHARE, str(EngineConfig(model="any").gpu_memory_utilization))
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {TRACED_AS_RUN}".strip()
+    print(f"\nin a process of its own: {', '.join(names)}", flush=True)
+    child = subprocess.Popen(command, cwd=children.ROOT, env=env, start_new_session=True)
+    try:
+        code = child.wait(timeout=seconds + GRACE)
+    except subprocess.TimeoutExpired:
+        print(f"ended: it was {GRACE:.0f} s late", flush=True)
+        code = 1
+    finally:
+        children.end(child)
+    return int(code != 0)
+
+
+def _print_all(sections: Sequence[Section], out: Path) -> None:
+    print("\nall processes")
+    for section in sections:
+        rows = book.read_rows(out / f"{section.name}.json").values()
+        wrong = sum(row.get("ok") is False for row in rows)
+        met = [row["met"] for row in rows if row.get("met") is not None]
+        aims = f"{sum(met)} of {len(met)} aims met" if met else ""
+        print(f"  {section.name:<18}{len(rows):4} rows {wrong:3} failed  {aims}")
+    print(f"results in {out}", flush=True)

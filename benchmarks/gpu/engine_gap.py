@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section `engine_gap`: how long the device waits between two steps, and what the host does meanwhile.
+
+Two rows for each batch. `host`: the parts of Engine.step by the clock, no trace being taken; what the device does not
+wait for is hidden behind `read`. `trace`: the device's events of some steps. While XLA is traced it launches kernels
+one by one unless told otherwise; this book tells it, with --xla_enable_command_buffers_during_profiling.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.gpu import trace
+from benchmarks.gpu.book import Page, Row
+from benchmarks.gpu.rig import Rig, rig_of
+from benchmarks.gpu.timing import Target
+
+COLUMNS = ("ms", "host_ms", "read_ms", "between_us", "idle_us", "kernels", "met", "note")
+TRACED_AS_RUN = "--xla_enable_command_buffers_during_profiling=true"
+AIM = Target("between_us", 50, at_most=True)
+
+
+class Clock:
+    """Counts the seconds that methods take, by putting itself in their place."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def on(self, owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+        setattr(owner, name, timed)
+        self._undo.append(lambda: delattr(owner, name))
+
+    def off(self) -> None:
+        for undo in self._undo:
+            undo()
+
+
+def host(rig: Rig, count: int) -> Row:
+    """Milliseconds per step of what Engine.step does."""
+    clock, engine = Clock(), rig.engine
+    parts = ((engine.scheduler, "schedule"), (engine._batcher, "pack"), (rig.runner, "launch"))
+    for owner, name in (*parts, (rig.runner, "read"), (engine.scheduler, "commit")):
+        clock.on(owner, name)
+    try:
+        each, _ = rig.steps(count)
+    finally:
+        clock.off()
+    row: Row = {"ms": 1e3 * each} | {f"{name}_ms": 1e3 * took / count for name, took in clock.seconds.items()}
+    return row | {"host_ms": row["ms"] - row["read_ms"]}
+
+
+def traced(rig: Rig, count: int) -> Row:
+    """The device's own account of so many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        try:
+            rig.steps(count)
+            rig.engine.drain()
+        finally:
+            jax.profiler.stop_trace()
+        lanes = trace.lanes(Path(folder))
+    if not lanes:
+        return {"note": "no device", "steps": count}  # in the trace, as on a CPU
+    lane = max(lanes, key=lambda lane: len(lane.events))
+    row: Row = {"lane": lane.name, "steps": count, "as_run": TRACED_AS_RUN in os.environ.get("XLA_FLAGS", "")}
+    row |= trace.summary(lane.events, count)
+    row |= {"us": row["busy_us"] + row["idle_us"], "ms": (row["busy_us"] + row["idle_us"]) / 1e3}
+    return row | {"target": str(AIM), "met": AIM.met(row)}
+
+
+def run(page: Page) -> None:
+    rig, tiny = rig_of(page), page.settings.tiny
+    count = 4 if tiny else 30
+    cases = [
+        (rows, context, what)
+        for rows, context in (((2, 16),) if tiny else ((64, 1024), (1, 1024), (256, 1024)))
+        for what in ("host", "trace")
+    ]
+
+    def measure(case: tuple[int, int, str]) -> Row:
+        rows, context, what = case
+        rig.fill(rows, context)
+        try:
+            rig.steps(4)
+            return (host if what == "host" else traced)(rig, count)
+        finally:
+            rig.clear()
+
+    page.each(cases, measure, name=lambda case: f"{case[2]}: {case[0]} rows at {case[1]} tokens")

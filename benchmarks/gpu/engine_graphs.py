@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section `engine_graphs`: do the engine's programs run as CUDA graphs, by the launch plans that XLA wrote.
+
+A row is right if nothing is launched outside of a graph. `per_layer` counts launches from one layer to the next.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.gpu import plans
+from benchmarks.gpu.book import Page, Row
+from benchmarks.gpu.rig import Rig, rig_of
+from jaxserve.engine import batch, step
+from jaxserve.engine.sequence import Need
+
+COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
+
+
+def compile_with_plan(program: step.Program) -> tuple[Any, plans.Plan | None]:
+    """The program as the engine compiles it, and its plan."""
+    jitted = jax.jit(
+        program.function,
+        static_argnames=step.STATIC.get(program.function, ()),
+        donate_argnames=step.DONATED[program.function],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        lowered = jitted.lower(*program.static, *program.shapes)
+        return lowered.compile(compiler_options=plans.options(folder)), plans.read(Path(folder))
+
+
+def measure(rig: Rig, key: Any) -> Row:
+    with rig.runner.on_mesh():
+        compiled, plan = compile_with_plan(rig.runner.program(key))
+    memory = compiled.memory_analysis()
+    row: Row = {"temp_mb": memory.temp_size_in_bytes / 1e6 if memory else None}
+    if plan is None:
+        return row | {"note": "no plan"}  # is written by this backend
+    row |= {"graphs": plan.graphs, "launches": len(plan.launches), "outside": len(plan.outside)}
+    row |= {"per_layer": plan.per_layer(), "names_outside": plan.outside[:20], "layer": plan.layer()}
+    on_gpu = jax.default_backend() == "gpu"
+    return row | ({"ok": plan.graphs > 0 and not plan.outside} if on_gpu else {})
+
+
+def run(page: Page) -> None:
+    rig = rig_of(page)
+    buckets, block_size = rig.buckets, rig.runner.shape.block_size
+    rows, tokens = ((2,), ()) if page.settings.tiny else ((64, 1), (2048,))
+    cases = {f"decode[{n}]": batch.decode_layout(n) for n in rows}
+    cases |= {f"mixed[{n}]": batch.mixed_layout(n, buckets, block_size) for n in tokens}
+    cases |= {f"head[{n}]": (n, Need.GREEDY) for n in rows[:1]}
+    page.each(cases.items(), lambda case: measure(rig, case[1]), name=lambda case: case[0])

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sections `engine_start`, `engine_flags` and `engine_peer`: what needs processes of its own, one after the other.
+
+This process must hold none of the GPU's memory meanwhile; see apart.py. A child that dies is a row that says why.
+
+start   cold, with an empty folder for compiled programs, and warm, with what the cold start left there. Weights are
+        random and made on the device: nothing is read. A cold start that the section's time ends tells how far it was.
+flags   the same steps of a model of eight layers under other flags of XLA. A flag that this version does not know ends
+        the child: that is a row too.
+peer    transformers' continuous batching, and vLLM where it is installed, on the same requests as the offline row
+        of the same name, which `ratio` compares with (ours over theirs).
+"""
+
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu import children
+from benchmarks.gpu.book import Page, Row, read_rows
+from benchmarks.gpu.engine_times import PEER_MIX, mixes
+
+START_COLUMNS = ("whole_s", "import_s", "weights_s", "engine_s", "first_token_s", "compiling", "programs", "state")
+FLAG_COLUMNS = (
+    "decode_1_ms",
+    "decode_1_pct",
+    "decode_64_ms",
+    "decode_64_pct",
+    "prefill_ms",
+    "prefill_pct",
+    "compile_s",
+    "state",
+)
+PEER_COLUMNS = ("seconds_taken", "tokens_per_s", "ratio", "version", "state")
+LAYERS = 8
+_CHILD = [sys.executable, "-m", "benchmarks.gpu.engine_child"]
+
+
+# --- start ----------------------------------------------------------------------------------------------------------
+
+
+def run_start(page: Page) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+
+        def measure(_: str) -> Row:
+            command = [*_CHILD, "start", folder, repr(time.time()), *_tiny(page)]
+            heard = children.run(command, seconds=page.time_left())
+            row = heard.merged() | {"state": heard.fault or "ok"}
+            return row | ({"ok": False, "error": heard.said[-400:]} if heard.fault and not heard.late else {})
+
+        page.each(["cold", "warm"], measure, name=str)
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    flags: str = ""
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+DEFAULTS = Variant("defaults")
+# In the order of what they promise. Each was tried with jax 0.11.2, which knows all flags but the last.
+VARIANTS = (
+    DEFAULTS,
+    Variant("launches on a thread of their own", variables=(("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "1"),)),
+    Variant("no Triton matmuls", "--xla_gpu_enable_triton_gemm=false"),
+    Variant("no CUDA graphs", "--xla_gpu_enable_command_buffer="),
+    Variant("graphs not updated for temporaries", "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"),
+    Variant("graphs with branches side by side", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"),
+    Variant("graphs with loops in them", "--xla_gpu_enable_command_buffer=+WHILE"),
+    Variant("no early launch of dependents", "--xla_gpu_enable_pdl=false"),
+    Variant("graphs of one kernel", "--xla_gpu_graph_min_graph_size=1"),
+    Variant("latency hiding scheduler", "--xla_gpu_enable_latency_hiding_scheduler=true"),
+    Variant("raft select_k", "--xla_gpu_experimental_use_raft_select_k=true"),
+)
+UNKNOWN = Variant("a flag that there is not", "--xla_gpu_no_such_flag=true")
+
+
+def run_flags(page: Page) -> None:
+    def measure(variant: Variant) -> Row:
+        env = dict(variant.variables) | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {variant.flags}".strip()}
+        layers = 1 if page.settings.tiny else LAYERS
+        heard = children.run([*_CHILD, "steps", str(layers), *_tiny(page)], seconds=page.time_left(), env=env)
+        row: Row = {"flags": variant.flags, "layers": layers, "state": heard.fault or "ok"} | heard.merged()
+        defaults = next((row for row in page.rows if row["case"] == DEFAULTS.name), {})
+        for name in [name for name in row if name.endswith("_ms") and name in defaults]:
+            row[f"{name[:-3]}_pct"] = 100 * row[name] / defaults[name]  # below 100: faster than the defaults
+        if heard.fault not in (None, "unknown flag"):
+            row["said"] = heard.said[-400:]
+        return row
+
+    page.each((DEFAULTS, UNKNOWN) if page.settings.tiny else VARIANTS, measure, name=lambda variant: variant.name)
+
+
+# --- peers ----------------------------------------------------------------------------------------------------------
+
+PEERS = {"transformers": ("torch", "peer_transformers.py"), "vllm": ("vllm", "peer_vllm.py")}
+
+
+def run_peer(page: Page) -> None:
+    requests = mixes(page.settings.tiny)[PEER_MIX]
+    ours = read_rows(page.settings.out / "engine_offline.json").get(PEER_MIX, {}).get("tokens_per_s")
+
+    def measure(name: str) -> Row:
+        needs, script = PEERS[name]
+        if importlib.util.find_spec(needs) is None:
+            return {"state": f"{needs} is not installed"}
+        command = [sys.executable, str(Path(__file__).with_name(script)), str(len(requests))]
+        command += [str(number) for number in requests[0]] + _tiny(page)
+        heard = children.run(command, seconds=page.time_left())
+        row = heard.merged() | {"state": heard.fault or "ok"}
+        if heard.fault:
+            return row | {"said": heard.said[-400:]}
+        return row | {"ratio": ours / row["tokens_per_s"] if ours else None}
+
+    page.each(PEERS, measure, name=str)
+
+
+def _tiny(page: Page) -> list[str]:
+    return ["tiny"] if page.settings.tiny else []

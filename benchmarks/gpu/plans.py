@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads XLA's launch plan of a program, which it writes with --xla_dump_to: what is launched, and what of it lies in a
+CUDA graph (XLA's word: command buffer). Each line is a launch; those of a graph stand below it, further in.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_LINE = re.compile(r"^(\s*)\d+: (k\w+)\s*(?:\[[^\]]*\])?\s*(\S*)")
+_OPTIONS = {"xla_dump_hlo_as_text": True}
+# Names that XLA and our kernels give; a number at the end tells equal kernels apart.
+_NUMBER = re.compile(r"(_\d+)+$")
+
+
+@dataclass
+class Plan:
+    graphs: int = 0
+    launches: list[str] = field(default_factory=list[str])  # by name, in order
+    outside: list[str] = field(default_factory=list[str])  # those of them that lie in no graph
+
+    def per_layer(self, kernel: str = "kv_write") -> int | None:
+        """Launches from one layer's such kernel to the next layer's, the last two of them."""
+        at = [place for place, name in enumerate(self.launches) if name == kernel]
+        return at[-1] - at[-2] if len(at) > 1 else None
+
+    def layer(self, kernel: str = "kv_write") -> list[str]:
+        """Their names, without numbers."""
+        at = [place for place, name in enumerate(self.launches) if name == kernel]
+        return [_NUMBER.sub("", name) for name in self.launches[at[-2] : at[-1]]] if len(at) > 1 else []
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(_NUMBER.sub("", name) for name in self.launches))
+
+
+def options(folder: str | Path) -> dict[str, Any]:
+    """Of a compile, so that its plan is written there."""
+    return {"xla_dump_to": str(folder)} | _OPTIONS
+
+
+def read(folder: Path) -> Plan | None:
+    """The plan of the one program that was dumped there; None where the backend writes none."""
+    files = sorted(folder.rglob("*thunk_sequence_after_thunk_passes.txt")) or sorted(
+        folder.rglob("*thunk_sequence*.txt")
+    )
+    return parse(files[-1].read_text()) if files else None
+
+
+def parse(text: str) -> Plan:
+    plan = Plan()
+    within: int | None = None  # how far in the graph stands that lines belong to
+    for line in text.splitlines():
+        found = _LINE.match(line)
+        if found is None:
+            continue
+        depth, kind, name = len(found[1]), found[2], found[3]
+        if within is not None and depth <= within:
+            within = None
+        if kind == "kCommandBuffer":
+            plan.graphs += within is None
+            within = depth if within is None else within
+            continue
+        launch = name if kind == "kCustomKernel" and name else kind
+        plan.launches.append(launch)
+        if within is None:
+            plan.outside.append(launch)
+    return plan

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of an engine with the settings that a GPU has by default, compiled for an H200 from abstract weights:
+Llama-3.1-8B cut to three layers, which shows all that a layer adds, 256 rows, 2048 tokens, 131072 of context.
+
+What counts on the device is held fast: every launch lies in one CUDA graph, nothing as large as a weight or a pool is
+copied, all state is updated in place, and of how many launches a layer consists. `steps.json` records launches and
+temporaries: JAXSERVE_RECORD=1 records them anew. Matrix products are XLA's choice without a device to try them on; on a
+GPU it may choose others, with a launch more or less.
+"""
+
+import json
+import math
+import os
+import re
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.gpu import plans
+from benchmarks.published import llama_8b
+from jaxserve.engine import batch, step
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.sequence import Need
+from jaxserve.models import kv_cache, layout
+from jaxserve.sampling import controls
+from tests.cuda.hopper import DUMP, Compiled, compile_for_h200
+
+RECORD = Path(__file__).with_name("steps.json")
+LAYERS, BLOCKS, BLOCK_SIZE, WIDTH = 3, 4096, 16, 8192
+BUCKETS = Buckets(rows=256, tokens=2048, score_rows=256)
+SPEC = replace(llama_8b(), layers=llama_8b().layers[:LAYERS])
+STATIC = step.Model(SPEC, BLOCK_SIZE, BUCKETS.entries, top_n=20, processed=False)
+# Each costs some microseconds, 32 times in a step.
+MOST_PER_LAYER = 17
+# Into these XLA compiles our kernels and its own products. All of them can be captured.
+CUSTOM_CALLS = {"__gpu$xla.gpu.triton", "__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8"}
+
+
+def ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@cache
+def params() -> Any:
+    return layout.abstract_params(SPEC, jnp.bfloat16)
+
+
+@cache
+def pools() -> Any:
+    return kv_cache.abstract_cache(SPEC, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
+
+
+def nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def copied(compiled: Compiled, at_least: int) -> list[str]:
+    """Instructions, of kernels too, that make an array of so many elements and are no product."""
+    found: list[str] = []
+    for line in compiled.hlo[compiled.hlo.index("\nENTRY ") :].splitlines():
+        made = re.search(r"= (\([^=]*?\)|\w+\[[\d,]*\]\S*) (copy|copy-start|fusion|transpose|convert|pad)\(", line)
+        sizes = re.findall(r"\w+\[([\d,]+)\]", made[1]) if made else []
+        if any(math.prod(int(n) for n in size.split(",")) >= at_least for size in sizes):
+            found.append(line.strip()[:200])
+    return found
+
+
+def check(name: str, compiled: Compiled) -> plans.Plan:
+    """What holds for every program, and the comparison with the record."""
+    plan = plans.read(DUMP)
+    assert plan is not None
+    called = set(re.findall(r'custom_call_target="([^"]+)"', compiled.hlo))
+    assert called <= CUSTOM_CALLS
+    assert (plan.graphs, plan.outside) == (1, []), "launched outside of the one CUDA graph"
+    seen = {"temp_bytes": compiled.temp_bytes, "launches": len(plan.launches)}
+    if plan.layer():
+        seen |= {"layer": plan.layer()}
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if os.environ.get("JAXSERVE_RECORD"):
+        RECORD.write_text(json.dumps(recorded | {name: seen}, indent=1, sort_keys=True) + "\n")
+    else:
+        assert seen == recorded.get(name), "differs from steps.json; if that is meant, record it: see above"
+    return plan
+
+
+def check_model(name: str, shape: batch.Layout) -> None:
+    arguments = params(), pools(), ints(BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
+    compiled = compile_for_h200(partial(step.model, STATIC, shape), *arguments, donate=(1, 2))
+    # The block tables of all rows are gathered, which is the largest thing that is made but for what a layer computes.
+    largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
+    assert copied(compiled, largest + 1) == []
+    assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH
+    plan = check(name, compiled)
+    assert plan.launches.count("kv_write") == LAYERS
+    assert (plan.per_layer() or 0) <= MOST_PER_LAYER
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 256])
+def test_decode(rows: int) -> None:
+    check_model(f"engine decode[{rows}]", batch.decode_layout(rows))
+
+
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_mixed(tokens: int) -> None:
+    check_model(f"engine mixed[{tokens}]", batch.mixed_layout(tokens, BUCKETS, BLOCK_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("rows", "need"), [(1, Need.GREEDY), (256, Need.GREEDY), (64, Need.RANDOM), (256, Need.FILTERED), (64, Need.FULL)]
+)
+def test_head(rows: int, need: Need) -> None:
+    kept = controls.abstract(BUCKETS.rows, SPEC.vocab_size) if need == Need.FULL else None
+    hidden = jax.ShapeDtypeStruct((BUCKETS.entries, SPEC.hidden), jnp.bfloat16)
+    arguments = params(), ints(BUCKETS.rows), kept, hidden, ints(BUCKETS.entries, len(batch.ENTRY))
+    compiled = compile_for_h200(partial(step.head, STATIC, rows, need), *arguments, donate=(1, 2))
+    # The matrix of the head is the largest thing there is; the controls are smaller.
+    assert copied(compiled, max(rows, BUCKETS.rows) * SPEC.vocab_size + 1) == []
+    assert compiled.alias_bytes >= nbytes(kept) + 4 * BUCKETS.rows
+    check(f"engine head {need.name.lower()}[{rows}]", compiled)
+
+
+def test_block_moves_and_edits() -> None:
+    arguments = pools(), ints(BUCKETS.rows, WIDTH), ints(batch.EDIT_SIZE)
+    compiled = compile_for_h200(step.edit, *arguments, donate=(0, 1))
+    assert copied(compiled, math.prod(pools()[0]["k"].shape)) == []
+    assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH
+    check("engine edit", compiled)
