@@ -25,6 +25,7 @@ from benchmarks import facts, offline, plot, serving, words
 from benchmarks.peers.servers import Server
 from benchmarks.serving import Deadlines, Work
 from jaxserve import demo
+from jaxserve.client import Client, ServerError
 
 MODELS = ("demo", "110m")
 
@@ -109,11 +110,12 @@ class Side(Server):
     """A server that is timed."""
 
     def answers(self, work: Work, count: int) -> list[str]:
-        from jaxserve.client import Client
-
         client = Client(self.target.url)
         bodies = [job.body for job in serving.jobs(self.target, work, count)]
-        answers = [client.post(self.target.path, body)["choices"][0]["message"]["content"] for body in bodies]
+        try:
+            answers = [client.post(self.target.path, body)["choices"][0]["message"]["content"] for body in bodies]
+        except ServerError as error:
+            raise SystemExit(f"error: {self.name}: {error}; its log ends: {self.last_words()}") from None
         return [answer.strip() for answer in answers]  # a space after the prompt is the answer's to some, to others not
 
     def load(self, work: Work, count: int, streams: int) -> dict[str, float]:

@@ -4,7 +4,7 @@
     --concurrency 1,8,32   closed loop: so many requests at once, the next when one has ended
     --rate 2,8             open loop: so many a second, at random times (Poisson), however slow the server is
     --mix                  fixed (every length the same), sharegpt (lengths as people's chats have them), shared
-                           (every eight prompts begin with the same words, as with a long system prompt)
+                           (16 prompts each begin with the same words, 94 % of them, as with a long system prompt)
 
 The same seed asks for the same work of every server. Prompts are words, so that all routes and tokenizers take them.
 Told per load: output tokens per second, time to the first token (TTFT), time per token after it (TPOT), gaps between
@@ -28,8 +28,9 @@ from jaxserve.cli.bench_serve import WORDS
 from jaxserve.cli.load import Job, Outcome, Sample
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-GROUP = 8  # prompts that begin alike, in the mix of shared prefixes
-SHARED = 0.8  # of such a prompt
+# The mix of shared prefixes: how many prompts begin alike, and with how much of them. As in the load that others take
+# for it: a system prompt of 2048 tokens and questions of 128, 16 to each.
+GROUP, SHARED = 16, 0.94
 # What is known of people's chats with a model: lengths are log-normal, answers longer than questions, some far longer.
 SPREAD = {"prompt": 1.2, "new": 0.9}
 

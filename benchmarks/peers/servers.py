@@ -114,7 +114,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        self.name = name
+        self.name, self._file = name, log
         made = plan(name, model, port, longest=longest, venv=venv)
         self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT)
         self._log = log.open("wb")
@@ -122,7 +122,7 @@ class Server:
         self._leaves = made.leaves
         if made.prepare and subprocess.run(made.prepare, stdout=self._log, stderr=self._log, check=False).returncode:
             self._log.close()
-            raise SystemExit(f"error: {name} could not be prepared: {_last(log)}")
+            raise SystemExit(f"error: {name} could not be prepared: {_end(log)}")
         began = time.monotonic()
         self.process = subprocess.Popen(
             made.command, cwd=made.cwd, env={**environment, **made.environment}, stdout=self._log, stderr=self._log
@@ -130,9 +130,14 @@ class Server:
         while not _answers(self.target.url + made.ready):
             if self.process.poll() is not None or time.monotonic() - began > START_SECONDS:
                 self.close()
-                raise SystemExit(f"error: {name} did not start: {_last(log)}")
+                raise SystemExit(f"error: {name} did not start: {self.last_words()}")
             time.sleep(0.2)
         self.start_seconds = time.monotonic() - began
+
+    def last_words(self) -> str:
+        """The end of its log, and whether it runs."""
+        code = self.process.poll()
+        return f"{_end(self._file)} | {'it runs' if code is None else f'it ended with code {code}'}"
 
     def close(self) -> None:
         self.process.terminate()
@@ -146,7 +151,7 @@ class Server:
             self._leaves.unlink(missing_ok=True)
 
 
-def _last(log: Path) -> str:
+def _end(log: Path) -> str:
     return " | ".join(log.read_text(errors="replace").strip().splitlines()[-5:])
 
 

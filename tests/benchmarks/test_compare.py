@@ -40,10 +40,10 @@ def test_lengths_of_chats_spread_about_their_median() -> None:
         assert min(lengths) < median / 4 and max(lengths) == 512 and statistics.mean(lengths) > 1.2 * median
 
 
-def test_prompts_share_their_beginnings_eight_at_a_time() -> None:
-    made = serving.prompts(Work(mix="shared", prompt=100), 24)
-    begins = Counter(" ".join(text.split()[:80]) for text, _ in made)
-    assert set(begins.values()) == {8} and len({text for text, _ in made}) == 24
+def test_prompts_share_their_beginnings_sixteen_at_a_time() -> None:
+    made = serving.prompts(Work(mix="shared", prompt=100), 48)
+    begins = Counter(" ".join(text.split()[:94]) for text, _ in made)
+    assert set(begins.values()) == {16} and len({text for text, _ in made}) == 48
 
 
 def test_an_unknown_mix_is_told() -> None:

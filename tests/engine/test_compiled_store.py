@@ -22,6 +22,7 @@ from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.runner import Runner, Shape
 from jaxserve.models import layout
+from tests.fast import XLA_FLAGS
 from tests.models import tiny
 from tests.server import live
 
@@ -75,12 +76,15 @@ def files(store: Store) -> list[Path]:
     return sorted(store.folder.iterdir())
 
 
-def test_the_next_process_neither_traces_nor_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_next_process_neither_lowers_nor_compiles(tmp_path: Path, devices: int) -> None:
     """And says the same. Every kind of program is there, shape by shape."""
     model = live.write_model(tmp_path / "tiny")
     options = {"model": str(model), "max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 64}
     options |= {"block_size": 8, "compilation_cache_dir": str(tmp_path / "kept" / "there")}
+    options |= {"tensor_parallel_size": devices}
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-c", SCRIPT, json.dumps(options)]
     first, second = (
         json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
