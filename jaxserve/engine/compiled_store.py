@@ -5,9 +5,10 @@ jax's own cache asks for the lowered program first, and tracing and lowering are
 12.5 s on two cores it took 7. Here the key is what a program is made from: its function, static arguments and shapes,
 the devices, this code, the libraries and every setting of jax. If in doubt the keys differ, and it is compiled.
 
-Files are unpickled, and what they hold is run: only those of this user (or root) that nobody else may write are read.
+Files are unpickled, and what they hold is run: only those of this user or root that nobody else may write are read.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -38,9 +39,7 @@ def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
     """None where nothing is to be kept, or cannot be."""
     if not folder or jax.process_count() > 1:  # processes that run together compile together
         return None
-    if jax.config.jax_compilation_cache_dir is not None:
-        # The program that we run in, or whoever started it, keeps jax's cache, and what comes from there cannot be
-        # written down again: on a CPU it lacks its functions then (NOT_FOUND when it is run).
+    if jax.config.jax_compilation_cache_dir is not None or not _certain():
         return None
     place = Path(folder).expanduser()
     try:
@@ -54,43 +53,60 @@ def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
     return Store(place)
 
 
+def _certain() -> bool:
+    """Whether it can be told what programs are made from: not where files changed under a process that runs, nor where
+    XLA takes its flags from a file."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    return sources() == LOADED and (not flags or flags.startswith("--"))
+
+
 class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._prune()
 
-    def load(self, key: str, devices: Sequence[Any]) -> Any:
+    def place(self, program: str) -> Path:
+        """Where it is kept, as things stand: ask before it is compiled, and again before it is kept."""
+        return self.folder / f"{hashlib.sha256(f'{environment()}\n{program}'.encode()).hexdigest()}{SUFFIX}"
+
+    def load(self, file: Path, devices: Sequence[Any]) -> Any:
         """The executable on these devices; None if there is none, or none that can be used."""
-        file = self._file(key)
         try:
             with file.open("rb") as opened:
                 if not _trusted(os.fstat(opened.fileno())):
                     return None
-                payload, in_tree, out_tree = pickle.load(opened)
+                content = opened.read()
+        except OSError:  # none, or not ours
+            return None
+        try:
+            payload, in_tree, out_tree = pickle.loads(content)
             found = serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )
-            os.utime(file)
-        except FileNotFoundError:
-            return None
         except Exception:  # half a file, another form, a library that refuses it: as if it were not there
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()
             return None
+        with contextlib.suppress(OSError):
+            os.utime(file)
         return found
 
-    def save(self, key: str, executable: Any) -> None:
+    def save(self, file: Path, executable: Any) -> None:
         """Whole or not at all; where that cannot be, the next start compiles."""
+        if jax.config.jax_compilation_cache_dir is not None:
+            # What comes from jax's own cache cannot be written down again: on a CPU it lacks its functions then, and
+            # fails when it is run (NOT_FOUND).
+            return
+        partial = ""
         try:
             content = pickle.dumps(serialize_executable.serialize(executable))
             handle, partial = tempfile.mkstemp(dir=self.folder, suffix=PARTIAL)
             with os.fdopen(handle, "wb") as opened:
                 opened.write(content)
-            os.replace(partial, self._file(key))
+            os.replace(partial, file)
         except Exception:  # some executables cannot be written down, and disks are full
-            return
-
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(f'{environment()}\n{key}'.encode()).hexdigest()}{SUFFIX}"
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
 
     def _prune(self) -> None:
         for file in (*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f"*{PARTIAL}")):
@@ -110,8 +126,9 @@ def environment() -> str:
     # Read now: a program may change settings between two engines, some of them for this thread alone.
     known = sorted(jax.config.values.items())
     settings = {name: getattr(jax.config, name, value) for name, value in known if "cache" not in name}
-    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")}
-    return repr((_FORM, settings, flags, _machine(), sources()))
+    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "NPROC")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return repr((_FORM, settings, flags, cores, _machine(), LOADED))
 
 
 @functools.cache
@@ -127,18 +144,19 @@ def _processor() -> str:
     try:
         told = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()} {os.cpu_count()}"
+        return f"{platform.machine()} {platform.processor()}"
     first = told.split("\n\n")[0]
     named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", first, re.MULTILINE)
-    return f"{platform.machine()} {os.cpu_count()} {named}"
+    return f"{platform.machine()} {named}"
 
 
-@functools.cache
-def sources() -> str:
-    """A digest of the code that programs are traced from."""
+def sources(*roots: Path) -> str:
+    """A digest of the code that programs are traced from, as it lies there now."""
     digest = hashlib.sha256()
-    for package in (jaxserve, pallas_kernels):
-        root = Path(package.__file__ or "").parent
+    for root in roots or (Path(package.__file__ or "").parent for package in (jaxserve, pallas_kernels)):
         for file in sorted((*root.rglob("*.py"), *root.glob("*.json"))):
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+LOADED = sources()  # as it lay there when it was imported

@@ -121,9 +121,18 @@ class Runner:
         """Bytes that programs take for themselves while they run, on each device: those of the largest, compiled."""
         buckets = self.shape.buckets
         tokens = batch.mixed_layout(buckets.tokens, buckets, self.shape.block_size)
-        analyses = [self._executable(key).memory_analysis() for key in (tokens, (buckets.entries, Need.FULL))]
+        analyses = [self._analysis(key) for key in (tokens, (buckets.entries, Need.FULL))]
         sizes = [a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses if a]
         return max(sizes, default=0)
+
+    def _analysis(self, key: Key) -> Any:
+        """What the compiler says of its memory. One that was kept on disk may have forgotten it."""
+        found = self._executable(key).memory_analysis()
+        if not found or not found.temp_size_in_bytes:
+            with self.on_mesh():
+                self._executables[key] = step.compiled(self.program(key), self._store, fresh=True)
+            found = self._executables[key].memory_analysis()
+        return found
 
     def on_mesh(self) -> Any:
         return jax.set_mesh(self.mesh) if self.mesh is not None else jax.default_device(self.device)

@@ -22,6 +22,7 @@ from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.runner import Runner, Shape
 from jaxserve.models import layout
+from pallas_kernels import dispatch
 from tests.fast import XLA_FLAGS
 from tests.models import tiny
 from tests.server import live
@@ -133,22 +134,44 @@ def test_what_others_may_write_is_not_run(runner: Runner, store: Store) -> None:
     step.compiled(runner.program("edit"), store)
     [file] = files(store)
     device = runner.device
-    key = "anything"
-    os.replace(file, store._file(key))
-    assert store.load(key, [device]) is not None
+    assert store.load(file, [device]) is not None
     for mode in 0o620, 0o602, 0o666:
-        store._file(key).chmod(mode)
-        assert store.load(key, [device]) is None
-    assert store._file(key).exists()
+        file.chmod(mode)
+        assert store.load(file, [device]) is None
+    assert file.exists()
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError("not yours")
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("call", ["utime", "replace", "unlink"])
+def test_a_folder_of_many_users(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Where files of others can be neither touched nor replaced nor removed, a start goes on without them."""
+    step.compiled(runner.program("edit"), store)
+    [file] = files(store)
+    monkeypatch.setattr(os, call, refuse)
+    if call == "utime":
+        assert store.load(file, [runner.device]) is not None
+    elif call == "replace":
+        step._COMPILED.clear()
+        step.compiled(runner.program("set_row"), store)
+        assert files(store) == [file], "a part of a file stays"
+    else:
+        file.write_bytes(b"broken")
+        assert store.load(file, [runner.device]) is None
+    monkeypatch.setattr(Path, "open", refuse)
+    assert store.load(file, [runner.device]) is None
 
 
 def test_whatever_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
-    seen = {store._file("program"), store._file("another")}
-    assert store._file("program") in seen
+    seen = {store.place("program"), store.place("another")}
+    assert store.place("program") in seen
 
     def new() -> bool:
         before = len(seen)
-        seen.add(store._file("program"))
+        seen.add(store.place("program"))
         return len(seen) > before
 
     with jax.default_matmul_precision("highest"):  # for this thread alone
@@ -156,36 +179,76 @@ def test_whatever_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch, store: 
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_of=another")
         assert new()
-    for name in ("sources", "_machine"):
+    for name, value in ("LOADED", "another"), ("_machine", lambda: "another"):
         with monkeypatch.context() as patch:
-            patch.setattr(compiled_store, name, lambda: "another")
+            patch.setattr(compiled_store, name, value)
             assert new()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6})
+        assert new()
     assert not new()
 
 
-def test_the_digest_is_of_all_code() -> None:
-    """Of each file's content, that is: one byte more is another digest."""
-    compiled_store.sources.cache_clear()
-    before = compiled_store.sources()
-    file = Path(step.__file__).with_name("a_file_of_a_test.py")
-    try:
-        file.write_text("")
-        compiled_store.sources.cache_clear()
-        first = compiled_store.sources()
-        file.write_text("#")
-        compiled_store.sources.cache_clear()
-        assert len({before, first, compiled_store.sources()}) == 3
-    finally:
-        file.unlink()
-        compiled_store.sources.cache_clear()
-    assert compiled_store.sources() == before
+def test_the_digest_is_of_all_code(tmp_path: Path) -> None:
+    """Of each file's name and content."""
+    seen = {compiled_store.sources(tmp_path)}
+    for change in (
+        lambda: (tmp_path / "a.py").write_text(""),
+        lambda: (tmp_path / "a.py").write_text("#"),
+        lambda: (tmp_path / "a.py").rename(tmp_path / "b.py"),
+        lambda: (tmp_path / "tiles.json").write_text("{}"),
+    ):
+        change()
+        seen.add(compiled_store.sources(tmp_path))
+    assert len(seen) == 5
+    assert compiled_store.sources() == compiled_store.LOADED
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_where_it_is_not_certain_what_is_compiled_nothing_is_kept(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code that was changed since it was imported, flags in a file, settings that change meanwhile, tests' choices."""
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_store, "LOADED", "what was imported")
+        assert compiled_store.open_store(str(tmp_path / "x"), told.append) is None
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", str(tmp_path / "flags.txt"))
+        assert compiled_store.open_store(str(tmp_path / "x"), told.append) is None
+    store = compiled_store.open_store(str(tmp_path / "x"), told.append)
+    assert store is not None and not told
+    with dispatch.use("interpret"):
+        step.compiled(runner.program("edit"), store)
+    options = step._options
+
+    def meanwhile(platform: str) -> dict[str, Any] | None:
+        monkeypatch.setenv("NPROC", "7")
+        return options(platform)
+
+    monkeypatch.setattr(step, "_options", meanwhile)
+    step.compiled(runner.program("edit"), store)
+    assert files(store) == []
+    step._COMPILED.clear()
+    step.compiled(runner.program("edit"), store)
+    assert len(files(store)) == 1
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_fresh_ones_are_compiled_and_kept(runner: Runner, store: Store) -> None:
+    """What the compiler says of its memory may be lost on disk: the engine asks one that was just compiled."""
+    program = runner.program("edit")
+    first = step.compiled(program, store)
+    again = step.compiled(program, store, fresh=True)
+    assert again is not first and step.compiled(program, store) is again and len(files(store)) == 1
 
 
 def test_keys_name_no_places_in_memory(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be others in the next process."""
     keys: list[str] = []
     monkeypatch.setattr(step, "_COMPILED", OrderedDict())
-    monkeypatch.setattr(Store, "load", lambda self, key, devices: keys.append(key) or object())
+    monkeypatch.setattr(Store, "load", lambda self, file, devices: object())
+    monkeypatch.setattr(Store, "place", lambda self, program: keys.append(program) or Path(program[:9]))
     for key in runner.every_key():
         step.compiled(runner.program(key), store)
     assert len(set(keys)) == len(keys) == len(runner.every_key())

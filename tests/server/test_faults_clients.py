@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.server import live as living
-from tests.server.live import Live, Reply, answer, closed, post, wait
+from tests.server.live import PATIENCE, Live, Reply, answer, closed, post, wait
 
 RUNNING = "jaxserve:num_requests_running"
 CANARY = {"prompt": "one two three", "temperature": 0, "max_tokens": 40, "ignore_eos": True}
@@ -207,12 +207,12 @@ def test_aborted_by_who_runs_the_server(slow: Live) -> None:
         thread.start()
     wait(lambda: running(slow) >= 4)
     assert slow.post("/abort_requests", {"request_ids": ["cmpl-mine", "cmpl-nobody"]}).json == {"aborted": 1}
-    threads[0].join()
+    threads[0].join(PATIENCE)
     assert ends[0].events[-1] == "[DONE]"
     reasons = {choice["finish_reason"] for event in ends[0].events[:-1] for choice in event["choices"]}
     assert "abort" in reasons
     assert slow.post("/abort_requests", {"request_ids": ["cmpl-other"]}).json == {"aborted": 1}
-    threads[1].join()
+    threads[1].join(PATIENCE)
     assert {choice["finish_reason"] for choice in ends[1].json["choices"]} == {"abort"}
     assert slow.post("/abort_requests", {"request_ids": "all"}).status == 400
     assert slow.post("/abort_requests", {"ids": []}).error["param"] == "ids"
