@@ -39,8 +39,8 @@ class Buckets:
 
     @property
     def mixed(self) -> tuple[int, ...]:
-        """Tokens that are not there are computed all the same: powers of two alone made the demo's first token after
-        90 come a sixth later."""
+        """Tokens that are not there are computed all the same: with powers of two alone the demo's first token after 90
+        took 1.8 times that after 64, with these it takes 1.5 times that."""
         return tuple(step for step in ladder(self.tokens) if step >= min(SMALLEST_MIXED, self.tokens))
 
     @property

@@ -280,8 +280,8 @@ def compile_all(
 
 
 def _options(platform: str) -> dict[str, Any] | None:
-    """What XLA is told, unless XLA_FLAGS tell it. LLVM's third level makes programs for CPUs slower: the second gave 7
-    to 13 % more tokens per second with 8 and 32 rows of the demo, 7 with 32 of a model of 110M, else the same."""
+    """What XLA is told, unless XLA_FLAGS tell it. LLVM's third level makes programs for CPUs slower: the second gave 5
+    to 16 % more tokens per second with 8 and 32 rows of the demo, 7 with 32 of a model of 110M, else about the same."""
     level = "xla_backend_optimization_level"
     return {level: 2} if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else None
 

@@ -32,6 +32,11 @@ def of_lengths(*lengths: int) -> list[Asked]:
     return [Asked([7], length) for length in lengths]
 
 
+def tens(seed: int, count: int) -> list[Asked]:
+    """So many answers of ten tokens."""
+    return of_lengths(*[10] * count)
+
+
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
@@ -77,25 +82,22 @@ def test_rows_compare_one_at_a_time_static_batches_and_ours() -> None:
 
 def test_a_turn_ends_with_its_time() -> None:
     theirs = Fake(1.0)
-    [row] = batching.measure(
-        Fake(0.01), theirs, "chats", lambda seed, count: of_lengths(*[10] * count), counts=[64], rounds=1, seconds=25
-    )
+    [row] = batching.measure(Fake(0.01), theirs, "chats", tens, counts=[64], rounds=1, seconds=25)
     assert row.peers["sequential"].timed == 3 and row.peers["static"].timed == 48
     assert row.peers["sequential"].tokens_per_second == 1.0
     assert "3 of 64" in batching.table([row])
 
 
 def test_one_request_is_no_batch_and_no_peer_is_none() -> None:
-    draw = lambda seed, count: of_lengths(*[10] * count)  # noqa: E731
     ours = Fake(1)
-    with_peer = batching.measure(ours, Fake(1), "chats", draw, counts=[1, 2], rounds=1, seconds=99)
+    with_peer = batching.measure(ours, Fake(1), "chats", tens, counts=[1, 2], rounds=1, seconds=99)
     assert [list(row.peers) for row in with_peer] == [["sequential"], ["sequential", "static"]]
     # Few at once are done in several goes, and static batches are no larger than what is there at once.
     assert [row.asked for row in with_peer] == [16, 16]
     assert [len(batch) for batch in ours.asked] == [1] * 16 + [2] * 8
     assert [row.peers["sequential"].tokens_per_second for row in with_peer] == [1, 1]
     assert (with_peer[1].tokens_per_second, with_peer[1].peers["static"].tokens_per_second) == (2, 2)
-    [alone] = batching.measure(Fake(1), None, "chats", draw, counts=[4], rounds=1, seconds=99)
+    [alone] = batching.measure(Fake(1), None, "chats", tens, counts=[4], rounds=1, seconds=99)
     assert alone.peers == {} and "chats" in batching.table([alone])
 
 
