@@ -17,6 +17,7 @@ import asyncio
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +188,12 @@ def main() -> None:
 
 def model_of(url: str, api_key: str | None) -> str:
     from jaxserve.client import Client
+    from jaxserve.errors import JaxserveError
 
-    return Client(url, api_key=api_key).model()
+    try:
+        return Client(url, api_key=api_key).model()
+    except JaxserveError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

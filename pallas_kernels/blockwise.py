@@ -19,15 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 
 NEG = -1e30
-QUERY_TILE = 64  # query tokens per tile of a ragged row
-# KV tokens per loop step: as many as fill half a MiB while they last, then few, so that short rows waste little.
-# A step costs tens of microseconds however small it is, more of it with many query tokens to multiply by: on two
-# cores these were about the best of those tried, 32 tokens to 1 MiB.
+QUERY_TILE = 128  # query tokens per tile of a ragged row
+# KV tokens per loop step: as many as fill half a MiB while they last, then few, so that short rows waste little: as
+# many as a tile has queries, or so many for a decode row. A step costs tens of microseconds however small it is, more
+# of it with many query tokens to multiply by: on two cores these were about the best of those tried, up to 1 MiB.
 LARGE_CHUNK_BYTES = 2**19
-SMALL_CHUNK_DECODE, SMALL_CHUNK_RAGGED = 128, 64
-# Decode rows that are taken together, where a token's KV is so narrow that a row alone is mostly overhead: 1.6 against
-# 2.5 ms for 32 rows of 96 tokens with 12 KV heads of 64. With 8 heads of 128 a row alone is the faster.
-GROUP, GROUP_CHUNK, GROUP_BELOW_COLUMNS = 8, 128, 1024
+SMALL_CHUNK_DECODE = 96
+# Decode rows that are taken together, where a token's KV is so narrow that a row alone is mostly overhead. With 12 KV
+# heads of 64 a row alone is the faster: 1.5 against 2.2 ms for 32 rows of 80 tokens.
+GROUP, GROUP_CHUNK, GROUP_BELOW_COLUMNS = 8, 128, 512
 
 
 class Chunk(NamedTuple):
@@ -50,7 +50,9 @@ type ReadRows = Callable[[jax.Array], RowChunks]  # block ids [rows, n] -> RowCh
 
 def chunk_blocks(block_size: int, columns: int, query_tile: int) -> tuple[int, int]:
     """Blocks per large and per small chunk, for tokens of so many float32 columns over all KV heads."""
-    small = max(1, (SMALL_CHUNK_DECODE if query_tile == 1 else SMALL_CHUNK_RAGGED) // block_size)
+    narrow = columns < GROUP_BELOW_COLUMNS  # then with the chunks of a group: alone or not, the same sums
+    decode = GROUP_CHUNK if narrow else SMALL_CHUNK_DECODE
+    small = max(1, (decode if query_tile == 1 else query_tile) // block_size)
     return max(small, LARGE_CHUNK_BYTES // (4 * columns * block_size)), small
 
 
@@ -229,8 +231,9 @@ def attend(
     tokens, heads, dim = q.shape
     group = heads // kv_heads
     # Slices of a fixed size must not run over an edge, where JAX would shift them: pad both.
-    tables = jnp.pad(block_tables, ((0, 0), (0, chunk_blocks(block_size, kv_heads * dim, 1)[0])))
     query_tile = min(QUERY_TILE, tokens)
+    over = max(chunk_blocks(block_size, kv_heads * dim, tile)[0] for tile in (1, query_tile))
+    tables = jnp.pad(block_tables, ((0, 0), (0, over)))
     queries = jnp.pad(q.astype(jnp.float32), ((0, query_tile), (0, 0), (0, 0)))
 
     options: dict[str, Any] = dict(

@@ -52,6 +52,7 @@ RANKS = {
     "jaxserve.deploy": 13,
     "jaxserve.demo": 13,
     "jaxserve.cli": 14,
+    "jaxserve.__main__": 15,
 }
 
 # Host code: a scheduler step or a test of it must never wait for jax.

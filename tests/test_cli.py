@@ -76,6 +76,11 @@ def test_version() -> None:
     assert f"jaxserve           {__version__}\n" in done("version")
 
 
+def test_python_runs_the_package_too() -> None:
+    command = [sys.executable, "-m", "jaxserve", "version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout == done("version")
+
+
 def test_version_lists_what_is_required() -> None:
     required = metadata.requires("jaxserve") or []
     names = {line.split(";")[0].split(">")[0].split("<")[0] for line in required if ";" not in line}

@@ -27,7 +27,8 @@ type Report = Callable[[str], None]
 MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax's own variable: the share of a GPU's memory that it takes
 GIB = 2**30
 CPU_CACHE = 4 * GIB
-SCORE_ROWS = 256
+# At least and at most, between them an eighth of a step's tokens: of the others the last block computes KV alone.
+SCORE_ROWS = 64, 256
 SLACK = 256 * 2**20  # what libraries and the allocator take beside
 
 
@@ -43,8 +44,9 @@ def sized(config: EngineConfig, loaded: Loaded, report: Report, store: Store | N
     rows = config.max_num_seqs or (32 if on_cpu else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
     longest = _longest(config, spec)
+    fewest, most = SCORE_ROWS
     shape = Shape(
-        buckets=Buckets(rows, tokens, score_rows=min(SCORE_ROWS, tokens)),
+        buckets=Buckets(rows, tokens, score_rows=min(tokens, max(fewest, min(most, tokens // 8)))),
         block_size=config.block_size,
         num_blocks=2,
         width=-(-longest // config.block_size),

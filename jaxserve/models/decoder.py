@@ -50,7 +50,11 @@ class Block(nnx.Module):
         self.attention_in, self.attention_out = norm(spec.attention_in), norm(spec.attention_out)
         self.mlp_in, self.mlp_out = norm(spec.mlp_in), norm(spec.mlp_out)
 
-    def __call__(self, x: jax.Array, turn: Angles | None, core: Core) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x: jax.Array, turn: Angles | None, core: Core, wanted: jax.Array | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Of the tokens that are wanted, or of all."""
+
         def through(norm: Normalize | None, value: jax.Array) -> jax.Array:
             return value if norm is None else norm(value)
 
@@ -58,6 +62,8 @@ class Block(nnx.Module):
         normed = through(self.attention_in, x)
         with jax.named_scope("attention"):
             attended, cache = self.attention(normed, turn, core)
+        if wanted is not None:
+            x, normed, attended = (_rows(value, wanted) for value in (x, normed, attended))
         if spec.parallel:
             source = normed if self.mlp_in is None else self.mlp_in(x)
             with jax.named_scope("mlp"):
@@ -97,10 +103,15 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         cores: Sequence[Core],
         *,
+        wanted: jax.Array | None = None,
         rope_lengths: jax.Array | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, list[LayerCache | None]]:
-        """Tokens and positions of any one shape -> hidden states after the last block, and the layers' caches."""
+        """Tokens and positions of any one shape -> hidden states after the last block, and the layers' caches.
+
+        `wanted` [n] names the tokens whose hidden states are given, of tokens [T]; else all are. The last block's KV
+        is that of every token, but what follows its attention nobody else reads.
+        """
         spec = self.spec
         x = self.embed(tokens)
         if spec.embed_scale != 1.0:
@@ -117,7 +128,9 @@ class Decoder(nnx.Module):
             declared, state = nnx.split(block)
             rope = block.spec.attention.rope
             with jax.named_scope(f"layer{place}"):  # traces show it
-                x, updated = run(declared, nnx.to_pure_dict(state), x, None if rope is None else turns[rope], core)
+                turn = None if rope is None else turns[rope]
+                only = wanted if place == len(cores) - 1 else None
+                x, updated = run(declared, nnx.to_pure_dict(state), x, turn, core, only)
             caches.append(updated)
         return x, caches
 
@@ -144,12 +157,24 @@ class Decoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0,), static_argnames=("remat",), inline=False)
 def _run_block(
-    declared: Any, params: Params, x: jax.Array, turn: Angles | None, core: Core, *, remat: bool
+    declared: Any,
+    params: Params,
+    x: jax.Array,
+    turn: Angles | None,
+    core: Core,
+    wanted: jax.Array | None,
+    *,
+    remat: bool,
 ) -> tuple[jax.Array, LayerCache | None]:
-    def run(params: Params, x: jax.Array, turn: Angles | None, core: Core) -> tuple[jax.Array, LayerCache | None]:
-        return nnx.merge(declared, params)(x, turn, core)
+    def run(params: Params, *inputs: Any) -> tuple[jax.Array, LayerCache | None]:
+        return nnx.merge(declared, params)(*inputs)
 
-    return (jax.checkpoint(run) if remat else run)(params, x, turn, core)
+    return (jax.checkpoint(run) if remat else run)(params, x, turn, core, wanted)
+
+
+def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Places are in bounds."""
+    return x.at[places].get(mode="promise_in_bounds")
 
 
 @cache
@@ -188,9 +213,12 @@ def hidden(
     """`step` without its end: what the last block gives for the sampled tokens, [sampled, hidden]."""
     decoder = bind(spec, params)
     cores = [Paged(inputs, pools) for pools in cache]
-    x, updated = decoder(inputs.tokens, inputs.positions, cores, rope_lengths=inputs.rope_lengths)
-    rows = x.at[inputs.sampled].get(mode="promise_in_bounds")
-    return rows, [pools for pools in updated if pools is not None]
+    wanted = inputs.sampled
+    early = len(wanted) < len(inputs.tokens)
+    x, updated = decoder(
+        inputs.tokens, inputs.positions, cores, wanted=wanted if early else None, rope_lengths=inputs.rope_lengths
+    )
+    return x if early else _rows(x, wanted), [pools for pools in updated if pools is not None]
 
 
 def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:

@@ -60,6 +60,11 @@ def test_bodies_are_chats_or_prompts() -> None:
     assert plain.body["max_tokens"] == 5 and plain.body["temperature"] == 0
 
 
+def test_a_server_that_is_not_there_is_told() -> None:
+    with pytest.raises(SystemExit, match=r"^error: nothing answers at http://127\.0\.0\.1:1; start a server"):
+        serving.model_of("http://127.0.0.1:1", None)
+
+
 def test_goodput_counts_what_met_both_deadlines() -> None:
     samples = [
         Sample(began=0, stamps=[0.1, 0.2, 0.3], output_tokens=3),

@@ -46,7 +46,7 @@ def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatc
     assert (got.limits.max_num_seqs, got.limits.max_num_batched_tokens) == (32, 512)
     assert got.limits.max_model_len == FULL.max_positions == 64
     assert got.limits.num_blocks == got.shape.num_blocks == 1 + 32 * 64 // BLOCK
-    assert got.shape.width == 8 and got.shape.buckets.score_rows == 256
+    assert got.shape.width == 8 and got.shape.buckets.score_rows == 64
     assert lines == ["per device: weights 0.00 GiB, KV cache 0.00 GiB: 256 blocks of 8 = 2,048 tokens, 32.0 x 64"]
 
 

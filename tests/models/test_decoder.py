@@ -4,9 +4,11 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 from jaxserve.errors import JaxserveError
 from jaxserve.models import decoder, layout
 from jaxserve.models import spec as specs
+from jaxserve.parallel import mesh
 from tests.conftest import ForbidCompiles
 from tests.models import tiny
 from tests.models.paged import Paged, Row, run_forward
@@ -121,6 +124,45 @@ def test_decode_only_steps_agree_with_mixed_ones() -> None:
             paged.step((row, text[:11]))
             outs += paged.step((row, text[11:]), decode_only=decode_only)
         np.testing.assert_allclose(outs[0], outs[1], atol=2e-5 * float(outs[0].std()))
+
+
+def variants() -> dict[str, specs.ModelSpec]:
+    """Every order in which a block adds and normalizes."""
+    layer = tiny.block(tiny.grouped(), tiny.MLP)
+    blocks = {
+        "parallel, one norm": dataclasses.replace(layer, parallel=True, mlp_in=None),
+        "parallel, two norms": dataclasses.replace(layer, parallel=True),
+        "out norms": dataclasses.replace(layer, attention_out=tiny.NORM, mlp_out=tiny.NORM, residual_scale=0.5),
+        "norms of the sum": dataclasses.replace(
+            layer, attention_in=None, mlp_in=None, attention_out=tiny.NORM, mlp_out=tiny.NORM, norm_the_sum=True
+        ),
+    }
+    return tiny.SPECS | {name: tiny.model(block, block) for name, block in blocks.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [*((name, None) for name in variants()), *((name, {"tensor": 2}) for name in ("dense", "moe", "mla"))],
+    ids=lambda value: "mesh" if isinstance(value, dict) else value,
+)
+def test_what_nobody_asked_for_is_not_computed(name: str, sizes: dict[str, Any] | None) -> None:
+    """After the last block's attention only the wanted tokens go on, in any order, some of them twice; the KV of all is
+    written."""
+    spec = variants()[name]
+    with nullcontext() if sizes is None else jax.set_mesh(mesh.make_mesh(**sizes)):
+        params = layout.to_engine_layout(spec, tiny.public_params(spec))
+        text = [int(token) for token in tiny.tokens(batch=1, length=20)[0]]
+        wanted = [19, 3, 7, 19]
+        whole, few = Paged(spec, params), Paged(spec, params)
+        [expected] = whole.step((Row(20), text))
+        inputs = dataclasses.replace(few.inputs((Row(20), text)), sampled=jnp.asarray(wanted, jnp.int32))
+        logits, cache = few.run(params, few.cache, inputs)
+        np.testing.assert_allclose(np.asarray(logits), expected[wanted], atol=2e-5 * float(expected.std()))
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), cache, whole.cache)
+    if sizes is None and spec.layers[-1].mlp == tiny.MLP:
+        shapes = str(jax.make_jaxpr(partial(decoder.step, spec))(params, cache, inputs))
+        activated = re.findall(rf"f32\[(\d+),{tiny.MLP.width}\] = logistic", shapes)
+        assert activated[-1] == str(len(wanted)), activated
 
 
 def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompiles) -> None:
