@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 
 NEG = -1e30
-QUERY_TILE = 128  # query tokens per tile of a ragged row
+# Query tokens per tile of a ragged row, and of its last tile where no more are left: so 30 tokens that follow a cached
+# text of 512 took two thirds of the time, 8 such rows.
+QUERY_TILE, SHORT_TILE = 128, 32
 # KV tokens per loop step: as many as fill half a MiB while they last, then few, so that short rows waste little: as
-# many as a tile has queries, or so many for a decode row. A step costs tens of microseconds however small it is, more
-# of it with many query tokens to multiply by: on two cores these were about the best of those tried, up to 1 MiB.
+# many as a tile has queries, or so many where those are few. A step costs tens of microseconds however small it is,
+# more of it with many query tokens to multiply by: on two cores these were about the best of those tried, up to 1 MiB.
 LARGE_CHUNK_BYTES = 2**19
-SMALL_CHUNK_DECODE = 96
+SMALL_CHUNK = 96
 # Decode rows that are taken together, where a token's KV is so narrow that a row alone is mostly overhead. With 12 KV
 # heads of 64 a row alone is the faster: 1.5 against 2.2 ms for 32 rows of 80 tokens.
 GROUP, GROUP_CHUNK, GROUP_BELOW_COLUMNS = 8, 128, 512
@@ -51,8 +53,8 @@ type ReadRows = Callable[[jax.Array], RowChunks]  # block ids [rows, n] -> RowCh
 def chunk_blocks(block_size: int, columns: int, query_tile: int) -> tuple[int, int]:
     """Blocks per large and per small chunk, for tokens of so many float32 columns over all KV heads."""
     narrow = columns < GROUP_BELOW_COLUMNS  # then with the chunks of a group: alone or not, the same sums
-    decode = GROUP_CHUNK if narrow else SMALL_CHUNK_DECODE
-    small = max(1, (decode if query_tile == 1 else query_tile) // block_size)
+    few = GROUP_CHUNK if narrow else SMALL_CHUNK
+    small = max(1, (few if query_tile <= SHORT_TILE else query_tile) // block_size)
     return max(small, LARGE_CHUNK_BYTES // (4 * columns * block_size)), small
 
 
@@ -232,6 +234,7 @@ def attend(
     group = heads // kv_heads
     # Slices of a fixed size must not run over an edge, where JAX would shift them: pad both.
     query_tile = min(QUERY_TILE, tokens)
+    short_tile = SHORT_TILE if query_tile > SHORT_TILE else 0
     over = max(chunk_blocks(block_size, kv_heads * dim, tile)[0] for tile in (1, query_tile))
     tables = jnp.pad(block_tables, ((0, 0), (0, over)))
     queries = jnp.pad(q.astype(jnp.float32), ((0, query_tile), (0, 0), (0, 0)))
@@ -264,16 +267,30 @@ def attend(
         # Of a loop of one round XLA's CPU compiler makes a loop.
         return row(jnp.int32(0), out) if decode_only and tokens == 1 else lax.fori_loop(0, distribution[0], row, out)
 
-    def ragged_rows(out: jax.Array) -> jax.Array:
-        def row(r: jax.Array, out: jax.Array) -> jax.Array:
-            def put(i: jax.Array, out: jax.Array) -> jax.Array:
-                # A last, partly filled tile also writes tokens of the next row, which comes later and wins.
-                place = (cu_q_lens[r] + i * query_tile, 0, 0)
-                return lax.dynamic_update_slice(out, one_tile(r, i * query_tile, query_tile), place)
+    def ragged_rows(out: jax.Array, tile: int, tiles: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> jax.Array:
+        """Of each row those of its tiles, first and end, that `tiles` names for its number of tokens."""
 
-            return lax.fori_loop(0, (cu_q_lens[r + 1] - cu_q_lens[r] + query_tile - 1) // query_tile, put, out)
+        def row(r: jax.Array, out: jax.Array) -> jax.Array:
+            count = cu_q_lens[r + 1] - cu_q_lens[r]
+
+            def put(i: jax.Array, out: jax.Array) -> jax.Array:
+                place = (cu_q_lens[r] + i * tile, 0, 0)
+                own = i * tile + jnp.arange(tile, dtype=jnp.int32) < count  # then other rows' tokens follow
+                before = lax.dynamic_slice(out, place, (tile, heads, value_dim))
+                new = jnp.where(own[:, None, None], one_tile(r, i * tile, tile), before)
+                return lax.dynamic_update_slice(out, new, place)
+
+            return lax.fori_loop(*tiles(count), put, out)
 
         return lax.fori_loop(distribution[0], distribution[1], row, out)
+
+    def long_tiles(count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros_like(count), count // query_tile + (count % query_tile > short_tile).astype(jnp.int32)
+
+    def last_short_tile(count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rest = count % query_tile
+        first = (count - rest) // SHORT_TILE  # whole: nothing precedes a rest where query_tile is below QUERY_TILE
+        return first, first + ((rest > 0) & (rest <= SHORT_TILE)).astype(jnp.int32)
 
     out = jnp.zeros((tokens + query_tile, heads, value_dim), jnp.float32)
     if read_rows is None or kv_heads * dim >= GROUP_BELOW_COLUMNS or min(len(kv_lens), tokens) == 1:
@@ -283,6 +300,8 @@ def attend(
         grouped = _decode_in_groups(queries, tables, kv_lens, distribution[0], alone, read_rows, kv_heads, **options)
         out = lax.dynamic_update_slice(out, grouped[:tokens], (0, 0, 0))
     if not decode_only:
-        out = ragged_rows(out)
+        out = ragged_rows(out, query_tile, long_tiles)
+        if short_tile:
+            out = ragged_rows(out, short_tile, last_short_tile)
     exists = jnp.arange(tokens, dtype=jnp.int32) < cu_q_lens[distribution[1]]
     return jnp.where(exists[:, None, None], out[:tokens], 0.0).astype(q.dtype)

@@ -101,6 +101,25 @@ def test_block_sizes(block_size: int) -> None:
     check(batch, decode_tiles=DECODE_TILES)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("kv_heads", [2, 16])
+def test_the_twin_at_the_edges_of_its_tiles(kv_heads: int, window: int | None) -> None:
+    """Rows of every size about its tiles, with and without a text before, of narrow tokens and of wide ones."""
+    q_lens = [1, 1, 31, 32, 33, 127, 128, 129, 160, 161, 2]
+    past = [99, 200, 0, 400, 96, 95, 0, 700, 1, 0, 128]
+    batch = make_batch(
+        np.random.default_rng(16),
+        q_lens=q_lens,
+        kv_lens=[q_len + before for q_len, before in zip(q_lens, past, strict=True)],
+        decode_rows=2,
+        dim=32,
+        kv_heads=kv_heads,
+        block_size=16,
+    )
+    expected = dense_attention(as_stored(batch, jnp.float32), scale=32**-0.5, window=window)
+    assert error(run(batch, "reference", window=window), expected) < TOLERANCE[jnp.float32]
+
+
 @pytest.mark.parametrize("window", [1, 7, 16, 33, 1000])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_windows(window: int, splits: int) -> None:
