@@ -57,6 +57,7 @@ class Target:
     path: str = COMPLETIONS
     extra: tuple[tuple[str, Any], ...] = ()  # further fields of every body
     api_key: str | None = None
+    keep_alive: bool = True  # else a connection for each request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,8 @@ def jobs(target: Target, work: Work, count: int) -> list[Job]:
 
 
 def run(target: Target, work: list[Job], *, concurrency: int | None = None, rate: float = math.inf) -> Outcome:
-    key = target.api_key
-    return asyncio.run(load.run(target.url, work, concurrency=concurrency, rate=rate, api_key=key, timeout=600))
+    options = dict[str, Any](api_key=target.api_key, keep_alive=target.keep_alive, timeout=600)
+    return asyncio.run(load.run(target.url, work, concurrency=concurrency, rate=rate, **options))
 
 
 def figures(outcome: Outcome, deadlines: Deadlines) -> dict[str, float]:
@@ -162,12 +163,20 @@ def main() -> None:
     parser.add_argument("--ttft-ms", type=float, default=Deadlines.ttft_ms, help="deadline that counts for goodput")
     parser.add_argument("--tpot-ms", type=float, default=Deadlines.tpot_ms, help="the other")
     parser.add_argument("--ignore-eos", action="store_true", help="have each answer reach its length")
+    parser.add_argument("--no-keep-alive", action="store_true", help="a connection for each request")
     parser.add_argument("--api-key")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     extra = (("ignore_eos", True),) if options.ignore_eos else ()
     model = options.model or model_of(options.url, options.api_key)
-    target = Target(url=options.url, model=model, path=options.path, extra=extra, api_key=options.api_key)
+    target = Target(
+        url=options.url,
+        model=model,
+        path=options.path,
+        extra=extra,
+        api_key=options.api_key,
+        keep_alive=not options.no_keep_alive,
+    )
     deadlines = Deadlines(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
     loads: list[tuple[str, int | None, float]] = [(f"{rate:g}/s", None, rate) for rate in numbers(options.rate)] or [
         (f"{count:g} at once", int(count), math.inf) for count in numbers(options.concurrency)

@@ -116,7 +116,8 @@ class Server:
             port = int(probe.getsockname()[1])
         self.name, self._file = name, log
         made = plan(name, model, port, longest=longest, venv=venv)
-        self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT)
+        keep_alive = name != "llamacpp"  # which closes a connection after a stream, and the next request is lost
+        self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT, keep_alive=keep_alive)
         self._log = log.open("wb")
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         self._leaves = made.leaves

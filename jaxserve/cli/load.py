@@ -75,13 +75,16 @@ async def run(
     seed: int = 0,
     api_key: str | None = None,
     timeout: float = NEVER,
+    keep_alive: bool = True,
     done: Callable[[Sample], None] | None = None,
 ) -> Outcome:
-    """Sends every job: `rate` a second at random times (all at once if infinite), `concurrency` at a time."""
+    """Sends every job: `rate` a second at random times (all at once if infinite), `concurrency` at a time. Without
+    `keep_alive` each has a connection of its own: some servers close one after a stream and do not say so."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     slots = asyncio.Semaphore(concurrency or len(jobs) or 1)
     draw, going, most = random.Random(seed), 0, 0
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+    kept: dict[str, Any] = {"keepalive_timeout": 60} if keep_alive else {"force_close": True}
+    connector = aiohttp.TCPConnector(limit=0, **kept)
     limits = aiohttp.ClientTimeout(total=timeout)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limits) as session:
 

@@ -3,7 +3,9 @@
 
 import math
 import statistics
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -63,6 +65,35 @@ def test_bodies_are_chats_or_prompts() -> None:
 def test_a_server_that_is_not_there_is_told() -> None:
     with pytest.raises(SystemExit, match=r"^error: nothing answers at http://127\.0\.0\.1:1; start a server"):
         serving.model_of("http://127.0.0.1:1", None)
+
+
+@pytest.mark.parametrize(("keep_alive", "connections"), [(True, 1), (False, 5)])
+def test_connections_are_kept_unless_a_server_cannot(keep_alive: bool, connections: int) -> None:
+    seen: list[object] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            seen.append(self.client_address)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            event = b'data: {"choices": [{"index": 0, "text": "a"}]}\n\ndata: [DONE]\n\n'
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Content-Length", str(len(event)))
+            self.end_headers()
+            self.wfile.write(event)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        target = Target(url=f"http://127.0.0.1:{server.server_port}", model="m", keep_alive=keep_alive)
+        outcome = serving.run(target, serving.jobs(target, Work(prompt=3, new=5), 5), concurrency=1)
+        server.shutdown()
+    assert [sample.error for sample in outcome.samples] == [None] * 5
+    assert len(seen) == 5 and len(set(seen)) == connections
 
 
 def test_goodput_counts_what_met_both_deadlines() -> None:
