@@ -177,7 +177,7 @@ def _state_bytes(spec: Any, rows: int, width: int) -> int:
 
 def _step_bytes(spec: Any, dtype: Any, *, rows: int, tokens: int, shards: int) -> int:
     """About what the largest programs hold at once: a layer's activations, or logits and what is sampled from."""
-    from jaxserve.engine.sizing import SCORE_ROWS
+    from jaxserve.engine.sizing import score_rows
     from jaxserve.models.spec import Mlp
 
     widest = 0
@@ -185,7 +185,7 @@ def _step_bytes(spec: Any, dtype: Any, *, rows: int, tokens: int, shards: int) -
         mlp = layer.mlp
         width = mlp.width if isinstance(mlp, Mlp) else mlp.width * mlp.router.top_k
         widest = max(widest, 6 * spec.hidden + 3 * width // shards)
-    logits = 2 * 4 * max(rows, min(SCORE_ROWS, tokens)) * spec.vocab_size
+    logits = 2 * 4 * max(rows, score_rows(tokens)) * spec.vocab_size
     return max(tokens * widest * dtype.itemsize, logits)
 
 

@@ -27,8 +27,6 @@ type Report = Callable[[str], None]
 MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax's own variable: the share of a GPU's memory that it takes
 GIB = 2**30
 CPU_CACHE = 4 * GIB
-# At least and at most, between them an eighth of a step's tokens: of the others the last block computes KV alone.
-SCORE_ROWS = 64, 256
 SLACK = 256 * 2**20  # what libraries and the allocator take beside
 
 
@@ -44,9 +42,8 @@ def sized(config: EngineConfig, loaded: Loaded, report: Report, store: Store | N
     rows = config.max_num_seqs or (32 if on_cpu else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
     longest = _longest(config, spec)
-    fewest, most = SCORE_ROWS
     shape = Shape(
-        buckets=Buckets(rows, tokens, score_rows=min(tokens, max(fewest, min(most, tokens // 8)))),
+        buckets=Buckets(rows, tokens, score_rows=score_rows(tokens)),
         block_size=config.block_size,
         num_blocks=2,
         width=-(-longest // config.block_size),
@@ -72,6 +69,11 @@ def sized(config: EngineConfig, loaded: Loaded, report: Report, store: Store | N
     )
     shape = replace(shape, num_blocks=blocks, width=-(-longest // config.block_size))
     return Sized(_limits(config, loaded, shape, longest), shape)
+
+
+def score_rows(tokens: int) -> int:
+    """Prompt tokens that are scored in a step of so many: few, since of the others the last block computes KV alone."""
+    return min(tokens, max(64, min(tokens // 8, 256)))
 
 
 def _limits(config: EngineConfig, loaded: Loaded, shape: Shape, longest: int) -> Limits:
