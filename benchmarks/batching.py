@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import compare, facts, kv_memory, offline
+from benchmarks import arguments, compare, facts, kv_memory, offline
 from benchmarks.ragged import FULL, LONGEST, TINY, Asked, Sizes, chats, even
 from jaxserve import LLM, SamplingParams
 
@@ -228,13 +228,22 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.batching", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--peer", metavar="PYTHON", help="a Python that has torch and transformers")
+    parser.add_argument(
+        "--peer", type=arguments.python, metavar="PYTHON", help="a Python that has torch and transformers"
+    )
     parser.add_argument("--model", default="demo", help=f"{', '.join(compare.MODELS)} or a folder")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--requests", default=",".join(map(str, FULL.counts)), help="chats at once")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="after which a turn of transformers ends")
-    parser.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
+    parser.add_argument(
+        "--requests",
+        type=arguments.some(arguments.whole),
+        default=",".join(map(str, FULL.counts)),
+        help="chats at once",
+    )
+    parser.add_argument("--rounds", type=arguments.whole, default=3, help="that count")
+    parser.add_argument(
+        "--seconds", type=arguments.positive, default=20.0, help="after which a turn of transformers ends"
+    )
+    parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json and NAME.md")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: whether it runs, not how fast")
     return parser.parse_args(given)
 
@@ -242,7 +251,7 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments_of(given)
     jax.config.update("jax_platforms", "cpu")
-    sizes = TINY if options.tiny else replace(FULL, counts=tuple(map(int, options.requests.split(","))))
+    sizes = TINY if options.tiny else replace(FULL, counts=tuple(options.requests))
     told: dict[str, Any] = {"model": "tiny" if options.tiny else options.model, "parts": options.parts}
     told |= {"rounds": options.rounds, "seconds": options.seconds, "sizes": asdict(sizes)}
     shown: list[str] = []

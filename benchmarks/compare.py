@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import facts, offline, plot, serving, words
-from benchmarks.peers.servers import Server
+from benchmarks import arguments, facts, offline, plot, serving, words
+from benchmarks.peers.servers import Server, missing
 from benchmarks.serving import Deadlines, Work
 from jaxserve import demo
 from jaxserve.client import Client, ServerError
@@ -46,11 +46,27 @@ class Row:
     ttft_ratio: float | None = None  # this one's first tokens against the first server's, above 1 where they are later
 
 
+def named(text: str) -> dict[str, Path | None]:
+    """Servers by name, with the environments of those that need one."""
+    found: dict[str, Path | None] = {}
+    for part in arguments.some(str)(text):
+        name, _, venv = part.partition("=")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{name} is named twice")
+        found[name] = Path(venv).resolve() if venv else None
+        if problem := missing(name, found[name]):
+            raise argparse.ArgumentTypeError(problem)
+    return found
+
+
 def model_folder(name: str, place: Path) -> Path:
     if name == "demo":
         return demo.FOLDER
     if name != "110m":
-        return Path(name).resolve()
+        folder = Path(name).resolve()
+        if not (folder / "config.json").is_file():
+            raise SystemExit(f"error: there is no model in {name}  hint: {', '.join(MODELS)} or a model's folder")
+        return folder
     shape = offline.Shape()
     folder = offline.make_checkpoint(place / "llama-110m", shape, seed=0)
     words.write_tokenizer(folder, shape.vocab)
@@ -126,12 +142,13 @@ class Side(Server):
 def markdown(rows: Sequence[Row]) -> str:
     first = rows[0].server
     lines = [
-        f"| streams | server | output tok/s | spread | TTFT p50 | p99 | TPOT p50 | failed | {first} is | TTFT |",
+        f"| streams | server | output tok/s | spread | TTFT p50 | p99 | TPOT p50 | failed | {first} is "
+        f"| its TTFT in times of {first}'s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         speedup = "" if row.speedup is None else f"{row.speedup:.2f} x as fast"
-        later = "" if row.ttft_ratio is None else f"{row.ttft_ratio:.2f} x as late"
+        later = "" if row.ttft_ratio is None else f"{row.ttft_ratio:.2f}"
         times = f"{row.ttft_p50_ms:.1f} ms | {row.ttft_p99_ms:.1f} ms | {row.tpot_p50_ms:.2f} ms"
         lines.append(
             f"| {row.streams} | {row.server} | {row.tokens_per_second:.0f} | {row.spread:.0f} | {times} "
@@ -144,34 +161,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--servers", default="jaxserve,jaxserve-uncached", help="names, peers as NAME=VENV")
+    whole = arguments.whole
+    parser.add_argument("--servers", type=named, default="jaxserve,jaxserve-uncached", help="names, peers as NAME=VENV")
     parser.add_argument("--model", default="demo", help=f"{', '.join(MODELS)} or a folder")
-    parser.add_argument("--mix", default="fixed", choices=serving.MIXES)
-    parser.add_argument("--streams", default="1,8,32", help="chats at once")
-    parser.add_argument("--prompt", type=int, default=64, help="words in a prompt, or their median")
-    parser.add_argument("--new", type=int, default=64, help="tokens in an answer, or their median")
-    parser.add_argument("--each", type=int, default=2, help="requests of a stream in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.svg")
+    parser.add_argument("--mix", default="fixed", choices=serving.MIXES, help="as for benchmarks.serving")
+    parser.add_argument("--streams", type=arguments.some(whole), default="1,8,32", help="chats at once")
+    parser.add_argument("--prompt", type=whole, default=64, help="words in a prompt, or their median")
+    parser.add_argument("--new", type=whole, default=64, help="tokens in an answer, or their median")
+    parser.add_argument("--each", type=whole, default=2, help="requests of a stream in a round")
+    parser.add_argument("--rounds", type=whole, default=3, help="that count, after one that warms up")
+    parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json, .md and .svg")
     options = parser.parse_args()
     work = Work(mix=options.mix, prompt=options.prompt, new=options.new, longest=512)
     servers: list[Side] = []
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(options.model, Path(folder))
         try:
-            for named in options.servers.split(","):
-                name, _, venv = named.partition("=")
-                place = Path(venv).resolve() if venv else None
+            for name, place in options.servers.items():
                 servers.append(Side(name, model, longest=1024, venv=place, log=Path(folder, f"{name}.log")))
                 print(f"{name}: up after {servers[-1].start_seconds:.1f} s", flush=True)
             same = agreement(servers, work, 8)
             rows = measure(
                 servers,
                 work,
-                streams=[int(count) for count in options.streams.split(",")],
+                streams=options.streams,
                 rounds=options.rounds,
                 each=options.each,
             )
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
         finally:
             for server in servers:
                 server.close()

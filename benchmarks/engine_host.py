@@ -17,13 +17,13 @@ import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import facts, published
+from benchmarks.arguments import file_to_write
 from jaxserve.config import EngineConfig
 from jaxserve.engine.batch import Packed
 from jaxserve.engine.engine import Engine
@@ -164,7 +164,7 @@ def row_of(rows: int, steps: list[Step]) -> Row:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_host", description="The host's share of a step.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the rows there too")
     parser.add_argument("--tiny", action="store_true", help="as little as shows that it works")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -16,13 +16,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import facts, models
+from benchmarks import arguments, facts, models
 from pallas_kernels.paged_attention import paged_attention
 
 BLOCK_SIZE = 16
@@ -144,8 +143,8 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Twins against dense attention.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each row")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="time for each row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

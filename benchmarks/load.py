@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import facts
+from benchmarks import arguments, facts
 from convert import load, orbax
 
 RATIO_AIM, MEMORY_AIM = 2.0, 1.1
@@ -176,10 +176,10 @@ def convert(source: Path, place: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description="Loading against reading.")
-    parser.add_argument("--gb", type=float, default=1.0, help="size of the checkpoint")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--gb", type=arguments.positive, default=1.0, help="size of the checkpoint")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
     parser.add_argument("--dir", type=Path, help="where the temporary folder goes")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=arguments.whole, default=9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of PyTorch, which nobody misses here

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import facts
+from benchmarks import arguments, facts
 
 AIMS = {1: 2.0, 8: 1.7, 32: 1.5}
 _ROOT = Path(__file__).parents[1]
@@ -193,11 +193,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Against transformers.")
-    parser.add_argument("--peer", metavar="PYTHON", help="a Python that has torch and transformers")
+    parser.add_argument(
+        "--peer", type=arguments.python, metavar="PYTHON", help="a Python that has torch and transformers"
+    )
     parser.add_argument("--concurrency", default="1,8,32", help="numbers of prompts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
     parser.add_argument("--tiny", action="store_true", help="a toy model: whether it runs, not how fast")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=arguments.whole, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     counts = [int(count) for count in options.concurrency.split(",")]

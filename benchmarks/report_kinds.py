@@ -90,7 +90,8 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
             line += ["-" if one is None else told(one, ".2f", aim) for one, aim in zip(found, wanted, strict=True)]
         shown.append(line)
     same = ", ".join(f"{peer} {content['same'][peer]:.0%}" for peer in peers)
-    failed = sum(row["failed"] for row in [*base.values(), *rows.values()])
+    lost = {name: sum(row["failed"] for row in content["rows"] if row["server"] == name) for name in (ours, *peers)}
+    failed = ", ".join(f"{name} {count}" for name, count in lost.items() if count) or "none"
     sizes = f"prompts of {settings['prompt']} tokens, answers of {settings['new']}"
     return [
         f"Model {Path(settings['model']).name}, {mix} lengths, {sizes}, {settings['rounds']} rounds:",

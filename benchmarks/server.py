@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import facts, streams
+from benchmarks import arguments, facts, streams
 from jaxserve import demo
 
 AIM, AIM_STREAMS = 0.85, 256
@@ -176,10 +176,10 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description="What the server costs.")
     parser.add_argument("--streams", default="1,32,256", help="numbers of streams")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens in a prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens that each stream asks for")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--prompt", type=arguments.whole, default=32, help="tokens in a prompt")
+    parser.add_argument("--new", type=arguments.whole, default=128, help="tokens that each stream asks for")
+    parser.add_argument("--rounds", type=arguments.whole, default=5)
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]
     config = settings(demo.FOLDER, max(counts), options.prompt + options.new)

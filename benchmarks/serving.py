@@ -9,7 +9,7 @@
 The same seed asks for the same work of every server. Prompts are words, so that all routes and tokenizers take them.
 Told per load: output tokens per second, time to the first token (TTFT), time per token after it (TPOT), gaps between
 events (ITL), the whole (E2E), each at p50, p90 and p99; failures; and goodput: requests a second that met both
-deadlines.
+deadlines. Answers end where the model ends them, after few tokens maybe: where speeds are compared, --ignore-eos.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks import facts
+from benchmarks import arguments, facts
 from jaxserve.cli import load
 from jaxserve.cli.bench_serve import WORDS
 from jaxserve.cli.load import Job, Outcome, Sample
@@ -58,6 +58,7 @@ class Target:
     extra: tuple[tuple[str, Any], ...] = ()  # further fields of every body
     api_key: str | None = None
     keep_alive: bool = True  # else a connection for each request
+    timeout: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def jobs(target: Target, work: Work, count: int) -> list[Job]:
 
 
 def run(target: Target, work: list[Job], *, concurrency: int | None = None, rate: float = math.inf) -> Outcome:
-    options = dict[str, Any](api_key=target.api_key, keep_alive=target.keep_alive, timeout=600)
+    options = dict[str, Any](api_key=target.api_key, keep_alive=target.keep_alive, timeout=target.timeout)
     return asyncio.run(load.run(target.url, work, concurrency=concurrency, rate=rate, **options))
 
 
@@ -133,6 +134,8 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     for name, one in rows:
         times = "".join(
             f"{one[f'median_{part}_ms']:>12.1f}{one[f'p90_{part}_ms']:>7.0f}{one[f'p99_{part}_ms']:>7.0f}"
+            if one["completed"]
+            else f"{'-':>12}{'-':>7}{'-':>7}"
             for part in parts
         )
         lines.append(
@@ -142,30 +145,50 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part]
+def faults(outcome: Outcome) -> dict[str, int]:
+    """What failed requests were told, and how many of them; the most frequent first."""
+    told = Counter(sample.error or "an answer without a token" for sample in outcome.samples if _failed(sample))
+    return dict(told.most_common())
+
+
+def _failed(sample: Sample) -> bool:
+    return sample.error is not None or not sample.stamps
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.serving",
+        description=__doc__,
+        formatter_class=_Help,
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server, without /v1")
+    counts, rates = arguments.some(arguments.whole), arguments.several(arguments.positive)
+    parser.add_argument("--url", type=arguments.url, default="http://127.0.0.1:8000", help="the server")
     parser.add_argument("--model", default="", help="as the server calls it; its first if not given")
     parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route to ask")
-    parser.add_argument("--mix", default="fixed", choices=MIXES)
-    parser.add_argument("--prompt", type=int, default=Work.prompt, help="words in a prompt, or their median")
-    parser.add_argument("--new", type=int, default=Work.new, help="tokens in an answer, or their median")
-    parser.add_argument("--concurrency", default="1,8,32", help="loads of the closed loop")
-    parser.add_argument("--rate", default="", help="loads of the open loop, in place of the closed one")
-    parser.add_argument("--requests", type=int, default=0, help="of each load; four for each at once if 0")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ttft-ms", type=float, default=Deadlines.ttft_ms, help="deadline that counts for goodput")
-    parser.add_argument("--tpot-ms", type=float, default=Deadlines.tpot_ms, help="the other")
+    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and beginnings vary, see above")
+    parser.add_argument(
+        "--prompt", type=arguments.whole, default=Work.prompt, help="words in a prompt, or their median"
+    )
+    parser.add_argument("--new", type=arguments.whole, default=Work.new, help="tokens in an answer, or their median")
+    parser.add_argument("--concurrency", type=counts, default="1,8,32", help="requests at once, a load for each number")
+    parser.add_argument("--rate", type=rates, default="", help="requests a second, in place of --concurrency")
+    parser.add_argument(
+        "--requests", type=arguments.whole_or_none, default=0, help="of each load; four for each at once if 0"
+    )
+    parser.add_argument("--seed", type=arguments.whole_or_none, default=0, help="of prompts, lengths and times")
+    parser.add_argument(
+        "--ttft-ms", type=arguments.positive, default=Deadlines.ttft_ms, help="deadline that counts for goodput"
+    )
+    parser.add_argument("--tpot-ms", type=arguments.positive, default=Deadlines.tpot_ms, help="the other")
     parser.add_argument("--ignore-eos", action="store_true", help="have each answer reach its length")
     parser.add_argument("--no-keep-alive", action="store_true", help="a connection for each request")
-    parser.add_argument("--api-key")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--timeout", type=arguments.positive, default=600.0, help="seconds until a request has failed")
+    parser.add_argument("--api-key", help="the server's key")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     extra = (("ignore_eos", True),) if options.ignore_eos else ()
     model = options.model or model_of(options.url, options.api_key)
@@ -176,23 +199,31 @@ def main() -> None:
         extra=extra,
         api_key=options.api_key,
         keep_alive=not options.no_keep_alive,
+        timeout=options.timeout,
     )
     deadlines = Deadlines(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
-    loads: list[tuple[str, int | None, float]] = [(f"{rate:g}/s", None, rate) for rate in numbers(options.rate)] or [
-        (f"{count:g} at once", int(count), math.inf) for count in numbers(options.concurrency)
+    loads: list[tuple[str, int | None, float]] = [(f"{rate:g}/s", None, rate) for rate in options.rate] or [
+        (f"{count} at once", count, math.inf) for count in options.concurrency
     ]
     rows: list[tuple[str, dict[str, float]]] = []
+    failed: dict[str, dict[str, int]] = {}
     for place, (name, concurrency, rate) in enumerate(loads):
         count = options.requests or 4 * (concurrency or 16)
         # Another seed for each load: no prompt of one is in the cache for the next.
         work = Work(mix=options.mix, prompt=options.prompt, new=options.new, seed=options.seed * 1000 + place)
         outcome = run(target, jobs(target, work, count), concurrency=concurrency, rate=rate)
         rows.append((name, figures(outcome, deadlines)))
+        failed[name] = faults(outcome)
     print(table(rows))
+    for name, told in failed.items():
+        for problem, count in list(told.items())[:3]:
+            print(f"{name}: {count} failed: {problem}", file=sys.stderr)
     if options.json:
         told = facts.collect() | {"processor": facts.processor(), "settings": {**vars(options), "api_key": None}}
         told["settings"]["json"] = str(options.json)
-        options.json.write_text(json.dumps(told | {"loads": dict(rows)}, indent=1) + "\n")
+        options.json.write_text(json.dumps(told | {"loads": dict(rows), "failures": failed}, indent=1) + "\n")
+    if not any(one["completed"] for _, one in rows):
+        sys.exit("error: no request was answered")
 
 
 def model_of(url: str, api_key: str | None) -> str:

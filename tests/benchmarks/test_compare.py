@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The load generator's and the comparison's own parts; what they measure is no test."""
 
+import argparse
 import math
 import statistics
 import threading
@@ -154,11 +155,29 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
         made = servers.plan(name, tmp_path, 81, longest=512, venv=tmp_path)
         assert str(tmp_path) in made.command and "81" in made.command and "127.0.0.1" in made.command
     assert "--no-enable-prefix-caching" in servers.plan("jaxserve-uncached", tmp_path, 1, longest=9, venv=None).command
-    for name in ("vllm", "transformers"):
-        with pytest.raises(SystemExit, match=f"{name} has no environment"):
-            servers.plan(name, tmp_path, 1, longest=9, venv=None)
-    with pytest.raises(SystemExit, match="no server 'x'"):
-        servers.plan("x", tmp_path, 1, longest=9, venv=None)
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        ("", "names nothing"),
+        ("jaxserve,x", "there is no server 'x'; there are jaxserve,"),
+        ("jaxserve,vllm", "vllm needs an environment, vllm=FOLDER"),
+        ("jaxserve,transformers=/nonexistent", "there is no virtual environment in /nonexistent"),
+        ("jaxserve,jaxserve", "names one twice"),
+    ],
+)
+def test_servers_that_cannot_be_are_told_before_any_is_started(named: str, problem: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=problem):
+        compare.named(named)
+
+
+def test_what_went_wrong_is_told() -> None:
+    """With how many it went so, the most frequent first."""
+    ended = Sample(stamps=[1.0], output_tokens=1)
+    samples = [Sample(error="b"), Sample(error="a"), ended, Sample(error="a"), Sample()]
+    found = serving.faults(Outcome(samples, 1.0, 1))
+    assert next(iter(found.items())) == ("a", 2) and found["b"] == 1 and sum(found.values()) == 4
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:

@@ -96,8 +96,6 @@ def test_the_server_of_it(tmp_path: Path) -> None:
     made = servers.plan("llamacpp", tmp_path, 81, longest=512, venv=tmp_path)
     assert made.leaves and str(made.leaves) in made.command and made.prepare[-2:] == [str(tmp_path), str(made.leaves)]
     assert str(servers.ROWS * 512) in made.command
-    with pytest.raises(SystemExit, match="llamacpp has no environment"):
-        servers.plan("llamacpp", tmp_path, 1, longest=9, venv=None)
 
 
 def test_a_model_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark may be told, as types for argparse: a wrong value is one line and exit status 2, before any work."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def _wrong(problem: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(problem)
+
+
+def whole(text: str, *, least: int = 1) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise _wrong(f"{text!r} is no whole number") from None
+    if value < least:
+        raise _wrong(f"{value} is below {least}")
+    return value
+
+
+def whole_or_none(text: str) -> int:
+    return whole(text, least=0)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise _wrong(f"{text!r} is no number") from None
+    if not 0 < value < math.inf:
+        raise _wrong(f"{text} is not above 0 and finite")
+    return value
+
+
+def several[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Comma-separated."""
+
+    def read(text: str) -> list[T]:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+
+    return read
+
+
+def some[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Comma-separated, one at least, none twice."""
+
+    def read(text: str) -> list[T]:
+        values = several(kind)(text)
+        if not values or len(set(values)) < len(values):
+            raise _wrong(f"{text!r} names nothing" if not values else f"{text!r} names one twice")
+        return values
+
+    return read
+
+
+def file_to_write(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise _wrong(f"there is no folder {path.parent}")
+    return path
+
+
+def python(text: str) -> str:
+    if not os.access(text, os.X_OK) or Path(text).is_dir():
+        raise _wrong(f"{text} is no Python that can be run")
+    return text
+
+
+def url(text: str) -> str:
+    """Of a server, without the /v1 that clients are given."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _wrong(f"{text!r} is no URL: it looks like http://127.0.0.1:8000")
+    return text.rstrip("/").removesuffix("/v1")
