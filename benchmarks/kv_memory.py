@@ -119,7 +119,7 @@ def measure(
         warmup=False,
     )
     engine = Engine(config, report=lambda line: None)
-    block_bytes = sizing.device_block_bytes(engine.loaded, BLOCK)
+    block_bytes = sizing.device_block_bytes(engine.model, BLOCK)
     try:
         samples = run(engine, requests)
         return summary(

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from jaxserve import arrays, beam
 from jaxserve.arrays import GeneratedArrays
-from jaxserve.engine import sizing
 from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.intake import Prompt, Ready, by_prompt, each_named, is_one, listed
@@ -281,8 +280,8 @@ class LLM:
             return arrays.as_arrays(outputs, samples=samples.pop(), width=width, pad_id=pad_id, place=self._place())
 
     def _place(self) -> Any:
-        mesh = self._engine.runner.mesh
-        return NamedSharding(mesh, P()) if mesh is not None else sizing.device_of(self._engine.runner.params)
+        runner = self._engine.runner
+        return NamedSharding(runner.mesh, P()) if runner.mesh is not None else runner.device
 
     # --- weights and state ------------------------------------------------------------------------------------------
 

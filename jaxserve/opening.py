@@ -20,4 +20,4 @@ def opened(model: str, settings: Mapping[str, Any], **given: Any) -> tuple[Engin
         engine = Engine(config, **given)
     if tokenizer is not None:
         engine.also_ends(tokenizer.eos_token_ids)
-    return engine, Intake(tokenizer, engine.limits, defaults=engine.loaded.sampling_defaults)
+    return engine, Intake(tokenizer, engine.limits, defaults=engine.model.sampling_defaults)

@@ -2,6 +2,7 @@
 """New weights for a running LLM, and its sleep: what is swapped, what is refused, what it answers then."""
 
 import copy
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,9 @@ def test_after_a_deep_sleep_a_checkpoint_is_read_again(tmp_path: Path) -> None:
     few = {name: value for name, value in tiny_llm.OPTIONS.items() if name != "spec"}
     llm = LLM(str(tmp_path), skip_tokenizer_init=True, **few)
     before = llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves(llm.params)]
     llm.sleep(2)
+    assert not any(leaf() is not None for leaf in held), "somebody keeps the weights"
     llm.wake()
     assert llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids == before
 

@@ -24,7 +24,7 @@ from benchmarks import published
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.roof import Roof
 from jaxserve.config import EngineConfig
-from jaxserve.engine import batch, sizing
+from jaxserve.engine import batch
 from jaxserve.engine.batch import Layout, Packed
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.plan import StepResult
@@ -82,7 +82,7 @@ def settings(spec: ModelSpec, params: Any, *, tiny: bool) -> dict[str, Any]:
     twice for it, once to ask for their memory."""
     if tiny:
         return TINY | {"compilation_cache_dir": ""}
-    device = sizing.device_of(params)
+    [device] = params["embed"]["weight"].devices()
     stats = device.memory_stats() or {}
     left = stats["bytes_limit"] - stats["bytes_in_use"] - SLACK
     return {"num_blocks": left // kv_cache.bytes_per_block(spec, block_size=16, dtype=jnp.bfloat16)}

@@ -124,7 +124,7 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
     mesh = loading.on_mesh(config, None)
     with jax.set_mesh(mesh):
         params = layout.abstract_params(spec, dtype)
-    loaded = loading.Loaded(spec, params, mesh)
+    opened = loading.Opened(spec, params, mesh)
     rows = config.max_num_seqs or (32 if memory is None else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if memory is None else 2048)
     if tokens < rows:
@@ -139,7 +139,7 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
         step=_step_bytes(spec, dtype, rows=rows, tokens=tokens, shards=config.tensor_parallel_size),
         slack=sizing.SLACK,
         block_size=config.block_size,
-        block_bytes=sizing.device_block_bytes(loaded, config.block_size),
+        block_bytes=sizing.device_block_bytes(opened, config.block_size),
         blocks=0,
         max_model_len=longest,
         held=held_blocks(longest, config.block_size, window=sizing.window_of(spec), step=tokens),

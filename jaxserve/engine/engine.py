@@ -13,6 +13,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compiled_store, loading, sizing
 from jaxserve.engine.batch import Batcher
-from jaxserve.engine.loading import Loaded, Told
+from jaxserve.engine.loading import Told
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.runner import Handle, Runner
 from jaxserve.engine.scheduler import Scheduler
@@ -54,24 +56,31 @@ class Engine:
     ) -> None:
         """`params` of a program that holds them already, in public or engine layout, in place of the folder's.
 
-        `told` hears how far loading and compiling are; `opened` is called between the two: limits are known then.
+        `told` hears how far loading is, and then compiling, which began with it; `opened` is called once limits are
+        known.
         """
-        self.config, self.report, self._told = config, report, told
+        self.config, self.report = config, report
         sizing.reserve_memory(config)
         store = compiled_store.open_store(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
-        self.loaded: Loaded = (
-            loading.from_folder(config, on, told) if params is None else loading.from_params(config, spec, params, on)
-        )
-        sized = sizing.sized(config, self.loaded, report, store)
-        self.limits = limits = sized.limits
-        if opened is not None:
-            opened(self)
-        self.runner = Runner(self.loaded.spec, self.loaded.params, sized.shape, mesh=on, store=store)
-        if config.warmup:
-            self.warm()
+        if params is None:
+            self.model, weights = loading.open_folder(config, on), None
         else:
-            self.runner.allocate()
+            self.model, weights = loading.open_params(config, spec, params, on)
+        memory = sizing.memory(config, self.model)
+        with loading.reading(self.model, told) if weights is None else nullcontext(_done(weights)) as reading:
+            sized = sizing.sized(config, self.model, memory, report, store)
+            self.limits = limits = sized.limits
+            if opened is not None:
+                opened(self)
+            self.runner = Runner(self.model.spec, self.model.shapes, sized.shape, mesh=on, store=store)
+            if config.warmup:
+                shown = _Progress(report, told, reading)
+                self.runner.warm(shown, reading)
+                shown.close()
+            else:
+                self.runner.params = reading.result()
+                self.runner.allocate()
         self.scheduler = Scheduler(limits, score_rows=sized.shape.buckets.score_rows, seed=config.seed)
         self._batcher = Batcher(
             sized.shape.buckets,
@@ -87,12 +96,6 @@ class Engine:
         self._asleep_weights: Params | None = None
         self._has_checkpoint = params is None
         self.error: str | None = None
-
-    def warm(self) -> None:
-        """Compiles everything that steps need."""
-        shown = _Progress(self.report, self._told)
-        self.runner.warm(shown)
-        shown.close()
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -228,7 +231,7 @@ class Engine:
         if not runner.params:
             if not self._has_checkpoint:
                 raise JaxserveError("the weights were dropped", "give new ones with update_weights, then wake")
-            runner.params = loading.from_folder(self.config, runner.mesh).params
+            runner.params = loading.read(loading.open_folder(self.config, runner.mesh))
         runner.allocate()
         self.asleep = False
 
@@ -268,22 +271,31 @@ class Engine:
         )
 
 
-class _Progress:
-    """`compiling 7/18 (12 s)`, in place on a terminal; elsewhere the last line alone."""
+def _done(params: Params) -> Future[Params]:
+    """As if they were read."""
+    future: Future[Params] = Future()
+    future.set_result(params)
+    return future
 
-    def __init__(self, report: Report, told: Told | None) -> None:
-        self._report, self._told, self._last = report, told, ""
+
+class _Progress:
+    """`compiling 7/18 (12 s)`, in place on a terminal once weights are read; elsewhere the last line alone."""
+
+    def __init__(self, report: Report, told: Told | None, reading: Future[Params]) -> None:
+        self._report, self._told, self._reading, self._last = report, told, reading, ""
         self._live = report is to_stderr and sys.stderr.isatty()
 
     def __call__(self, done: int, count: int, seconds: float) -> None:
+        self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
+        if not self._reading.done():
+            return
         if self._told is not None:
             self._told("compiling", done, count)
-        self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
         if self._live:
             print(f"\r{self._last}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._live and self._last:
-            print(file=sys.stderr)
+            print(f"\r{self._last}", file=sys.stderr)
         elif self._last:
             self._report(self._last)

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a configuration to a model on its devices: where its files are, what ends its texts, its parameters."""
+"""From a configuration to a model on its devices: where its files are, what ends its texts, its parameters.
+
+Opened first: all that is known without reading weights, which is all that compilers need. Then read, by a thread of
+its own where there is something else to do.
+"""
 
 import contextlib
-from collections.abc import Callable, Mapping, Set
+import threading
+from collections.abc import Callable, Generator, Mapping, Set
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from convert import hub, load, progress
+from convert.load import Plan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError
 from jaxserve.models import hf, layout
@@ -25,13 +32,16 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Opened:
+    """A model but for its parameters: those who hold them may replace them, and then nobody else keeps the old ones."""
+
     spec: ModelSpec
-    params: Params  # engine layout
+    shapes: Params  # of the parameters in engine layout, and where they lie
     mesh: Any
     folder: Path | None = None
     eos_token_ids: frozenset[int] = frozenset()
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what generation_config.json says
+    plan: Plan | None = None  # of what is still to be read
 
 
 def on_mesh(config: EngineConfig, given: Any) -> Any:
@@ -44,30 +54,61 @@ def on_mesh(config: EngineConfig, given: Any) -> Any:
     return mesh.make_mesh(tensor=tensor, expert=expert) if tensor * expert > 1 else None
 
 
-def from_folder(config: EngineConfig, on: Any, told: Told | None = None) -> Loaded:
-    """The configured model, downloaded if need be, read into its shardings."""
+def open_folder(config: EngineConfig, on: Any) -> Opened:
+    """The configured model, downloaded if need be."""
     cache = Path(config.download_dir).expanduser() if config.download_dir else None
     folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, check=load.open_spec)
-    opened = load.open_model(folder)
-    dtype = load.param_dtype(opened, None if config.dtype == "auto" else config.dtype)
-    with (
-        jax.set_mesh(on) if on is not None else contextlib.nullcontext(),
-        progress.bar("loading", opened.bytes) as shown,
-    ):
-        done = 0
+    plan = load.open_model(folder)
+    dtype = load.param_dtype(plan, None if config.dtype == "auto" else config.dtype)
+    [device] = jax.device_put(0).devices()  # jax's default
+    with _on(on, device):
+        shapes = layout.abstract_params(plan.spec, dtype)
+    if on is None:
+        shapes = jax.tree.map(lambda leaf: leaf.update(sharding=SingleDeviceSharding(device)), shapes)
+    return Opened(plan.spec, shapes, on, folder, _eos_token_ids(folder), _sampling_defaults(folder), plan)
 
-        def read(count: int) -> None:
+
+def read(opened: Opened, told: Told | None = None) -> Params:
+    """The parameters of a folder, into their shardings."""
+    plan, done, embed = opened.plan, 0, opened.shapes["embed"]["weight"]
+    assert plan is not None
+    [device, *_] = embed.sharding.device_set
+    with _on(opened.mesh, device), progress.bar("loading", plan.bytes) as shown:
+
+        def count(size: int) -> None:
             nonlocal done
-            done += count
-            shown(count)
+            done += size
+            shown(size)
             if told is not None:
-                told("loading", done, opened.bytes)
+                told("loading", done, plan.bytes)
 
-        params = load.read(opened, dtype=dtype, progress=read)
-    return Loaded(opened.spec, params, on, folder, _eos_token_ids(folder), _sampling_defaults(folder))
+        return load.read(plan, dtype=embed.dtype, progress=count)
 
 
-def from_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on: Any) -> Loaded:
+@contextlib.contextmanager
+def reading(opened: Opened, told: Told | None = None) -> Generator[Future[Params]]:
+    """The same by a thread, which ends with the block: after a fault or Ctrl-C the rest is not read."""
+    given_up = threading.Event()
+
+    def counted(what: str, done: int, total: int) -> None:
+        if given_up.is_set():
+            raise CancelledError
+        if told is not None:
+            told(what, done, total)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
+        try:
+            yield thread.submit(read, opened, counted)
+        finally:
+            given_up.set()
+
+
+def _on(mesh: Any, device: Any) -> Any:
+    """For this thread: others have a context of their own."""
+    return jax.set_mesh(mesh) if mesh is not None else jax.default_device(device)
+
+
+def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on: Any) -> tuple[Opened, Params]:
     """Parameters that a program holds already, in engine or public layout. What else there is comes from the folder."""
     folder = Path(config.model).expanduser()
     known = folder if (folder / "config.json").is_file() else None
@@ -79,9 +120,15 @@ def from_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
         spec = replace(spec, tied=False)
     dtype = None if config.dtype == "auto" else jnp.dtype(config.dtype)
     engine = as_engine(spec, params, on, dtype=dtype, device=None if on is not None else _only_device(params))
+    shapes = shapes_of(engine)
     if known is None:
-        return Loaded(spec, engine, on)
-    return Loaded(spec, engine, on, known, _eos_token_ids(known), _sampling_defaults(known))
+        return Opened(spec, shapes, on), engine
+    return Opened(spec, shapes, on, known, _eos_token_ids(known), _sampling_defaults(known)), engine
+
+
+def shapes_of(arrays: Any) -> Any:
+    """What compilers need to know of them."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays)
 
 
 def _only_device(params: Params) -> Any:

@@ -8,11 +8,16 @@
 State is donated to each program and taken back from it, so that nothing is allocated after `warm` but small results.
 """
 
+import atexit
 import math
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +30,7 @@ from jaxserve.engine import batch, step
 from jaxserve.engine.batch import Ints, Layout, Packed
 from jaxserve.engine.buckets import Buckets, fitting
 from jaxserve.engine.compiled_store import Store
+from jaxserve.engine.loading import shapes_of
 from jaxserve.engine.plan import StepResult
 from jaxserve.engine.sequence import Need, Sequence
 from jaxserve.engine.step import Model, Program, Sizes
@@ -58,8 +64,23 @@ class Handle:
     hidden: Any = None  # to wait for, where nothing else is wanted
 
 
+SETTLING = 0.02  # seconds
+
 # Of a program: a bucket of `model`, of `head`, of `embed`, or another's name.
 type Key = Layout | tuple[int, Need] | tuple[str, int] | str
+
+
+_RUNNERS: "WeakSet[Runner]" = WeakSet()
+
+
+@atexit.register
+def settle() -> None:
+    """Threads of jax that have copied a result to the host then want Python's lock, and abort a process that is about
+    to end: steps still under way are waited for, and the lock is given away once."""
+    for runner in _RUNNERS:
+        with suppress(Exception):  # it was freed, or its device has failed
+            jax.block_until_ready(runner.last)
+    time.sleep(SETTLING)
 
 
 class Runner:
@@ -69,12 +90,14 @@ class Runner:
         self, spec: ModelSpec, params: Params, shape: Shape, *, mesh: Any = None, store: Store | None = None
     ) -> None:
         self.spec, self.shape, self.mesh, self._store = spec, shape, mesh, store
-        self.params: Params = params
+        self.params: Params = params  # their shapes alone, up to `warm`, where they are still being read
+        self._param_shapes: Params = shapes_of(params)
         self.static = Model(spec, shape.block_size, shape.buckets.entries, shape.top_n, shape.processed)
         self.dtype = params["embed"]["weight"].dtype
-        self.device = None if mesh is not None else next(iter(params["embed"]["weight"].devices()))
+        self.device = None if mesh is not None else next(iter(params["embed"]["weight"].sharding.device_set))
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[Key, Any] = {}
+        _RUNNERS.add(self)
         self.compiled_late = 0
         # Shapes alone, up to `allocate`: compilers try out what is fastest in memory that the KV pool would take.
         self._state = self._abstract_state()
@@ -150,15 +173,17 @@ class Runner:
             *("edit", "set_row", "add_counts"),
         ]
 
-    def warm(self, progress: Progress | None = None) -> None:
-        """Compiles what is not compiled yet, and then takes the memory. What a step has to wait for is counted in
-        `compiled_late`."""
+    def warm(self, progress: Progress | None = None, weights: Future[Params] | None = None) -> None:
+        """Compiles what is not compiled yet, while `weights` are read if they are, and then takes the memory. What a
+        step has to wait for is counted in `compiled_late`."""
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
             programs = [self.program(key) for key in keys]
             workers = min(16, os.cpu_count() or 1)
-            compiled = step.compile_all(programs, workers=workers, store=self._store, progress=progress)
+            compiled = step.compile_all(programs, workers=workers, store=self._store, progress=progress, beside=weights)
         self._executables |= dict(zip(keys, compiled, strict=True))
+        if weights is not None:
+            self.params = weights.result()
         if self.last is self._state[2]:
             self.allocate()
         if next(iter(self.last.devices())).platform != "cpu":
@@ -204,14 +229,14 @@ class Runner:
         cache, tables, last, controlled = self._state
         match key:
             case Layout():
-                given = (self.params, cache, tables, last, self._vector(key.size))
+                given = (self._param_shapes, cache, tables, last, self._vector(key.size))
                 return self._with_shapes(step.model, (static, key), *given)
             case ("embed", int(rows)):
-                return self._with_shapes(step.embed, (static, rows), self.params, self._hidden())
+                return self._with_shapes(step.embed, (static, rows), self._param_shapes, self._hidden())
             case (int(rows), need):
                 entries = self._abstract((static.entries, len(batch.ENTRY)), jnp.int32)
                 kept = controlled if need == Need.FULL else None
-                given = (self.params, last, kept, self._hidden(), entries)
+                given = (self._param_shapes, last, kept, self._hidden(), entries)
                 return self._with_shapes(step.head, (static, rows, need), *given)
             case "fresh":
                 sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
@@ -227,10 +252,7 @@ class Runner:
                 raise ValueError(f"there is no program {key!r}")
 
     def _with_shapes(self, function: Any, static: tuple[Any, ...], *given: Any) -> Program:
-        def of(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-        return Program(function, static, jax.tree.map(of, given))
+        return Program(function, static, shapes_of(given))
 
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)

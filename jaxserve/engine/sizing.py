@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long sequences may be and how many KV blocks there are, from what the memory holds. Says the arithmetic.
 
-On a GPU: its memory x utilization - what lies there already (the weights) - state - the largest step's temporaries,
-as the compiler counts them. On a CPU: as much as all rows could use, up to a quarter of the free memory and 4 GiB.
+On a GPU: its memory x utilization - what lies there - the weights - state - the largest step's temporaries, as the
+compiler counts them. On a CPU: as much as all rows could use, up to 4 GiB and a quarter of what the weights leave free.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import jax
 from jaxserve.config import ConfigError, EngineConfig, Limits, held_blocks
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiled_store import Store
-from jaxserve.engine.loading import Loaded
+from jaxserve.engine.loading import Opened
 from jaxserve.engine.runner import Runner, Shape, shard_bytes
 from jaxserve.models import kv_cache
 from jaxserve.models.decoder import Params
@@ -36,9 +36,33 @@ class Sized:
     shape: Shape
 
 
-def sized(config: EngineConfig, loaded: Loaded, report: Report, store: Store | None = None) -> Sized:
-    spec = loaded.spec
-    on_cpu = devices_of(loaded)[0].platform == "cpu"
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each device that may be used, and that are in use once the weights lie there."""
+
+    most: int
+    used: int
+
+
+def memory(config: EngineConfig, model: Opened) -> Memory | None:
+    """As it is before weights are read, which need not be waited for then. None where nobody has to know."""
+    if config.num_blocks is not None or config.kv_cache_memory_bytes is not None:
+        return None
+    coming = weight_bytes(model.shapes) if model.plan is not None else 0
+    devices = devices_of(model)
+    if devices[0].platform == "cpu":
+        known = hasattr(os, "sysconf")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 4 * CPU_CACHE + coming
+        return Memory(free, coming)
+    most, used = budget(devices, config.gpu_memory_utilization)
+    return Memory(most, used + coming)
+
+
+def sized(
+    config: EngineConfig, model: Opened, memory: Memory | None, report: Report, store: Store | None = None
+) -> Sized:
+    spec = model.spec
+    on_cpu = devices_of(model)[0].platform == "cpu"
     rows = config.max_num_seqs or (32 if on_cpu else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
     longest = _longest(config, spec)
@@ -50,25 +74,28 @@ def sized(config: EngineConfig, loaded: Loaded, report: Report, store: Store | N
         top_n=spec.vocab_size if config.max_logprobs == -1 else min(spec.vocab_size, config.max_logprobs),
         processed=config.logprobs_mode == "processed_logprobs",
     )
-    per_block = device_block_bytes(loaded, config.block_size)
+    per_block = device_block_bytes(model, config.block_size)
     held = held_blocks(longest, config.block_size, window=window_of(spec), step=tokens)
     if config.num_blocks is not None:
         blocks = config.num_blocks
     elif config.kv_cache_memory_bytes is not None:
         blocks = config.kv_cache_memory_bytes // per_block
+    elif memory is None:
+        raise ValueError("nothing says how many blocks there are")
     elif on_cpu:
-        blocks = _on_cpu(per_block, wanted=1 + rows * held)
+        most = min(CPU_CACHE, max(memory.most - memory.used, 0) // 4)
+        blocks = max(2, min(1 + rows * held, most // per_block))
     else:
-        blocks = _on_gpu(config, loaded, shape, per_block, report, store)
+        blocks = _on_gpu(model, memory, shape, per_block, report, store)
     if blocks <= held:
         longest = _fitted(config, longest, blocks, report)
     slots = (blocks - 1) * config.block_size
     report(
-        f"per device: weights {_gib(weight_bytes(loaded.params))}, KV cache {_gib(blocks * per_block)}: "
+        f"per device: weights {_gib(weight_bytes(model.shapes))}, KV cache {_gib(blocks * per_block)}: "
         f"{blocks - 1:,} blocks of {config.block_size} = {slots:,} tokens, {slots / longest:.1f} x {longest:,}"
     )
     shape = replace(shape, num_blocks=blocks, width=-(-longest // config.block_size))
-    return Sized(_limits(config, loaded, shape, longest), shape)
+    return Sized(_limits(config, model, shape, longest), shape)
 
 
 def score_rows(tokens: int) -> int:
@@ -76,8 +103,8 @@ def score_rows(tokens: int) -> int:
     return min(tokens, max(64, min(tokens // 8, 256)))
 
 
-def _limits(config: EngineConfig, loaded: Loaded, shape: Shape, longest: int) -> Limits:
-    spec, buckets = loaded.spec, shape.buckets
+def _limits(config: EngineConfig, model: Opened, shape: Shape, longest: int) -> Limits:
+    spec, buckets = model.spec, shape.buckets
     return Limits(
         vocab_size=spec.vocab_size,
         max_model_len=longest,
@@ -86,7 +113,7 @@ def _limits(config: EngineConfig, loaded: Loaded, shape: Shape, longest: int) ->
         block_size=shape.block_size,
         num_blocks=shape.num_blocks,
         max_logprobs=shape.top_n,
-        eos_token_ids=frozenset(token for token in loaded.eos_token_ids if 0 <= token < spec.vocab_size),
+        eos_token_ids=frozenset(token for token in model.eos_token_ids if 0 <= token < spec.vocab_size),
         window=window_of(spec),
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
@@ -116,21 +143,13 @@ def _fitted(config: EngineConfig, longest: int, blocks: int, report: Report) -> 
     return slots
 
 
-def _on_cpu(per_block: int, wanted: int) -> int:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else CPU_CACHE
-    return max(2, min(wanted, min(CPU_CACHE, free // 4) // per_block))
-
-
-def _on_gpu(
-    config: EngineConfig, loaded: Loaded, shape: Shape, per_block: int, report: Report, store: Store | None
-) -> int:
-    most, used = budget(devices_of(loaded), config.gpu_memory_utilization)
+def _on_gpu(model: Opened, memory: Memory, shape: Shape, per_block: int, report: Report, store: Store | None) -> int:
     # With the smallest pool: what a step takes beside it does not depend on the pool's size.
-    probe = Runner(loaded.spec, loaded.params, shape, mesh=loaded.mesh, store=store)
+    probe = Runner(model.spec, model.shapes, shape, mesh=model.mesh, store=store)
     step, state = probe.largest_step(), probe.state_bytes()
-    left = most - used - step - state - SLACK
+    left = memory.most - memory.used - step - state - SLACK
     report(
-        f"memory per device: {_gib(most)} to use, in use {_gib(used)}, largest step {_gib(step)}, "
+        f"memory per device: {_gib(memory.most)} to use, in use {_gib(memory.used)}, largest step {_gib(step)}, "
         f"state {_gib(state)}, slack {_gib(SLACK)}: {_gib(max(left, 0))} for the KV cache"
     )
     if left < 2 * per_block:
@@ -161,19 +180,17 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
     return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])
 
 
-def devices_of(loaded: Loaded) -> list[Any]:
-    return list(loaded.mesh.devices.flat) if loaded.mesh is not None else [device_of(loaded.params)]
+def devices_of(model: Opened) -> list[Any]:
+    if model.mesh is not None:
+        return list(model.mesh.devices.flat)
+    return list(model.shapes["embed"]["weight"].sharding.device_set)
 
 
-def device_of(params: Params) -> Any:
-    return next(iter(params["embed"]["weight"].devices()))
-
-
-def device_block_bytes(loaded: Loaded, block_size: int) -> int:
+def device_block_bytes(model: Opened, block_size: int) -> int:
     """Bytes of a block on each device, over all layers."""
-    dtype = loaded.params["embed"]["weight"].dtype
-    with jax.set_mesh(loaded.mesh) if loaded.mesh is not None else contextlib.nullcontext():
-        pools = kv_cache.abstract_cache(loaded.spec, blocks=1, block_size=block_size, dtype=dtype)
+    dtype = model.shapes["embed"]["weight"].dtype
+    with jax.set_mesh(model.mesh) if model.mesh is not None else contextlib.nullcontext():
+        pools = kv_cache.abstract_cache(model.spec, blocks=1, block_size=block_size, dtype=dtype)
     return sum(shard_bytes(pool) for pool in jax.tree.leaves(pools))
 
 

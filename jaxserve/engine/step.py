@@ -20,7 +20,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -254,8 +254,10 @@ def compile_all(
     workers: int,
     store: Store | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    beside: Future[Any] | None = None,
 ) -> list[Any]:
-    """Executables, compiled side by side: XLA does not hold Python's lock. Progress: how many of all, seconds."""
+    """Executables, compiled side by side: XLA does not hold Python's lock. Progress: how many of all, seconds. If what
+    is done `beside` fails, nothing more is compiled."""
     started, done = time.monotonic(), 0
 
     def report(future: Any) -> None:
@@ -274,6 +276,8 @@ def compile_all(
         ]
         for future in futures:
             future.add_done_callback(report)
+        for future in as_completed(futures if beside is None else [*futures, beside]):
+            future.result()
         return [future.result() for future in futures]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C those that run end by themselves

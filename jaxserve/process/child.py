@@ -162,12 +162,12 @@ def _opened(engine: "Engine") -> wire.Opened:
 
     from jaxserve.engine.runner import shard_bytes
 
-    spec, leaves = engine.loaded.spec, jax.tree.leaves(engine.loaded.params)
-    folder = engine.loaded.folder
+    spec, leaves = engine.model.spec, jax.tree.leaves(engine.model.shapes)
+    folder = engine.model.folder
     return wire.Opened(
         folder=None if folder is None else str(folder),
         limits=replace(engine.limits, rope_key=None),
-        sampling_defaults=dict(engine.loaded.sampling_defaults),
+        sampling_defaults=dict(engine.model.sampling_defaults),
         family=spec.family,
         layers=len(spec.layers),
         dtype=leaves[0].dtype.name,

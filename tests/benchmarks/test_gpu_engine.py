@@ -121,12 +121,12 @@ def test_pools_hold_numbers_that_differ(rig: Rig) -> None:
     assert len(np.unique(np.asarray(rig.engine.runner.params["embed"]["weight"]).astype(np.float32))) > 500
 
 
-def test_most_of_a_card_is_given_to_the_cache(llama: Roof, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_of_a_card_is_given_to_the_cache(llama: Roof) -> None:
     """Of an H200, as the product takes it: all sizes that are timed have room but the one that is too large for it."""
     taken = llama.weight_bytes(1) + 2 * llama.spec.vocab_size * llama.spec.hidden
     card = SimpleNamespace(memory_stats=lambda: {"bytes_limit": int(0.9 * 143771 * 2**20), "bytes_in_use": int(taken)})
-    monkeypatch.setattr(rigs.sizing, "device_of", lambda params: card)
-    tokens = 16 * rigs.settings(llama.spec, llama.params, tiny=False)["num_blocks"]
+    params = {"embed": {"weight": SimpleNamespace(devices=lambda: [card])}}
+    tokens = 16 * rigs.settings(llama.spec, params, tiny=False)["num_blocks"]
     assert 850_000 < tokens < 880_000
     room = [rows * context < tokens for rows, context in decode_cases(False)]
     assert room == [case != (256, 4096) for case in decode_cases(False)]

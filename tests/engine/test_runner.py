@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve.engine import batch, step
 from jaxserve.engine.buckets import Buckets
-from jaxserve.engine.runner import Runner, Shape
+from jaxserve.engine.runner import Runner, Shape, settle
 from jaxserve.engine.sequence import Need
 from jaxserve.models import layout
 from tests.models import tiny
@@ -59,6 +59,21 @@ def test_memory_is_given_back_and_taken_again(runner: Runner) -> None:
     assert all(leaf.is_deleted() for leaf in leaves)
     runner.allocate()
     assert all(not leaf.any() for leaf in state(runner))
+
+
+def test_the_end_of_a_process_waits_for_its_steps(runner: Runner) -> None:
+    """Else jax's threads, which want Python's lock when a copy is done, abort it."""
+
+    @jax.jit
+    def slow(vector: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 40, lambda _, x: jax.numpy.sin(x @ x), vector)
+
+    busy = Runner(runner.spec, runner.params, SHAPE)
+    big = jax.numpy.ones((1000, 1000), jax.numpy.float32)
+    busy.last = slow(big)
+    assert not busy.last.is_ready()
+    settle()
+    assert busy.last.is_ready()
 
 
 def test_an_unknown_program(runner: Runner) -> None:

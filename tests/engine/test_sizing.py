@@ -13,7 +13,7 @@ import pytest
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import loading, sizing
-from jaxserve.engine.loading import Loaded
+from jaxserve.engine.loading import Opened, shapes_of
 from jaxserve.engine.runner import Shape
 from jaxserve.engine.sizing import GIB, SLACK, Sized
 from jaxserve.models.rope import angles
@@ -29,7 +29,8 @@ BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 8 * 4
 def sized(spec: ModelSpec = FULL, **config: Any) -> tuple[Sized, list[str]]:
     lines: list[str] = []
     given: dict[str, Any] = dict(model="tiny", block_size=BLOCK)
-    return sizing.sized(EngineConfig(**given | config), Loaded(spec, params_of(spec), None), lines.append), lines
+    settings, model = EngineConfig(**given | config), Opened(spec, shapes_of(params_of(spec)), None)
+    return sizing.sized(settings, model, sizing.memory(settings, model), lines.append), lines
 
 
 # --- on a CPU -------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class FakeRunner:
 def on_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, **config: Any) -> tuple[Sized, list[str]]:
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setattr(sizing, "Runner", FakeRunner)
-    monkeypatch.setattr(sizing, "device_of", lambda params: device)
+    monkeypatch.setattr(sizing, "devices_of", lambda model: [device])
     return sized(**config)
 
 
@@ -251,9 +252,9 @@ def folder_of(tmp_path: Path, config: dict[str, Any], generation: dict[str, Any]
     return tmp_path
 
 
-def loaded(folder: Path) -> Loaded:
+def opened(folder: Path) -> Opened:
     config = EngineConfig(model=str(folder), num_blocks=9)
-    return loading.from_params(config, FULL, params_of(FULL), None)
+    return loading.open_params(config, FULL, params_of(FULL), None)[0]
 
 
 @pytest.mark.parametrize(
@@ -269,15 +270,15 @@ def loaded(folder: Path) -> Loaded:
 def test_what_ends_a_text(
     tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, wanted: set[int]
 ) -> None:
-    assert loaded(folder_of(tmp_path, config, generation)).eos_token_ids == wanted
+    assert opened(folder_of(tmp_path, config, generation)).eos_token_ids == wanted
 
 
 def test_ids_that_the_model_does_not_have_end_nothing(tmp_path: Path) -> None:
-    known = loaded(folder_of(tmp_path, dict(eos_token_id=[3, FULL.vocab_size, -1]), None))
-    got = sizing.sized(EngineConfig(model="tiny", num_blocks=9), known, lambda line: None)
+    known = opened(folder_of(tmp_path, dict(eos_token_id=[3, FULL.vocab_size, -1]), None))
+    got = sizing.sized(EngineConfig(model="tiny", num_blocks=9), known, None, lambda line: None)
     assert got.limits.eos_token_ids == {3}
 
 
 def test_defaults_of_sampling(tmp_path: Path) -> None:
     given = dict(temperature=0.6, top_p=None, top_k=20, do_sample=True)
-    assert loaded(folder_of(tmp_path, dict(), given)).sampling_defaults == dict(temperature=0.6, top_k=20)
+    assert opened(folder_of(tmp_path, dict(), given)).sampling_defaults == dict(temperature=0.6, top_k=20)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine starts: weights are read while programs are compiled, and what goes wrong with one ends the other."""
+
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import loading, sizing, step
+from jaxserve.engine.engine import Engine
+from jaxserve.errors import JaxserveError
+from jaxserve.models.decoder import Params
+from tests.golden import load as golden
+
+LONG = 60.0  # seconds; who waits so long waits for nothing
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    folder = golden.write_checkpoint("llama-gqa-tied", tmp_path)
+    sizes: dict[str, Any] = dict(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=16, block_size=8)
+    return EngineConfig(model=str(folder), compilation_cache_dir="", **sizes)
+
+
+def start(config: EngineConfig) -> Engine:
+    return Engine(config, report=lambda line: None)
+
+
+def test_weights_are_read_while_programs_are_compiled(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
+    """Each waits for the other to have begun."""
+    compiling, reading = threading.Event(), threading.Event()
+    read, compile_on = loading.read, step._compile_on
+
+    def slow_read(*given: Any) -> Params:
+        reading.set()
+        assert compiling.wait(LONG)
+        return read(*given)
+
+    def slow_compile(*given: Any) -> Any:
+        compiling.set()
+        assert reading.wait(LONG)
+        return compile_on(*given)
+
+    monkeypatch.setattr(loading, "read", slow_read)
+    monkeypatch.setattr(step, "_compile_on", slow_compile)
+    engine = start(config)
+    assert engine.runner.params["embed"]["weight"].shape == engine.model.shapes["embed"]["weight"].shape
+
+
+def test_a_fault_of_the_weights_ends_compiling(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
+    [file] = Path(config.model).glob("*.safetensors")
+    opened, compiled, count = loading.open_folder, threading.Event(), 0
+
+    def then_shorter(*given: Any) -> Any:
+        found = opened(*given)
+        with file.open("r+b") as shortened:
+            shortened.truncate(file.stat().st_size - 1000)
+        return found
+
+    def slow_compile(*given: Any) -> None:
+        nonlocal count
+        count += 1
+        compiled.wait(LONG)
+
+    monkeypatch.setattr(loading, "open_folder", then_shorter)
+    monkeypatch.setattr(step, "_compile_on", slow_compile)
+    with pytest.raises(JaxserveError, match="cannot be read"):
+        start(config)
+    compiled.set()
+    assert count <= 16, "as many as are compiled side by side"
+
+
+def test_after_ctrl_c_the_rest_is_not_read(config: EngineConfig) -> None:
+    begun, go_on, heard = threading.Event(), threading.Event(), list[int]()
+
+    def hear(what: str, done: int, total: int) -> None:
+        heard.append(done)
+        begun.set()
+        assert go_on.wait(LONG)
+
+    later = threading.Timer(0.2, go_on.set)
+    with pytest.raises(KeyboardInterrupt), loading.reading(loading.open_folder(config, None), hear) as weights:
+        assert begun.wait(LONG)
+        later.start()
+        raise KeyboardInterrupt
+    assert isinstance(weights.exception(), CancelledError) and len(heard) == 1
+
+
+def test_weights_that_are_to_come_are_counted(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
+    model = loading.open_folder(config, None)
+    monkeypatch.setattr(sizing, "budget", lambda devices, share: (1000, 100))
+    monkeypatch.setattr(sizing, "devices_of", lambda model: [type("Device", (), {"platform": "gpu"})])
+    size = sizing.weight_bytes(model.shapes)
+    assert size > 10_000
+    assert sizing.memory(config, model) == sizing.Memory(1000, 100 + size)
+    held = loading.open_params(config, None, loading.read(model), None)[0]
+    assert sizing.memory(config, held) == sizing.Memory(1000, 100)
