@@ -38,6 +38,7 @@ class Shape:
     width: int = 2048
     layers: int = 12
     heads: int = 12
+    kv_heads: int | None = None  # as many as heads, if not given
     prompt: int = 64
     new: int = 64
 
@@ -93,7 +94,9 @@ class Side:
 def make_checkpoint(folder: Path, shape: Shape, seed: int) -> Path:
     """config.json and model.safetensors of a Llama with tied embeddings, float32, normal weights as in training."""
     square, up = (shape.hidden, shape.hidden), (shape.width, shape.hidden)
-    layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
+    kv_heads = shape.kv_heads or shape.heads
+    narrow = (shape.hidden // shape.heads * kv_heads, shape.hidden)
+    layer = {f"self_attn.{name}_proj": square if name in "qo" else narrow for name in "qkvo"}
     layer |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": (shape.hidden, shape.width)}
     layer |= {"input_layernorm": (shape.hidden,), "post_attention_layernorm": (shape.hidden,)}
     shapes = {"model.embed_tokens": (shape.vocab, shape.hidden), "model.norm": (shape.hidden,)}
@@ -105,7 +108,7 @@ def make_checkpoint(folder: Path, shape: Shape, seed: int) -> Path:
         "intermediate_size": shape.width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
+        "num_key_value_heads": kv_heads,
         "vocab_size": shape.vocab,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,

@@ -56,8 +56,8 @@ class Engine:
     ) -> None:
         """`params` of a program that holds them already, in public or engine layout, in place of the folder's.
 
-        `told` hears how far loading is, and then compiling, which began with it; `opened` is called once limits are
-        known.
+        `told` hears how far loading is, and then compiling, which may have begun before; `opened` is called once limits
+        are known.
         """
         self.config, self.report = config, report
         sizing.reserve_memory(config)
@@ -68,7 +68,7 @@ class Engine:
         else:
             self.model, weights = loading.open_params(config, spec, params, on)
         memory = sizing.memory(config, self.model)
-        with loading.reading(self.model, told) if weights is None else nullcontext(_done(weights)) as reading:
+        with loading.reading(self.model, told) if weights is None else nullcontext(loading.done(weights)) as reading:
             sized = sizing.sized(config, self.model, memory, report, store)
             self.limits = limits = sized.limits
             if opened is not None:
@@ -269,13 +269,6 @@ class Engine:
             step_tokens=list(counters.step_tokens),
             computed_tokens=counters.computed_tokens,
         )
-
-
-def _done(params: Params) -> Future[Params]:
-    """As if they were read."""
-    future: Future[Params] = Future()
-    future.set_result(params)
-    return future
 
 
 class _Progress:

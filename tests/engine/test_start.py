@@ -15,6 +15,8 @@ from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
 from tests.golden import load as golden
 
+pytestmark = pytest.mark.usefixtures("beside")
+
 LONG = 60.0  # seconds; who waits so long waits for nothing
 
 
@@ -23,6 +25,12 @@ def config(tmp_path: Path) -> EngineConfig:
     folder = golden.write_checkpoint("llama-gqa-tied", tmp_path)
     sizes: dict[str, Any] = dict(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=16, block_size=8)
     return EngineConfig(model=str(folder), compilation_cache_dir="", **sizes)
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator."""
+    monkeypatch.setattr(loading, "reads_beside", lambda opened: True)
 
 
 def start(config: EngineConfig) -> Engine:

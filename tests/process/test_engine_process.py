@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -311,6 +312,13 @@ def test_consumers_in_several_loops(shared: Shared) -> None:
     for thread in threads:
         thread.join()
     assert found == dict.fromkeys(range(5), 6)
+
+
+def test_the_child_has_large_pages(shared: Shared) -> None:
+    """What malloc gives it may be backed by them: the flag of the heap says so."""
+    parts = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{shared.engine.pid}/smaps").read_text())
+    heaps = [part for part in parts if part.partition("\n")[0].endswith("[heap]")]
+    assert any(" hg" in heap[heap.index("VmFlags:") :] for heap in heaps)
 
 
 def test_the_child_sleeps_when_there_is_nothing_to_do(shared: Shared) -> None:
