@@ -4,8 +4,9 @@
 All serve one model in float32 (`--model`: demo, 110m, or a folder), are up all the time and get the same chats over
 HTTP, in turns: round by round each load goes to one server after the other, who is first changes. So what else the
 machine does meets all alike. Told are medians over the rounds, how far they lie apart, and of the ratios round by
-round to each peer the median. Before anything is timed greedy answers are compared with the first server's: servers
-that say different things cannot be compared. `--out NAME` writes NAME.json, NAME.md and NAME.svg.
+round to each peer the median and the ends. After Ctrl-C, or if a server dies, the finished rounds are told. Before
+anything is timed greedy answers are compared with the first server's: servers that say different things cannot be
+compared. `--out NAME` writes NAME.json, NAME.md and NAME.svg.
 
 How the servers are started and what their environments need: peers/servers.py. Aims, at 1, 8 and 32 streams of the
 fixed mix: 1.2 times vllm's output tokens per second, 2 times those of transformers, TTFT no later; with shared prefixes
@@ -16,7 +17,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ class Row:
     server: str
     streams: int
     tokens_per_second: float  # medians over the rounds
-    spread: float  # between the quartiles
+    spread: float | None  # between the quartiles, of several rounds
     ttft_p50_ms: float
     ttft_p99_ms: float
     tpot_p50_ms: float
     failed: int
     speedup: float | None = None  # the first server's tokens per second against this one's, median of the rounds
+    speedups: tuple[float, float] | None = None  # the least and the most of them
     ttft_ratio: float | None = None  # this one's first tokens against the first server's, above 1 where they are later
 
 
@@ -82,43 +84,56 @@ def agreement(servers: Sequence[Any], work: Work, count: int) -> dict[str, float
     }
 
 
-def measure(servers: Sequence[Any], work: Work, *, streams: Sequence[int], rounds: int, each: int) -> list[Row]:
-    """`each`: requests of a stream in a round."""
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+type Round = dict[tuple[str, int], dict[str, float]]  # by server and number of streams
+
+
+class Died(Exception):
+    """A server ended by itself."""
+
+
+def measure(servers: Sequence[Any], work: Work, *, streams: Sequence[int], rounds: int, each: int) -> Generator[Round]:
+    """Round by round; `each`: requests of a stream in one."""
     for turn in range(rounds + 1):
+        found: Round = {}
         for place, count in enumerate(streams):
             seed = work.seed + 1 + turn * len(streams) + place  # never a prompt that was asked before
             asked = Work(**{**asdict(work), "seed": seed, "words": work.words})
             start = (turn + place) % len(servers)
             for server in [*servers[start:], *servers[:start]]:
-                figures = server.load(asked, count * each, count)
-                if turn:  # the first warms up
-                    found.setdefault((server.name, count), []).append(figures)
-    return [_row(server.name, servers[0].name, count, found) for count in streams for server in servers]
+                found[server.name, count] = server.load(asked, count * each, count)
+        if turn:  # the first warms up
+            yield found
 
 
-def _row(name: str, first: str, count: int, found: dict[tuple[str, int], list[dict[str, float]]]) -> Row:
-    own, ours = found[name, count], found[first, count]
+def rows_of(rounds: Sequence[Round], names: Sequence[str], streams: Sequence[int]) -> list[Row]:
+    """Of all servers against the first."""
+    return [_row(name, names[0], count, rounds) for count in streams for name in names]
+
+
+def _row(name: str, first: str, count: int, rounds: Sequence[Round]) -> Row:
+    own, ours = [one[name, count] for one in rounds], [one[first, count] for one in rounds]
 
     def median(key: str) -> float:
         return statistics.median(one[key] for one in own)
 
-    def ratio(key: str, above: list[dict[str, float]], below: list[dict[str, float]]) -> float | None:
+    def ratios(key: str, above: list[dict[str, float]], below: list[dict[str, float]]) -> list[float]:
         pairs = [(a[key], b[key]) for a, b in zip(above, below, strict=True)]
-        return statistics.median(a / b for a, b in pairs) if all(b for _, b in pairs) else None
+        return sorted(a / b for a, b in pairs) if name != first and all(b for _, b in pairs) else []
 
     speeds = sorted(one["output_throughput"] for one in own)
+    faster, later = ratios("output_throughput", ours, own), ratios("median_ttft_ms", own, ours)
     return Row(
         server=name,
         streams=count,
         tokens_per_second=median("output_throughput"),
-        spread=speeds[len(speeds) * 3 // 4] - speeds[len(speeds) // 4],
+        spread=speeds[len(speeds) * 3 // 4] - speeds[len(speeds) // 4] if len(speeds) > 1 else None,
         ttft_p50_ms=median("median_ttft_ms"),
         ttft_p99_ms=median("p99_ttft_ms"),
         tpot_p50_ms=median("median_tpot_ms"),
         failed=int(sum(one["failed"] for one in own)),
-        speedup=None if name == first else ratio("output_throughput", ours, own),
-        ttft_ratio=None if name == first else ratio("median_ttft_ms", own, ours),
+        speedup=statistics.median(faster) if faster else None,
+        speedups=(faster[0], faster[-1]) if len(faster) > 1 else None,
+        ttft_ratio=statistics.median(later) if later else None,
     )
 
 
@@ -136,6 +151,8 @@ class Side(Server):
 
     def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
         outcome = serving.run(self.target, serving.jobs(self.target, work, count), concurrency=streams)
+        if self.process.poll() is not None:
+            raise Died(f"{self.name} died; its log ends: {self.last_words()}")
         return serving.figures(outcome, Deadlines())
 
 
@@ -147,11 +164,13 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        speedup = "" if row.speedup is None else f"{row.speedup:.2f} x as fast"
+        ends = "" if row.speedups is None else " ({:.2f} to {:.2f})".format(*row.speedups)
+        speedup = "" if row.speedup is None else f"{row.speedup:.2f} x as fast{ends}"
+        spread = "" if row.spread is None else f"{row.spread:.0f}"
         later = "" if row.ttft_ratio is None else f"{row.ttft_ratio:.2f}"
         times = f"{row.ttft_p50_ms:.1f} ms | {row.ttft_p99_ms:.1f} ms | {row.tpot_p50_ms:.2f} ms"
         lines.append(
-            f"| {row.streams} | {row.server} | {row.tokens_per_second:.0f} | {row.spread:.0f} | {times} "
+            f"| {row.streams} | {row.server} | {row.tokens_per_second:.0f} | {spread} | {times} "
             f"| {row.failed} | {speedup} | {later} |"
         )
     return "\n".join(lines)
@@ -168,38 +187,46 @@ def main() -> None:
     parser.add_argument("--streams", type=arguments.some(whole), default="1,8,32", help="chats at once")
     parser.add_argument("--prompt", type=whole, default=64, help="words in a prompt, or their median")
     parser.add_argument("--new", type=whole, default=64, help="tokens in an answer, or their median")
+    parser.add_argument("--max-model-len", type=whole, default=1024, help="tokens of a chat that servers have room for")
     parser.add_argument("--each", type=whole, default=2, help="requests of a stream in a round")
     parser.add_argument("--rounds", type=whole, default=3, help="that count, after one that warms up")
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json, .md and .svg")
     options = parser.parse_args()
     work = Work(mix=options.mix, prompt=options.prompt, new=options.new, longest=512)
     servers: list[Side] = []
+    rounds: list[Round] = []
+    ended: str | int = 0
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(options.model, Path(folder))
         try:
             for name, place in options.servers.items():
-                servers.append(Side(name, model, longest=1024, venv=place, log=Path(folder, f"{name}.log")))
+                servers.append(
+                    Side(name, model, longest=options.max_model_len, venv=place, log=Path(folder, f"{name}.log"))
+                )
                 print(f"{name}: up after {servers[-1].start_seconds:.1f} s", flush=True)
             same = agreement(servers, work, 8)
-            rows = measure(
-                servers,
-                work,
-                streams=options.streams,
-                rounds=options.rounds,
-                each=options.each,
-            )
+            for one in measure(servers, work, streams=options.streams, rounds=options.rounds, each=options.each):
+                rounds.append(one)
         except KeyboardInterrupt:
-            raise SystemExit(130) from None
+            ended = 130
+        except Died as died:
+            ended = f"error: {died}"
         finally:
             for server in servers:
                 server.close()
+    if not rounds:
+        raise SystemExit(ended)
+    if ended:
+        print(f"of {options.rounds} rounds {len(rounds)} were finished")
+    rows = rows_of(rounds, list(options.servers), options.streams)
     told = "greedy answers that are word for word those of " + servers[0].name + ": "
     told += ", ".join(f"{name} {share:.0%}" for name, share in same.items() if name != servers[0].name)
     print(facts.processor(), markdown(rows), told, sep="\n")
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name not in ("out", "servers")}
-        settings["servers"] = [server.name for server in servers]
-        content = facts.collect() | {"processor": facts.processor(), "settings": settings, "same": same}
+        settings |= {"servers": list(options.servers), "rounds": len(rounds)}
+        content: dict[str, Any] = facts.collect() | {"processor": facts.processor()}
+        content |= {"settings": settings, "same": same}
         content["rows"] = [asdict(row) for row in rows]
         options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(f"{markdown(rows)}\n\n{told}\n")
@@ -208,6 +235,7 @@ def main() -> None:
         }
         bars = {name: {row.server: row.tokens_per_second for row in group} for name, group in groups.items()}
         options.out.with_suffix(".svg").write_text(plot.bars(bars, "output tokens per second"))
+    raise SystemExit(ended)
 
 
 if __name__ == "__main__":

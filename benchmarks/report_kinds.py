@@ -58,7 +58,7 @@ def first_row(content: Content) -> Mapping[str, Any]:
 
 def compare_rows(content: Content) -> Rows:
     settings = content["settings"]
-    about = Path(settings["model"]).name, settings["mix"]
+    about = Path(settings["model"]).name, settings["mix"], settings["prompt"]
     ours = settings["servers"][0]
     return {(*about, row["streams"], row["server"]): row for row in content["rows"] if row["server"] != ours}
 
@@ -87,7 +87,9 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
             row = by_place.get((streams, peer), {})
             found = row.get("speedup"), row.get("ttft_ratio")
             wanted = aims(mix, peer, streams)
-            line += ["-" if one is None else told(one, ".2f", aim) for one, aim in zip(found, wanted, strict=True)]
+            pairs = zip(found, wanted, strict=True)
+            faster, later = ["-" if one is None else told(one, ".2f", aim) for one, aim in pairs]
+            line += [faster + (" ({:.2f} to {:.2f})".format(*row["speedups"]) if row.get("speedups") else ""), later]
         shown.append(line)
     same = ", ".join(f"{peer} {content['same'][peer]:.0%}" for peer in peers)
     lost = {name: sum(row["failed"] for row in content["rows"] if row["server"] == name) for name in (ours, *peers)}

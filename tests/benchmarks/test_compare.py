@@ -2,12 +2,15 @@
 """The load generator's and the comparison's own parts; what they measure is no test."""
 
 import argparse
+import json
 import math
 import statistics
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -129,18 +132,63 @@ class Fake:
 
 def test_rows_have_medians_and_ratios_round_by_round() -> None:
     ours, theirs = Fake("ours", [100, 300, 200], 10), Fake("theirs", [50, 100, 200], 20)
-    rows = compare.measure([ours, theirs], Work(), streams=[4], rounds=3, each=2)
+    rounds = list(compare.measure([ours, theirs], Work(), streams=[4], rounds=3, each=2))
+    rows = compare.rows_of(rounds, ["ours", "theirs"], [4])
     assert [(row.server, row.tokens_per_second, row.speedup, row.ttft_ratio) for row in rows] == [
         ("ours", 200, None, None),
         ("theirs", 100, 2.0, 2.0),
     ]
     told = compare.markdown(rows)
-    assert "| 4 | theirs | 100 |" in told and "2.00 x as fast" in told
+    assert "| 4 | theirs | 100 |" in told and "2.00 x as fast (1.00 to 3.00)" in told
+    [_, alone] = compare.rows_of(rounds[:1], ["ours", "theirs"], [4])
+    assert (alone.speedup, alone.speedups, alone.spread) == (2.0, None, None), "one round has no spread"
+
+
+class Ending(Fake):
+    """In the place of a server that is started; ends the comparison at its third load."""
+
+    how: type[BaseException]
+
+    def __init__(self, name: str, model: Path, **_: Any) -> None:
+        super().__init__(name, [8.0, 8.0], 1.0)
+        self.start_seconds, self.closed = 0.0, False
+        ALL.append(self)
+
+    def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
+        found = super().load(work, count, streams) if len(self.asked) < 2 else None
+        if found is None:
+            raise self.how("jaxserve died; its log ends: no memory")
+        return found
+
+    def close(self) -> None:
+        self.closed = True
+
+
+ALL: list[Ending] = []
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [(KeyboardInterrupt, 130), (compare.Died, "error: jaxserve died; its log ends: no memory")]
+)
+def test_finished_rounds_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, how: Any, code: object
+) -> None:
+    ALL.clear()
+    monkeypatch.setattr(Ending, "how", how, raising=False)
+    monkeypatch.setattr(compare, "Side", Ending)
+    monkeypatch.setattr(sys, "argv", ["compare", "--streams=1", "--rounds=3", f"--out={tmp_path / 'found'}"])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == code
+    assert "of 3 rounds 1 were finished" in capsys.readouterr().out
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert content["settings"]["rounds"] == 1 and content["rows"][0]["tokens_per_second"] == 8
+    assert len(ALL) == 2 and all(server.closed for server in ALL)
 
 
 def test_both_get_the_same_work_and_never_the_same_twice() -> None:
     ours, theirs = Fake("ours", [1] * 7, 1), Fake("theirs", [1] * 7, 1)
-    compare.measure([ours, theirs], Work(), streams=[1, 2], rounds=3, each=1)
+    list(compare.measure([ours, theirs], Work(), streams=[1, 2], rounds=3, each=1))
     assert ours.asked == theirs.asked
     assert len({work.seed for work in ours.asked}) == len(ours.asked) == 8
 
