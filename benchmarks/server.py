@@ -11,6 +11,7 @@ is lost there, not on a server with cores to spare. Aim: 0.85 at 256 streams.
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ import numpy as np
 
 from benchmarks import arguments, facts, streams
 from jaxserve import demo
+from jaxserve.process.client import MALLOC  # so that both have it
 
 AIM, AIM_STREAMS = 0.85, 256
 QUIET = ("--disable-log-stats", "--log-level=warning")
@@ -95,7 +97,9 @@ class Alone:
 
     def __init__(self, config: dict[str, Any]) -> None:
         command = [sys.executable, "-m", "benchmarks.peers.jaxserve_engine", json.dumps(config)]
-        self.process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=_ROOT, env=MALLOC | os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._line()
 
     def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxserve.llm import LLM
 from jaxserve.models import decoder, layout
 from jaxserve.models.attention import Dense
 from jaxserve.models.decoder import Params
+from tests.fast import programs
 from tests.golden.load import TOKENIZERS
 from tests.models import tiny
 from tests.models.paged import run_forward
@@ -31,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "block_size": 8,
     "max_logprobs": 8,
     "warmup": False,
-    "compilation_cache_dir": "",
+    "compilation_cache_dir": programs(),
 }
 
 

@@ -80,13 +80,12 @@ def sized(
         blocks = config.num_blocks
     elif config.kv_cache_memory_bytes is not None:
         blocks = config.kv_cache_memory_bytes // per_block
-    elif memory is None:
-        raise ValueError("nothing says how many blocks there are")
-    elif on_cpu:
-        most = min(CPU_CACHE, max(memory.most - memory.used, 0) // 4)
-        blocks = max(2, min(1 + rows * held, most // per_block))
     else:
-        blocks = _on_gpu(model, memory, shape, per_block, report, store)
+        assert memory is not None
+        if on_cpu:
+            blocks = _on_cpu(memory, per_block, wanted=1 + rows * held)
+        else:
+            blocks = _on_gpu(model, memory, shape, per_block, report, store)
     if blocks <= held:
         longest = _fitted(config, longest, blocks, report)
     slots = (blocks - 1) * config.block_size
@@ -141,6 +140,10 @@ def _fitted(config: EngineConfig, longest: int, blocks: int, report: Report) -> 
         raise ConfigError(problem, "lower max_model_len, or give the KV cache more memory")
     report(f"max_model_len is {slots:,}, not the model's {longest:,}: the KV cache holds no more")
     return slots
+
+
+def _on_cpu(memory: Memory, per_block: int, wanted: int) -> int:
+    return max(2, min(wanted, min(CPU_CACHE, max(memory.most - memory.used, 0) // 4) // per_block))
 
 
 def _on_gpu(model: Opened, memory: Memory, shape: Shape, per_block: int, report: Report, store: Store | None) -> int:

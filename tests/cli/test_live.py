@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Command, one_error
-from tests.fast import XLA_FLAGS
-from tests.server.live import ENGINE, Live, cache_folder, wait, write_model
+from tests.fast import XLA_FLAGS, programs
+from tests.server.live import ENGINE, Live, wait, write_model
 
 JAXSERVE = str(Path(sysconfig.get_path("scripts")) / "jaxserve")
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def live(folder: Path) -> Generator[Live]:
-    config = {**ENGINE, "compilation_cache_dir": str(cache_folder()), "profile_dir": str(folder / "traces")}
+    config = {**ENGINE, "compilation_cache_dir": programs(), "profile_dir": str(folder / "traces")}
     (folder / "config.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
     words = [JAXSERVE, "run", str(write_model(folder / "tiny")), "--port", "0", "--config", str(folder / "config.yaml")]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}

@@ -14,6 +14,7 @@ from jaxserve.demo import DRAFT_FOLDER, FOLDER
 from jaxserve.llm import LLM
 from jaxserve.models import hf
 from jaxserve.types import SamplingParams
+from tests.fast import programs
 
 LIMIT = 4_000_000  # bytes that the package may grow by
 GREEDY = SamplingParams(temperature=0, max_tokens=90)
@@ -23,7 +24,7 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 256,
     "num_blocks": 200,
     "warmup": False,
-    "compilation_cache_dir": "",
+    "compilation_cache_dir": programs(),
 }
 
 

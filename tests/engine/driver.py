@@ -21,6 +21,7 @@ from jaxserve.models import decoder, layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types import FinishReason, Request, TokenLogprobs, Update
+from tests.fast import programs
 from tests.models import tiny
 
 ROWS, TOKENS, BLOCK, LONGEST, TOP = 4, 32, 8, 64, 5
@@ -112,7 +113,7 @@ class Driver:
             num_blocks=BLOCKS,
             max_logprobs=TOP,
             warmup=False,
-            compilation_cache_dir="",
+            compilation_cache_dir=programs(),
         )
         self.engine = Engine(
             EngineConfig(**given | config),

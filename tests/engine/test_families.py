@@ -17,6 +17,7 @@ from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types import Request, SamplingParams
 from tests.engine.driver import Stream
+from tests.fast import programs
 from tests.golden import load as golden
 from tests.models.checkpoints import load_case
 from tests.models.golden_cases import TOLERANCE, engine_cases
@@ -46,7 +47,7 @@ def test_greedy_text(case: str) -> None:
         num_blocks=1 + 2 * -(-longest // BLOCK),
         enable_prefix_caching=False,  # the second would find what the first computed
         warmup=False,
-        compilation_cache_dir="",
+        compilation_cache_dir=programs(),
     )
     engine = Engine(config, spec=spec, params=params, report=lambda line: None)
     streams: dict[str, Stream] = {}

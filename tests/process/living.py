@@ -14,6 +14,7 @@ from jaxserve.front import Front
 from jaxserve.process.attach import attach
 from jaxserve.process.client import EngineProcess
 from jaxserve.types import RequestOutput, SamplingParams
+from tests.fast import programs
 from tests.golden import load
 from tests.golden.load import TOKENIZERS
 
@@ -25,7 +26,7 @@ OPTIONS: dict[str, Any] = {
     "max_logprobs": 8,
     "num_blocks": 65,
     "warmup": False,
-    "compilation_cache_dir": "",
+    "compilation_cache_dir": programs(),
 }
 PATIENCE = 60  # seconds, for what takes one or two
 

@@ -24,7 +24,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.fast import XLA_FLAGS
+from tests.fast import XLA_FLAGS, programs
 from tests.golden import load
 from tests.golden.load import TOKENIZERS
 
@@ -232,13 +232,6 @@ def closed(sock: socket.socket, seconds: float = PATIENCE) -> bool:
     return True
 
 
-def cache_folder() -> Path:
-    """Compiled programs, for all servers that tests of one checkout start."""
-    folder = Path(tempfile.gettempdir()) / f"jaxserve-tests-{os.getuid()}" / "xla"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def gone(pid: int) -> bool:
     """No such process, or one that has ended and nobody asked about."""
     try:
@@ -258,7 +251,7 @@ def started(
 ) -> Generator[Live]:
     """A process that was started just now; nothing of it is left afterwards."""
     python, command = [sys.executable, "-O", "-m"], None
-    options = {"model": str(model), "compilation_cache_dir": str(cache_folder()), **ENGINE, **(engine or {})}
+    options = {"model": str(model), "compilation_cache_dir": programs(), **ENGINE, **(engine or {})}
     if fake is not None:
         command = [*python, "tests.server.fake_engine", fake]
         options["skip_tokenizer_init"] = True
