@@ -300,6 +300,7 @@ class LLM:
             self._engine.sleep(level)
 
     def wake(self) -> None:
+        """After level 2 with the weights that `update_weights` has given since, else the checkpoint's: version 0."""
         with self._alone():
             self._engine.wake()
 

@@ -179,9 +179,12 @@ def test_after_a_deep_sleep_a_checkpoint_is_read_again(tmp_path: Path) -> None:
     llm = LLM(str(tmp_path), skip_tokenizer_init=True, **few)
     before = llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids
     held = [weakref.ref(leaf) for leaf in jax.tree.leaves(llm.params)]
+    llm.update_weights(jax.tree.map(lambda leaf: -leaf, llm.params), version=7)
+    held += [weakref.ref(leaf) for leaf in jax.tree.leaves(llm.params)]
     llm.sleep(2)
     assert not any(leaf() is not None for leaf in held), "somebody keeps the weights"
     llm.wake()
+    assert llm.metrics().policy_version == 0, "the checkpoint's are no update"
     assert llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids == before
 
 

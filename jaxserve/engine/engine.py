@@ -221,7 +221,7 @@ class Engine:
 
     def wake(self) -> None:
         """Takes memory again and brings the weights back. After level 2 they are those that `update_weights` has given
-        since, else the checkpoint's, read again."""
+        since, else the checkpoint's, read again, which are version 0."""
         if not self.asleep:
             raise JaxserveError("the engine does not sleep", "there is nothing to wake")
         runner = self.runner
@@ -232,6 +232,7 @@ class Engine:
             if not self._has_checkpoint:
                 raise JaxserveError("the weights were dropped", "give new ones with update_weights, then wake")
             runner.params = loading.read(loading.open_folder(self.config, runner.mesh))
+            self.scheduler.policy_version = 0
         runner.allocate()
         self.asleep = False
 
@@ -272,11 +273,14 @@ class Engine:
 
 
 class _Progress:
-    """`compiling 7/18 (12 s)`, in place on a terminal once weights are read; elsewhere the last line alone."""
+    """`compiling 7/18 (12 s)`, in place on a terminal once weights are read; elsewhere now and then, and the last."""
+
+    EVERY = 15.0  # seconds
 
     def __init__(self, report: Report, told: Told | None, reading: Future[Params]) -> None:
         self._report, self._told, self._reading, self._last = report, told, reading, ""
         self._live = report is to_stderr and sys.stderr.isatty()
+        self._next = self.EVERY
 
     def __call__(self, done: int, count: int, seconds: float) -> None:
         self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
@@ -286,6 +290,9 @@ class _Progress:
             self._told("compiling", done, count)
         if self._live:
             print(f"\r{self._last}", end="", file=sys.stderr, flush=True)
+        elif seconds >= self._next and done < count:
+            self._next = seconds + self.EVERY
+            self._report(self._last)
 
     def close(self) -> None:
         if self._live and self._last:

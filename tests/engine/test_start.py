@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import loading, sizing, step
-from jaxserve.engine.engine import Engine
+from jaxserve.engine.engine import Engine, _Progress
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
 from tests.golden import load as golden
@@ -106,3 +106,12 @@ def test_weights_that_are_to_come_are_counted(monkeypatch: pytest.MonkeyPatch, c
     assert sizing.memory(config, model) == sizing.Memory(1000, 100 + size)
     held = loading.open_params(config, None, loading.read(model), None)[0]
     assert sizing.memory(config, held) == sizing.Memory(1000, 100)
+
+
+def test_long_compiling_is_told_now_and_then() -> None:
+    lines: list[str] = []
+    progress = _Progress(lines.append, None, loading.done({}))
+    for done, seconds in ((1, 10.0), (2, 16.0), (3, 20.0), (4, 31.0), (9, 50.0)):
+        progress(done, 9, seconds)
+    progress.close()
+    assert lines == ["compiling 2/9 (16 s)", "compiling 4/9 (31 s)", "compiling 9/9 (50 s)"]
