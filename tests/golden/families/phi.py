@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden cases of Phi."""
+
+from tests.golden.case import HUB, LONG, PLAIN, SIZES, TIED, Case
+
+PHI = {**SIZES, "model_type": "phi", "num_key_value_heads": 4, "layer_norm_eps": 0.02}
+PHI3 = {
+    **SIZES,
+    "model_type": "phi3",
+    "rms_norm_eps": 0.02,
+    "pad_token_id": 3,
+    "original_max_position_embeddings": 128,
+    "sliding_window": None,
+}
+
+CASES = [
+    Case("phi", PHI),
+    Case("phi-qk-norm-gqa", {**PHI, "qk_layernorm": True, "num_key_value_heads": 2}),
+    Case(
+        "phi2-hub",
+        {
+            **HUB,
+            "architectures": ["PhiForCausalLM"],
+            "attention_dropout": 0.0,
+            "embd_pdrop": 0.0,
+            "hidden_act": "gelu_new",
+            "hidden_size": 80,
+            "layer_norm_eps": 1e-05,
+            "model_type": "phi",
+            "num_key_value_heads": 4,
+            "partial_rotary_factor": 0.4,
+            "qk_layernorm": False,
+            "resid_pdrop": 0.1,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+        },
+        hub=True,
+        against=[{"partial_rotary_factor": 0.6}],
+    ),
+    Case("phi3", PHI3),
+    Case("phi3-window", {**PHI3, "sliding_window": 8}, against=[{"sliding_window": None}]),
+    Case(
+        "phi3-longrope-long",
+        {**PHI3, "rope_parameters": LONG, "original_max_position_embeddings": 20},
+        greedy_prompt=24,
+        against=[{"rope_parameters": PLAIN}],
+    ),
+    Case(
+        "phi3-longrope-crossing",
+        {**PHI3, "rope_parameters": LONG, "original_max_position_embeddings": 20},
+        crossing=True,
+    ),
+    Case(
+        "phi3-128k-hub",  # Phi-3-mini-128k-instruct
+        {
+            **HUB,
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "auto_map": {
+                "AutoConfig": "configuration_phi3.Phi3Config",
+                "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+            },
+            "embd_pdrop": 0.0,
+            "model_type": "phi3",
+            "num_key_value_heads": 4,
+            "original_max_position_embeddings": 20,
+            "pad_token_id": 3,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "long_factor": [1.05, 1.3, 2.0, 3.1, 5.0, 8.0, 12.0, 20.0],
+                "short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0],
+                "type": "longrope",
+            },
+            "rope_theta": 10000.0,
+            "sliding_window": 100,
+        },
+        hub=True,
+        greedy_prompt=24,
+        against=[{"rope_scaling": None}, {"original_max_position_embeddings": 64}],
+    ),
+    Case(
+        "phi4-hub",
+        {
+            **HUB,
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "embd_pdrop": 0.0,
+            "model_type": "phi3",
+            "original_max_position_embeddings": 64,
+            "pad_token_id": 3,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 250000,
+            "sliding_window": None,
+        },
+        hub=True,
+    ),
+    Case(
+        "phi4-mini-hub",
+        {
+            **HUB,
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "embd_pdrop": 0.0,
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "mlp_bias": False,
+            "model_type": "phi3",
+            "original_max_position_embeddings": 20,
+            "pad_token_id": 3,
+            "partial_rotary_factor": 0.75,
+            "resid_pdrop": 0.0,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 16.0],
+                "short_factor": [1.0, 1.0, 1.1, 1.2, 1.4, 1.8],
+                "type": "longrope",
+            },
+            "rope_theta": 10000.0,
+            "sliding_window": 100,
+            "tie_word_embeddings": True,
+        },
+        hub=True,
+        greedy_prompt=24,
+        rules=TIED,
+    ),
+]
