@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ class Engine:
         else:
             self.model, weights = loading.open_params(config, spec, params, on)
         memory = sizing.memory(config, self.model)
-        with loading.reading(self.model, told) if weights is None else nullcontext(loading.done(weights)) as reading:
+        with loading.reading(self.model, weights, told) as reading:
             sized = sizing.sized(config, self.model, memory, report, store)
             self.limits = limits = sized.limits
             if opened is not None:

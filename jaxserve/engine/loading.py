@@ -85,10 +85,11 @@ def read(opened: Opened, told: Told | None = None) -> Params:
 
 
 @contextlib.contextmanager
-def reading(opened: Opened, told: Told | None = None) -> Generator[Future[Params]]:
-    """The same by a thread, which ends with the block: after a fault or Ctrl-C the rest is not read."""
-    if not reads_beside(opened):
-        yield done(read(opened, told))
+def reading(opened: Opened, params: Params | None = None, told: Told | None = None) -> Generator[Future[Params]]:
+    """The same by a thread, which ends with the block: after a fault or Ctrl-C the rest is not read. Or `params`, where
+    they are there."""
+    if params is not None or not reads_beside(opened):
+        yield done(read(opened, told) if params is None else params)
         return
     given_up = threading.Event()
 
