@@ -29,7 +29,8 @@ from jaxserve.engine.batch import Packed
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.plan import StepPlan, StepResult
 from jaxserve.models import layout
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 BLOCK = 16
 AIM_MS, AIM_ROWS = 1.5, 256

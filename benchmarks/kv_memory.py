@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from jaxserve.config import EngineConfig
 from jaxserve.engine import sizing
 from jaxserve.engine.engine import Engine
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 BLOCK = 16
 

@@ -13,10 +13,11 @@ _HOMES = {
     "AsyncLLM": "async_llm",
     "GeneratedArrays": "arrays",
     "EngineConfig": "config",
-    "EngineMetrics": "metrics",
+    "EngineMetrics": "types.metrics",
     **dict.fromkeys(("EngineError", "JaxserveError", "OverloadedError", "RequestError"), "errors"),
-    **dict.fromkeys(("BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "CompletionOutput"), "types"),
-    **dict.fromkeys(("Logprob", "RequestOutput", "RequestOutputKind", "SamplingParams"), "types"),
+    **dict.fromkeys(("BeamSearchOutput", "BeamSearchSequence", "CompletionOutput"), "types.outputs"),
+    **dict.fromkeys(("Logprob", "RequestOutput"), "types.outputs"),
+    **dict.fromkeys(("BeamSearchParams", "RequestOutputKind", "SamplingParams"), "types.sampling_params"),
 }
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

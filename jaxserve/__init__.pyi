@@ -7,14 +7,14 @@ from jaxserve.errors import JaxserveError as JaxserveError
 from jaxserve.errors import OverloadedError as OverloadedError
 from jaxserve.errors import RequestError as RequestError
 from jaxserve.llm import LLM as LLM
-from jaxserve.metrics import EngineMetrics as EngineMetrics
-from jaxserve.types import BeamSearchOutput as BeamSearchOutput
-from jaxserve.types import BeamSearchParams as BeamSearchParams
-from jaxserve.types import BeamSearchSequence as BeamSearchSequence
-from jaxserve.types import CompletionOutput as CompletionOutput
-from jaxserve.types import Logprob as Logprob
-from jaxserve.types import RequestOutput as RequestOutput
-from jaxserve.types import RequestOutputKind as RequestOutputKind
-from jaxserve.types import SamplingParams as SamplingParams
+from jaxserve.types.metrics import EngineMetrics as EngineMetrics
+from jaxserve.types.outputs import BeamSearchOutput as BeamSearchOutput
+from jaxserve.types.outputs import BeamSearchSequence as BeamSearchSequence
+from jaxserve.types.outputs import CompletionOutput as CompletionOutput
+from jaxserve.types.outputs import Logprob as Logprob
+from jaxserve.types.outputs import RequestOutput as RequestOutput
+from jaxserve.types.sampling_params import BeamSearchParams as BeamSearchParams
+from jaxserve.types.sampling_params import RequestOutputKind as RequestOutputKind
+from jaxserve.types.sampling_params import SamplingParams as SamplingParams
 
 __version__: str

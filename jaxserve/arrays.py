@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxserve.errors import RequestError
 from jaxserve.intake import is_one
-from jaxserve.types import RequestOutput
+from jaxserve.types.outputs import RequestOutput
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 

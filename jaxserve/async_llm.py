@@ -15,12 +15,14 @@ from typing import Any
 from jaxserve.errors import JaxserveError
 from jaxserve.front import Front
 from jaxserve.intake import Prompt
-from jaxserve.metrics import EngineMetrics
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.opening import opened
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.types import RequestOutput, SamplingParams, number
+from jaxserve.types.checks import number
+from jaxserve.types.metrics import EngineMetrics
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import SamplingParams
 from jaxserve.worker import Worker
 
 

@@ -20,16 +20,9 @@ from jaxserve.engine.outputs import position_logprobs
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import RequestError
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.types import (
-    BeamSearchOutput,
-    BeamSearchParams,
-    BeamSearchSequence,
-    FinishReason,
-    Request,
-    SamplingParams,
-    TokenLogprobs,
-    Update,
-)
+from jaxserve.types.outputs import BeamSearchOutput, BeamSearchSequence, FinishReason, TokenLogprobs, Update
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

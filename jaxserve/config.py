@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, cast, get_args
 
 from jaxserve.errors import JaxserveError
-from jaxserve.types import check_names
+from jaxserve.types.checks import check_names
 
 type Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 type Policy = Literal["fcfs", "priority"]

@@ -18,7 +18,7 @@ from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, RequestError
 from jaxserve.intake import Intake, Ready
 from jaxserve.streams import Mailbox, Stream
-from jaxserve.types import RequestOutput
+from jaxserve.types.outputs import RequestOutput
 
 
 class EngineLink(Protocol):

@@ -20,7 +20,8 @@ from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine import admission
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 
 class Array(Protocol):

@@ -25,20 +25,14 @@ from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.intake import Prompt, Ready, by_prompt, each_named, is_one, listed
 from jaxserve.interrupts import Deferred
-from jaxserve.metrics import EngineMetrics
 from jaxserve.models import layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.opening import opened
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.types import (
-    BeamSearchOutput,
-    BeamSearchParams,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-    Update,
-)
+from jaxserve.types.metrics import EngineMetrics
+from jaxserve.types.outputs import BeamSearchOutput, RequestOutput, Update
+from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 type Message = Mapping[str, Any]
 

@@ -15,7 +15,9 @@ import msgspec
 
 from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError
-from jaxserve.types import FinishReason, Request, RequestOutput, RequestOutputKind, Update
+from jaxserve.types.outputs import FinishReason, RequestOutput, Update
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import RequestOutputKind
 
 type News = list[tuple["Stream", RequestOutput | Exception]]
 

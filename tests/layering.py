@@ -27,7 +27,7 @@ RANKS = {
     "jaxserve.types": 2,
     "jaxserve.config": 3,
     "jaxserve.flag_help": 3,
-    "jaxserve.metrics": 3,
+    "jaxserve.types.metrics": 3,
     "jaxserve.profiling": 3,
     # Ranked for those above; below it nothing of ours is open to it, see KERNELS_MAY_IMPORT.
     "pallas_kernels": 4,
@@ -57,7 +57,7 @@ RANKS = {
 
 # Host code: a scheduler step or a test of it must never wait for jax.
 HOST = {
-    *("jaxserve", "jaxserve.errors", "jaxserve.types", "jaxserve.config", "jaxserve.metrics"),
+    *("jaxserve", "jaxserve.errors", "jaxserve.types", "jaxserve.config", "jaxserve.types.metrics"),
     *("jaxserve.engine.scheduler", "jaxserve.engine.block_pool", "jaxserve.engine.batch"),
     *("jaxserve.engine.block_tables", "jaxserve.engine.waiting", "jaxserve.engine.results"),
     *("jaxserve.engine.plan", "jaxserve.engine.admission", "jaxserve.engine.buckets"),

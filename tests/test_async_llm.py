@@ -19,7 +19,8 @@ import pytest
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.types import RequestOutput, RequestOutputKind, SamplingParams
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests import tiny_llm
 from tests.tiny_llm import Reference
 

@@ -11,7 +11,8 @@ import pytest
 from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import RequestError
 from jaxserve.llm import LLM
-from jaxserve.types import BeamSearchParams, BeamSearchSequence, SamplingParams
+from jaxserve.types.outputs import BeamSearchSequence
+from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 from tests import tiny_llm
 from tests.tiny_llm import Reference
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxserve import tokenizer as tokenizers
 from jaxserve.tokenizer import IncrementalDetokenizer, Tokenizer
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
 
 BYTE_LEVEL = tokenizers.load(TOKENIZERS / "byte-level")

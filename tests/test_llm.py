@@ -17,7 +17,8 @@ import pytest
 from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, RequestError
 from jaxserve.llm import LLM
-from jaxserve.types import RequestOutput, RequestOutputKind, SamplingParams
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests import tiny_llm
 from tests.tiny_llm import END, Reference
 

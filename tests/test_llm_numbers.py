@@ -14,8 +14,8 @@ import pytest
 from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import JaxserveError, RequestError
 from jaxserve.llm import LLM
-from jaxserve.metrics import STEP_TOKENS
-from jaxserve.types import SamplingParams
+from jaxserve.types.metrics import STEP_TOKENS
+from jaxserve.types.sampling_params import SamplingParams
 from tests import tiny_llm
 from tests.tiny_llm import Reference
 

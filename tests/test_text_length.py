@@ -15,7 +15,7 @@ from jaxserve.config import Limits
 from jaxserve.errors import RequestError
 from jaxserve.intake import Intake
 from jaxserve.text_length import GENEROUS, text_length
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
 
 REAL = {name: tokenizers.load(TOKENIZERS / name) for name in ("byte-level", "byte-fallback")}

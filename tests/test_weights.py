@@ -18,7 +18,7 @@ from jaxserve.llm import LLM
 from jaxserve.models import layout
 from jaxserve.models.decoder import Params
 from jaxserve.parallel.mesh import make_mesh
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests import tiny_llm
 from tests.golden import load as golden
 from tests.models import tiny

@@ -26,7 +26,8 @@ def start(cache: str, since: float, tiny: bool) -> None:
     from jaxserve.config import EngineConfig
     from jaxserve.engine import sizing
     from jaxserve.engine.engine import Engine
-    from jaxserve.types import Request, SamplingParams
+    from jaxserve.types.request import Request
+    from jaxserve.types.sampling_params import SamplingParams
 
     small: dict[str, Any] = {
         "max_num_seqs": 1,

@@ -31,7 +31,8 @@ from jaxserve.engine.plan import StepResult
 from jaxserve.engine.sequence import Need
 from jaxserve.models import kv_cache, layout
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Rope
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 SLACK = 5 * 2**30  # bytes of device memory beside weights and KV: state, temporaries, code
 TOKEN = 7

@@ -13,7 +13,8 @@ import time
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 
 def run(engine: Engine, prompts: list[list[int]], max_tokens: int) -> dict[str, object]:

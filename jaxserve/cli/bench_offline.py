@@ -80,7 +80,7 @@ class BenchThroughput(Offline):
 
     def run(self) -> None:
         llm = opened(self.engine)
-        from jaxserve.types import SamplingParams
+        from jaxserve.types.sampling_params import SamplingParams
 
         params = SamplingParams(temperature=1.0, seed=0, ignore_eos=True, max_tokens=self.output_len, detokenize=False)
         prompts = random_prompts(self.num_prompts, self.input_len, llm.spec.vocab_size, seed=self.engine.seed)
@@ -127,7 +127,7 @@ class BenchLatency(Offline):
     def run(self) -> None:
         llm = opened(self.engine)
         from jaxserve.cli.load import percentile
-        from jaxserve.types import SamplingParams
+        from jaxserve.types.sampling_params import SamplingParams
 
         params = SamplingParams(temperature=1.0, seed=0, ignore_eos=True, max_tokens=self.output_len, detokenize=False)
         prompts = random_prompts(self.batch_size, self.input_len, llm.spec.vocab_size, seed=self.engine.seed)

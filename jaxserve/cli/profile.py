@@ -80,7 +80,7 @@ class Profile:
         return out.expanduser() / name
 
     def _offline(self, engine: EngineConfig, out: Path) -> Path:
-        from jaxserve.types import SamplingParams
+        from jaxserve.types.sampling_params import SamplingParams
 
         llm = opened(engine)
         params = SamplingParams(temperature=1.0, seed=0, ignore_eos=True, max_tokens=self.output_len, detokenize=False)

@@ -14,7 +14,8 @@ import numpy as np
 from jaxserve.config import Limits
 from jaxserve.engine.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
-from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 
 MAX_SALT = 128
 PLAIN = SamplingParams()

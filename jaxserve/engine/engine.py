@@ -30,11 +30,12 @@ from jaxserve.engine.runner import Handle, Runner
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sizing import Report
 from jaxserve.errors import EngineError, JaxserveError
-from jaxserve.metrics import Counters, EngineMetrics
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.profiling import Profiler
-from jaxserve.types import FinishReason, Request, Update
+from jaxserve.types.metrics import Counters, EngineMetrics
+from jaxserve.types.outputs import FinishReason, Update
+from jaxserve.types.request import Request
 
 
 def to_stderr(line: str) -> None:

@@ -15,17 +15,17 @@ import numpy as np
 
 from jaxserve.errors import RequestError
 from jaxserve.tokenizer import IncrementalDetokenizer, Tokenizer
-from jaxserve.types import (
+from jaxserve.types.outputs import (
     CompletionOutput,
     FinishReason,
     Logprob,
     PositionLogprobs,
-    Request,
     RequestOutput,
-    RequestOutputKind,
     TokenLogprobs,
     Update,
 )
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import RequestOutputKind
 
 
 class OutputBuilder:

@@ -7,7 +7,7 @@ from collections.abc import Set
 
 from jaxserve.engine.plan import Slice, StepResult
 from jaxserve.engine.sequence import Sequence
-from jaxserve.types import FinishReason, TokenLogprobs, Update
+from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 
 
 def sampled(

@@ -25,7 +25,8 @@ from jaxserve.engine.plan import Draft, Slice, StepPlan, StepResult
 from jaxserve.engine.sequence import Sequence, Status, order_of
 from jaxserve.engine.waiting import Deadlines, Waiting
 from jaxserve.errors import RequestError
-from jaxserve.types import FinishReason, Request, Update
+from jaxserve.types.outputs import FinishReason, Update
+from jaxserve.types.request import Request
 
 
 class Scheduler:

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 from jaxserve.config import Limits
 from jaxserve.sampling.control_row import needs_controls
-from jaxserve.types import Request
+from jaxserve.types.request import Request
 
 
 class Status(IntEnum):

@@ -25,10 +25,10 @@ import msgspec
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
-from jaxserve.metrics import EngineMetrics
 from jaxserve.process import wire
 from jaxserve.process.wire import Opened
 from jaxserve.streams import Abort, Stream, Streams, again
+from jaxserve.types.metrics import EngineMetrics
 
 __all__ = ["EngineProcess", "EngineState", "Opened"]
 

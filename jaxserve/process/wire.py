@@ -20,9 +20,10 @@ import numpy as np
 
 from jaxserve.config import ConfigError, Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.metrics import EngineMetrics
 from jaxserve.streams import Abort
-from jaxserve.types import Request, Update
+from jaxserve.types.metrics import EngineMetrics
+from jaxserve.types.outputs import Update
+from jaxserve.types.request import Request
 
 LENGTH = struct.Struct("<Q")
 # Far above what any step can say; a length beyond it is no length.

@@ -26,7 +26,7 @@ from jaxserve.sampling.control_row import (
     mask_words,
     sections,
 )
-from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES
 
 
 @jax.tree_util.register_dataclass

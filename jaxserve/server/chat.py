@@ -15,7 +15,7 @@ from jaxserve.server.protocol.chat import ChatRequest, Conversation
 from jaxserve.server.replies import Usage, encode, finish
 from jaxserve.server.routes import Route
 from jaxserve.server.state import SERVING, Serving
-from jaxserve.types import CompletionOutput, RequestOutput
+from jaxserve.types.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
     from jaxserve.intake import Intake, Ready

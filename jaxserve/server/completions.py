@@ -15,7 +15,7 @@ from jaxserve.server.protocol.completion import MAX_CHOICES, CompletionRequest, 
 from jaxserve.server.replies import Usage, encode, finish
 from jaxserve.server.routes import Route
 from jaxserve.server.state import SERVING
-from jaxserve.types import CompletionOutput, PositionLogprobs, RequestOutput
+from jaxserve.types.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 
 if TYPE_CHECKING:
     from jaxserve.intake import Intake, Ready

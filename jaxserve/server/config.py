@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Self, cast, get_args
 
 from jaxserve.config import ConfigError
-from jaxserve.types import check_names
+from jaxserve.types.checks import check_names
 
 type LogFormat = Literal["text", "json"]
 type LogLevel = Literal["debug", "info", "warning", "error"]

@@ -17,7 +17,8 @@ from jaxserve.server.protocol.others import EmbeddingRequest
 from jaxserve.server.replies import check_sound, json_response
 from jaxserve.server.routes import Route
 from jaxserve.server.state import SERVING
-from jaxserve.types import RequestOutput, SamplingParams
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.intake import Intake, Ready

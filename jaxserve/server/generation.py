@@ -17,7 +17,7 @@ from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.server.replies import Chunks, Head, Usage, check_sound, json_response
 from jaxserve.server.sse import DONE, EventStream
 from jaxserve.server.state import RECORD, SERVING
-from jaxserve.types import RequestOutput
+from jaxserve.types.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from jaxserve.intake import Ready

@@ -7,7 +7,7 @@ Text is taken from tokens, never from the answer: where in it a token begins is 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.types import Logprob, PositionLogprobs
+from jaxserve.types.outputs import Logprob, PositionLogprobs
 
 if TYPE_CHECKING:
     from jaxserve.tokenizer import Tokenizer

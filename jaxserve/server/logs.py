@@ -12,10 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from jaxserve.errors import one_line
-from jaxserve.metrics import EngineMetrics
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.record import Record
-from jaxserve.types import SamplingParams
+from jaxserve.types.metrics import EngineMetrics
+from jaxserve.types.sampling_params import SamplingParams
 
 LOG = logging.getLogger("jaxserve.server")
 OTHERS = ("aiohttp", "asyncio")  # who else speaks through our handler, of what goes wrong

@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from jaxserve.types import CompletionOutput, RequestOutput
+from jaxserve.types.outputs import CompletionOutput, RequestOutput
 
 
 class Pace:

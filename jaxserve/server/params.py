@@ -18,7 +18,7 @@ from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.protocol.base import MAX_CALL_ID, Body, parse
 from jaxserve.server.protocol.sampling import Ordered, Sampling
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
-from jaxserve.types import RequestOutputKind, SamplingParams
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from jaxserve.metrics import STEP_TOKENS, EngineMetrics
 from jaxserve.server import histogram
 from jaxserve.server.histogram import Histogram
+from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits

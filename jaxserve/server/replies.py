@@ -16,7 +16,7 @@ from aiohttp import web
 from jaxserve import __version__
 from jaxserve.errors import one_line
 from jaxserve.server.errors import ApiError, scrubbed
-from jaxserve.types import CompletionOutput, RequestOutput
+from jaxserve.types.outputs import CompletionOutput, RequestOutput
 
 FINGERPRINT = f"jaxserve-{__version__}"
 

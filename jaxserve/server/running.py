@@ -15,7 +15,8 @@ from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import ApiError, sentence
 from jaxserve.server.prometheus import Finished, Metrics
 from jaxserve.server.record import Record
-from jaxserve.types import RequestOutput, RequestOutputKind
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
     from jaxserve.front import Front

@@ -21,7 +21,7 @@ from jaxserve.server.errors import SHUT_DOWN, ApiError
 from jaxserve.server.guard import Held
 from jaxserve.server.prometheus import Metrics
 from jaxserve.server.record import Record
-from jaxserve.types import RequestOutput
+from jaxserve.types.outputs import RequestOutput
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds; the port answers before that
     from jaxserve.front import Front

@@ -13,7 +13,7 @@ from convert.safetensors import read_checkpoint
 from jaxserve.demo import DRAFT_FOLDER, FOLDER
 from jaxserve.llm import LLM
 from jaxserve.models import hf
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests.fast import programs
 
 LIMIT = 4_000_000  # bytes that the package may grow by

@@ -20,7 +20,8 @@ from jaxserve.engine.engine import Engine
 from jaxserve.models import decoder, layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.types import FinishReason, Request, TokenLogprobs, Update
+from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
+from jaxserve.types.request import Request
 from tests.fast import programs
 from tests.models import tiny
 

@@ -26,7 +26,9 @@ from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.plan import StepPlan, StepResult
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import Need, Sequence, Status, order_of, stops_of
-from jaxserve.types import FinishReason, Request, SamplingParams, TokenLogprobs, Update
+from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 type Digests = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.types import Request, TokenLogprobs
+from jaxserve.types.outputs import TokenLogprobs
+from jaxserve.types.request import Request
 from pallas_kernels.row_sampler import gumbel_noise
 from tests.engine.driver import EOS, VOCABULARY
 from tests.kernels.oracles import surviving

@@ -9,7 +9,8 @@ import pytest
 from jaxserve.config import Limits
 from jaxserve.engine import admission
 from jaxserve.errors import RequestError
-from jaxserve.types import BAD_WORD_TOKENS, MAX_BAD_WORDS, Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 from tests.engine.fakes import FakeEngine, Oracle
 
 LIMITS = Limits(

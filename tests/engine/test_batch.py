@@ -14,7 +14,8 @@ from jaxserve.engine.batch import Batcher
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.plan import Slice, StepPlan
 from jaxserve.engine.sequence import Need, Sequence
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 BLOCKS, BLOCK = 50, 4
 BUCKETS = Buckets(rows=4, tokens=16, score_rows=8)

@@ -34,7 +34,8 @@ import json, sys
 import jax
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 
 counts = {"trace": 0, "lower": 0, "compile": 0}
 def count(event, duration, **_):

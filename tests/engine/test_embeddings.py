@@ -12,7 +12,8 @@ import pytest
 from jaxserve.models import decoder
 from jaxserve.models.attention import Dense
 from jaxserve.models.decoder import Params
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.engine.driver import BLOCK, FULL, LONGEST, Driver, Stream, alone, params_of
 from tests.engine.test_sampling_end_to_end import BAD, poisoned
 

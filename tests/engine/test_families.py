@@ -15,7 +15,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.engine.driver import Stream
 from tests.fast import programs
 from tests.golden import load as golden

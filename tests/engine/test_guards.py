@@ -11,7 +11,8 @@ import pytest
 from jaxserve.engine import step
 from jaxserve.engine.batch import Layout, Packed
 from jaxserve.engine.sequence import Need
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.conftest import ForbidCompiles
 from tests.engine.driver import BLOCK, BLOCKS, LONGEST, Driver
 from tests.engine.workloads import Job, random_jobs, run

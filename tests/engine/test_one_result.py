@@ -15,7 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.models.spec import ModelSpec
-from jaxserve.types import Request, SamplingParams, TokenLogprobs
+from jaxserve.types.outputs import TokenLogprobs
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.engine.driver import BLOCK, FULL, LONGEST, WINDOWED, Driver, Stream, Streams, alone, logits_of, public_of
 from tests.engine.model_oracle import Step
 from tests.engine.workloads import Job, random_jobs, run

@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from jaxserve import tokenizer as tokenizers
 from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import RequestError
-from jaxserve.types import (
-    CompletionOutput,
-    Logprob,
-    Request,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-    TokenLogprobs,
-    Update,
-)
+from jaxserve.types.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs, Update
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests.golden.load import TOKENIZERS
 
 TOKENIZER = tokenizers.load(TOKENIZERS / "byte-level")

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from jaxserve.models.decoder import Params
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.engine.driver import BLOCK, EOS, FULL, VOCABULARY, Driver, Stream, alone, logits_of, params_of
 from tests.engine.model_oracle import Step, check_logprobs, log_softmax
 from tests.engine.workloads import random_jobs, run

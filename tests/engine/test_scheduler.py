@@ -10,7 +10,7 @@ from jaxserve.engine.plan import StepResult
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import Status
 from jaxserve.errors import OverloadedError, RequestError
-from jaxserve.types import Update
+from jaxserve.types.outputs import Update
 from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
 
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.engine.sequence import Sequence
-from jaxserve.types import Request
+from jaxserve.types.request import Request
 from tests.engine.fakes import STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
 
 # --- random walks ---------------------------------------------------------------------------------------------------

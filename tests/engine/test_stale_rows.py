@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.engine.driver import VOCABULARY, Driver, Streams
 
 PROMPT = [11, 42, 7, 42, 88, 5, 11, 60, 23, 9]

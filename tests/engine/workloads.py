@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.engine.driver import VOCABULARY, Driver, Streams
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from jaxserve.engine import engine
 from jaxserve.process import child
-from jaxserve.types import Update
+from jaxserve.types.outputs import Update
 
 
 def _raise(*_: object, **__: object) -> NoReturn:

@@ -13,7 +13,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.front import Front
 from jaxserve.process.attach import attach
 from jaxserve.process.client import EngineProcess
-from jaxserve.types import RequestOutput, SamplingParams
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import SamplingParams
 from tests.fast import programs
 from tests.golden import load
 from tests.golden.load import TOKENIZERS

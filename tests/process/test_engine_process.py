@@ -24,7 +24,9 @@ from jaxserve.intake import Ready
 from jaxserve.llm import LLM
 from jaxserve.process import wire
 from jaxserve.process.client import EngineProcess, EngineState
-from jaxserve.types import Request, RequestOutput, RequestOutputKind, SamplingParams
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests.process import living
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind

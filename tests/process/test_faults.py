@@ -18,7 +18,7 @@ from jaxserve.errors import EngineError
 from jaxserve.front import Front
 from jaxserve.process import client
 from jaxserve.process.client import EngineProcess, EngineState
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests.process import living
 
 PARAMS = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
@@ -190,7 +190,7 @@ import sys, time
 from jaxserve.config import EngineConfig
 from jaxserve.process import wire
 from jaxserve.process.client import EngineProcess
-from jaxserve.types import Request
+from jaxserve.types.request import Request
 from tests.process import living
 config = EngineConfig(model=sys.argv[1], **living.OPTIONS)
 engine = EngineProcess(config, command=living.faulty(sys.argv[2]), watchdog=3)

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError, EngineConfig, Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.metrics import EngineMetrics
 from jaxserve.process import outbox, wire
 from jaxserve.streams import Abort
-from jaxserve.types import Request, RequestOutputKind, SamplingParams, TokenLogprobs, Update
+from jaxserve.types.metrics import EngineMetrics
+from jaxserve.types.outputs import TokenLogprobs, Update
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 
 texts = st.text(max_size=8)
 tokens = st.integers(0, 2**31 - 1)

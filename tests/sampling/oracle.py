@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 
 
 @dataclass

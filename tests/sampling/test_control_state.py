@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve.sampling import controls
 from jaxserve.sampling.control_row import COUNT_SIZE, mask_words, needs_controls, pack_row, row_size
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests.conftest import ForbidCompiles
 from tests.sampling.oracle import Asked
 from tests.sampling.rows import ALLOCATE, Rows

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.errors import RequestError
-from jaxserve.types import BeamSearchParams, RequestOutputKind, SamplingParams
+from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 DEFAULTS = dict(
     n=1,

@@ -18,9 +18,10 @@ from typing import Any, NoReturn, cast
 
 from jaxserve.config import Limits
 from jaxserve.errors import CheckpointError, JaxserveError
-from jaxserve.metrics import Counters, EngineMetrics
 from jaxserve.process import child, wire
-from jaxserve.types import Request, Update
+from jaxserve.types.metrics import Counters, EngineMetrics
+from jaxserve.types.outputs import Update
+from jaxserve.types.request import Request
 
 LIMITS = Limits(
     vocab_size=1000,

@@ -22,7 +22,8 @@ from jaxserve.server import lifecycle, listening, logs
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.histogram import Histogram, token_counts
 from jaxserve.server.record import Record
-from jaxserve.types import Request, SamplingParams
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
 from tests.server.fake_engine import FakeEngine
 
 

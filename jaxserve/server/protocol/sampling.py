@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from jaxserve.server.protocol.base import MAX_CALL_ID, Body, Name, NeverTrue, NotYet, Part
 from jaxserve.server.protocol.bounds import MAX_VALUES
-from jaxserve.types import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
+from jaxserve.types.sampling_params import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024

@@ -24,7 +24,7 @@ from jaxserve.server.protocol.completion import CompletionRequest
 from jaxserve.server.protocol.others import EmbeddingRequest, TokenizeRequest
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.server.routes import all_routes
-from jaxserve.types import SamplingParams
+from jaxserve.types.sampling_params import SamplingParams
 from tests.server.api.checks import TELLS
 from tests.tiny_llm import TOKENIZER
 

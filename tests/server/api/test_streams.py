@@ -12,7 +12,7 @@ from jaxserve.errors import EngineError
 from jaxserve.server import generation
 from jaxserve.server.errors import ApiError
 from jaxserve.server.logprobs import CompletionLogprobs
-from jaxserve.types import CompletionOutput, RequestOutput
+from jaxserve.types.outputs import CompletionOutput, RequestOutput
 from tests.server.api.checks import TELLS, check_error
 from tests.server.api.served import Served, flat
 

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes out of an engine.
+
+Update         what one step did for one sample of a request
+RequestOutput  what users see: text, tokens and log-probabilities of all samples so far
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+type FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely a token was, and the likeliest ones in its place, best first."""
+
+    token: int
+    logprob: float
+    rank: int
+    top_tokens: list[int]
+    top_logprobs: list[float]
+
+
+class Update(msgspec.Struct, array_like=True, kw_only=True):
+    """What one step did for one sample. The last one of a sample has a finish_reason."""
+
+    request_id: str
+    index: int  # which of the n samples
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None  # of token_ids
+    prompt_logprobs: list[TokenLogprobs] | None = None  # the next ones of the prompt, from its second token on
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the token that ended it, other than the model's end of text
+    error: str | None = None  # with finish_reason "error" or "abort": why
+    num_cached_tokens: int = 0
+    policy_version: int = 0  # of the weights
+    embedding: bytes | None = None  # float32, little endian: the end of a request that wants it
+    scheduled: float | None = None  # on a sample's first: when it got a row, on the monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+type PositionLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    policy_version: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token
+    num_cached_tokens: int = 0
+    embedding: "np.ndarray | None" = None  # float32 [hidden], of a request that wants it
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    tokens: list[int]  # the prompt's and the generated ones
+    logprobs: list[PositionLogprobs]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    sequences: list[BeamSearchSequence]
