@@ -26,7 +26,7 @@ from benchmarks import arguments, facts, offline, plot, serving, words
 from benchmarks.peers.servers import Server, missing
 from benchmarks.serving import Deadlines, Work
 from jaxserve import demo
-from jaxserve.client import Client, ServerError
+from jaxserve.cli.client import Client, ServerError
 
 MODELS = ("demo", "110m")
 

@@ -227,7 +227,7 @@ def main() -> None:
 
 
 def model_of(url: str, api_key: str | None) -> str:
-    from jaxserve.client import Client
+    from jaxserve.cli.client import Client
     from jaxserve.errors import JaxserveError
 
     try:

@@ -4,9 +4,9 @@
 import sys
 
 from convert.command import Convert
-from jaxserve import exits
-from jaxserve.flag_help import help_text
-from jaxserve.flags import HelpRequested, Parser, flags_of
+from jaxserve import exit_codes
+from jaxserve.flags.help import help_text
+from jaxserve.flags.parsing import HelpRequested, Parser, flags_of
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
         else:
             Convert(**given).run()
 
-    return exits.guarded(command, debug="--debug" in sys.argv)
+    return exit_codes.guarded(command, debug="--debug" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from jaxserve.errors import CheckpointError
-from jaxserve.flags import Arg
+from jaxserve.flags.parsing import Arg
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `jaxserve` command: which command is meant, and every way out as an exit code (jaxserve/exits.py).
+"""The `jaxserve` command: which command is meant, and every way out as an exit code (jaxserve/exit_codes.py).
 
-A command is a dataclass whose fields are its flags (jaxserve/flags.py), in a file of its own that is imported when it
+A command is a dataclass whose fields are its flags (jaxserve/flags/parsing.py), in a file of its own that is imported when it
 is called; those files import heavy packages inside `run`, so that `--help` stays quick.
 """
 
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from jaxserve import exits
+from jaxserve import exit_codes
 from jaxserve.errors import JaxserveError, UsageError
 
 if TYPE_CHECKING:
-    from jaxserve.flags import Parser
+    from jaxserve.flags.parsing import Parser
 
 
 class Command(NamedTuple):
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in ours
     if debug:
         words.remove("--debug")
-    return exits.guarded(lambda: _dispatch(words, debug=debug), debug=debug)
+    return exit_codes.guarded(lambda: _dispatch(words, debug=debug), debug=debug)
 
 
 def _dispatch(words: Sequence[str], *, debug: bool) -> int | None:
@@ -70,19 +70,19 @@ def _dispatch(words: Sequence[str], *, debug: bool) -> int | None:
     if name not in COMMANDS:
         raise UsageError(*_unknown(words))
     if debug:
-        os.environ[exits.DEBUG] = "1"
+        os.environ[exit_codes.DEBUG] = "1"
     return _call(name, words[len(name.split()) :])
 
 
 def _call(name: str, words: Sequence[str]) -> int | None:
     """Parses the rest by the command's fields, and runs it."""
-    from jaxserve.flags import HelpRequested
+    from jaxserve.flags.parsing import HelpRequested
 
     kind, parser = _kind(name), parser_of(name)
     try:
         given = parser.parse(words)
     except HelpRequested as wanted:
-        from jaxserve.flag_help import topic_help
+        from jaxserve.flags.help import topic_help
 
         own = wanted.topic is None and hasattr(kind, "help")
         _show(kind.help(parser) if own else topic_help(parser, wanted.topic))
@@ -104,7 +104,7 @@ def _kind(name: str) -> Any:
 def parser_of(name: str) -> "Parser":
     """A command with flags from elsewhere has `parser`, and `of` to be made of what was given; its `help` may choose
     what is shown. All others are made of their fields."""
-    from jaxserve.flags import Parser, flags_of
+    from jaxserve.flags.parsing import Parser, flags_of
 
     kind, prog, about = _kind(name), f"jaxserve {name}", COMMANDS[name].about
     return kind.parser(prog, about) if hasattr(kind, "parser") else Parser(prog, flags_of(kind), about=about)

@@ -12,7 +12,7 @@ from typing import Any, Self
 from jaxserve.cli import settings
 from jaxserve.config import EngineConfig
 from jaxserve.errors import UsageError
-from jaxserve.flags import Parser
+from jaxserve.flags.parsing import Parser
 
 
 def random_prompts(count: int, length: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxserve.cli import settings
-from jaxserve.client import DEFAULT_URL, Client, ServerError, key_of_environment
+from jaxserve.cli.client import DEFAULT_URL, Client, ServerError, key_of_environment
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags import Arg
+from jaxserve.flags.parsing import Arg
 
 if TYPE_CHECKING:
     from jaxserve.cli.load import Job, Sample

@@ -13,11 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from jaxserve import exits
+from jaxserve import exit_codes
+from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
 from jaxserve.cli.terminal import safe
-from jaxserve.client import DEFAULT_URL, Client, key_of_environment
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags import Arg
+from jaxserve.flags.parsing import Arg
 
 HELP = "/reset forgets the conversation, /system TEXT begins a new one, /retry answers again, /exit or Ctrl-D ends"
 
@@ -73,7 +73,7 @@ class Talk(ABC):
             try:
                 self.turn(session, text)
             except JaxserveError as error:
-                print(exits.error_line(error), file=sys.stderr)
+                print(exit_codes.error_line(error), file=sys.stderr)
             except KeyboardInterrupt:
                 print("  (stopped)", file=sys.stderr)
 

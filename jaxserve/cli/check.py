@@ -16,7 +16,7 @@ from jaxserve.cli import settings
 from jaxserve.cli.memory_plan import MAX_DEVICES, Model, Plan, alternatives, planned, read
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError, UsageError, one_line
-from jaxserve.flags import Flag, Parser
+from jaxserve.flags.parsing import Flag, Parser
 
 MEMORY = Flag(
     name="memory",

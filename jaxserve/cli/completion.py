@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxserve.flags import Arg, Flag
+from jaxserve.flags.parsing import Arg, Flag
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from convert.safetensors import TensorInfo, read_checkpoint
 from jaxserve.errors import one_line
-from jaxserve.flags import Arg
+from jaxserve.flags.parsing import Arg
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from jaxserve.cli import settings
 from jaxserve.cli.bench_offline import opened, random_prompts
-from jaxserve.client import DEFAULT_URL, Client, key_of_environment
+from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags import Parser
+from jaxserve.flags.parsing import Parser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from jaxserve import __version__
 from jaxserve.cli import settings
 from jaxserve.config import EngineConfig
 from jaxserve.errors import one_line
-from jaxserve.flags import Flag, Parser
+from jaxserve.flags.parsing import Flag, Parser
 from jaxserve.server.config import ServerConfig
 
 CONFIG = Flag(
@@ -47,7 +47,7 @@ class Run:
 
     @staticmethod
     def help(parser: Parser) -> str:
-        from jaxserve.flag_help import help_text
+        from jaxserve.flags.help import help_text
 
         groups = ", ".join(dict.fromkeys(flag.group for flag in parser.flags))
         few = help_text(parser, names=[settings.FIRST, *settings.COMMON])

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags import Flag, Parser, flags_of
+from jaxserve.flags.parsing import Flag, Parser, flags_of
 
 ENGINE_GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (

@@ -26,7 +26,7 @@ import msgspec
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
-from jaxserve.exits import DEBUG
+from jaxserve.exit_codes import DEBUG
 from jaxserve.process import wire
 from jaxserve.process.outbox import Outbox
 

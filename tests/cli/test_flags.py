@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.errors import UsageError
-from jaxserve.flag_help import help_text, topic_help
-from jaxserve.flags import Arg, HelpRequested, Parser, field_docs, flags_of
+from jaxserve.flags.help import help_text, topic_help
+from jaxserve.flags.parsing import Arg, HelpRequested, Parser, field_docs, flags_of
 
 type Color = Literal["red", "green"]
 

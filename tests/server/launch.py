@@ -4,7 +4,7 @@
 import json
 import sys
 
-from jaxserve import exits
+from jaxserve import exit_codes
 from jaxserve.config import EngineConfig
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.lifecycle import serve
@@ -12,7 +12,7 @@ from jaxserve.server.lifecycle import serve
 
 def main() -> int:
     given = json.loads(sys.argv[1])
-    return exits.guarded(
+    return exit_codes.guarded(
         lambda: serve(EngineConfig(**given["engine"]), ServerConfig(**given["server"]), command=given["command"])
     )
 

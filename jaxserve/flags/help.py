@@ -8,7 +8,7 @@ from dataclasses import MISSING
 from typing import cast
 
 from jaxserve.errors import UsageError
-from jaxserve.flags import Flag, Parser, value_of
+from jaxserve.flags.parsing import Flag, Parser, value_of
 
 
 def help_text(parser: Parser, *, groups: Sequence[str] | None = None, names: Sequence[str] | None = None) -> str:
