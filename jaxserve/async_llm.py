@@ -18,7 +18,7 @@ from jaxserve.intake import Prompt
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.opening import opened
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.checks import number
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import RequestOutput

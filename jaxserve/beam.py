@@ -19,7 +19,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.outputs import position_logprobs
 from jaxserve.engine.sequence import Sequence
 from jaxserve.errors import RequestError
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.outputs import BeamSearchOutput, BeamSearchSequence, FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams

@@ -15,11 +15,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from convert import hub
-from jaxserve import tokenizer as tokenizers
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine import admission
 from jaxserve.errors import CheckpointError, RequestError
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.text import tokenizer as tokenizers
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 

@@ -29,7 +29,7 @@ from jaxserve.models import layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.opening import opened
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import BeamSearchOutput, RequestOutput, Update
 from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams

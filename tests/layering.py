@@ -22,8 +22,8 @@ RANKS = {
     "jaxserve.exit_codes": 2,
     "jaxserve.flags.parsing": 2,
     "jaxserve.interrupts": 2,
-    "jaxserve.text_length": 2,
-    "jaxserve.token_text": 2,
+    "jaxserve.text.text_length": 2,
+    "jaxserve.text.token_bytes": 2,
     "jaxserve.types": 2,
     "jaxserve.config": 3,
     "jaxserve.flags.help": 3,
@@ -31,7 +31,7 @@ RANKS = {
     "jaxserve.profiling": 3,
     # Ranked for those above; below it nothing of ours is open to it, see KERNELS_MAY_IMPORT.
     "pallas_kernels": 4,
-    "jaxserve.tokenizer": 5,
+    "jaxserve.text.tokenizer": 5,
     "jaxserve.quant": 5,
     "jaxserve.parallel": 5,
     "jaxserve.models": 6,
@@ -62,7 +62,7 @@ HOST = {
     *("jaxserve.engine.block_tables", "jaxserve.engine.waiting", "jaxserve.engine.results"),
     *("jaxserve.engine.plan", "jaxserve.engine.admission", "jaxserve.engine.buckets"),
     *("jaxserve.engine.sequence", "jaxserve.engine.outputs", "jaxserve.sampling.grammar"),
-    *("jaxserve.tokenizer", "jaxserve.token_text", "jaxserve.text_length"),
+    *("jaxserve.text.tokenizer", "jaxserve.text.token_bytes", "jaxserve.text.text_length"),
     *("jaxserve.intake", "jaxserve.streams", "jaxserve.front"),
     *("jaxserve.process.wire", "jaxserve.process.client", "jaxserve.process.attach", "jaxserve.process.outbox"),
     *(

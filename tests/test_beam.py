@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import RequestError
 from jaxserve.llm import LLM
+from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.outputs import BeamSearchSequence
 from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 from tests import tiny_llm

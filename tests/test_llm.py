@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, RequestError
 from jaxserve.llm import LLM
+from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests import tiny_llm

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import JaxserveError, RequestError
 from jaxserve.llm import LLM
+from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.metrics import STEP_TOKENS
 from jaxserve.types.sampling_params import SamplingParams
 from tests import tiny_llm

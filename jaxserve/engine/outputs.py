@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxserve.errors import RequestError
-from jaxserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxserve.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxserve.types.outputs import (
     CompletionOutput,
     FinishReason,

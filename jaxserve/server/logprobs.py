@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.types.outputs import Logprob, PositionLogprobs
 
 if TYPE_CHECKING:
-    from jaxserve.tokenizer import Tokenizer
+    from jaxserve.text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no infinity
 

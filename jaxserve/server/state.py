@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # they import transformers, which takes seconds; the port ans
     from jaxserve.front import Front
     from jaxserve.intake import Ready
     from jaxserve.process.client import EngineProcess
-    from jaxserve.tokenizer import Tokenizer
+    from jaxserve.text.tokenizer import Tokenizer
 
 LONGEST_WAIT = 60  # what Retry-After says at most
 

@@ -16,7 +16,7 @@ from jaxserve.server.state import SERVING, Serving
 
 if TYPE_CHECKING:
     from jaxserve.intake import Intake
-    from jaxserve.tokenizer import Tokenizer
+    from jaxserve.text.tokenizer import Tokenizer
 
 # Takes a thread up to three seconds; the tokens of longer texts are counted in pieces.
 MAX_CHARACTERS = 2**20

@@ -12,10 +12,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from convert.load import load_model
-from jaxserve import tokenizer as tokenizers
 from jaxserve.demo import FOLDER, optimizer, packing, shapes, train, vocabulary
 from jaxserve.models import layout
 from jaxserve.models.registry import read_config, spec_of
+from jaxserve.text import tokenizer as tokenizers
 
 BACKEND = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 

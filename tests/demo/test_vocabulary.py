@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.demo import DRAFT_FOLDER, FOLDER, packing, vocabulary
 from jaxserve.errors import RequestError
+from jaxserve.text import tokenizer as tokenizers
 
 TOKENIZER = tokenizers.load(FOLDER)
 CHAT = [

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import RequestError
+from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs, Update
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.config import Limits
 from jaxserve.errors import EngineError, OverloadedError, RequestError
 from jaxserve.intake import Intake
@@ -24,6 +23,7 @@ from jaxserve.server.protocol.completion import CompletionRequest
 from jaxserve.server.protocol.others import EmbeddingRequest, TokenizeRequest
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.server.routes import all_routes
+from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.sampling_params import SamplingParams
 from tests.server.api.checks import TELLS
 from tests.tiny_llm import TOKENIZER

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.errors import CheckpointError, RequestError
+from jaxserve.text import tokenizer as tokenizers
 from tests.golden.load import TOKENIZERS
 
 KINDS = ("byte-level", "byte-fallback")

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from jaxserve import tokenizer as tokenizers
 from jaxserve.config import Limits
 from jaxserve.errors import RequestError
 from jaxserve.intake import Intake
-from jaxserve.text_length import GENEROUS, text_length
+from jaxserve.text import tokenizer as tokenizers
+from jaxserve.text.text_length import GENEROUS, text_length
 from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
 

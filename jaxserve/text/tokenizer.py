@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxserve.errors import CheckpointError, RequestError, one_line
-from jaxserve.text_length import TextLength, text_length
-from jaxserve.token_text import BROKEN, Decoding, TextStream
+from jaxserve.text.text_length import TextLength, text_length
+from jaxserve.text.token_bytes import BROKEN, Decoding, TextStream
 from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 
 MAX_FILE_BYTES = 256 * 2**20  # the largest vocabularies of today take a sixth of it

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxserve import tokenizer as tokenizers
-from jaxserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxserve.text import tokenizer as tokenizers
+from jaxserve.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
 
