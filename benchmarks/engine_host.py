@@ -28,7 +28,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.batch import Packed
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.plan import StepPlan, StepResult
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 
@@ -83,7 +83,7 @@ class Bench:
 
     def __init__(self, *, rows: int, longest: int, seed: int) -> None:
         spec = published.tiny()
-        shapes = layout.abstract_params(spec, jnp.float32)
+        shapes = param_layout.abstract_params(spec, jnp.float32)
         params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         config = EngineConfig(
             model="none",

@@ -15,7 +15,7 @@ from convert import orbax
 from convert.plan import Plan, plan
 from convert.reader import Array, Progress, Reader, aligned
 from jaxserve.errors import JaxserveError
-from jaxserve.models import layout, registry
+from jaxserve.models import param_layout, registry
 from jaxserve.models.decoder import Params
 from jaxserve.models.registry import Family
 from jaxserve.models.spec import ModelSpec
@@ -70,12 +70,12 @@ def param_dtype(plan: Plan, wanted: Any = None) -> Any:
 def read(plan: Plan, *, dtype: Any, progress: Progress | None = None) -> Params:
     params: Params = {}
     with Reader(progress) as reader:
-        for path, target in layout.leaves(layout.abstract_params(plan.spec, dtype)):
+        for path, target in param_layout.leaves(param_layout.abstract_params(plan.spec, dtype)):
             host = aligned(target.shape, target.dtype)
-            for part in layout.parts_of(path, target.shape, plan.spec):
+            for part in param_layout.parts_of(path, target.shape, plan.spec):
                 into = host[part.index].reshape(part.view, copy=False)
                 reader.fill(plan.jobs(part.path, into, part.source))
-            layout.put(params, path, _to_devices(host, target))
+            param_layout.put(params, path, _to_devices(host, target))
     return params
 
 

@@ -30,7 +30,7 @@ from convert.plan import Piece, Plan
 from convert.reader import Progress, Reader, aligned
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.models import hf, layout
+from jaxserve.models import hf, param_layout
 from jaxserve.models import spec as specs
 from jaxserve.models.spec import ModelSpec
 
@@ -53,10 +53,10 @@ def plan(folder: Path) -> Plan:
     spec = read_spec(folder)
     params = folder / PARAMS
     try:
-        wanted = dict(layout.leaves(layout.abstract_public(spec, jnp.float32)))
+        wanted = dict(param_layout.leaves(param_layout.abstract_public(spec, jnp.float32)))
     except (AttributeError, TypeError, ValueError) as error:  # "8" for 8
         _fail(folder / SPEC, f"holds no spec of a model ({error})")
-    names = {layout.dotted(path) for path in wanted}
+    names = {param_layout.dotted(path) for path in wanted}
     with _readable(params):
         # What has no .zarray is Orbax's own.
         found = {entry.name for entry in os.scandir(params) if os.path.lexists(params / entry.name / ".zarray")}
@@ -88,8 +88,8 @@ def read_spec(folder: Path) -> ModelSpec:
     return spec
 
 
-def _stored(params: Path, path: layout.Path, shape: tuple[int, ...]) -> TensorInfo:
-    name = layout.dotted(path)
+def _stored(params: Path, path: param_layout.Path, shape: tuple[int, ...]) -> TensorInfo:
+    name = param_layout.dotted(path)
     place = params / name
     array = hf.read_json(place / ".zarray")
     if array.get("shape") != list(shape):
@@ -128,12 +128,12 @@ def write(
     plan: Plan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: Progress | None = None
 ) -> None:
     """Parameters and spec into an existing folder, one tensor at a time. `dtype` None keeps each tensor's own."""
-    public = layout.abstract_public(plan.spec, dtype or jnp.float32)
+    public = param_layout.abstract_public(plan.spec, dtype or jnp.float32)
     tree: dict[str, Any] = {}
     with Reader(progress) as reader:
-        for path, leaf in layout.leaves(public):
+        for path, leaf in param_layout.leaves(public):
             # What is float32 whatever the rest is (sinks, ...) stays so.
-            layout.put(
+            param_layout.put(
                 tree, path, _Leaf(plan, reader, path, leaf.shape, leaf.dtype if dtype else plan.leaf_dtype(path))
             )
         _save(folder / PARAMS, tree)
@@ -148,7 +148,7 @@ class _Leaf:
 
     plan: Plan
     reader: Reader
-    path: layout.Path
+    path: param_layout.Path
     shape: tuple[int, ...]
     dtype: Any
 

@@ -22,7 +22,7 @@ from convert.header import BITS, TensorInfo, quote
 from convert.reader import Array, Job, equal_bytes
 from convert.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.registry import Family
 from jaxserve.models.spec import Layer, ModelSpec
 from jaxserve.models.weights import Rule, View
@@ -61,7 +61,7 @@ class Plan:
     """For every public tensor its pieces: one, or one for each expert."""
 
     spec: ModelSpec
-    pieces: Mapping[layout.Path, Sequence[Piece]]
+    pieces: Mapping[param_layout.Path, Sequence[Piece]]
 
     @property
     def bytes(self) -> int:
@@ -81,12 +81,12 @@ class Plan:
                 count[piece.dtype] += piece.info.stop - piece.info.start
         return _within_32_bits(max(count, key=lambda dtype: count[dtype]))
 
-    def leaf_dtype(self, path: layout.Path) -> Any:
+    def leaf_dtype(self, path: param_layout.Path) -> Any:
         """What holds this tensor without loss (but for float64)."""
         dtypes = {_within_32_bits(piece.dtype) for piece in self.pieces[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def jobs(self, path: layout.Path, into: Array, shape: tuple[int, ...]) -> Iterator[Job]:
+    def jobs(self, path: param_layout.Path, into: Array, shape: tuple[int, ...]) -> Iterator[Job]:
         """Reads the public tensor at `path`, seen as `shape` and broadcast, into `into`."""
         layer, pieces = layer_of(self.spec, path), self.pieces[path]
         stack = next(n for n in range(len(shape) + 1) if math.prod(shape[:n]) == len(pieces))  # axes that count pieces
@@ -103,7 +103,7 @@ def _within_32_bits(dtype: Any) -> Any:
     return np.dtype(np.float32) if dtype == np.float64 else dtype
 
 
-def layer_of(spec: ModelSpec, path: layout.Path) -> Layer | None:
+def layer_of(spec: ModelSpec, path: param_layout.Path) -> Layer | None:
     return spec.layers[int(path[1])] if path[0] == "layers" else None
 
 
@@ -113,7 +113,7 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> Plan:
     if spec.tied and _heads_differ(family.WEIGHTS, tensors):
         spec = replace(spec, tied=False)
     planner = _Planner(folder, spec, family.WEIGHTS, tensors)
-    public = layout.leaves(layout.abstract_public(spec, jnp.float32))
+    public = param_layout.leaves(param_layout.abstract_public(spec, jnp.float32))
     pieces = {path: planner.find(path, leaf) for path, leaf in public}
     planner.check_used(getattr(family, "IGNORED", ()))
     return Plan(spec, pieces)
@@ -140,12 +140,12 @@ class _Planner:
         if spec.tied:  # stored once, under either name
             self._rules["embed.weight"] = self._rules["embed.weight"] + self._rules.get("head", [])
 
-    def find(self, path: layout.Path, leaf: jax.ShapeDtypeStruct) -> list[Piece]:
+    def find(self, path: param_layout.Path, leaf: jax.ShapeDtypeStruct) -> list[Piece]:
         """The pieces of the public tensor at `path`, by the first rule whose source the checkpoint has."""
         shape, layer = leaf.shape, layer_of(self._spec, path)
-        rules = self._rules.get(layout.dotted(path if layer is None else ("layers", "{layer}", *path[2:])), ())
+        rules = self._rules.get(param_layout.dotted(path if layer is None else ("layers", "{layer}", *path[2:])), ())
         if not rules:
-            raise AssertionError(f"no rule of the family gives {layout.dotted(path)}")
+            raise AssertionError(f"no rule of the family gives {param_layout.dotted(path)}")
         if any("{expert}" in rule.source for rule in rules) and shape[0] > len(self._tensors):
             problem = f"config.json asks for {shape[0]:,} experts, the checkpoint has {len(self._tensors):,} tensors"
             raise CheckpointError(f"{_shown(self._folder)}: {problem}", _HINT)
@@ -155,7 +155,7 @@ class _Planner:
         pieces: list[Piece] = []
         for name in names:
             if name not in self._tensors:
-                problem = f"tensor {quote(name)} is missing, expected for {layout.dotted(path)} {list(shape)}"
+                problem = f"tensor {quote(name)} is missing, expected for {param_layout.dotted(path)} {list(shape)}"
                 raise CheckpointError(f"{_shown(self._folder)}: {problem}", f"download it again, or {_HINT}")
             piece = Piece(self._tensors[name], rule.view)
             self._used[name] += _check(piece, name, each, layer)
@@ -182,7 +182,7 @@ class _Planner:
             fail(self._tensors[extra[0]], extra[0], f"is not part of the model that config.json describes{more}")
 
 
-def _names(rule: Rule, path: layout.Path, shape: tuple[int, ...]) -> list[str]:
+def _names(rule: Rule, path: param_layout.Path, shape: tuple[int, ...]) -> list[str]:
     source = rule.source.replace("{layer}", str(path[1]) if len(path) > 1 else "")
     return [source.replace("{expert}", str(i)) for i in range(shape[0])] if "{expert}" in source else [source]
 

@@ -25,7 +25,7 @@ from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.intake import Prompt, Ready, by_prompt, each_named, is_one, listed
 from jaxserve.interrupts import Deferred
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.opening import opened
@@ -316,7 +316,7 @@ class LLM:
     def public_params(self) -> Params:
         """In public layout, one entry per matrix of the architecture: copies."""
         with self._alone(), self._engine.runner.on_mesh():
-            return layout.to_public_layout(self.spec, self.params)
+            return param_layout.to_public_layout(self.spec, self.params)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 

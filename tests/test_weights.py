@@ -15,7 +15,7 @@ import pytest
 from jaxserve.config import ConfigError
 from jaxserve.errors import JaxserveError
 from jaxserve.llm import LLM
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.types.sampling_params import SamplingParams
@@ -55,7 +55,7 @@ def answer(llm: LLM) -> list[int]:
 
 
 def engine_layout(public: Params) -> Params:
-    return jax.jit(layout.to_engine_layout, static_argnums=0)(SPEC, public)
+    return jax.jit(param_layout.to_engine_layout, static_argnums=0)(SPEC, public)
 
 
 def pointers(params: Params) -> list[int]:

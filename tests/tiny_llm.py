@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxserve.async_llm import AsyncLLM
 from jaxserve.llm import LLM
-from jaxserve.models import decoder, layout
+from jaxserve.models import decoder, param_layout
 from jaxserve.models.attention import Dense
 from jaxserve.models.decoder import Params
 from tests.fast import programs
@@ -52,7 +52,7 @@ class Reference:
     """The model computed densely, with parameters in public layout."""
 
     def __init__(self, public: Params) -> None:
-        self._params = jax.jit(layout.to_engine_layout, static_argnums=0)(SPEC, public)
+        self._params = jax.jit(param_layout.to_engine_layout, static_argnums=0)(SPEC, public)
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
         """float32 [tokens, vocabulary]: of what follows each of them."""

@@ -29,7 +29,7 @@ from jaxserve.engine.batch import Layout, Packed
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.plan import StepResult
 from jaxserve.engine.sequence import Need
-from jaxserve.models import kv_cache, layout
+from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Rope
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -73,7 +73,7 @@ def model(tiny: bool, layers: int | None = None) -> ModelSpec:
 
 def random_params(spec: ModelSpec) -> Any:
     """Made leaf by leaf on the device: the host never holds one. Equal shapes share a program."""
-    leaves, tree = jax.tree.flatten(layout.abstract_params(spec, jnp.bfloat16))
+    leaves, tree = jax.tree.flatten(param_layout.abstract_params(spec, jnp.bfloat16))
     made = [_weight(leaf.shape, leaf.dtype, np.uint32(seed)) for seed, leaf in enumerate(leaves)]
     return jax.block_until_ready(jax.tree.unflatten(tree, made))
 

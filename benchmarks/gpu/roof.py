@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu import time_steps
 from benchmarks.gpu.timing import Ceilings
-from jaxserve.models import kv_cache, layout
+from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import Attention, ModelSpec, Moe
 
 TABLE = Ceilings(4300.0, 790.0)  # what one H200 was seen to do: floors that do not depend on this run's measurement
@@ -38,7 +38,7 @@ class Roof:
     def prefill_flops(self, tokens: int) -> float:
         """Of one whole prompt, in however many chunks."""
         total = 2.0 * self.spec.vocab_size * self.spec.hidden
-        for path, leaf in layout.leaves(self.params):
+        for path, leaf in param_layout.leaves(self.params):
             if path[0] != "layers" or len(leaf.shape) < 2:
                 continue
             used, mlp = float(math.prod(leaf.shape)), self.spec.layers[int(path[1])].mlp

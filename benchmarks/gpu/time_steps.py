@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks import published
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.timing import Ceilings, random_pool
-from jaxserve.models import decoder, kv_cache, layout
+from jaxserve.models import decoder, kv_cache, param_layout
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec, Moe
 
@@ -67,7 +67,7 @@ def inputs(case: Case) -> ModelInputs:
 def read_bytes(spec: ModelSpec, params: Any, case: Case) -> float:
     """The weights of the experts that as many tokens choose at random, all other weights, the KV."""
     total = 0.0
-    for path, leaf in layout.leaves(params):
+    for path, leaf in param_layout.leaves(params):
         size = float(math.prod(leaf.shape) * leaf.dtype.itemsize)
         if path == ("embed", "weight") and not spec.tied:
             continue  # a row for each token
@@ -120,7 +120,7 @@ class Weights:
         if model != self._model:
             self._made = (None, None)
             spec = published.tiny() if model == "tiny" else published.MODELS[model]()
-            abstract = layout.abstract_params(spec, jnp.bfloat16)
+            abstract = param_layout.abstract_params(spec, jnp.bfloat16)
             # Small, so that no sum overflows; the time does not depend on the values.
             params = jax.tree.map(lambda leaf: random_pool(leaf) * jnp.asarray(0.02, leaf.dtype), abstract)
             self._model, self._made = model, (spec, params)

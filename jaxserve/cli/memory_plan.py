@@ -77,7 +77,7 @@ def read(config: EngineConfig) -> Model:
     import numpy as np
 
     from convert import hub, load
-    from jaxserve.models import hf, layout
+    from jaxserve.models import hf, param_layout
 
     cache = Path(config.download_dir).expanduser() if config.download_dir else None
     folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, weights=False)
@@ -90,7 +90,7 @@ def read(config: EngineConfig) -> Model:
         spec, name = load.open_spec(folder), raw.get("dtype", raw.get("torch_dtype"))
         known = name if isinstance(name, str) and name in ("float16", "float32") else "bfloat16"
         stored = jnp.dtype(known)
-    public: Any = layout.abstract_public(spec, jnp.float32)
+    public: Any = param_layout.abstract_public(spec, jnp.float32)
     leaves: list[Any] = jax.tree.leaves(public)
     parameters = sum(math.prod(leaf.shape) for leaf in leaves)
     architectures = raw.get("architectures") or [spec.family]
@@ -113,7 +113,7 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
 
     from jaxserve.config import held_blocks
     from jaxserve.engine import loading, sizing
-    from jaxserve.models import layout
+    from jaxserve.models import param_layout
 
     spec = model.spec
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
@@ -123,7 +123,7 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
     dtype = auto if config.dtype == "auto" else jnp.dtype(config.dtype)
     mesh = loading.on_mesh(config, None)
     with jax.set_mesh(mesh):
-        params = layout.abstract_params(spec, dtype)
+        params = param_layout.abstract_params(spec, dtype)
     opened = loading.Opened(spec, params, mesh)
     rows = config.max_num_seqs or (32 if memory is None else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if memory is None else 2048)

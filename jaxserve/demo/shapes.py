@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from jaxserve.demo import vocabulary
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.families.llama import WEIGHTS
 
@@ -58,9 +58,9 @@ def write(folder: Path, tokenizer: Tokenizer, public: Params, *, draft: bool) ->
     vocabulary.save(tokenizer, folder, LENGTH)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     names = {rule.path: rule.source for rule in WEIGHTS}
-    for path, array in layout.leaves(public):
+    for path, array in param_layout.leaves(public):
         layer = path[1] if path[0] == "layers" else ""
-        rule = names[layout.dotted(("layers", "{layer}", *path[2:]) if path[0] == "layers" else path)]
+        rule = names[param_layout.dotted(("layers", "{layer}", *path[2:]) if path[0] == "layers" else path)]
         values = np.asarray(array, np.float32).astype(ml_dtypes.bfloat16)
         # Heads are an axis of their own here, and rows of one matrix there.
         heads = path[-2] in ("q", "k", "v"), path[-2] == "out"

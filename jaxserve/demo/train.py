@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from convert.load import load_model
 from jaxserve.demo import optimizer, packing, shapes, vocabulary
 from jaxserve.demo.corpus import USUAL_TOPICS
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params, forward
 from jaxserve.models.registry import spec_of
 from jaxserve.models.spec import ModelSpec
@@ -47,7 +47,7 @@ def start(spec: ModelSpec, seed: int) -> Params:
     """Random parameters, public layout. What adds to the residual stream begins small."""
     random = np.random.default_rng(seed)
     params: Params = {}
-    for path, leaf in layout.leaves(layout.abstract_public(spec, jnp.float32)):
+    for path, leaf in param_layout.leaves(param_layout.abstract_public(spec, jnp.float32)):
         if "norm" in str(path[-2]) or str(path[-2]).endswith("_in"):
             values = np.ones(leaf.shape)
         elif path[0] == "embed":
@@ -56,13 +56,13 @@ def start(spec: ModelSpec, seed: int) -> Params:
             inputs = np.prod(leaf.shape[1:]) if path[-2] == "out" else leaf.shape[-1]
             scale = (2 * len(spec.layers)) ** -0.5 if path[-2] in ("out", "down") else 1.0
             values = random.normal(size=leaf.shape) * scale * inputs**-0.5
-        layout.put(params, path, jnp.asarray(values, jnp.float32))
+        param_layout.put(params, path, jnp.asarray(values, jnp.float32))
     return params
 
 
 def loss_of(spec: ModelSpec, public: Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
     """Mean negative log-probability of the tokens that are to be learned."""
-    logits = forward(spec, layout.to_engine_layout(spec, public), tokens)[:, :-1]
+    logits = forward(spec, param_layout.to_engine_layout(spec, public), tokens)[:, :-1]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
     weights = weights[:, 1:]
     return -jnp.sum(chosen * weights) / jnp.maximum(jnp.sum(weights), 1.0)
@@ -96,7 +96,7 @@ def train(out: Path, plan: Plan, *, draft: bool, begin: Path | None = None) -> N
     if begin is None:
         params = start(spec, plan.seed)
     else:
-        params = layout.to_public_layout(spec, load_model(begin, dtype="float32")[1])
+        params = param_layout.to_public_layout(spec, load_model(begin, dtype="float32")[1])
     runs: list[Any] = [] if begin is None else json.loads((begin / LOG).read_text())["runs"]
     state = optimizer.start(params)
     began = saved = time.monotonic()

@@ -21,7 +21,7 @@ from convert import hub, load, progress
 from convert.load import Plan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError
-from jaxserve.models import hf, layout
+from jaxserve.models import hf, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
@@ -62,7 +62,7 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
     dtype = load.param_dtype(plan, None if config.dtype == "auto" else config.dtype)
     [device] = jax.device_put(0).devices()  # jax's default
     with _on(on, device):
-        shapes = layout.abstract_params(plan.spec, dtype)
+        shapes = param_layout.abstract_params(plan.spec, dtype)
     if on is None:
         shapes = jax.tree.map(lambda leaf: leaf.update(sharding=SingleDeviceSharding(device)), shapes)
     return Opened(plan.spec, shapes, on, folder, _eos_token_ids(folder), _sampling_defaults(folder), plan)
@@ -165,47 +165,45 @@ def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, de
     with jax.set_mesh(on):
         given = _leaves(params)
         dtype = dtype or getattr(given.get(("embed", "weight")), "dtype", jnp.dtype(jnp.float32))
-        targets = dict(layout.leaves(layout.abstract_params(spec, dtype)))
+        targets = dict(param_layout.leaves(param_layout.abstract_params(spec, dtype)))
         if targets.keys() != given.keys():
             _check_not_engine(spec, given.keys(), targets)
-            given = _leaves(jax.jit(layout.to_engine_layout, static_argnums=0)(spec, params))
+            given = _leaves(jax.jit(param_layout.to_engine_layout, static_argnums=0)(spec, params))
         where = None if on is not None else SingleDeviceSharding(device or jax.devices()[0])
         engine: Params = {}
         for path, target in targets.items():
-            layout.put(engine, path, _placed(path, given[path], target, where or target.sharding))
+            param_layout.put(engine, path, _placed(path, given[path], target, where or target.sharding))
         return engine
 
 
-def _leaves(params: object) -> dict[layout.Path, Any]:
+def _leaves(params: object) -> dict[param_layout.Path, Any]:
     if not isinstance(params, Mapping):
         problem = f"the parameters are of type {type(params).__name__}"
         raise JaxserveError(problem, "give a dict, as load_model returns it")
-    found = dict(layout.leaves(params))
+    found = dict(param_layout.leaves(params))
     for path, leaf in found.items():
         if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise JaxserveError(f"{layout.dotted(path)} is {kind}", "give arrays of floating point numbers")
+            raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "give arrays of floating point numbers")
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise JaxserveError(f"{layout.dotted(path)} is deleted or was donated", "give arrays that are there")
+            raise JaxserveError(f"{param_layout.dotted(path)} is deleted or was donated", "give arrays that are there")
     return found
 
 
-def _check_not_engine(spec: ModelSpec, given: Set[layout.Path], targets: Mapping[layout.Path, Any]) -> None:
+def _check_not_engine(spec: ModelSpec, given: Set[param_layout.Path], targets: Mapping[param_layout.Path, Any]) -> None:
     """Raises if the paths are nearly those of engine layout: what is wrong is then said in its words."""
-    public = {part.path for path, leaf in targets.items() for part in layout.parts_of(path, leaf.shape, spec)}
+    public = {part.path for path, leaf in targets.items() for part in param_layout.parts_of(path, leaf.shape, spec)}
     if not given & (targets.keys() - public):
         return
     for path in targets.keys() - given:
-        raise JaxserveError(f"the parameters lack {layout.dotted(path)}", "give the whole tree in engine layout")
+        raise JaxserveError(f"the parameters lack {param_layout.dotted(path)}", "give the whole tree in engine layout")
     for path in given - targets.keys():
-        raise JaxserveError(f"the model has no parameter {layout.dotted(path)}", "give parameters of this model")
+        raise JaxserveError(f"the model has no parameter {param_layout.dotted(path)}", "give parameters of this model")
 
 
-def _placed(path: layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
+def _placed(path: param_layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
     if leaf.shape != target.shape:
-        problem = (
-            f"{layout.dotted(path)} is {leaf.dtype}{list(leaf.shape)}, expected {target.dtype}{list(target.shape)}"
-        )
+        problem = f"{param_layout.dotted(path)} is {leaf.dtype}{list(leaf.shape)}, expected {target.dtype}{list(target.shape)}"
         raise JaxserveError(problem, "give parameters of this model, in the layout of its mesh")
     if leaf.dtype != target.dtype:
         leaf = leaf.astype(target.dtype)

@@ -19,11 +19,11 @@ from flax import nnx
 
 from jaxserve.errors import JaxserveError
 from jaxserve.models.attention import Core, Dense, GroupedAttention, Paged
-from jaxserve.models.fit import Fit
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.latent_attention import MultiHeadLatentAttention
 from jaxserve.models.layers import Embedding, Linear, Normalize, contract, lift, param
+from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.mlp import FeedForward
 from jaxserve.models.moe import MixtureOfExperts
 from jaxserve.models.rope import Angles, angles

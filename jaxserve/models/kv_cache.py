@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.fit import Fit, fit
+from jaxserve.models.mesh_fit import Fit, fit
 from jaxserve.models.spec import LatentAttention, Layer, ModelSpec
 from jaxserve.parallel import mesh
 from pallas_kernels.block_copy import copy_blocks

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.fit import Fit
 from jaxserve.models.layers import Linear, activate, gate
+from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.spec import Mlp
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.fit import Fit
 from jaxserve.models.layers import Linear, contract, gate, lift, param
+from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.mlp import FeedForward
 from jaxserve.models.spec import Moe, Router
 from jaxserve.parallel import mesh

@@ -21,7 +21,7 @@ from benchmarks.gpu.rig import Rig, model
 from benchmarks.gpu.roof import Roof
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.trace import Event
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def rig() -> Rig:
 @pytest.fixture(scope="module")
 def llama() -> Roof:
     spec = model(tiny=False)
-    return Roof(spec, layout.abstract_params(spec, jnp.bfloat16))
+    return Roof(spec, param_layout.abstract_params(spec, jnp.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from convert import load
 from jaxserve.errors import CheckpointError
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from tests.golden import load as golden
 
@@ -48,10 +48,10 @@ def refused(folder: Path, *expected: str) -> str:
 
 def same(found: Params, wanted: Params) -> None:
     """Bit by bit, and where they lie."""
-    a, b = dict(layout.leaves(found)), dict(layout.leaves(wanted))
+    a, b = dict(param_layout.leaves(found)), dict(param_layout.leaves(wanted))
     assert a.keys() == b.keys()
     for path, value in a.items():
-        name = layout.dotted(path)
+        name = param_layout.dotted(path)
         assert (value.shape, value.dtype) == (b[path].shape, b[path].dtype), name
         assert _bits(value) == _bits(b[path]), name
         assert value.sharding.is_equivalent_to(b[path].sharding, value.ndim), name

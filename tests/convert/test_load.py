@@ -15,7 +15,7 @@ from convert.load import Plan
 from convert.plan import Piece
 from convert.reader import Reader, aligned
 from jaxserve.errors import JaxserveError
-from jaxserve.models import layout, registry
+from jaxserve.models import param_layout, registry
 from jaxserve.parallel import mesh
 from tests.convert.folders import Tensors, edit_json, refused, same, tensors_of, write
 from tests.golden import load as golden
@@ -144,10 +144,10 @@ MESHES = [
 def test_each_device_gets_its_part(tmp_path: Path, case: str, sizes: Any) -> None:
     folder = golden.write_checkpoint(case, tmp_path)
     spec, alone = load.load_model(folder)
-    public = layout.to_public_layout(spec, alone)
+    public = param_layout.to_public_layout(spec, alone)
     with jax.set_mesh(mesh.make_mesh(**sizes)):
         _, params = load.load_model(folder)
-        same(params, layout.to_engine_layout(spec, public))
+        same(params, param_layout.to_engine_layout(spec, public))
 
 
 def test_padded_vocabulary_and_repeated_heads(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_padded_vocabulary_and_repeated_heads(tmp_path: Path) -> None:
     spec, alone = load.load_model(folder)
     with jax.set_mesh(mesh.make_mesh(tensor=4)):
         _, params = load.load_model(folder)
-        same(params, layout.to_engine_layout(spec, layout.to_public_layout(spec, alone)))
+        same(params, param_layout.to_engine_layout(spec, param_layout.to_public_layout(spec, alone)))
     assert params["head"].shape[0] == 96 and not np.asarray(params["head"])[95:].any()
     assert params["layers"][0]["attention"]["qkv"]["kernel"].shape[0] == 4
 
@@ -167,7 +167,7 @@ def test_padded_vocabulary_and_repeated_heads(tmp_path: Path) -> None:
 def test_public_values_are_those_of_the_file(tmp_path: Path) -> None:
     folder = golden.write_checkpoint(FUSED, tmp_path, shards=3)
     spec, params = load.load_model(folder)
-    public, stored = layout.to_public_layout(spec, params), tensors_of(FUSED)
+    public, stored = param_layout.to_public_layout(spec, params), tensors_of(FUSED)
     attention = public["layers"][0]["attention"]
     rows = [np.asarray(attention[part]["kernel"]).reshape(-1, spec.hidden) for part in "qkv"]
     np.testing.assert_array_equal(np.concatenate(rows), stored[QKV])

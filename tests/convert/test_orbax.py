@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from convert import load, orbax
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.parallel import mesh
 from tests.convert.folders import edit_json, refused, same
 from tests.golden import load as golden
@@ -78,12 +78,12 @@ def test_plain_orbax_restores_the_public_tree(tmp_path: Path, dtype: str) -> Non
     place = converted(source, tmp_path / "new")
     spec, wanted = load.load_model(source, dtype=dtype)
     with ocp.StandardCheckpointer() as checkpointer:
-        public = checkpointer.restore(place / "params", layout.abstract_public(spec, dtype))
+        public = checkpointer.restore(place / "params", param_layout.abstract_public(spec, dtype))
         untyped: Any = checkpointer.restore(place / "params")
-    same(layout.to_engine_layout(spec, public), wanted)
+    same(param_layout.to_engine_layout(spec, public), wanted)
     assert untyped["layers"]["0"]["attention"]["q"]["kernel"].dtype == jnp.dtype(dtype)
     with jax.set_mesh(mesh.make_mesh(tensor=4)):
-        same(layout.to_engine_layout(spec, public), load.load_model(place, dtype=dtype)[1])
+        same(param_layout.to_engine_layout(spec, public), load.load_model(place, dtype=dtype)[1])
 
 
 def test_another_dtype(tmp_path: Path) -> None:

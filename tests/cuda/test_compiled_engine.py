@@ -26,7 +26,7 @@ from benchmarks.published import llama_8b
 from jaxserve.engine import batch, step
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.sequence import Need
-from jaxserve.models import kv_cache, layout
+from jaxserve.models import kv_cache, param_layout
 from jaxserve.sampling import controls
 from tests.cuda.hopper import DUMP, Compiled, compile_for_h200
 
@@ -47,7 +47,7 @@ def ints(*shape: int) -> Any:
 
 @cache
 def params() -> Any:
-    return layout.abstract_params(SPEC, jnp.bfloat16)
+    return param_layout.abstract_params(SPEC, jnp.bfloat16)
 
 
 @cache

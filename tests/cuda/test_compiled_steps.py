@@ -20,7 +20,7 @@ import pytest
 from benchmarks.published import MODELS
 from jaxserve.engine import batch, step
 from jaxserve.engine.sequence import Need
-from jaxserve.models import kv_cache, layout
+from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import controls
 from tests.cuda.hopper import Compiled, compile_for_h200
@@ -38,7 +38,7 @@ def static(spec: ModelSpec) -> step.Model:
 
 
 def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
-    params = layout.abstract_params(spec, jnp.bfloat16)
+    params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
     decode = batch.decode_layout(ROWS)
     program = partial(step.model, static(spec), decode)
@@ -92,7 +92,7 @@ def test_decoding(name: str) -> None:
 def test_head(need: Need) -> None:
     """Of the model with the widest vocabulary: the matrix is read once, the logits stay on the device."""
     name, spec = max(((name, of()) for name, of in MODELS.items()), key=lambda item: item[1].vocab_size)
-    params = layout.abstract_params(spec, jnp.bfloat16)
+    params = param_layout.abstract_params(spec, jnp.bfloat16)
     kept = controls.abstract(ROWS, spec.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((ENTRIES, spec.hidden), jnp.bfloat16)
     program = partial(step.head, static(spec), ROWS, need)

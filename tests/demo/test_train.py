@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from convert.load import load_model
 from jaxserve.demo import FOLDER, optimizer, packing, shapes, train, vocabulary
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.registry import read_config, spec_of
 from jaxserve.text import tokenizer as tokenizers
 
@@ -42,8 +42,8 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
     public = train.start(spec, 1)
     shapes.write(tmp_path, BACKEND, public, draft=True)
     assert read_config(tmp_path)[0] == spec
-    loaded = dict(layout.leaves(layout.to_public_layout(spec, load_model(tmp_path, dtype="float32")[1])))
-    trained = dict(layout.leaves(public))
+    loaded = dict(param_layout.leaves(param_layout.to_public_layout(spec, load_model(tmp_path, dtype="float32")[1])))
+    trained = dict(param_layout.leaves(public))
     assert loaded.keys() == trained.keys()
     for path, value in trained.items():
         np.testing.assert_array_equal(value.astype(jnp.bfloat16).astype(jnp.float32), loaded[path])

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.models import decoder, layout
+from jaxserve.models import decoder, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
@@ -53,7 +53,7 @@ def public_of(spec: ModelSpec) -> Params:
 
 @cache
 def params_of(spec: ModelSpec) -> Params:
-    return layout.to_engine_layout(spec, public_of(spec))
+    return param_layout.to_engine_layout(spec, public_of(spec))
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from jaxserve.engine import compiled_store, step
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.runner import Runner, Shape
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from pallas_kernels import dispatch
 from tests.fast import XLA_FLAGS
 from tests.models import tiny
@@ -66,7 +66,7 @@ def forgetful() -> Generator[None]:
 @pytest.fixture(scope="module")
 def runner() -> Runner:
     spec = tiny.SPECS["mla"]
-    return Runner(spec, layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+    return Runner(spec, param_layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
 
 
 @pytest.fixture

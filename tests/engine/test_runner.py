@@ -11,7 +11,7 @@ from jaxserve.engine import batch, step
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.runner import Runner, Shape, settle
 from jaxserve.engine.sequence import Need
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from tests.models import tiny
 
 SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num_blocks=5, width=2, top_n=3)
@@ -20,7 +20,7 @@ SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num
 @pytest.fixture(scope="module")
 def runner() -> Runner:
     spec = tiny.SPECS["mla"]
-    runner = Runner(spec, layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+    runner = Runner(spec, param_layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
     runner.allocate()
     return runner
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models import decoder, layout
+from jaxserve.models import decoder, param_layout
 from jaxserve.models import spec as specs
 from jaxserve.parallel import mesh
 from tests.conftest import ForbidCompiles
@@ -31,8 +31,8 @@ from tests.models.paged import Paged, Row, run_forward
 def test_layouts_round_trip_exactly(name: str) -> None:
     spec = tiny.SPECS[name]
     public = tiny.public_params(spec)
-    engine = layout.to_engine_layout(spec, public)
-    back = layout.to_public_layout(spec, engine)
+    engine = param_layout.to_engine_layout(spec, public)
+    back = param_layout.to_public_layout(spec, engine)
     assert jax.tree.structure(back) == jax.tree.structure(public)
     jax.tree.map(np.testing.assert_array_equal, back, public)
 
@@ -45,7 +45,7 @@ def test_spec_survives_json(name: str) -> None:
 
 def loss(spec: specs.ModelSpec, public: decoder.Params, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
     """A trainer's: mean negative log-likelihood of the next token, from public parameters."""
-    logits = decoder.forward(spec, layout.to_engine_layout(spec, public), tokens, remat=remat)
+    logits = decoder.forward(spec, param_layout.to_engine_layout(spec, public), tokens, remat=remat)
     logprobs = jax.nn.log_softmax(logits[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
 
@@ -63,23 +63,23 @@ def test_gradients_match_finite_differences(name: str) -> None:
     # the gradient's length. A router's choice jumps somewhere; steps this small cross no jump here.
     value, step = jax.jit(partial(loss, spec)), 1e-2
     public, grads = jax.tree.map(np.asarray, (public, grads))  # jax would compile each little sum
-    for kind in {path[-2:] for path, _ in layout.leaves(public)}:
-        own = {path: leaf for path, leaf in layout.leaves(grads) if path[-2:] == kind}
+    for kind in {path[-2:] for path, _ in param_layout.leaves(public)}:
+        own = {path: leaf for path, leaf in param_layout.leaves(grads) if path[-2:] == kind}
         length = float(np.sqrt(sum(np.sum(leaf**2) for leaf in own.values())))
-        assert length > 1e-2, layout.dotted(kind)
+        assert length > 1e-2, param_layout.dotted(kind)
         direction: decoder.Params = {}
-        for path, leaf in layout.leaves(public):
-            layout.put(direction, path, own[path] / np.float32(length) if path in own else np.zeros_like(leaf))
+        for path, leaf in param_layout.leaves(public):
+            param_layout.put(direction, path, own[path] / np.float32(length) if path in own else np.zeros_like(leaf))
         ahead, behind = (
             float(value(jax.tree.map(lambda p, d, s=by: p + s * d, public, direction), tokens))
             for by in (np.float32(step), np.float32(-step))
         )
-        assert abs((ahead - behind) / (2 * step) - length) < 1e-3 * length + 2e-4, layout.dotted(kind)
+        assert abs((ahead - behind) / (2 * step) - length) < 1e-3 * length + 2e-4, param_layout.dotted(kind)
 
 
 def test_right_padding_and_the_batch_change_nothing() -> None:
     spec = tiny.SPECS["moe"]
-    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=2, length=20)
     whole = np.asarray(run_forward(spec, params, tokens))
     short = np.asarray(run_forward(spec, params, tokens[1:, :13]))
@@ -89,7 +89,7 @@ def test_right_padding_and_the_batch_change_nothing() -> None:
 def test_long_sequences_are_taken_in_chunks() -> None:
     """Over 512 tokens the dense way cuts the queries; the result is that of a prefix computed whole."""
     spec = dataclasses.replace(tiny.SPECS["dense"], max_positions=1024)
-    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=530)
     long, short = (np.asarray(run_forward(spec, params, tokens[:, :end])) for end in (530, 512))
     np.testing.assert_allclose(long[:, :512], short, atol=2e-5 * float(short.std()))
@@ -101,7 +101,7 @@ def test_long_sequences_are_taken_in_chunks() -> None:
 def test_a_windowed_layer_reads_only_its_window() -> None:
     """Blocks wholly before the window may hold anything: here NaN, written after they were used."""
     spec = tiny.model(tiny.block(tiny.grouped(window=6), tiny.MLP), tiny.block(tiny.grouped(window=6), tiny.MLP))
-    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=30)
     dense = np.asarray(run_forward(spec, params, tokens))[0]
     paged, row, text = Paged(spec, params), Row(30), [int(token) for token in tokens[0]]
@@ -116,7 +116,7 @@ def test_a_windowed_layer_reads_only_its_window() -> None:
 def test_decode_only_steps_agree_with_mixed_ones() -> None:
     for name in ("dense", "moe", "mla"):
         spec = tiny.SPECS[name]
-        params = layout.to_engine_layout(spec, tiny.public_params(spec))
+        params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
         text = [int(token) for token in tiny.tokens(batch=1, length=12)[0]]
         outs: list[np.ndarray] = []
         for decode_only in (False, True):
@@ -150,7 +150,7 @@ def test_what_nobody_asked_for_is_not_computed(name: str, sizes: dict[str, Any] 
     written."""
     spec = variants()[name]
     with nullcontext() if sizes is None else jax.set_mesh(mesh.make_mesh(**sizes)):
-        params = layout.to_engine_layout(spec, tiny.public_params(spec))
+        params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
         text = [int(token) for token in tiny.tokens(batch=1, length=20)[0]]
         wanted = [19, 3, 7, 19]
         whole, few = Paged(spec, params), Paged(spec, params)
@@ -171,7 +171,7 @@ def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompil
     again = specs.from_json(specs.to_json(first))
     assert again is not first
     tokens = tiny.tokens()
-    ours, theirs = (layout.to_engine_layout(first, tiny.public_params(first, seed)) for seed in (0, 1))
+    ours, theirs = (param_layout.to_engine_layout(first, tiny.public_params(first, seed)) for seed in (0, 1))
     run_forward(first, ours, tokens).block_until_ready()
     with forbid_compiles():
         run_forward(again, theirs, tokens).block_until_ready()
@@ -180,7 +180,7 @@ def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompil
 def test_equal_layers_are_traced_once() -> None:
     layer = tiny.block(tiny.grouped(), tiny.MLP)
     spec = tiny.model(*[layer] * 6)
-    abstract = layout.abstract_params(spec, jnp.float32)
+    abstract = param_layout.abstract_params(spec, jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     text = jax.jit(decoder.forward, static_argnums=0).lower(spec, abstract, tokens).as_text()
     assert text.count("func.func private @_run_block") == 1
@@ -188,7 +188,7 @@ def test_equal_layers_are_traced_once() -> None:
 
 def test_an_id_out_of_range_harms_its_own_sequence_alone() -> None:
     spec = tiny.SPECS["moe"]
-    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens()
     with pytest.raises(ValueError, match="token ids reach from -1 to"):
         decoder.forward(spec, params, tokens.at[0, 3].set(-1))
@@ -251,7 +251,7 @@ def test_a_foreign_tree_is_refused_by_name(change: Callable[[decoder.Params], ob
     public = tiny.public_params(spec)
     change(public)
     with pytest.raises(Exception, match=problem):
-        layout.to_engine_layout(spec, public)
+        param_layout.to_engine_layout(spec, public)
 
 
 def test_trees_of_the_wrong_layout_are_refused() -> None:
@@ -260,16 +260,16 @@ def test_trees_of_the_wrong_layout_are_refused() -> None:
     with pytest.raises(JaxserveError, match="not the model's parameters in engine layout; make them with load_model"):
         decoder.forward(spec, public, tokens)
     with pytest.raises(JaxserveError, match="not the model's parameters in engine layout"):
-        layout.to_public_layout(spec, public)
+        param_layout.to_public_layout(spec, public)
 
 
 def test_layers_may_be_numbered_by_strings_or_a_list() -> None:
     spec = tiny.SPECS["dense"]
     public = tiny.public_params(spec)
-    want = layout.to_engine_layout(spec, public)
+    want = param_layout.to_engine_layout(spec, public)
     named = {str(i): layer for i, layer in public["layers"].items()}
     for layers in (named, list(public["layers"].values())):
-        found = layout.to_engine_layout(spec, public | {"layers": layers})
+        found = param_layout.to_engine_layout(spec, public | {"layers": layers})
         jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
@@ -278,7 +278,7 @@ def test_layers_may_be_numbered_by_strings_or_a_list() -> None:
 )
 def test_lengths_of_another_form_are_refused(lengths: Any, shown: str) -> None:
     spec = tiny.SPECS["dense"]
-    params = layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     with pytest.raises(ValueError, match=rf"rope_lengths must be int32\[{shown}\]"):
         decoder.forward(spec, params, tiny.tokens(), rope_lengths=lengths)
 

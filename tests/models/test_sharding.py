@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
-from jaxserve.models.fit import fit
+from jaxserve.models.mesh_fit import fit
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from tests.models import tiny
@@ -33,10 +33,10 @@ SIZES = [
 def test_mesh_agrees_with_one_device(name: str, sizes: dict[str, Any]) -> None:
     spec, tokens = tiny.SPECS[name], tiny.tokens()
     public = tiny.public_params(spec)
-    alone = np.asarray(run_forward(spec, layout.to_engine_layout(spec, public), tokens))
+    alone = np.asarray(run_forward(spec, param_layout.to_engine_layout(spec, public), tokens))
 
     with jax.set_mesh(mesh.make_mesh(**sizes)):
-        params = layout.to_engine_layout(spec, public)
+        params = param_layout.to_engine_layout(spec, public)
         lies_as_declared(spec, params)
         spread = jax.device_put(tokens, mesh.here(("batch", None)))
         dense = run_forward(spec, params, spread)
@@ -51,10 +51,10 @@ def test_mesh_agrees_with_one_device(name: str, sizes: dict[str, Any]) -> None:
 
 
 def lies_as_declared(spec: ModelSpec, params: Params) -> None:
-    declared = dict(layout.leaves(layout.abstract_params(spec, jnp.float32)))
-    for path, value in layout.leaves(params):
-        assert value.shape == declared[path].shape, layout.dotted(path)
-        assert value.sharding.is_equivalent_to(declared[path].sharding, value.ndim), layout.dotted(path)
+    declared = dict(param_layout.leaves(param_layout.abstract_params(spec, jnp.float32)))
+    for path, value in param_layout.leaves(params):
+        assert value.shape == declared[path].shape, param_layout.dotted(path)
+        assert value.sharding.is_equivalent_to(declared[path].sharding, value.ndim), param_layout.dotted(path)
 
 
 def agrees(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -75,7 +75,7 @@ EXPECTED = {
 def test_decode_step_has_the_expected_collectives(name: str) -> None:
     spec = tiny.SPECS[name]
     with jax.set_mesh(mesh.make_mesh(tensor=4)):
-        params = layout.to_engine_layout(spec, tiny.public_params(spec))
+        params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
         paged = Paged(spec, params)
         inputs = paged.inputs((Row(8), [5]), decode_only=True)
         hlo = run_step.lower(spec, params, paged.cache, inputs).compile().as_text() or ""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models import layout
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import (
     Attention,
@@ -79,13 +79,13 @@ def public_params(spec: ModelSpec, seed: int = 0) -> Params:
     """Wide, so that errors show."""
     random = np.random.default_rng(seed)
     params: Params = {}
-    for path, leaf in layout.leaves(layout.abstract_public(spec, jnp.float32)):
+    for path, leaf in param_layout.leaves(param_layout.abstract_public(spec, jnp.float32)):
         values = random.normal(size=leaf.shape)
         if path[-1] == "weight" and len(leaf.shape) == 1:
             values = 1 + 0.3 * values
         elif path[-1] in ("kernel", "k_up", "v_up", "head"):
             values = 1.2 * values * leaf.shape[-1] ** -0.5
-        layout.put(params, path, jnp.asarray(values.astype(np.float32)))
+        param_layout.put(params, path, jnp.asarray(values.astype(np.float32)))
     return params
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params, check_engine, declare
-from jaxserve.models.fit import Fit, fit
+from jaxserve.models.mesh_fit import Fit, fit
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Moe
 from jaxserve.parallel import mesh
 
