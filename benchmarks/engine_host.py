@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from benchmarks import facts, published
 from benchmarks.arguments import file_to_write
 from jaxserve.config import EngineConfig
-from jaxserve.engine.batch import Packed
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.plan import StepPlan, StepResult
+from jaxserve.engine.schedule.packing import Packed
+from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.models import param_layout
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams

@@ -16,7 +16,7 @@ import numpy as np
 
 from convert import hub
 from jaxserve.config import EngineConfig, Limits
-from jaxserve.engine import admission
+from jaxserve.engine.schedule import admission
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.text.tokenizer import Tokenizer

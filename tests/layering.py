@@ -58,10 +58,10 @@ RANKS = {
 # Host code: a scheduler step or a test of it must never wait for jax.
 HOST = {
     *("jaxserve", "jaxserve.errors", "jaxserve.types", "jaxserve.config", "jaxserve.types.metrics"),
-    *("jaxserve.engine.scheduler", "jaxserve.engine.block_pool", "jaxserve.engine.batch"),
-    *("jaxserve.engine.block_tables", "jaxserve.engine.waiting", "jaxserve.engine.results"),
-    *("jaxserve.engine.plan", "jaxserve.engine.admission", "jaxserve.engine.buckets"),
-    *("jaxserve.engine.sequence", "jaxserve.engine.outputs", "jaxserve.sampling.grammar"),
+    *("jaxserve.engine.schedule.scheduler", "jaxserve.engine.schedule.block_pool", "jaxserve.engine.schedule.packing"),
+    *("jaxserve.engine.schedule.block_tables", "jaxserve.engine.schedule.waiting", "jaxserve.engine.schedule.commit"),
+    *("jaxserve.engine.schedule.plan", "jaxserve.engine.schedule.admission", "jaxserve.engine.schedule.buckets"),
+    *("jaxserve.engine.schedule.sequence", "jaxserve.engine.outputs", "jaxserve.sampling.grammar"),
     *("jaxserve.text.tokenizer", "jaxserve.text.token_bytes", "jaxserve.text.text_length"),
     *("jaxserve.intake", "jaxserve.streams", "jaxserve.front"),
     *("jaxserve.process.wire", "jaxserve.process.client", "jaxserve.process.attach", "jaxserve.process.outbox"),

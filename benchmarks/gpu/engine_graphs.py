@@ -13,8 +13,9 @@ import jax
 from benchmarks.gpu import plans
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.rig import Rig, rig_of
-from jaxserve.engine import batch, step
-from jaxserve.engine.sequence import Need
+from jaxserve.engine import step
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.sequence import Need
 
 COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
 
@@ -48,7 +49,7 @@ def run(page: Page) -> None:
     rig = rig_of(page)
     buckets, block_size = rig.buckets, rig.runner.shape.block_size
     rows, tokens = ((2,), ()) if page.settings.tiny else ((64, 1), (2048,))
-    cases = {f"decode[{n}]": batch.decode_layout(n) for n in rows}
-    cases |= {f"mixed[{n}]": batch.mixed_layout(n, buckets, block_size) for n in tokens}
+    cases = {f"decode[{n}]": packing.decode_layout(n) for n in rows}
+    cases |= {f"mixed[{n}]": packing.mixed_layout(n, buckets, block_size) for n in tokens}
     cases |= {f"head[{n}]": (n, Need.GREEDY) for n in rows[:1]}
     page.each(cases.items(), lambda case: measure(rig, case[1]), name=lambda case: case[0])

@@ -24,11 +24,11 @@ from benchmarks import published
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.roof import Roof
 from jaxserve.config import EngineConfig
-from jaxserve.engine import batch
-from jaxserve.engine.batch import Layout, Packed
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.plan import StepResult
-from jaxserve.engine.sequence import Need
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.packing import Layout, Packed
+from jaxserve.engine.schedule.plan import StepResult
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Rope
 from jaxserve.types.request import Request
@@ -96,8 +96,8 @@ class _Filling:
         self.edits: dict[int, int] = {}
 
     def launch(self, packed: Packed) -> Packed:
-        parts = {name: packed.vector[at] for name, at in batch.places(packed.layout).items()}
-        once = [vector[: 2 * batch.EDITS_AT_ONCE].reshape(2, -1) for vector in packed.edits]
+        parts = {name: packed.vector[at] for name, at in packing.places(packed.layout).items()}
+        once = [vector[: 2 * packing.EDITS_AT_ONCE].reshape(2, -1) for vector in packed.edits]
         for cells, blocks in [*once, (parts["cells"], parts["blocks"])]:
             self.edits |= {int(c): int(b) for c, b in zip(cells, blocks, strict=True) if c >= 0}
         return packed
@@ -151,8 +151,8 @@ class Rig:
             return [size for size in reversed(sizes) if only is None or size in only]
 
         shape, buckets = self.runner.shape, self.buckets
-        mixed = [batch.mixed_layout(size, buckets, shape.block_size) for size in wanted(buckets.mixed)]
-        decode = [batch.decode_layout(size) for size in wanted(buckets.decode)]
+        mixed = [packing.mixed_layout(size, buckets, shape.block_size) for size in wanted(buckets.mixed)]
+        decode = [packing.decode_layout(size) for size in wanted(buckets.decode)]
         return [*mixed, *decode, *((size, Need.GREEDY) for size in wanted(buckets.heads)), "edit"]
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -191,11 +191,11 @@ class Rig:
             engine.runner = self.runner
         cells, blocks = (np.fromiter(part, np.int32) for part in (filling.edits.keys(), filling.edits.values()))
         edits = [
-            batch.edit_vector(cells[at : at + batch.EDITS_AT_ONCE], blocks[at : at + batch.EDITS_AT_ONCE], [])
-            for at in range(0, len(cells), batch.EDITS_AT_ONCE)
+            packing.edit_vector(cells[at : at + packing.EDITS_AT_ONCE], blocks[at : at + packing.EDITS_AT_ONCE], [])
+            for at in range(0, len(cells), packing.EDITS_AT_ONCE)
         ]
         smallest = next(key for key in reversed(self.runner.every_key()) if isinstance(key, Layout))
-        nothing = Packed(smallest, 0, 0, Need.GREEDY, batch.padding(smallest, self.buckets), edits, [])
+        nothing = Packed(smallest, 0, 0, Need.GREEDY, packing.padding(smallest, self.buckets), edits, [])
         self.runner.read(self.runner.launch(nothing))
 
     def context(self) -> float:

@@ -23,11 +23,11 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine import compiled_store, loading, sizing
-from jaxserve.engine.batch import Batcher
 from jaxserve.engine.loading import Told
-from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.runner import Handle, Runner
-from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.schedule.packing import Batcher
+from jaxserve.engine.schedule.plan import StepPlan
+from jaxserve.engine.schedule.scheduler import Scheduler
 from jaxserve.engine.sizing import Report
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.models.decoder import Params

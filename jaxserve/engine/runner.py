@@ -26,13 +26,14 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ConfigError
-from jaxserve.engine import batch, step
-from jaxserve.engine.batch import Ints, Layout, Packed
-from jaxserve.engine.buckets import Buckets, fitting
+from jaxserve.engine import step
 from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.loading import shapes_of
-from jaxserve.engine.plan import StepResult
-from jaxserve.engine.sequence import Need, Sequence
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.buckets import Buckets, fitting
+from jaxserve.engine.schedule.packing import Ints, Layout, Packed
+from jaxserve.engine.schedule.plan import StepResult
+from jaxserve.engine.schedule.sequence import Need, Sequence
 from jaxserve.engine.step import Model, Program, Sizes
 from jaxserve.models import kv_cache
 from jaxserve.models.decoder import Params
@@ -143,7 +144,7 @@ class Runner:
     def largest_step(self) -> int:
         """Bytes that programs take for themselves while they run, on each device: those of the largest, compiled."""
         buckets = self.shape.buckets
-        tokens = batch.mixed_layout(buckets.tokens, buckets, self.shape.block_size)
+        tokens = packing.mixed_layout(buckets.tokens, buckets, self.shape.block_size)
         analyses = [self._analysis(key) for key in (tokens, (buckets.entries, Need.FULL))]
         sizes = [a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses if a]
         return max(sizes, default=0)
@@ -166,8 +167,8 @@ class Runner:
         """All that a step can need, the largest first: they take longest to compile."""
         buckets = self.shape.buckets
         return [
-            *(batch.mixed_layout(tokens, buckets, self.shape.block_size) for tokens in reversed(buckets.mixed)),
-            *(batch.decode_layout(rows) for rows in reversed(buckets.decode)),
+            *(packing.mixed_layout(tokens, buckets, self.shape.block_size) for tokens in reversed(buckets.mixed)),
+            *(packing.decode_layout(rows) for rows in reversed(buckets.decode)),
             *((rows, need) for need in reversed(Need) for rows in reversed(self._ladder(need))),
             *(("embed", rows) for rows in reversed(buckets.scoring_heads)),
             *("edit", "set_row", "add_counts"),
@@ -192,13 +193,13 @@ class Runner:
     def exercise(self) -> None:
         """Runs every program once, over padding alone: a device loads code, and captures graphs, at the first run."""
         shape = self.shape
-        nothing = np.full(batch.EDIT_SIZE, -1, np.int32)
+        nothing = np.full(packing.EDIT_SIZE, -1, np.int32)
         self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
         hidden = entries = None
         for key in self.every_key():  # those of `model` come first
             match key:
                 case Layout():
-                    vector = self._put(batch.padding(key, shape.buckets))
+                    vector = self._put(packing.padding(key, shape.buckets))
                     hidden, entries, self.cache, self.tables = self._executable(key)(
                         self.params, self.cache, self.tables, self.last, vector
                     )
@@ -234,7 +235,7 @@ class Runner:
             case ("embed", int(rows)):
                 return self._with_shapes(step.embed, (static, rows), self._param_shapes, self._hidden())
             case (int(rows), need):
-                entries = self._abstract((static.entries, len(batch.ENTRY)), jnp.int32)
+                entries = self._abstract((static.entries, len(packing.ENTRY)), jnp.int32)
                 kept = controlled if need == Need.FULL else None
                 given = (self._param_shapes, last, kept, self._hidden(), entries)
                 return self._with_shapes(step.head, (static, rows, need), *given)
@@ -242,7 +243,7 @@ class Runner:
                 sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
                 return Program(step.fresh, (static, sizes), ())
             case "edit":
-                return self._with_shapes(step.edit, (), cache, tables, self._vector(batch.EDIT_SIZE))
+                return self._with_shapes(step.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
             case "set_row":
                 vector = self._vector(control_row.row_size(self.spec.vocab_size))
                 return self._with_shapes(controls.set_row, (), controlled, vector)

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from jaxserve.config import ConfigError, EngineConfig, Limits, held_blocks
-from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.loading import Opened
 from jaxserve.engine.runner import Runner, Shape, shard_bytes
+from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.models import kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import Attention, Dynamic, LongRope, ModelSpec

@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.engine import batch
-from jaxserve.engine.batch import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Layout
 from jaxserve.engine.compiled_store import Store
-from jaxserve.engine.sequence import Need
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Layout
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.inputs import ModelInputs
@@ -77,9 +77,9 @@ def model(
     spec = static.spec
 
     def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
-        parts = {name: vector[at] for name, at in batch.places(layout).items()}
+        parts = {name: vector[at] for name, at in packing.places(layout).items()}
         tables = edited(tables, parts["cells"], parts["blocks"])
-        entries = parts["entries"].reshape(layout.entries, len(batch.ENTRY))
+        entries = parts["entries"].reshape(layout.entries, len(packing.ENTRY))
         padding = static.entries - layout.entries
         entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
         return tables, entries, _inputs(static, layout, parts, tables, last, entries)
@@ -133,8 +133,8 @@ def edited(tables: jax.Array, cells: jax.Array, blocks: jax.Array) -> jax.Array:
 
 
 def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax.Array]:
-    cells, blocks = vector[: batch.EDITS_AT_ONCE], vector[batch.EDITS_AT_ONCE : 2 * batch.EDITS_AT_ONCE]
-    sources, destinations = jnp.split(vector[2 * batch.EDITS_AT_ONCE :], 2)
+    cells, blocks = vector[: packing.EDITS_AT_ONCE], vector[packing.EDITS_AT_ONCE : 2 * packing.EDITS_AT_ONCE]
+    sources, destinations = jnp.split(vector[2 * packing.EDITS_AT_ONCE :], 2)
     tables = mesh.island(edited, P(), P())(tables, cells, blocks)
     return kv_cache.move_blocks(cache, sources, destinations), tables
 

@@ -23,9 +23,10 @@ import pytest
 
 from benchmarks.gpu import plans
 from benchmarks.published import llama_8b
-from jaxserve.engine import batch, step
-from jaxserve.engine.buckets import Buckets
-from jaxserve.engine.sequence import Need
+from jaxserve.engine import step
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.buckets import Buckets
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.sampling import controls
 from tests.cuda.hopper import DUMP, Compiled, compile_for_h200
@@ -88,7 +89,7 @@ def check(name: str, compiled: Compiled) -> plans.Plan:
     return plan
 
 
-def check_model(name: str, shape: batch.Layout) -> None:
+def check_model(name: str, shape: packing.Layout) -> None:
     arguments = params(), pools(), ints(BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
     compiled = compile_for_h200(partial(step.model, STATIC, shape), *arguments, donate=(1, 2))
     # The block tables of all rows are gathered, which is the largest thing that is made but for what a layer computes.
@@ -102,12 +103,12 @@ def check_model(name: str, shape: batch.Layout) -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 256])
 def test_decode(rows: int) -> None:
-    check_model(f"engine decode[{rows}]", batch.decode_layout(rows))
+    check_model(f"engine decode[{rows}]", packing.decode_layout(rows))
 
 
 @pytest.mark.parametrize("tokens", [64, 2048])
 def test_mixed(tokens: int) -> None:
-    check_model(f"engine mixed[{tokens}]", batch.mixed_layout(tokens, BUCKETS, BLOCK_SIZE))
+    check_model(f"engine mixed[{tokens}]", packing.mixed_layout(tokens, BUCKETS, BLOCK_SIZE))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_mixed(tokens: int) -> None:
 def test_head(rows: int, need: Need) -> None:
     kept = controls.abstract(BUCKETS.rows, SPEC.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((BUCKETS.entries, SPEC.hidden), jnp.bfloat16)
-    arguments = params(), ints(BUCKETS.rows), kept, hidden, ints(BUCKETS.entries, len(batch.ENTRY))
+    arguments = params(), ints(BUCKETS.rows), kept, hidden, ints(BUCKETS.entries, len(packing.ENTRY))
     compiled = compile_for_h200(partial(step.head, STATIC, rows, need), *arguments, donate=(1, 2))
     # The matrix of the head is the largest thing there is; the controls are smaller.
     assert copied(compiled, max(rows, BUCKETS.rows) * SPEC.vocab_size + 1) == []
@@ -125,7 +126,7 @@ def test_head(rows: int, need: Need) -> None:
 
 
 def test_block_moves_and_edits() -> None:
-    arguments = pools(), ints(BUCKETS.rows, WIDTH), ints(batch.EDIT_SIZE)
+    arguments = pools(), ints(BUCKETS.rows, WIDTH), ints(packing.EDIT_SIZE)
     compiled = compile_for_h200(step.edit, *arguments, donate=(0, 1))
     assert copied(compiled, math.prod(pools()[0]["k"].shape)) == []
     assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH

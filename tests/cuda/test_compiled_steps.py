@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.published import MODELS
-from jaxserve.engine import batch, step
-from jaxserve.engine.sequence import Need
+from jaxserve.engine import step
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import controls
@@ -40,7 +41,7 @@ def static(spec: ModelSpec) -> step.Model:
 def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
-    decode = batch.decode_layout(ROWS)
+    decode = packing.decode_layout(ROWS)
     program = partial(step.model, static(spec), decode)
     arguments = params, cache, ints(ROWS, WIDTH), ints(ROWS), ints(decode.size)
     return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
@@ -96,7 +97,7 @@ def test_head(need: Need) -> None:
     kept = controls.abstract(ROWS, spec.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((ENTRIES, spec.hidden), jnp.bfloat16)
     program = partial(step.head, static(spec), ROWS, need)
-    arguments = params, ints(ROWS), kept, hidden, ints(ENTRIES, len(batch.ENTRY))
+    arguments = params, ints(ROWS), kept, hidden, ints(ENTRIES, len(packing.ENTRY))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     assert large_copies(compiled, ROWS * spec.vocab_size + 1) == []
     assert not [line for line in launched(compiled) if re.search(r" (while|sort|conditional)\(", line)]

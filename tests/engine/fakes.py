@@ -20,12 +20,12 @@ from zlib import crc32
 import numpy as np
 
 from jaxserve.config import Limits
-from jaxserve.engine import batch
-from jaxserve.engine.batch import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
-from jaxserve.engine.buckets import Buckets
-from jaxserve.engine.plan import StepPlan, StepResult
-from jaxserve.engine.scheduler import Scheduler
-from jaxserve.engine.sequence import Need, Sequence, Status, order_of, stops_of
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.buckets import Buckets
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
+from jaxserve.engine.schedule.plan import StepPlan, StepResult
+from jaxserve.engine.schedule.scheduler import Scheduler
+from jaxserve.engine.schedule.sequence import Need, Sequence, Status, order_of, stops_of
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -106,16 +106,16 @@ class FakeDevice:
     def launch(self, packed: Packed) -> tuple[Packed, StepResult]:
         self.launched = [packed]
         for vector in packed.edits:
-            assert vector.size == batch.EDIT_SIZE
-            cells, blocks = vector[: batch.EDITS_AT_ONCE], vector[batch.EDITS_AT_ONCE : 2 * batch.EDITS_AT_ONCE]
+            assert vector.size == packing.EDIT_SIZE
+            cells, blocks = vector[: packing.EDITS_AT_ONCE], vector[packing.EDITS_AT_ONCE : 2 * packing.EDITS_AT_ONCE]
             self._edit(cells, blocks)
-            self._copy(vector[2 * batch.EDITS_AT_ONCE :])
+            self._copy(vector[2 * packing.EDITS_AT_ONCE :])
         for sequence in packed.controlled:
             output = sequence.tokens[sequence.prompt_len :]
             self.controls[sequence.row] = Controls(list(output), sequence.stops, sequence.min_end)
         layout = packed.layout
         assert layout in self.layouts() and packed.vector.dtype == np.int32 and packed.vector.size == layout.size
-        parts = {name: packed.vector[at] for name, at in batch.places(layout).items()}
+        parts = {name: packed.vector[at] for name, at in packing.places(layout).items()}
         self._edit(parts["cells"], parts["blocks"])
         lines, positions = self._write(parts, decode=layout.decode)
         return packed, self._head(packed, parts, lines, positions)
@@ -123,10 +123,10 @@ class FakeDevice:
     def read(self, handle: tuple[Packed, StepResult]) -> StepResult:
         return handle[1]
 
-    def layouts(self) -> list[batch.Layout]:
+    def layouts(self) -> list[packing.Layout]:
         """What is compiled."""
-        mixed = [batch.mixed_layout(size, self.buckets, self.limits.block_size) for size in self.buckets.mixed]
-        return [*mixed, *map(batch.decode_layout, self.buckets.decode)]
+        mixed = [packing.mixed_layout(size, self.buckets, self.limits.block_size) for size in self.buckets.mixed]
+        return [*mixed, *map(packing.decode_layout, self.buckets.decode)]
 
     def _edit(self, cells: Ints, blocks: Ints) -> None:
         used = cells >= 0
@@ -173,7 +173,7 @@ class FakeDevice:
         return self.tokens[slots], self.digests[slots]
 
     def _head(self, packed: Packed, parts: dict[str, Ints], rows: Ints, positions: Ints) -> StepResult:
-        entries = parts["entries"].reshape(-1, len(batch.ENTRY))
+        entries = parts["entries"].reshape(-1, len(packing.ENTRY))
         assert (entries[packed.entries :, ROW] == self.buckets.rows).all()
         tokens: list[int] = []
         valid: list[bool] = []

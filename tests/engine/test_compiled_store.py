@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from jaxserve.engine import compiled_store, step
-from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiled_store import Store
 from jaxserve.engine.runner import Runner, Shape
+from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.models import param_layout
 from pallas_kernels import dispatch
 from tests.fast import XLA_FLAGS

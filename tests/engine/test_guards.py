@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from jaxserve.engine import step
-from jaxserve.engine.batch import Layout, Packed
-from jaxserve.engine.sequence import Need
+from jaxserve.engine.schedule.packing import Layout, Packed
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 from tests.conftest import ForbidCompiles

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine import batch, step
-from jaxserve.engine.buckets import Buckets
+from jaxserve.engine import step
 from jaxserve.engine.runner import Runner, Shape, settle
-from jaxserve.engine.sequence import Need
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.buckets import Buckets
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from tests.models import tiny
 
@@ -40,7 +41,7 @@ def test_padding_changes_nothing(runner: Runner) -> None:
     )
     before = state(runner)
     runner.exercise()
-    assert any(isinstance(key, batch.Layout) for key in runner.every_key()), "no step was run"
+    assert any(isinstance(key, packing.Layout) for key in runner.every_key()), "no step was run"
     for old, new in zip(before, state(runner), strict=True):
         np.testing.assert_array_equal(old, new)
 

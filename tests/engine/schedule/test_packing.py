@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config import Limits
-from jaxserve.engine import batch
-from jaxserve.engine.batch import Batcher
-from jaxserve.engine.buckets import Buckets
-from jaxserve.engine.plan import Slice, StepPlan
-from jaxserve.engine.sequence import Need, Sequence
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.buckets import Buckets
+from jaxserve.engine.schedule.packing import Batcher
+from jaxserve.engine.schedule.plan import Slice, StepPlan
+from jaxserve.engine.schedule.sequence import Need, Sequence
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 
@@ -48,8 +48,8 @@ def plan(slices: list[Slice], **changes: Any) -> StepPlan:
     return StepPlan(slices, tokens, entries, Need.GREEDY, **changes)
 
 
-def parts(packed: batch.Packed) -> dict[str, list[int]]:
-    return {name: packed.vector[at].tolist() for name, at in batch.places(packed.layout).items()}
+def parts(packed: packing.Packed) -> dict[str, list[int]]:
+    return {name: packed.vector[at].tolist() for name, at in packing.places(packed.layout).items()}
 
 
 def bits(value: float) -> int:
@@ -69,7 +69,7 @@ def test_a_decoding_step_written_out() -> None:
     slices = [Slice(known, 2, 1, True), Slice(fed, 1, 1, True), Slice(scored, 1, 1, False)]
     slices[2].score_from, slices[2].score_to = 2, 3
     packed = batcher().pack(plan(slices, edits={12: 9}))
-    assert packed.layout == batch.decode_layout(4) and packed.entries == 3
+    assert packed.layout == packing.decode_layout(4) and packed.entries == 3
     given = parts(packed)
     assert given["tokens"] == [9, -1, 4, -1]
     assert given["rows"] == [2, 0, 1, 4] and given["kv_lens"] == [3, 2, 2, 0]
@@ -77,7 +77,7 @@ def test_a_decoding_step_written_out() -> None:
     assert given["starts"] == [0, 1, 2, 3, 4] and given["distribution"] == [3, 3]
     assert given["cells"] == [12] + [-1] * 11 and given["blocks"][0] == 9
     numbers = [[0, 0, 0, bits(1), 0, 0], [0, bits(1), 0, bits(0.5), 0, -1], [0, bits(1), 0, bits(1), 0, 0]]
-    entries = np.reshape(given["entries"], (4, len(batch.ENTRY))).tolist()
+    entries = np.reshape(given["entries"], (4, len(packing.ENTRY))).tolist()
     assert entries[0] == [0, 2, 3, -1, 1, *numbers[0]]
     assert entries[1] == [1, 0, 2, -1, 1, *numbers[1]]
     assert entries[2] == [2, 1, 2, 5, 0, *numbers[2]]
@@ -95,12 +95,12 @@ def test_a_mixed_step_written_out() -> None:
     slices[1].score_from, slices[1].score_to = 2, 4
     slices[2].parent = slices[1]
     packed = batcher().pack(plan(slices))
-    assert packed.layout == batch.mixed_layout(16, BUCKETS, BLOCK) and packed.entries == 5
+    assert packed.layout == packing.mixed_layout(16, BUCKETS, BLOCK) and packed.entries == 5
     given = parts(packed)
     assert given["tokens"] == [2, 5, 6, 7, *[0] * 12]
     assert given["rows"] == [3, 1, 4, 4] and given["kv_lens"] == [2, 4, 0, 0]
     assert given["starts"] == [0, 1, 4, 4, 4] and given["distribution"] == [1, 2]
-    entries = np.reshape(given["entries"], (12, len(batch.ENTRY)))[:, :5].tolist()
+    entries = np.reshape(given["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
     assert entries[:5] == [[0, 3, 2, -1, 1], [1, 1, 2, 6, 0], [2, 1, 3, 7, 0], [3, 1, 4, -1, 1], [3, 0, 4, -1, 1]]
     assert entries[5:] == [[0, 4, 0, -1, 0]] * 7
 
@@ -112,17 +112,17 @@ def test_embeddings_are_entries_that_sample_nothing() -> None:
         each.embeds = True
     packed = batcher().pack(plan(slices))
     assert (packed.entries, packed.embeds) == (2, 2)
-    entries = np.reshape(parts(packed)["entries"], (12, len(batch.ENTRY)))[:, :5].tolist()
+    entries = np.reshape(parts(packed)["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
     assert entries[:3] == [[0, 3, 2, -1, 0], [2, 1, 3, -1, 0], [0, 4, 0, -1, 0]]
     packed = batcher().pack(plan(slices[:1]))
-    assert packed.layout == batch.decode_layout(1) and packed.embeds == 1
+    assert packed.layout == packing.decode_layout(1) and packed.embeds == 1
     assert parts(packed)["entries"][:5] == [0, 3, 2, -1, 0]
 
 
 def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
     packer = batcher()
     first, later = sequence(1, [1], temperature=2, top_k=3), sequence(1, [1], temperature=0, min_tokens=1)
-    at = batch.FIXED + batch.NUMBERS.index("top_k")
+    at = packing.FIXED + packing.NUMBERS.index("top_k")
     told: list[int] = []
     for tenant, arrivals in ((first, [first]), (first, []), (later, [later])):
         step = plan([Slice(tenant, 0, 1, True)])
@@ -142,9 +142,9 @@ def test_edits_that_do_not_fit_go_in_vectors_of_their_own() -> None:
     packed = wide.pack(plan([Slice(sequence(0, [1]), 0, 1, True)], edits=edits, copies=[(3, 4)]))
     assert set(parts(packed)["cells"]) == {-1}
     found: dict[int, int] = {}
-    half = batch.EDITS_AT_ONCE
+    half = packing.EDITS_AT_ONCE
     for vector in packed.edits:
-        assert vector.size == batch.EDIT_SIZE
+        assert vector.size == packing.EDIT_SIZE
         used = vector[:half] >= 0
         found |= dict(zip(vector[:half][used].tolist(), vector[half : 2 * half][used].tolist(), strict=True))
     assert found == edits
@@ -154,7 +154,7 @@ def test_edits_that_do_not_fit_go_in_vectors_of_their_own() -> None:
 
 
 def test_edits_that_fit_need_no_call() -> None:
-    room = batch.decode_layout(1).edits
+    room = packing.decode_layout(1).edits
     step = plan([Slice(sequence(0, [1]), 0, 1, True)], edits={cell: 9 for cell in range(room)})
     packed = batcher().pack(step)
     assert not packed.edits and parts(packed)["cells"] == list(range(room))
@@ -169,7 +169,7 @@ def test_copies_in_turns_are_copies_one_by_one(copies: list[tuple[int, int]]) ->
     for source, destination in copies:
         one_by_one[destination] = one_by_one[source]
     at_once, shuffled = list(range(10)), list(range(10))
-    for turn in batch.in_turns(copies):
+    for turn in packing.in_turns(copies):
         read = [at_once[source] for source, _ in turn]
         for (_, destination), value in zip(turn, read, strict=True):
             at_once[destination] = value
@@ -179,11 +179,11 @@ def test_copies_in_turns_are_copies_one_by_one(copies: list[tuple[int, int]]) ->
 
 
 def test_turns_are_few_and_fit_the_program() -> None:
-    copies = [(1, i) for i in range(2, 2 + 2 * batch.COPIES_AT_ONCE)]
-    assert [len(turn) for turn in batch.in_turns(copies)] == [batch.COPIES_AT_ONCE] * 2
-    assert batch.in_turns([(1, 2), (1, 3), (4, 5)]) == [[(1, 2), (1, 3), (4, 5)]]
-    assert batch.in_turns([(1, 2), (2, 3)]) == [[(1, 2)], [(2, 3)]]
-    assert batch.in_turns([]) == []
+    copies = [(1, i) for i in range(2, 2 + 2 * packing.COPIES_AT_ONCE)]
+    assert [len(turn) for turn in packing.in_turns(copies)] == [packing.COPIES_AT_ONCE] * 2
+    assert packing.in_turns([(1, 2), (1, 3), (4, 5)]) == [[(1, 2), (1, 3), (4, 5)]]
+    assert packing.in_turns([(1, 2), (2, 3)]) == [[(1, 2)], [(2, 3)]]
+    assert packing.in_turns([]) == []
 
 
 # --- ids that would reach what belongs to others --------------------------------------------------------------------

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from jaxserve.engine.plan import StepResult
-from jaxserve.engine.scheduler import Scheduler
-from jaxserve.engine.sequence import Status
+from jaxserve.engine.schedule.plan import StepResult
+from jaxserve.engine.schedule.scheduler import Scheduler
+from jaxserve.engine.schedule.sequence import Status
 from jaxserve.errors import OverloadedError, RequestError
 from jaxserve.types.outputs import Update
 from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request

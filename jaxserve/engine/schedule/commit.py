@@ -5,8 +5,8 @@ nobody else.
 
 from collections.abc import Set
 
-from jaxserve.engine.plan import Slice, StepResult
-from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.schedule.plan import Slice, StepResult
+from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.types.request import Request
 from tests.engine.fakes import STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxserve.engine.sequence import Need, Sequence
+from jaxserve.engine.schedule.sequence import Need, Sequence
 
 
 class Slice:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from jaxserve.engine.block_pool import BlockPool
+from jaxserve.engine.schedule.block_pool import BlockPool
 
 Chain = tuple[int, str, tuple[tuple[int, ...], ...]]  # the generation and extra of its root, the tokens of its blocks
 
@@ -443,7 +443,7 @@ def test_integrity_check_finds_owners_that_were_counted_otherwise(owners: dict[i
 
 def test_checks_hold_without_assertions() -> None:
     script = """
-from jaxserve.engine.block_pool import BlockPool
+from jaxserve.engine.schedule.block_pool import BlockPool
 pool = BlockPool(4, 4)
 for call in (lambda: pool.release([1]), lambda: pool._free.append(1) or pool.check_integrity()):
     try:

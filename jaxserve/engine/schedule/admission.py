@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from jaxserve.config import Limits
-from jaxserve.engine.sequence import stops_of
+from jaxserve.engine.schedule.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams

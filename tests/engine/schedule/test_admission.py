@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxserve.config import Limits
-from jaxserve.engine import admission
+from jaxserve.engine.schedule import admission
 from jaxserve.errors import RequestError
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams

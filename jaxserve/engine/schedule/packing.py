@@ -14,9 +14,9 @@ from functools import cache
 
 import numpy as np
 
-from jaxserve.engine.buckets import Buckets, fitting
-from jaxserve.engine.plan import StepPlan
-from jaxserve.engine.sequence import Need, Sequence
+from jaxserve.engine.schedule.buckets import Buckets, fitting
+from jaxserve.engine.schedule.plan import StepPlan
+from jaxserve.engine.schedule.sequence import Need, Sequence
 
 type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 

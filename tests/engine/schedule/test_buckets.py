@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.buckets import Buckets, fitting, ladder
+from jaxserve.engine.schedule.buckets import Buckets, fitting, ladder
 
 sizes = st.integers(1, 5000)
 

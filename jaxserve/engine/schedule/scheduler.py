@@ -18,12 +18,12 @@ import random
 from bisect import bisect_left, insort
 
 from jaxserve.config import Limits
-from jaxserve.engine import admission, results
-from jaxserve.engine.block_pool import BlockPool
-from jaxserve.engine.block_tables import BlockTables
-from jaxserve.engine.plan import Draft, Slice, StepPlan, StepResult
-from jaxserve.engine.sequence import Sequence, Status, order_of
-from jaxserve.engine.waiting import Deadlines, Waiting
+from jaxserve.engine.schedule import admission, commit
+from jaxserve.engine.schedule.block_pool import BlockPool
+from jaxserve.engine.schedule.block_tables import BlockTables
+from jaxserve.engine.schedule.plan import Draft, Slice, StepPlan, StepResult
+from jaxserve.engine.schedule.sequence import Sequence, Status, order_of
+from jaxserve.engine.schedule.waiting import Deadlines, Waiting
 from jaxserve.errors import RequestError
 from jaxserve.types.outputs import FinishReason, Update
 from jaxserve.types.request import Request
@@ -346,13 +346,13 @@ class Scheduler:
                 policy_version=plan.policy_version,
             )
             if slice.score_to > slice.score_from:
-                update.prompt_logprobs = results.scores(slice, result, first)
+                update.prompt_logprobs = commit.scores(slice, result, first)
                 sequence.scores_told = slice.score_to
             reason: FinishReason | None = None
             if slice.samples:
-                reason = results.sampled(sequence, result, end - 1, update, self.limits.eos_token_ids)
+                reason = commit.sampled(sequence, result, end - 1, update, self.limits.eos_token_ids)
             elif slice.embeds:
-                update.embedding, reason = results.embedding(result, end - 1), "stop"
+                update.embedding, reason = commit.embedding(result, end - 1), "stop"
             elif sequence.request.score_only and slice.start + slice.count == sequence.goal:
                 reason = "length"
             if reason:

@@ -9,8 +9,8 @@ in flight still reads it, and a block may be shared as soon as the step that fil
 """
 
 from jaxserve.config import Limits
-from jaxserve.engine.block_pool import NULL_BLOCK, BlockPool
-from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.schedule.block_pool import NULL_BLOCK, BlockPool
+from jaxserve.engine.schedule.sequence import Sequence
 
 
 class BlockTables:
