@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import sizing
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.execute import sizing
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 

@@ -28,7 +28,7 @@ RANKS = {
     "jaxserve.config": 3,
     "jaxserve.flags.help": 3,
     "jaxserve.types.metrics": 3,
-    "jaxserve.profiling": 3,
+    "jaxserve.engine.execute.profiling": 3,
     # Ranked for those above; below it nothing of ours is open to it, see KERNELS_MAY_IMPORT.
     "pallas_kernels": 4,
     "jaxserve.text.tokenizer": 5,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.engine import compiled_store
+from jaxserve.engine.execute import program_store
 from tests.golden import load as golden
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_the_example_of_generation_runs(tmp_path: Path, monkeypatch: pytest.Monk
     golden.write_checkpoint("qwen3", tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     # Compiled programs go where the user has decided, here: nowhere.
-    monkeypatch.setattr(compiled_store, "open_store", lambda *_: None)
+    monkeypatch.setattr(program_store, "open_store", lambda *_: None)
     names = run_example(0)
     batch = names["batch"]
     assert batch.tokens.shape == batch.logprobs.shape == (2, 1, 8)

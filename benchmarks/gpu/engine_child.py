@@ -24,8 +24,8 @@ def say(**values: Any) -> None:
 def start(cache: str, since: float, tiny: bool) -> None:
     """With all programs that the product compiles before it is ready."""
     from jaxserve.config import EngineConfig
-    from jaxserve.engine import sizing
     from jaxserve.engine.engine import Engine
+    from jaxserve.engine.execute import sizing
     from jaxserve.types.request import Request
     from jaxserve.types.sampling_params import SamplingParams
 

@@ -13,19 +13,19 @@ import jax
 from benchmarks.gpu import plans
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.rig import Rig, rig_of
-from jaxserve.engine import step
+from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.sequence import Need
 
 COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
 
 
-def compile_with_plan(program: step.Program) -> tuple[Any, plans.Plan | None]:
+def compile_with_plan(program: programs.Program) -> tuple[Any, plans.Plan | None]:
     """The program as the engine compiles it, and its plan."""
     jitted = jax.jit(
         program.function,
-        static_argnames=step.STATIC.get(program.function, ()),
-        donate_argnames=step.DONATED[program.function],
+        static_argnames=programs.STATIC.get(program.function, ()),
+        donate_argnames=programs.DONATED[program.function],
     )
     with tempfile.TemporaryDirectory() as folder:
         lowered = jitted.lower(*program.static, *program.shapes)

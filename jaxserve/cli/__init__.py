@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `jaxserve` command: which command is meant, and every way out as an exit code (jaxserve/exit_codes.py).
 
-A command is a dataclass whose fields are its flags (jaxserve/flags/parsing.py), in a file of its own that is imported when it
-is called; those files import heavy packages inside `run`, so that `--help` stays quick.
+A command is a dataclass whose fields are its flags (jaxserve/flags/parsing.py), in a file of its own that is imported
+when it is called; those files import heavy packages inside `run`, so that `--help` stays quick.
 """
 
 import importlib

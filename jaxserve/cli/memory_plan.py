@@ -112,7 +112,7 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
     import jax.numpy as jnp
 
     from jaxserve.config import held_blocks
-    from jaxserve.engine import loading, sizing
+    from jaxserve.engine.execute import loading, sizing
     from jaxserve.models import param_layout
 
     spec = model.spec
@@ -151,7 +151,7 @@ def planned(config: EngineConfig, model: Model, memory: int | None) -> Plan:
 
 
 def _blocks(config: EngineConfig, plan: Plan) -> int:
-    from jaxserve.engine import sizing
+    from jaxserve.engine.execute import sizing
 
     if config.num_blocks is not None:
         return config.num_blocks
@@ -177,7 +177,7 @@ def _state_bytes(spec: Any, rows: int, width: int) -> int:
 
 def _step_bytes(spec: Any, dtype: Any, *, rows: int, tokens: int, shards: int) -> int:
     """About what the largest programs hold at once: a layer's activations, or logits and what is sampled from."""
-    from jaxserve.engine.sizing import score_rows
+    from jaxserve.engine.execute.sizing import score_rows
     from jaxserve.models.spec import Mlp
 
     widest = 0

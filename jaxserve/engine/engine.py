@@ -22,17 +22,17 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import compiled_store, loading, sizing
-from jaxserve.engine.loading import Told
-from jaxserve.engine.runner import Handle, Runner
+from jaxserve.engine.execute import loading, program_store, sizing
+from jaxserve.engine.execute.loading import Told
+from jaxserve.engine.execute.profiling import Profiler
+from jaxserve.engine.execute.runner import Handle, Runner
+from jaxserve.engine.execute.sizing import Report
 from jaxserve.engine.schedule.packing import Batcher
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.scheduler import Scheduler
-from jaxserve.engine.sizing import Report
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.profiling import Profiler
 from jaxserve.types.metrics import Counters, EngineMetrics
 from jaxserve.types.outputs import FinishReason, Update
 from jaxserve.types.request import Request
@@ -61,7 +61,7 @@ class Engine:
         """
         self.config, self.report = config, report
         sizing.reserve_memory(config)
-        store = compiled_store.open_store(config.compilation_cache_dir, report)
+        store = program_store.open_store(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         if params is None:
             self.model, weights = loading.open_folder(config, on), None

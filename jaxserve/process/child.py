@@ -160,7 +160,7 @@ class Beat:
 def _opened(engine: "Engine") -> wire.Opened:
     import jax
 
-    from jaxserve.engine.runner import shard_bytes
+    from jaxserve.engine.execute.runner import shard_bytes
 
     spec, leaves = engine.model.spec, jax.tree.leaves(engine.model.shapes)
     folder = engine.model.folder

@@ -13,7 +13,7 @@ from benchmarks import batching, kv_memory, offline, ragged
 from benchmarks.batching import Answer
 from benchmarks.kv_memory import Sample
 from benchmarks.ragged import FULL, TINY, Asked
-from jaxserve.engine import compiled_store
+from jaxserve.engine.execute import program_store
 
 
 class Fake:
@@ -128,7 +128,7 @@ def test_memory_is_of_the_steps_in_which_requests_waited() -> None:
 @pytest.fixture
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled programs go where the user has decided, here: nowhere."""
-    monkeypatch.setattr(compiled_store, "open_store", lambda *_: None)
+    monkeypatch.setattr(program_store, "open_store", lambda *_: None)
 
 
 @pytest.mark.usefixtures("nothing_kept")

@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.gpu import plans
 from benchmarks.published import llama_8b
-from jaxserve.engine import step
+from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.engine.schedule.sequence import Need
@@ -35,7 +35,7 @@ RECORD = Path(__file__).with_name("steps.json")
 LAYERS, BLOCKS, BLOCK_SIZE, WIDTH = 3, 4096, 16, 8192
 BUCKETS = Buckets(rows=256, tokens=2048, score_rows=256)
 SPEC = replace(llama_8b(), layers=llama_8b().layers[:LAYERS])
-STATIC = step.Model(SPEC, BLOCK_SIZE, BUCKETS.entries, top_n=20, processed=False)
+STATIC = programs.Model(SPEC, BLOCK_SIZE, BUCKETS.entries, top_n=20, processed=False)
 # Each costs some microseconds, 32 times in a step.
 MOST_PER_LAYER = 17
 # Into these XLA compiles our kernels and its own products. All of them can be captured.
@@ -91,7 +91,7 @@ def check(name: str, compiled: Compiled) -> plans.Plan:
 
 def check_model(name: str, shape: packing.Layout) -> None:
     arguments = params(), pools(), ints(BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
-    compiled = compile_for_h200(partial(step.model, STATIC, shape), *arguments, donate=(1, 2))
+    compiled = compile_for_h200(partial(programs.model, STATIC, shape), *arguments, donate=(1, 2))
     # The block tables of all rows are gathered, which is the largest thing that is made but for what a layer computes.
     largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
     assert copied(compiled, largest + 1) == []
@@ -118,7 +118,7 @@ def test_head(rows: int, need: Need) -> None:
     kept = controls.abstract(BUCKETS.rows, SPEC.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((BUCKETS.entries, SPEC.hidden), jnp.bfloat16)
     arguments = params(), ints(BUCKETS.rows), kept, hidden, ints(BUCKETS.entries, len(packing.ENTRY))
-    compiled = compile_for_h200(partial(step.head, STATIC, rows, need), *arguments, donate=(1, 2))
+    compiled = compile_for_h200(partial(programs.head, STATIC, rows, need), *arguments, donate=(1, 2))
     # The matrix of the head is the largest thing there is; the controls are smaller.
     assert copied(compiled, max(rows, BUCKETS.rows) * SPEC.vocab_size + 1) == []
     assert compiled.alias_bytes >= nbytes(kept) + 4 * BUCKETS.rows
@@ -127,7 +127,7 @@ def test_head(rows: int, need: Need) -> None:
 
 def test_block_moves_and_edits() -> None:
     arguments = pools(), ints(BUCKETS.rows, WIDTH), ints(packing.EDIT_SIZE)
-    compiled = compile_for_h200(step.edit, *arguments, donate=(0, 1))
+    compiled = compile_for_h200(programs.edit, *arguments, donate=(0, 1))
     assert copied(compiled, math.prod(pools()[0]["k"].shape)) == []
     assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH
     check("engine edit", compiled)

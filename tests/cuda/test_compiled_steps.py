@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.published import MODELS
-from jaxserve.engine import step
+from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import kv_cache, param_layout
@@ -34,15 +34,15 @@ def ints(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def static(spec: ModelSpec) -> step.Model:
-    return step.Model(spec, BLOCK_SIZE, ENTRIES, top_n=20, processed=False)
+def static(spec: ModelSpec) -> programs.Model:
+    return programs.Model(spec, BLOCK_SIZE, ENTRIES, top_n=20, processed=False)
 
 
 def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
     decode = packing.decode_layout(ROWS)
-    program = partial(step.model, static(spec), decode)
+    program = partial(programs.model, static(spec), decode)
     arguments = params, cache, ints(ROWS, WIDTH), ints(ROWS), ints(decode.size)
     return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
 
@@ -96,7 +96,7 @@ def test_head(need: Need) -> None:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     kept = controls.abstract(ROWS, spec.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((ENTRIES, spec.hidden), jnp.bfloat16)
-    program = partial(step.head, static(spec), ROWS, need)
+    program = partial(programs.head, static(spec), ROWS, need)
     arguments = params, ints(ROWS), kept, hidden, ints(ENTRIES, len(packing.ENTRY))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     assert large_copies(compiled, ROWS * spec.vocab_size + 1) == []

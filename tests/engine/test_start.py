@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import loading, sizing, step
 from jaxserve.engine.engine import Engine, _Progress
+from jaxserve.engine.execute import loading, programs, sizing
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
 from tests.golden import load as golden
@@ -40,7 +40,7 @@ def start(config: EngineConfig) -> Engine:
 def test_weights_are_read_while_programs_are_compiled(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
     """Each waits for the other to have begun."""
     compiling, reading = threading.Event(), threading.Event()
-    read, compile_on = loading.read, step._compile_on
+    read, compile_on = loading.read, programs._compile_on
 
     def slow_read(*given: Any) -> Params:
         reading.set()
@@ -53,7 +53,7 @@ def test_weights_are_read_while_programs_are_compiled(monkeypatch: pytest.Monkey
         return compile_on(*given)
 
     monkeypatch.setattr(loading, "read", slow_read)
-    monkeypatch.setattr(step, "_compile_on", slow_compile)
+    monkeypatch.setattr(programs, "_compile_on", slow_compile)
     engine = start(config)
     assert engine.runner.params["embed"]["weight"].shape == engine.model.shapes["embed"]["weight"].shape
 
@@ -73,7 +73,7 @@ def test_a_fault_of_the_weights_ends_compiling(monkeypatch: pytest.MonkeyPatch, 
         compiled.append(given)
 
     monkeypatch.setattr(loading, "open_folder", then_shorter)
-    monkeypatch.setattr(step, "_compile_on", slow_compile)
+    monkeypatch.setattr(programs, "_compile_on", slow_compile)
     with pytest.raises(JaxserveError, match="cannot be read"):
         start(config)
     assert not compiled, "it was not told until programs were compiled"

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from jaxserve.config import ConfigError, EngineConfig, Limits, held_blocks
-from jaxserve.engine.compiled_store import Store
-from jaxserve.engine.loading import Opened
-from jaxserve.engine.runner import Runner, Shape, shard_bytes
+from jaxserve.engine.execute.loading import Opened
+from jaxserve.engine.execute.program_store import Store
+from jaxserve.engine.execute.runner import Runner, Shape, shard_bytes
 from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.models import kv_cache
 from jaxserve.models.decoder import Params

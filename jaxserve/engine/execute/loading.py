@@ -203,7 +203,8 @@ def _check_not_engine(spec: ModelSpec, given: Set[param_layout.Path], targets: M
 
 def _placed(path: param_layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
     if leaf.shape != target.shape:
-        problem = f"{param_layout.dotted(path)} is {leaf.dtype}{list(leaf.shape)}, expected {target.dtype}{list(target.shape)}"
+        found, wanted = f"{leaf.dtype}{list(leaf.shape)}", f"{target.dtype}{list(target.shape)}"
+        problem = f"{param_layout.dotted(path)} is {found}, expected {wanted}"
         raise JaxserveError(problem, "give parameters of this model, in the layout of its mesh")
     if leaf.dtype != target.dtype:
         leaf = leaf.astype(target.dtype)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.engine.compiled_store import Store
+from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Layout
 from jaxserve.engine.schedule.sequence import Need

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine import step
-from jaxserve.engine.runner import Runner, Shape, settle
+from jaxserve.engine.execute import programs
+from jaxserve.engine.execute.runner import Runner, Shape, settle
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.engine.schedule.sequence import Need
@@ -49,9 +49,9 @@ def test_padding_changes_nothing(runner: Runner) -> None:
 def test_programs_are_shared_by_equal_runners(runner: Runner) -> None:
     key = (1, Need.GREEDY)
     twin = Runner(runner.spec, runner.params, SHAPE)
-    assert step.compiled(twin.program(key)) is step.compiled(runner.program(key))
+    assert programs.compiled(twin.program(key)) is programs.compiled(runner.program(key))
     other = Runner(runner.spec, runner.params, Shape(**{**vars(SHAPE), "top_n": 2}))
-    assert step.compiled(other.program(key)) is not step.compiled(runner.program(key))
+    assert programs.compiled(other.program(key)) is not programs.compiled(runner.program(key))
 
 
 def test_memory_is_given_back_and_taken_again(runner: Runner) -> None:
@@ -89,7 +89,7 @@ def test_devices_do_not_share_programs(runner: Runner) -> None:
         other = Runner(runner.spec, jax.device_put(runner.params, device), SHAPE)
     other.allocate()
     key = (1, Need.GREEDY)
-    assert step.compiled(other.program(key)) is not step.compiled(runner.program(key))
+    assert programs.compiled(other.program(key)) is not programs.compiled(runner.program(key))
     assert other.cache[0]["latent"].devices() == {device}
 
 
@@ -100,18 +100,18 @@ def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pyte
         begun.append(program)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step, "_compile_on", interrupt)
-    programs = [runner.program((1, need)) for need in Need] * 20
+    monkeypatch.setattr(programs, "_compile_on", interrupt)
+    wanted = [runner.program((1, need)) for need in Need] * 20
     with pytest.raises(KeyboardInterrupt):
-        step.compile_all(programs, workers=1)
-    assert len(begun) < len(programs)
+        programs.compile_all(wanted, workers=1)
+    assert len(begun) < len(wanted)
 
 
 def test_programs_are_compiled_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
     """And the state that is made then is what they were compiled for: nothing is moved or compiled on the way."""
     late = Runner(runner.spec, runner.params, SHAPE)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in state_of(late))
-    monkeypatch.setattr(step, "compile_all", lambda programs, **_: [step.compiled(program) for program in programs])
+    monkeypatch.setattr(programs, "compile_all", lambda wanted, **_: [programs.compiled(one) for one in wanted])
     late.warm()
     late.exercise()
     shapes = jax.tree.leaves(late._state)

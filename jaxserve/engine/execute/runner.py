@@ -26,15 +26,15 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ConfigError
-from jaxserve.engine import step
-from jaxserve.engine.compiled_store import Store
-from jaxserve.engine.loading import shapes_of
+from jaxserve.engine.execute import programs
+from jaxserve.engine.execute.loading import shapes_of
+from jaxserve.engine.execute.program_store import Store
+from jaxserve.engine.execute.programs import Model, Program, Sizes
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.buckets import Buckets, fitting
 from jaxserve.engine.schedule.packing import Ints, Layout, Packed
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.engine.schedule.sequence import Need, Sequence
-from jaxserve.engine.step import Model, Program, Sizes
 from jaxserve.models import kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
@@ -154,7 +154,7 @@ class Runner:
         found = self._executable(key).memory_analysis()
         if not found or not found.temp_size_in_bytes:
             with self.on_mesh():
-                self._executables[key] = step.compiled(self.program(key), self._store, fresh=True)
+                self._executables[key] = programs.compiled(self.program(key), self._store, fresh=True)
             found = self._executables[key].memory_analysis()
         return found
 
@@ -179,9 +179,11 @@ class Runner:
         step has to wait for is counted in `compiled_late`."""
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
-            programs = [self.program(key) for key in keys]
+            wanted = [self.program(key) for key in keys]
             workers = min(16, os.cpu_count() or 1)
-            compiled = step.compile_all(programs, workers=workers, store=self._store, progress=progress, beside=weights)
+            compiled = programs.compile_all(
+                wanted, workers=workers, store=self._store, progress=progress, beside=weights
+            )
         self._executables |= dict(zip(keys, compiled, strict=True))
         if weights is not None:
             self.params = weights.result()
@@ -222,7 +224,7 @@ class Runner:
         if found is None:
             self.compiled_late += key != "fresh"
             with self.on_mesh():
-                found = self._executables[key] = step.compiled(self.program(key), self._store)
+                found = self._executables[key] = programs.compiled(self.program(key), self._store)
         return found
 
     def program(self, key: Key) -> Program:
@@ -231,19 +233,19 @@ class Runner:
         match key:
             case Layout():
                 given = (self._param_shapes, cache, tables, last, self._vector(key.size))
-                return self._with_shapes(step.model, (static, key), *given)
+                return self._with_shapes(programs.model, (static, key), *given)
             case ("embed", int(rows)):
-                return self._with_shapes(step.embed, (static, rows), self._param_shapes, self._hidden())
+                return self._with_shapes(programs.embed, (static, rows), self._param_shapes, self._hidden())
             case (int(rows), need):
                 entries = self._abstract((static.entries, len(packing.ENTRY)), jnp.int32)
                 kept = controlled if need == Need.FULL else None
                 given = (self._param_shapes, last, kept, self._hidden(), entries)
-                return self._with_shapes(step.head, (static, rows, need), *given)
+                return self._with_shapes(programs.head, (static, rows, need), *given)
             case "fresh":
                 sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
-                return Program(step.fresh, (static, sizes), ())
+                return Program(programs.fresh, (static, sizes), ())
             case "edit":
-                return self._with_shapes(step.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
+                return self._with_shapes(programs.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
             case "set_row":
                 vector = self._vector(control_row.row_size(self.spec.vocab_size))
                 return self._with_shapes(controls.set_row, (), controlled, vector)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine import compiled_store, step
-from jaxserve.engine.compiled_store import Store
-from jaxserve.engine.runner import Runner, Shape
+from jaxserve.engine.execute import program_store, programs
+from jaxserve.engine.execute.program_store import Store
+from jaxserve.engine.execute.runner import Runner, Shape
 from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.models import param_layout
 from pallas_kernels import dispatch
@@ -56,11 +56,11 @@ print(json.dumps({"tokens": tokens, **counts}))
 @pytest.fixture
 def forgetful() -> Generator[None]:
     """Nothing is shared within this process meanwhile."""
-    kept = dict(step._COMPILED)
-    step._COMPILED.clear()
+    kept = dict(programs._COMPILED)
+    programs._COMPILED.clear()
     yield
-    step._COMPILED.clear()
-    step._COMPILED.update(kept)
+    programs._COMPILED.clear()
+    programs._COMPILED.update(kept)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,11 @@ def test_the_next_process_neither_lowers_nor_compiles(tmp_path: Path, devices: i
 @pytest.mark.usefixtures("forgetful")
 def test_what_was_kept_computes_the_same(runner: Runner, store: Store) -> None:
     program = runner.program("edit")
-    made = step.compiled(program, store)
+    made = programs.compiled(program, store)
     [file] = files(store)
     assert file.stat().st_mode & 0o077 == 0
-    step._COMPILED.clear()
-    read = step.compiled(program, store)
+    programs._COMPILED.clear()
+    read = programs.compiled(program, store)
     assert read is not made
 
     def run(executable: Any) -> list[np.ndarray]:
@@ -121,18 +121,18 @@ def test_what_was_kept_computes_the_same(runner: Runner, store: Store) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x80", b"no pickle", None])
 def test_half_a_file_is_replaced(runner: Runner, store: Store, content: bytes | None) -> None:
     program = runner.program("edit")
-    step.compiled(program, store)
+    programs.compiled(program, store)
     [file] = files(store)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    step._COMPILED.clear()
-    assert step.compiled(program, store) is not None
+    programs._COMPILED.clear()
+    assert programs.compiled(program, store) is not None
     assert files(store) == [file] and len(file.read_bytes()) > len(whole) // 2
 
 
 @pytest.mark.usefixtures("forgetful")
 def test_what_others_may_write_is_not_run(runner: Runner, store: Store) -> None:
-    step.compiled(runner.program("edit"), store)
+    programs.compiled(runner.program("edit"), store)
     [file] = files(store)
     device = runner.device
     assert store.load(file, [device]) is not None
@@ -150,14 +150,14 @@ def refuse(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("call", ["utime", "replace", "unlink"])
 def test_a_folder_of_many_users(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Where files of others can be neither touched nor replaced nor removed, a start goes on without them."""
-    step.compiled(runner.program("edit"), store)
+    programs.compiled(runner.program("edit"), store)
     [file] = files(store)
     monkeypatch.setattr(os, call, refuse)
     if call == "utime":
         assert store.load(file, [runner.device]) is not None
     elif call == "replace":
-        step._COMPILED.clear()
-        step.compiled(runner.program("set_row"), store)
+        programs._COMPILED.clear()
+        programs.compiled(runner.program("set_row"), store)
         assert files(store) == [file], "a part of a file stays"
     else:
         file.write_bytes(b"broken")
@@ -182,7 +182,7 @@ def test_whatever_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch, store: 
         assert new()
     for name, value in ("LOADED", "another"), ("_machine", lambda: "another"):
         with monkeypatch.context() as patch:
-            patch.setattr(compiled_store, name, value)
+            patch.setattr(program_store, name, value)
             assert new()
     with monkeypatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6})
@@ -192,7 +192,7 @@ def test_whatever_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch, store: 
 
 def test_the_digest_is_of_all_code(tmp_path: Path) -> None:
     """Of each file's name and content."""
-    seen = {compiled_store.sources(tmp_path)}
+    seen = {program_store.sources(tmp_path)}
     for change in (
         lambda: (tmp_path / "a.py").write_text(""),
         lambda: (tmp_path / "a.py").write_text("#"),
@@ -200,9 +200,9 @@ def test_the_digest_is_of_all_code(tmp_path: Path) -> None:
         lambda: (tmp_path / "tiles.json").write_text("{}"),
     ):
         change()
-        seen.add(compiled_store.sources(tmp_path))
+        seen.add(program_store.sources(tmp_path))
     assert len(seen) == 5
-    assert compiled_store.sources() == compiled_store.LOADED
+    assert program_store.sources() == program_store.LOADED
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -212,26 +212,26 @@ def test_where_it_is_not_certain_what_is_compiled_nothing_is_kept(
     """Code that was changed since it was imported, flags in a file, settings that change meanwhile, tests' choices."""
     told: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_store, "LOADED", "what was imported")
-        assert compiled_store.open_store(str(tmp_path / "x"), told.append) is None
+        patch.setattr(program_store, "LOADED", "what was imported")
+        assert program_store.open_store(str(tmp_path / "x"), told.append) is None
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", str(tmp_path / "flags.txt"))
-        assert compiled_store.open_store(str(tmp_path / "x"), told.append) is None
-    store = compiled_store.open_store(str(tmp_path / "x"), told.append)
+        assert program_store.open_store(str(tmp_path / "x"), told.append) is None
+    store = program_store.open_store(str(tmp_path / "x"), told.append)
     assert store is not None and not told
     with dispatch.use("interpret"):
-        step.compiled(runner.program("edit"), store)
-    options = step._options
+        programs.compiled(runner.program("edit"), store)
+    options = programs._options
 
     def meanwhile(platform: str) -> dict[str, Any] | None:
         monkeypatch.setenv("NPROC", "7")
         return options(platform)
 
-    monkeypatch.setattr(step, "_options", meanwhile)
-    step.compiled(runner.program("edit"), store)
+    monkeypatch.setattr(programs, "_options", meanwhile)
+    programs.compiled(runner.program("edit"), store)
     assert files(store) == []
-    step._COMPILED.clear()
-    step.compiled(runner.program("edit"), store)
+    programs._COMPILED.clear()
+    programs.compiled(runner.program("edit"), store)
     assert len(files(store)) == 1
 
 
@@ -239,28 +239,28 @@ def test_where_it_is_not_certain_what_is_compiled_nothing_is_kept(
 def test_fresh_ones_are_compiled_and_kept(runner: Runner, store: Store) -> None:
     """What the compiler says of its memory may be lost on disk: the engine asks one that was just compiled."""
     program = runner.program("edit")
-    first = step.compiled(program, store)
-    again = step.compiled(program, store, fresh=True)
-    assert again is not first and step.compiled(program, store) is again and len(files(store)) == 1
+    first = programs.compiled(program, store)
+    again = programs.compiled(program, store, fresh=True)
+    assert again is not first and programs.compiled(program, store) is again and len(files(store)) == 1
 
 
 def test_keys_name_no_places_in_memory(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be others in the next process."""
     keys: list[str] = []
-    monkeypatch.setattr(step, "_COMPILED", OrderedDict())
+    monkeypatch.setattr(programs, "_COMPILED", OrderedDict())
     monkeypatch.setattr(Store, "load", lambda self, file, devices: object())
     monkeypatch.setattr(Store, "place", lambda self, program: keys.append(program) or Path(program[:9]))
     for key in runner.every_key():
-        step.compiled(runner.program(key), store)
+        programs.compiled(runner.program(key), store)
     assert len(set(keys)) == len(keys) == len(runner.every_key())
-    assert not [key for key in (*keys, compiled_store.environment()) if re.search(r"0x[0-9a-f]{5}|object at", key)]
+    assert not [key for key in (*keys, program_store.environment()) if re.search(r"0x[0-9a-f]{5}|object at", key)]
 
 
 def test_old_files_go(tmp_path: Path) -> None:
-    names = [f"{name}{suffix}" for name in "ab" for suffix in (compiled_store.SUFFIX, compiled_store.PARTIAL)]
+    names = [f"{name}{suffix}" for name in "ab" for suffix in (program_store.SUFFIX, program_store.PARTIAL)]
     for name in (*names, "of-somebody-else"):
         (tmp_path / name).touch()
-    long_ago = time.time() - (compiled_store.DAYS + 1) * 86400
+    long_ago = time.time() - (program_store.DAYS + 1) * 86400
     for name in ("a.executable", "a.partial", "of-somebody-else"):
         os.utime(tmp_path / name, (long_ago, long_ago))
     Store(tmp_path)
@@ -270,16 +270,16 @@ def test_old_files_go(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     told: list[str] = []
-    assert compiled_store.open_store(str(tmp_path / "file" / "folder"), told.append) is None
+    assert program_store.open_store(str(tmp_path / "file" / "folder"), told.append) is None
     assert len(told) == 1 and "compilation_cache_dir" in told[0]
 
 
 def test_where_jax_keeps_them_we_do_not(tmp_path: Path) -> None:
     told: list[str] = []
-    assert compiled_store.open_store("", told.append) is None
+    assert program_store.open_store("", told.append) is None
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
     try:
-        assert compiled_store.open_store(str(tmp_path / "mine"), told.append) is None
+        assert program_store.open_store(str(tmp_path / "mine"), told.append) is None
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
     assert not told and not (tmp_path / "mine").exists()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.engine import loading, sizing
-from jaxserve.engine.loading import Opened, shapes_of
-from jaxserve.engine.runner import Shape
-from jaxserve.engine.sizing import GIB, SLACK, Sized
+from jaxserve.engine.execute import loading, sizing
+from jaxserve.engine.execute.loading import Opened, shapes_of
+from jaxserve.engine.execute.runner import Shape
+from jaxserve.engine.execute.sizing import GIB, SLACK, Sized
 from jaxserve.models.rope import angles
 from jaxserve.models.spec import Dynamic, LongRope, ModelSpec, Rope, Yarn
 from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
