@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import arguments, facts, streams
 from jaxserve import demo
-from jaxserve.process.client import MALLOC  # so that both have it
+from jaxserve.frontend.process import MALLOC  # so that both have it
 
 AIM, AIM_STREAMS = 0.85, 256
 QUIET = ("--disable-log-stats", "--log-level=warning")

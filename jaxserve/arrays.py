@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxserve.errors import RequestError
-from jaxserve.intake import is_one
+from jaxserve.frontend.prepare import is_one
 from jaxserve.types.outputs import RequestOutput
 
 FINISH_REASONS = ("stop", "length", "abort", "error")

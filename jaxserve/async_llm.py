@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import JaxserveError
-from jaxserve.front import Front
-from jaxserve.intake import Prompt
+from jaxserve.frontend.client import Front
+from jaxserve.frontend.prepare import Prompt
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.opening import opened

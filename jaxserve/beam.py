@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from jaxserve.config import Limits
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.outputs import position_logprobs
 from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.errors import RequestError
+from jaxserve.frontend.outputs import position_logprobs
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.outputs import BeamSearchOutput, BeamSearchSequence, FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request

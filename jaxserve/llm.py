@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from jaxserve import arrays, beam
 from jaxserve.arrays import GeneratedArrays
-from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.intake import Prompt, Ready, by_prompt, each_named, is_one, listed
+from jaxserve.frontend.outputs import OutputBuilder
+from jaxserve.frontend.prepare import Prompt, Ready, by_prompt, each_named, is_one, listed
 from jaxserve.interrupts import Deferred
 from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params

@@ -8,7 +8,7 @@ import jax
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.intake import Intake, tokenizer_of
+from jaxserve.frontend.prepare import Intake, tokenizer_of
 
 
 def opened(model: str, settings: Mapping[str, Any], **given: Any) -> tuple[Engine, Intake]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxserve.engine.engine import Engine
 from jaxserve.errors import EngineError
-from jaxserve.streams import Stream, Streams, again
+from jaxserve.frontend.streams import Stream, Streams, again
 
 
 class Worker:

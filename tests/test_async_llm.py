@@ -17,8 +17,8 @@ import jax
 import pytest
 
 from jaxserve.async_llm import AsyncLLM
-from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
+from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests import tiny_llm

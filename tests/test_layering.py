@@ -36,7 +36,7 @@ GOOD = {
     "jaxserve/cli/run": "from jaxserve.server import app\nfrom jaxserve import __version__",
     "jaxserve/cli/devices": "from jaxserve.llm import L",
     "jaxserve/llm": "import jaxserve.engine.engine",
-    "jaxserve/server/app": "import jaxserve.process.client\nimport aiohttp",
+    "jaxserve/server/app": "import jaxserve.frontend.process\nimport aiohttp",
     "convert/load": "from jaxserve.models import decoder",
     "pallas_kernels/flash": "import jax, math\nfrom numpy import array\nfrom . import dispatch",
     "pallas_kernels/dispatch": "from jax.experimental import pallas",

@@ -27,7 +27,7 @@ import msgspec
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.exit_codes import DEBUG
-from jaxserve.process import wire
+from jaxserve.frontend import wire
 from jaxserve.process.outbox import Outbox
 
 if TYPE_CHECKING:

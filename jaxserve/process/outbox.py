@@ -12,7 +12,7 @@ import socket
 import threading
 from typing import Any
 
-from jaxserve.process import wire
+from jaxserve.frontend import wire
 
 MOST_KEPT = 64 << 20
 

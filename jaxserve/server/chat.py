@@ -18,7 +18,7 @@ from jaxserve.server.state import SERVING, Serving
 from jaxserve.types.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
-    from jaxserve.intake import Intake, Ready
+    from jaxserve.frontend.prepare import Intake, Ready
 
 # What an answer's message has beside its role and text: nothing that this server can fill in yet.
 EMPTY = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "reasoning": None}

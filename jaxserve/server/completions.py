@@ -18,7 +18,7 @@ from jaxserve.server.state import SERVING
 from jaxserve.types.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 
 if TYPE_CHECKING:
-    from jaxserve.intake import Intake, Ready
+    from jaxserve.frontend.prepare import Intake, Ready
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -21,7 +21,7 @@ from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from jaxserve.intake import Intake, Ready
+    from jaxserve.frontend.prepare import Intake, Ready
 
 
 async def create(request: web.Request) -> web.Response:

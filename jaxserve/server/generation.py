@@ -20,7 +20,7 @@ from jaxserve.server.state import RECORD, SERVING
 from jaxserve.types.outputs import RequestOutput
 
 if TYPE_CHECKING:
-    from jaxserve.intake import Ready
+    from jaxserve.frontend.prepare import Ready
 
 LOG = logging.getLogger("jaxserve.server")
 # An answer with more log-probabilities than this is put together in a thread: it takes longer than a few milliseconds.

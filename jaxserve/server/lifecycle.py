@@ -29,7 +29,7 @@ from aiohttp import web
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
-from jaxserve.process.client import EngineProcess
+from jaxserve.frontend.process import EngineProcess
 from jaxserve.server import banner, listening, logs
 from jaxserve.server.app import make_app
 from jaxserve.server.auth import is_loopback
@@ -39,7 +39,7 @@ from jaxserve.server.prometheus import Metrics
 from jaxserve.server.state import Serving
 
 if TYPE_CHECKING:
-    from jaxserve.front import Front
+    from jaxserve.frontend.client import Front
 
 MAX_RESTARTS = 3
 RESTART_WINDOW = 600.0  # seconds in which so many are allowed
@@ -255,7 +255,7 @@ class Life:
 
 
 def _attach(engine: EngineProcess, config: EngineConfig) -> "Front":
-    from jaxserve.process.attach import attach
+    from jaxserve.frontend.attach import attach
 
     return attach(engine, config)
 

@@ -22,7 +22,7 @@ from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.config import Limits
-    from jaxserve.intake import Intake, Ready
+    from jaxserve.frontend.prepare import Intake, Ready
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 AS_SENT = (

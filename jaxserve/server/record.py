@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxserve.intake import Ready
+    from jaxserve.frontend.prepare import Ready
 
 
 @dataclass

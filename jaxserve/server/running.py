@@ -19,9 +19,9 @@ from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
-    from jaxserve.front import Front
-    from jaxserve.intake import Ready
-    from jaxserve.streams import Stream
+    from jaxserve.frontend.client import Front
+    from jaxserve.frontend.prepare import Ready
+    from jaxserve.frontend.streams import Stream
 
 
 LONGEST_LOGGED = 2**20  # characters that are kept of an answer for the log

@@ -24,9 +24,9 @@ from jaxserve.server.record import Record
 from jaxserve.types.outputs import RequestOutput
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds; the port answers before that
-    from jaxserve.front import Front
-    from jaxserve.intake import Ready
-    from jaxserve.process.client import EngineProcess
+    from jaxserve.frontend.client import Front
+    from jaxserve.frontend.prepare import Ready
+    from jaxserve.frontend.process import EngineProcess
     from jaxserve.text.tokenizer import Tokenizer
 
 LONGEST_WAIT = 60  # what Retry-After says at most

@@ -15,7 +15,7 @@ from jaxserve.server.routes import Route
 from jaxserve.server.state import SERVING, Serving
 
 if TYPE_CHECKING:
-    from jaxserve.intake import Intake
+    from jaxserve.frontend.prepare import Intake
     from jaxserve.text.tokenizer import Tokenizer
 
 # Takes a thread up to three seconds; the tokens of longer texts are counted in pieces.

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.process import wire
+from jaxserve.frontend import wire
 
 SCRIPT = """
 import sys

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.config import EngineConfig
-from jaxserve.front import Front
-from jaxserve.process.attach import attach
-from jaxserve.process.client import EngineProcess
+from jaxserve.frontend.attach import attach
+from jaxserve.frontend.client import Front
+from jaxserve.frontend.process import EngineProcess
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import SamplingParams
 from tests.fast import programs

@@ -19,11 +19,11 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.front import Front
-from jaxserve.intake import Ready
+from jaxserve.frontend import wire
+from jaxserve.frontend.client import Front
+from jaxserve.frontend.prepare import Ready
+from jaxserve.frontend.process import EngineProcess, EngineState
 from jaxserve.llm import LLM
-from jaxserve.process import wire
-from jaxserve.process.client import EngineProcess, EngineState
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
@@ -339,5 +339,5 @@ def test_the_child_sleeps_when_there_is_nothing_to_do(shared: Shared) -> None:
 
 
 def test_the_parent_needs_no_jax() -> None:
-    code = "import sys, jaxserve.process.attach; print({'jax', 'jaxlib', 'flax'} & sys.modules.keys())"
+    code = "import sys, jaxserve.frontend.attach; print({'jax', 'jaxlib', 'flax'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -15,9 +15,9 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
-from jaxserve.front import Front
-from jaxserve.process import client
-from jaxserve.process.client import EngineProcess, EngineState
+from jaxserve.frontend import process
+from jaxserve.frontend.client import Front
+from jaxserve.frontend.process import EngineProcess, EngineState
 from jaxserve.types.sampling_params import SamplingParams
 from tests.process import living
 
@@ -132,7 +132,7 @@ def test_the_watchdog_lets_be_what_is_slow_or_idle(config: EngineConfig, monkeyp
         time.sleep(2.5)
         clock = time.monotonic
         with monkeypatch.context() as patched:  # this process was stopped meanwhile: a laptop's lid was closed
-            patched.setattr(client.time, "monotonic", lambda: clock() + 1e6)
+            patched.setattr(process.time, "monotonic", lambda: clock() + 1e6)
             time.sleep(1)
         [last] = run(living.outputs(front, [1], PARAMS))
         assert last.outputs[0].finish_reason == "abort" and engine.state.phase == "ready"
@@ -189,7 +189,7 @@ PARENT = """
 import sys, time
 from jaxserve.config import EngineConfig
 from jaxserve.process import wire
-from jaxserve.process.client import EngineProcess
+from jaxserve.frontend.process import EngineProcess
 from jaxserve.types.request import Request
 from tests.process import living
 config = EngineConfig(model=sys.argv[1], **living.OPTIONS)

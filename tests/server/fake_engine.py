@@ -18,7 +18,8 @@ from typing import Any, NoReturn, cast
 
 from jaxserve.config import Limits
 from jaxserve.errors import CheckpointError, JaxserveError
-from jaxserve.process import child, wire
+from jaxserve.frontend import wire
+from jaxserve.process import child
 from jaxserve.types.metrics import Counters, EngineMetrics
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Request

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError
-from jaxserve.intake import Ready
+from jaxserve.frontend.prepare import Ready
 from jaxserve.server import lifecycle, listening, logs
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.histogram import Histogram, token_counts

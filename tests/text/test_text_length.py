@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from jaxserve.config import Limits
 from jaxserve.errors import RequestError
-from jaxserve.intake import Intake
+from jaxserve.frontend.prepare import Intake
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.text.text_length import GENEROUS, text_length
 from jaxserve.types.sampling_params import SamplingParams

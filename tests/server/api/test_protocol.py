@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config import Limits
 from jaxserve.errors import EngineError, OverloadedError, RequestError
-from jaxserve.intake import Intake
+from jaxserve.frontend.prepare import Intake
 from jaxserve.server import params
 from jaxserve.server.errors import ApiError, as_api_error, scrubbed
 from jaxserve.server.openapi import document

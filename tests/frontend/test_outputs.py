@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import RequestError
+from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs, Update
 from jaxserve.types.request import Request

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError
-from jaxserve.front import Front
-from jaxserve.intake import Intake, tokenizer_of
-from jaxserve.process.client import EngineProcess
+from jaxserve.frontend.client import Front
+from jaxserve.frontend.prepare import Intake, tokenizer_of
+from jaxserve.frontend.process import EngineProcess
 
 
 def attach(engine: EngineProcess, config: EngineConfig) -> Front:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError, EngineConfig, Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.process import outbox, wire
-from jaxserve.streams import Abort
+from jaxserve.frontend import wire
+from jaxserve.frontend.streams import Abort
+from jaxserve.process import outbox
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import TokenLogprobs, Update
 from jaxserve.types.request import Request

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError
+from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.types.outputs import FinishReason, RequestOutput, Update
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxserve.config import ConfigError, Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.streams import Abort
+from jaxserve.frontend.streams import Abort
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Request

@@ -25,9 +25,9 @@ import msgspec
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
-from jaxserve.process import wire
-from jaxserve.process.wire import Opened
-from jaxserve.streams import Abort, Stream, Streams, again
+from jaxserve.frontend import wire
+from jaxserve.frontend.streams import Abort, Stream, Streams, again
+from jaxserve.frontend.wire import Opened
 from jaxserve.types.metrics import EngineMetrics
 
 __all__ = ["EngineProcess", "EngineState", "Opened"]

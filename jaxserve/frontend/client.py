@@ -14,10 +14,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
-from jaxserve.engine.outputs import OutputBuilder
 from jaxserve.errors import EngineError, RequestError
-from jaxserve.intake import Intake, Ready
-from jaxserve.streams import Mailbox, Stream
+from jaxserve.frontend.outputs import OutputBuilder
+from jaxserve.frontend.prepare import Intake, Ready
+from jaxserve.frontend.streams import Mailbox, Stream
 from jaxserve.types.outputs import RequestOutput
 
 
