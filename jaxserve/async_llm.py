@@ -15,15 +15,15 @@ from typing import Any
 from jaxserve.errors import JaxserveError
 from jaxserve.frontend.client import Front
 from jaxserve.frontend.prepare import Prompt
+from jaxserve.host.open import opened
+from jaxserve.host.thread import Worker
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.opening import opened
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.checks import number
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import SamplingParams
-from jaxserve.worker import Worker
 
 
 class AsyncLLM:

@@ -19,16 +19,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from jaxserve import arrays, beam
-from jaxserve.arrays import GeneratedArrays
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.frontend.prepare import Prompt, Ready, by_prompt, each_named, is_one, listed
-from jaxserve.interrupts import Deferred
+from jaxserve.host import beam_search, token_arrays
+from jaxserve.host.interrupts import Deferred
+from jaxserve.host.open import opened
+from jaxserve.host.token_arrays import GeneratedArrays
 from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.opening import opened
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import BeamSearchOutput, RequestOutput, Update
@@ -127,12 +127,12 @@ class LLM:
         where include_stop_str_in_output is set.
         """
         with self._alone() as interrupts:
-            beam.check(params, self._engine.limits)
-            jobs = self._ready(listed(prompts), beam.BeamSearch.sampling_params(params))
-            tokenizer, searches = self._intake.tokenizer, list[beam.BeamSearch]()
+            beam_search.check(params, self._engine.limits)
+            jobs = self._ready(listed(prompts), beam_search.BeamSearch.sampling_params(params))
+            tokenizer, searches = self._intake.tokenizer, list[beam_search.BeamSearch]()
             with self._clean(), _Bar(len(jobs), use_tqdm) as bar:
                 requests = [job.request for job in jobs]
-                for searches in beam.search(self._engine, requests, params, tokenizer):
+                for searches in beam_search.search(self._engine, requests, params, tokenizer):
                     bar.so_far(sum(one.output is not None for one in searches))
                     interrupts.allow()
             return [one.output for one in searches if one.output is not None]
@@ -253,7 +253,7 @@ class LLM:
 
         `prompts` is a list of lists or arrays of ids, or (tokens [B, S], lengths [B]). All prompts take the same n.
         """
-        rows = arrays.prompt_rows(prompts)
+        rows = token_arrays.prompt_rows(prompts)
         if not isinstance(pad_id, int) or isinstance(pad_id, bool) or not -(2**31) <= pad_id < 2**31:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("pad_id", f"pad_id is {pad_id!r}", "give a whole number of at most 32 bits")
         with self._alone() as interrupts:
@@ -271,7 +271,9 @@ class LLM:
             room = (job.request.params.max_tokens or longest - len(job.request.prompt_token_ids) + 1 for job in jobs)
             width = min(max(room, default=0), longest)
             outputs = self._outputs(jobs, False, interrupts)
-            return arrays.as_arrays(outputs, samples=samples.pop(), width=width, pad_id=pad_id, place=self._place())
+            return token_arrays.as_arrays(
+                outputs, samples=samples.pop(), width=width, pad_id=pad_id, place=self._place()
+            )
 
     def _place(self) -> Any:
         runner = self._engine.runner

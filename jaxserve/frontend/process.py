@@ -308,7 +308,7 @@ class EngineProcess:
 
 def _command() -> list[str]:
     """This Python, with what this one was told about assertions, and no module out of the current folder."""
-    return [sys.executable, *["-O"] * sys.flags.optimize, "-P", "-m", "jaxserve.process.child"]
+    return [sys.executable, *["-O"] * sys.flags.optimize, "-P", "-m", "jaxserve.host.child"]
 
 
 def _detail(progress: wire.Progress) -> str:

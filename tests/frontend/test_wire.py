@@ -21,7 +21,7 @@ from jaxserve.config import ConfigError, EngineConfig, Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend import wire
 from jaxserve.frontend.streams import Abort
-from jaxserve.process import outbox
+from jaxserve.host import outbox
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import TokenLogprobs, Update
 from jaxserve.types.request import Request

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, cast
 from jaxserve.config import Limits
 from jaxserve.errors import CheckpointError, JaxserveError
 from jaxserve.frontend import wire
-from jaxserve.process import child
+from jaxserve.host import child
 from jaxserve.types.metrics import Counters, EngineMetrics
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Request

@@ -6,7 +6,7 @@ import time
 from typing import Any, NoReturn
 
 from jaxserve.engine.engine import Engine
-from jaxserve.process import child
+from jaxserve.host import child
 
 
 def main() -> NoReturn:

@@ -27,7 +27,7 @@ from jaxserve.llm import LLM
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
-from tests.process import living
+from tests.host import living
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine's process with a fault: `python -m tests.process.faulty FAULT --fd N`.
+"""An engine's process with a fault: `python -m tests.host.faulty FAULT --fd N`.
 
 raise, loop, hold   at the first step: an error, a loop without end, C code without end that keeps Python's lock
 slow                four steps take a second each, then the request ends
@@ -15,7 +15,7 @@ import time
 from typing import NoReturn
 
 from jaxserve.engine import engine
-from jaxserve.process import child
+from jaxserve.host import child
 from jaxserve.types.outputs import Update
 
 

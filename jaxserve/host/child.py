@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's process: `python -m jaxserve.process.child --fd N`, N being its end of a socket pair.
+"""The engine's process: `python -m jaxserve.host.child --fd N`, N being its end of a socket pair.
 
     reader  takes messages; when the parent is gone it ends the process, whatever that is doing
     main    loads the model, then turns: does what the messages say, one step, one message back; sleeps when idle
@@ -28,7 +28,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.exit_codes import DEBUG
 from jaxserve.frontend import wire
-from jaxserve.process.outbox import Outbox
+from jaxserve.host.outbox import Outbox
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where it hangs
-    parser = argparse.ArgumentParser(prog="jaxserve.process.child")
+    parser = argparse.ArgumentParser(prog="jaxserve.host.child")
     parser.add_argument("--fd", type=int, required=True)
     number = parser.parse_args(arguments).fd
     os.set_inheritable(number, False)

@@ -19,7 +19,7 @@ from jaxserve.frontend import process
 from jaxserve.frontend.client import Front
 from jaxserve.frontend.process import EngineProcess, EngineState
 from jaxserve.types.sampling_params import SamplingParams
-from tests.process import living
+from tests.host import living
 
 PARAMS = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
 

@@ -50,7 +50,7 @@ def write_model(folder: Path) -> Path:
 
 def faulty(fault: str) -> list[str]:
     """The command of a child with this fault."""
-    return [sys.executable, "-m", "tests.process.faulty", fault]
+    return [sys.executable, "-m", "tests.host.faulty", fault]
 
 
 @contextmanager
