@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import ConfigError, EngineConfig, held_blocks
 from jaxserve.errors import CheckpointError, UsageError, one_line
-from jaxserve.server import listening
 from jaxserve.server.config import ServerConfig
+from jaxserve.server.http import listening
 
 if TYPE_CHECKING:
     from jaxserve.models.spec import ModelSpec

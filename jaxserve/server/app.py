@@ -13,13 +13,13 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
 from jaxserve.errors import EngineError, one_line
-from jaxserve.server import logs
-from jaxserve.server.auth import Keys, Origins
 from jaxserve.server.errors import ApiError, as_api_error, bad_request
-from jaxserve.server.guard import Bodies
-from jaxserve.server.prometheus import UNKNOWN
-from jaxserve.server.record import Record
-from jaxserve.server.routes import Handler, Route, all_routes
+from jaxserve.server.http.auth import Keys, Origins
+from jaxserve.server.http.guard import Bodies
+from jaxserve.server.observe import logs
+from jaxserve.server.observe.prometheus import UNKNOWN
+from jaxserve.server.observe.request_record import Record
+from jaxserve.server.routes.table import Handler, Route, all_routes
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 
 LEFT = 499  # what the log and the metrics say of a client that went before its answer

@@ -30,12 +30,13 @@ from aiohttp import web
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
 from jaxserve.frontend.process import EngineProcess
-from jaxserve.server import banner, listening, logs
 from jaxserve.server.app import make_app
-from jaxserve.server.auth import is_loopback
 from jaxserve.server.config import MAX_QUEUED, ServerConfig
-from jaxserve.server.guard import Connections
-from jaxserve.server.prometheus import Metrics
+from jaxserve.server.http import listening
+from jaxserve.server.http.auth import is_loopback
+from jaxserve.server.http.guard import Connections
+from jaxserve.server.observe import banner, logs
+from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.state import Serving
 
 if TYPE_CHECKING:

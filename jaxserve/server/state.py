@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from jaxserve.errors import EngineError
-from jaxserve.server import running
+from jaxserve.server import requests
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import SHUT_DOWN, ApiError
-from jaxserve.server.guard import Held
-from jaxserve.server.prometheus import Metrics
-from jaxserve.server.record import Record
+from jaxserve.server.http.guard import Held
+from jaxserve.server.observe.prometheus import Metrics
+from jaxserve.server.observe.request_record import Record
 from jaxserve.types.outputs import RequestOutput
 
 if TYPE_CHECKING:  # they import transformers, which takes seconds; the port answers before that
@@ -104,7 +104,7 @@ class Serving:
         Leaving it aborts what has not ended: use contextlib.aclosing. A full queue is a 503 and a deadline that has
         passed a 504, raised here.
         """
-        return running.run(self, request[RECORD], jobs)
+        return requests.run(self, request[RECORD], jobs)
 
     def lost(self, error: EngineError) -> Exception:
         """What to tell of a request that ended with the engine."""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jaxserve.cli import parser_of
-from jaxserve.server.routes import all_routes
+from jaxserve.server.routes.table import all_routes
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "jaxserve" / "deploy"

@@ -11,8 +11,8 @@ from aiohttp import web
 
 from jaxserve.server.app import make_app
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.guard import Connections
-from jaxserve.server.prometheus import Metrics
+from jaxserve.server.http.guard import Connections
+from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.state import Serving
 from tests.server.live import Client
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.server import live as living
 from tests.server.live import Live, Reply, answer, gone, post, wait
-from tests.server.test_shell_config import certificate
+from tests.server.test_config import certificate
 
 
 def asked(max_tokens: int, *, stream: bool) -> dict[str, Any]:

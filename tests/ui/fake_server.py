@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from jaxserve.server import playground
+from jaxserve.server.routes import playground
 
 # A piece of an answer: its text; bytes as they are to be sent; an event to wait for; or an error to send.
 type Piece = str | bytes | asyncio.Event | dict[str, Any]

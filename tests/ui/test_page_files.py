@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from jaxserve.server import playground
-from jaxserve.server.routes import all_routes
+from jaxserve.server.routes import playground
+from jaxserve.server.routes.table import all_routes
 from tests.ui.fake_server import FakeServer
 
 STATIC = Path(playground.__file__).with_name("static")

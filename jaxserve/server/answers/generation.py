@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What completions and chats have in common: from jobs to an answer, whole or streamed. The shapes are theirs."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxserve.errors import EngineError
+from jaxserve.server import params
+from jaxserve.server.answers.logprobs import TokenNames
+from jaxserve.server.answers.replies import Chunks, Head, Usage, check_sound, json_response
+from jaxserve.server.answers.sse import DONE, EventStream
+from jaxserve.server.answers.stream_interval import Pace
+from jaxserve.server.errors import ApiError, as_api_error
+from jaxserve.server.protocol.sampling import Sampling
+from jaxserve.server.state import RECORD, SERVING
+from jaxserve.types.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from jaxserve.frontend.prepare import Ready
+
+LOG = logging.getLogger("jaxserve.server")
+# An answer with more log-probabilities than this is put together in a thread: it takes longer than a few milliseconds.
+MANY = 2000
+
+type Chunker = Callable[[int, RequestOutput, Usage], bytes]
+"""The events of what one output adds: the job's place, the output, the usage so far."""
+
+
+class Answer[B: Sampling]:
+    """What is to be answered, and with what."""
+
+    def __init__(self, request: web.Request, body: B, jobs: "Sequence[Ready]", *, id: str, object: str) -> None:
+        serving = request.app[SERVING]
+        self.request, self.body, self.jobs, self.serving = request, body, jobs, serving
+        as_ids = serving.config.return_tokens_as_token_ids
+        if body.return_tokens_as_token_ids is not None:
+            as_ids = body.return_tokens_as_token_ids
+        self.names = TokenNames(serving.tokenizer, as_ids=as_ids)
+        self.head = Head.new(id, object, params.model_name(serving, body))
+        options, forced = body.stream_options, serving.config.enable_force_include_usage
+        self.include_usage = forced or bool(options and options.include_usage)
+        self.continuous_usage = self.include_usage and bool(options and options.continuous_usage_stats)
+        self.chunks = Chunks(self.head, continuous_usage=self.continuous_usage)
+
+
+async def whole(answer: Answer[Any], reply: Callable[[list[RequestOutput]], dict[str, Any]]) -> web.Response:
+    last: dict[int, RequestOutput] = {}
+    async with aclosing(answer.serving.run(answer.request, answer.jobs)) as outputs:
+        async for place, output in outputs:
+            check_sound(output)
+            last[place] = output
+    ordered = [last[place] for place in range(len(answer.jobs))]
+    if _logprobs(ordered) <= MANY:
+        return json_response(reply(ordered))
+    return await answer.serving.prepare(lambda: json_response(reply(ordered)))
+
+
+def _logprobs(outputs: list[RequestOutput]) -> int:
+    tokens = sum(len(output.prompt_logprobs or ()) for output in outputs)
+    return tokens + sum(len(sample.logprobs or ()) for output in outputs for sample in output.outputs)
+
+
+async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
+    """Headers go out with the first output: until then an error is a status, afterwards an event."""
+    to_client = EventStream(answer.request)
+    try:
+        usage = await _chunks(answer, events, to_client)
+        await to_client.send((answer.chunks.usage(usage) if answer.include_usage else b"") + DONE)
+    except ConnectionError:  # the client has left
+        raise
+    except Exception as error:
+        if not to_client.started:
+            raise
+        told = as_api_error(error)
+        if not isinstance(error, ApiError | EngineError):  # an engine's end is told once, by who watches it
+            LOG.error("an answer failed after it had begun", exc_info=error)
+        answer.request[RECORD].error = told.message
+        await to_client.fail(told)
+    return await to_client.close()
+
+
+async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) -> Usage:
+    usage = Usage(prompt=sum(len(job.request.prompt_token_ids) for job in answer.jobs))
+    cached = [0] * len(answer.jobs)
+    pace, large = Pace(answer.body.stream_interval or 1), _Large(answer.jobs)
+    async with aclosing(answer.serving.run(answer.request, answer.jobs)) as outputs:
+        async for place, output in outputs:
+            check_sound(output)
+            usage.completion += sum(len(sample.token_ids) for sample in output.outputs)
+            cached[place] = output.num_cached_tokens
+            usage.cached = sum(cached)
+            due = pace.due(place, output)
+            if due is None:
+                continue
+            if large.takes_long(place, due):
+                await to_client.send(await answer.serving.prepare(events, place, due, usage))
+            else:
+                await to_client.send(events(place, due, usage))
+    return usage
+
+
+class _Large:
+    """Which of a stream's outputs are put together in a thread."""
+
+    def __init__(self, jobs: "Sequence[Ready]") -> None:
+        self._jobs = jobs
+        self._begun: set[tuple[int, int]] = set()
+
+    def takes_long(self, place: int, output: RequestOutput) -> bool:
+        """Whether it holds more than MANY log-probabilities. A prompt's are told with each sample's first tokens."""
+        request = self._jobs[place].request
+        first = {(place, sample.index) for sample in output.outputs} - self._begun
+        self._begun |= first
+        echoed = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) * len(first)
+        return echoed + _logprobs([output]) > MANY

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections: who may ask, what they may cost, and where the server listens."""

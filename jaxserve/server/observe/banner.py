@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last lines of a start: where the server is, what it serves, and a command to try it with."""
+
+import json
+import shlex
+import sys
+
+from jaxserve import __version__
+from jaxserve.errors import RequestError, one_line
+from jaxserve.server.config import KEYS_VARIABLE, ServerConfig
+from jaxserve.server.observe import logs
+from jaxserve.server.state import Serving
+
+
+def ready(serving: Serving, url: str, *, everywhere: bool) -> dict[str, str]:
+    """Names and values, in the order they are shown in. `everywhere`: it listens on all of the machine's addresses."""
+    config, opened = serving.config, serving.engine.opened
+    facts = {"model": ", ".join(serving.model_names)}
+    if opened is not None:
+        facts["kind"] = (
+            f"{opened.family}, {opened.layers} layers, {_count(opened.parameters)} parameters, {opened.dtype}"
+        )
+        limits = opened.limits
+        facts["takes"] = f"{limits.max_model_len} tokens a sequence, {limits.max_num_seqs} sequences at once"
+    facts["api"] = f"{url}/v1"
+    if everywhere:
+        facts["host"] = f"{config.host}: all addresses of this machine, open to others"
+    if not config.no_ui:
+        facts["page"] = f"{url}/"
+    facts["try"] = _curl(serving, url)
+    return facts
+
+
+def _count(number: int) -> str:
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return str(number)
+
+
+def _curl(serving: Serving, url: str) -> str:
+    """A request that this model answers, for a shell."""
+    body: dict[str, object] = {"model": serving.model_names[0]}
+    if serving.tokenizer is None:
+        path, body["prompt"] = "completions", [1, 2, 3]
+    elif _chats(serving):
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
+    else:
+        path, body["prompt"] = "completions", "Once upon a time"
+    body["max_tokens"] = 32
+    key = f' -H "Authorization: Bearer ${KEYS_VARIABLE}"' if serving.config.api_key else ""
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
+
+
+def _chats(serving: Serving) -> bool:
+    if serving.tokenizer is None:
+        return False
+    try:
+        serving.tokenizer.chat_text([{"role": "user", "content": "Hello!"}], chat_template=serving.chat_template)
+    except RequestError:
+        return False
+    return True
+
+
+def show(facts: dict[str, str], config: ServerConfig) -> None:
+    if config.log_format == "json":
+        logs.LOG.info("ready", extra={"fields": facts})
+        return
+    lines = [f"  {name:<6} {one_line(value, limit=4000)}" for name, value in facts.items()]
+    print("\n".join(["", f"jaxserve {__version__} is ready", "", *lines, ""]), file=sys.stderr, flush=True)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server says while it runs: lines for people or JSON, one per event, which nobody outside can forge.
+
+Text that came from clients has its control characters escaped; API keys never appear.
+"""
+
+import json
+import logging
+import sys
+import time
+from dataclasses import fields
+from typing import Any
+
+from jaxserve.errors import one_line
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.observe.request_record import Record
+from jaxserve.types.metrics import EngineMetrics
+from jaxserve.types.sampling_params import SamplingParams
+
+LOG = logging.getLogger("jaxserve.server")
+OTHERS = ("aiohttp", "asyncio")  # who else speaks through our handler, of what goes wrong
+LONGEST_LINE = 100_000
+STATS_SECONDS = 10.0
+
+
+def configure(config: ServerConfig) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines(config.log_format, config.api_key))
+    for name, level in (("jaxserve", config.log_level.upper()), *((name, "WARNING") for name in OTHERS)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+class Lines(logging.Formatter):
+    """A record as one line; in text a traceback's lines follow, indented."""
+
+    def __init__(self, form: str, secrets: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self._json = form == "json"
+        written = {form for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
+        self._secrets = sorted(written, key=len, reverse=True)  # one may be part of another
+
+    def format(self, record: logging.LogRecord) -> str:
+        given: dict[str, Any] = getattr(record, "fields", {})
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        message = self._masked(record.getMessage())
+        if self._json:
+            line = {"time": moment, "level": record.levelname.lower(), "message": message, **given}
+            if trace:
+                line["exception"] = trace
+            # ASCII alone: what a terminal or a reader of lines would take for more than a character is escaped.
+            return self._masked(json.dumps(line, default=str))
+        text = " ".join((message, *(f"{key}={_shown(value)}" for key, value in given.items() if value is not None)))
+        lines = [f"{moment} {record.levelname:<7} {one_line(self._masked(text), limit=LONGEST_LINE)}"]
+        lines += [f"    {one_line(self._masked(line), limit=2000)}" for line in trace.splitlines()]
+        return "\n".join(lines)
+
+    def _masked(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def request_line(
+    record: Record, *, method: str, path: str, status: int, config: ServerConfig, level: int = logging.INFO
+) -> None:
+    """One HTTP request that has ended."""
+    if not LOG.isEnabledFor(level):
+        return
+    now = time.monotonic()
+    shown: dict[str, Any] = {"id": record.id, "status": status, "seconds": now - record.arrival, "error": record.error}
+    if record.jobs:
+        shown |= {
+            "prompt_tokens": record.prompt_tokens,
+            "cached_tokens": record.cached_tokens,
+            "generated_tokens": record.generated_tokens if record.all_counted else None,
+            "ttft": None if record.first_token is None else record.first_token - record.arrival,
+            "tokens_per_second": _pace(record),
+            "finish": ",".join(sorted(set(record.finish_reasons))) or "left",
+        }
+        if config.enable_log_requests:
+            shown["params"] = _differing(record.jobs[0].request.params)
+        if config.enable_log_outputs:
+            shown["prompt"] = repr((record.jobs[0].prompt or "")[: config.max_log_len])
+            shown["answer"] = repr("".join(record.texts)[: config.max_log_len])
+    LOG.log(level, "%s %s", method, one_line(path), extra={"fields": shown})
+
+
+def _pace(record: Record) -> float | None:
+    """Tokens a second, once they came."""
+    if record.first_token is None or record.last_token is None or record.last_token <= record.first_token:
+        return None
+    if not record.all_counted:
+        return None
+    later = record.generated_tokens - len(record.finish_reasons or (1,))
+    return later / (record.last_token - record.first_token) if later > 0 else None
+
+
+def _differing(params: SamplingParams) -> str:
+    """The parameters that are not what they are without being given."""
+    plain = SamplingParams()
+    values = {field.name: getattr(params, field.name) for field in fields(params) if field.name != "output_kind"}
+    return repr({name: value for name, value in values.items() if value != getattr(plain, name)})
+
+
+class Throughput:
+    """The line about the last seconds, while there is work."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, int, int, int, int] | None = None
+
+    def tell(self, stats: EngineMetrics | None) -> None:
+        if stats is None:
+            return
+        now = time.monotonic()
+        seen = (now, stats.prompt_tokens, stats.generated_tokens, stats.prefix_queries, stats.prefix_hits)
+        last, self._last = self._last, seen
+        if last is None or seen[1] < last[1] or seen[2] < last[2]:  # none, or of an engine that is no more
+            return
+        if not stats.running and not stats.waiting and seen[1:3] == last[1:3]:
+            return
+        seconds, prompt, generated, queries, hits = (after - before for after, before in zip(seen, last, strict=True))
+        shown = {
+            "prompt_tokens_per_second": round(prompt / seconds, 1),
+            "generated_tokens_per_second": round(generated / seconds, 1),
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv_used": f"{stats.kv_usage:.1%}",
+            "prefix_hits": f"{hits / queries:.1%}" if queries > 0 else None,
+        }
+        LOG.info("throughput", extra={"fields": shown})

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, as Prometheus reads it. Names, labels and buckets are vLLM's, behind a prefix of our own.
+
+Requests are counted here as they end; the engine's own counters are read when somebody asks. For one event loop.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jaxserve.server.observe import histogram
+from jaxserve.server.observe.histogram import Histogram
+from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics
+
+if TYPE_CHECKING:
+    from jaxserve.config import Limits
+
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+UNKNOWN = "unknown"  # the route of a path that there is none for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One request that the engine answered to its end. Times are moments on the monotonic clock."""
+
+    arrival: float
+    scheduled: float | None
+    first_token: float | None
+    last_token: float | None
+    end: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: list[int]  # of each sample
+    max_tokens: int | None
+
+
+class Metrics:
+    def __init__(self, prefix: str, model_name: str) -> None:
+        self.prefix, self.model_name = prefix, model_name
+        self.stats: Callable[[], EngineMetrics | None] = lambda: None
+        self.engine_pid: Callable[[], int | None] = lambda: None
+        self.limits: Limits | None = None
+        self.engine_up = False
+        self.restarts = 0
+        self.sleep_level = 0
+        self.connections: Callable[[], int] = lambda: 0
+        self.rejections: Counter[str] = Counter()
+        self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status
+        self.http_seconds: dict[tuple[str, str], Histogram] = {}
+        self._seconds = {name: Histogram(bounds) for name, (bounds, _) in _SECONDS.items()}
+        self._tokens: dict[str, Histogram] = {}
+        self.set_longest(2**20)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Reader(self._collect))
+        ProcessCollector(registry=self._registry)
+        ProcessCollector(namespace=f"{prefix}_engine", pid=self._pid, registry=self._registry)
+
+    def set_limits(self, limits: "Limits") -> None:
+        """When the engine is known, before any request."""
+        if self.limits is None:
+            self.set_longest(limits.max_model_len)
+        self.limits = limits
+
+    def set_longest(self, longest: int) -> None:
+        bounds = histogram.token_counts(longest)
+        self._tokens = {
+            name: Histogram(histogram.SAMPLES if name == "request_params_n" else bounds) for name in _TOKENS
+        }
+
+    # --- what happens -----------------------------------------------------------------------------------------------
+
+    def token_gap(self, seconds: float, tokens: int) -> None:
+        """So many tokens came, each so long after the one before it."""
+        self._seconds["inter_token_latency_seconds"].observe(seconds, tokens)
+
+    def request(self, done: Finished) -> None:
+        seconds, tokens = self._seconds, self._tokens
+        seconds["e2e_request_latency_seconds"].observe(done.end - done.arrival)
+        if done.scheduled is not None:
+            seconds["request_queue_time_seconds"].observe(done.scheduled - done.arrival)
+        if done.first_token is not None:
+            seconds["time_to_first_token_seconds"].observe(done.first_token - done.arrival)
+        if done.scheduled is not None and done.first_token is not None and done.last_token is not None:
+            seconds["request_prefill_time_seconds"].observe(done.first_token - done.scheduled)
+            seconds["request_decode_time_seconds"].observe(done.last_token - done.first_token)
+            seconds["request_inference_time_seconds"].observe(done.last_token - done.scheduled)
+            longest = max(done.generated_tokens, default=0)
+            if longest > 1:
+                each = (done.last_token - done.first_token) / (longest - 1)
+                seconds["request_time_per_output_token_seconds"].observe(each)
+        tokens["request_prompt_tokens"].observe(done.prompt_tokens)
+        tokens["request_prefill_kv_computed_tokens"].observe(done.prompt_tokens - done.cached_tokens)
+        for count in done.generated_tokens:
+            tokens["request_generation_tokens"].observe(count)
+        tokens["request_max_num_generation_tokens"].observe(max(done.generated_tokens, default=0))
+        tokens["request_params_n"].observe(len(done.generated_tokens))
+        if done.max_tokens is not None:
+            tokens["request_params_max_tokens"].observe(done.max_tokens)
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """An HTTP request. `route` is one of ours or UNKNOWN: what clients make up must not make series."""
+        method = method if method in METHODS else "other"
+        self.http[method, route, str(status)] += 1
+        if (method, route) not in self.http_seconds:
+            self.http_seconds[method, route] = Histogram(histogram.HTTP)
+        self.http_seconds[method, route].observe(seconds)
+
+    # --- what is shown ----------------------------------------------------------------------------------------------
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _pid(self) -> int:
+        return self.engine_pid() or -1  # of no process: then nothing is shown
+
+    def _collect(self) -> Iterator[Metric]:
+        yield from self._of_requests()
+        yield from self._of_server()
+        stats = self.stats()
+        if stats is not None:
+            yield from self._of_engine(stats)
+
+    def _of_requests(self) -> Iterator[Metric]:
+        for name, shown in self._seconds.items():
+            yield self._histogram(name, _SECONDS[name][1], [((), shown)])
+        for name, shown in self._tokens.items():
+            yield self._histogram(name, _TOKENS[name], [((), shown)])
+
+    def _of_server(self) -> Iterator[Metric]:
+        yield self._gauge("engine_up", "Whether the engine takes requests.", [((), self.engine_up)])
+        yield self._gauge("http_connections", "Open connections.", [((), self.connections())])
+        yield self._counter("engine_restarts", "Times that a failed engine was started again.", [((), self.restarts)])
+        states = [((state,), number == self.sleep_level) for number, state in enumerate(SLEEP_STATES)]
+        yield self._gauge("engine_sleep_state", "Which state the engine is in.", states, "sleep_state")
+        reasons = {**dict.fromkeys(("queue_full", "unavailable"), 0), **self.rejections}
+        rows = [((reason,), count) for reason, count in reasons.items()]
+        yield self._counter("admission_rejections", "Requests that were refused unserved.", rows, "reason")
+        labels = ("method", "handler", "status")
+        yield self._counter("http_requests", "Answers, by route and status.", list(self.http.items()), *labels)
+        series = list(self.http_seconds.items())
+        yield self._histogram("http_request_duration_seconds", "Time to answer, by route.", series, "method", "handler")
+        if self.limits is not None:
+            limits = self.limits
+            shown = {
+                "block_size": limits.block_size,
+                "num_gpu_blocks": limits.num_blocks,
+                "enable_prefix_caching": limits.enable_prefix_caching,
+                "max_model_len": limits.max_model_len,
+                "max_num_seqs": limits.max_num_seqs,
+                "max_num_batched_tokens": limits.max_num_batched_tokens,
+            }
+            row = [(tuple(map(str, shown.values())), 1)]
+            yield self._gauge("cache_config_info", "How the KV cache is set up.", row, *shown)
+
+    def _of_engine(self, stats: EngineMetrics) -> Iterator[Metric]:
+        gauge, counter = self._gauge, self._counter
+        yield gauge("num_requests_running", "Sequences that have a row.", [((), stats.running)])
+        yield gauge("num_requests_waiting", "Sequences that wait for one.", [((), stats.waiting)])
+        waiting = [(("capacity",), stats.waiting), (("deferred",), 0)]
+        yield gauge("num_requests_waiting_by_reason", "Waiting sequences, by reason.", waiting, "reason")
+        yield gauge("kv_cache_usage_perc", "Share of the KV blocks that are in use, 0 to 1.", [((), stats.kv_usage)])
+        blocks = [(("free",), stats.free_blocks), (("cached",), stats.cached_blocks), (("used",), stats.used_blocks)]
+        yield gauge("kv_blocks", "KV blocks: unused, reusable but holding cached prompts, in use.", blocks, "state")
+        yield gauge("policy_version", "Version of the weights.", [((), stats.policy_version)])
+        for name, value, text in (
+            ("num_preemptions", stats.preemptions, "Sequences that gave their blocks to others."),
+            ("engine_steps", stats.steps, "Steps of the engine."),
+            ("compiled_late", stats.compiled_late, "Programs compiled after the warm-up; should stay 0."),
+            ("prefix_cache_queries", stats.prefix_queries, "Prompt tokens looked up in the prefix cache."),
+            ("prefix_cache_hits", stats.prefix_hits, "Prompt tokens found there."),
+            ("prompt_tokens", stats.prompt_tokens, "Prompt tokens taken."),
+            ("prompt_tokens_cached", stats.cached_tokens, "Of those, tokens that were not computed."),
+            ("generation_tokens", stats.generated_tokens, "Tokens generated."),
+        ):
+            yield counter(name, text, [((), value)])
+        sources = (
+            (("local_compute",), stats.prompt_tokens - stats.cached_tokens),
+            (("local_cache_hit",), stats.cached_tokens),
+        )
+        yield counter("prompt_tokens_by_source", "Prompt tokens, by where their KV came from.", sources, "source")
+        reasons = [((reason,), count) for reason, count in stats.finished.items()]
+        yield counter("request_success", "Sequences that ended, by reason.", reasons, "finished_reason")
+        steps = Histogram(STEP_TOKENS)
+        steps.counts, steps.sum = stats.step_tokens, float(stats.computed_tokens)
+        yield self._histogram("iteration_tokens_total", "Tokens that a step computed.", [((), steps)])
+
+    def _gauge(self, name: str, text: str, rows: "Rows", *labels: str) -> Metric:
+        family = GaugeMetricFamily(f"{self.prefix}:{name}", text, labels=("model_name", "engine", *labels))
+        for values, value in rows:
+            family.add_metric((self.model_name, "0", *values), float(value))
+        return family
+
+    def _counter(self, name: str, text: str, rows: "Rows", *labels: str) -> Metric:
+        family = CounterMetricFamily(f"{self.prefix}:{name}", text, labels=("model_name", "engine", *labels))
+        for values, value in rows:
+            family.add_metric((self.model_name, "0", *values), float(value))
+        return family
+
+    def _histogram(
+        self, name: str, text: str, rows: Iterable[tuple[tuple[str, ...], Histogram]], *labels: str
+    ) -> Metric:
+        family = HistogramMetricFamily(f"{self.prefix}:{name}", text, labels=("model_name", "engine", *labels))
+        for values, shown in rows:
+            family.add_metric((self.model_name, "0", *values), buckets=shown.buckets(), sum_value=shown.sum)
+        return family
+
+
+type Rows = Iterable[tuple[tuple[str, ...], float]]
+
+_SECONDS = {
+    "time_to_first_token_seconds": (histogram.FIRST_TOKEN, "From arrival to the first token."),
+    "inter_token_latency_seconds": (histogram.BETWEEN_TOKENS, "From one token to the next."),
+    "request_time_per_output_token_seconds": (histogram.BETWEEN_TOKENS, "A request's mean time between tokens."),
+    "e2e_request_latency_seconds": (histogram.LATENCY, "From arrival to the end."),
+    "request_queue_time_seconds": (histogram.LATENCY, "From arrival to the first step."),
+    "request_inference_time_seconds": (histogram.LATENCY, "From the first step to the last token."),
+    "request_prefill_time_seconds": (histogram.LATENCY, "From the first step to the first token."),
+    "request_decode_time_seconds": (histogram.LATENCY, "From the first token to the last."),
+}
+_TOKENS = {
+    "request_prompt_tokens": "Tokens of the prompt.",
+    "request_generation_tokens": "Tokens generated for each sample.",
+    "request_max_num_generation_tokens": "Tokens of the longest sample.",
+    "request_params_n": "Samples asked for.",
+    "request_params_max_tokens": "Tokens asked for.",
+    "request_prefill_kv_computed_tokens": "Prompt tokens that were computed, not cached.",
+}
+
+
+class _Reader(Collector):
+    def __init__(self, read: Callable[[], Iterator[Metric]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        return self._read()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file for each route or few that belong together; table.py lists them."""

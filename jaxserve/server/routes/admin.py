@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For who runs the server: traces, the prefix cache, sleep, aborting requests. Behind the API key like all else.
+
+Each asks the engine between two steps and answers when that is done.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxserve.errors import EngineError, JaxserveError
+from jaxserve.server.errors import ApiError, bad_request, sentence
+from jaxserve.server.protocol.base import Part, parse
+from jaxserve.server.routes.status import reply
+from jaxserve.server.routes.table import Query, Route
+from jaxserve.server.state import SERVING, Serving
+
+MAX_IDS = 4096
+
+
+class ProfileRequest(Part):
+    model_config = ConfigDict(title="ProfileRequest")
+
+    folder: Annotated[str | None, Field(max_length=1024, description="Below the server's --profile-dir.")] = None
+
+
+class NoFields(Part):
+    model_config = ConfigDict(title="NoFields")
+
+
+class AbortRequest(Part):
+    model_config = ConfigDict(title="AbortRequest")
+
+    request_ids: Annotated[
+        list[str] | None, Field(max_length=MAX_IDS, description="Ids of answers; all requests if not given.")
+    ] = None
+
+
+async def _body[B: BaseModel](request: web.Request, kind: type[B]) -> B:
+    """Nothing at all, or blanks, stand for {}."""
+    allow_unknown = request.app[SERVING].config.allow_unknown_fields
+    return parse(kind, (await request.read()).strip() or b"{}", allow_unknown=allow_unknown)
+
+
+async def _ask(serving: Serving, name: str, **arguments: object) -> object:
+    """The engine's method of this name. What it will not do in its state is a conflict."""
+    try:
+        return await serving.check_engine().call(name, **arguments)
+    except EngineError as error:
+        raise serving.lost(error) from None
+    except JaxserveError as error:
+        raise ApiError(409, sentence(error.problem, error.hint), type="ConflictError") from None
+
+
+# --- traces ---------------------------------------------------------------------------------------------------------
+
+
+async def start_profile(request: web.Request) -> web.StreamResponse:
+    serving = request.app[SERVING]
+    body = await _body(request, ProfileRequest)
+    folder = _below(serving.config.profile_dir, body.folder)
+    await _ask(serving, "start_profile", folder=str(folder))
+    return reply({"status": "tracing"})
+
+
+def _below(root: str | None, wanted: str | None) -> Path:
+    """Where a trace goes: nothing that a client sends leads out of the configured folder."""
+    if root is None:
+        raise ApiError(403, "Traces are off. Start the server with --profile-dir FOLDER.")
+    base = Path(root).expanduser().resolve()
+    try:
+        folder = (base / (wanted or ".")).resolve()
+    except (OSError, ValueError, RuntimeError):
+        folder = base.parent
+    if folder != base and base not in folder.parents:
+        raise bad_request("folder", "folder lies outside of the server's --profile-dir", "name one below it")
+    return folder
+
+
+async def stop_profile(request: web.Request) -> web.StreamResponse:
+    serving = request.app[SERVING]
+    await _body(request, NoFields)
+    folder = Path(str(await _ask(serving, "stop_profile")))
+    shown = await serving.prepare(_shown, folder, serving.config.profile_dir)
+    return reply({"status": "stopped", "folder": shown})
+
+
+def _shown(folder: Path, root: str | None) -> str:
+    """Where the last trace within this folder is, as seen from the configured one."""
+    base = folder if root is None else Path(root).expanduser().resolve()
+    written = [path for path in folder.glob("plugins/profile/*") if path.is_dir()]
+    last = max(written, key=lambda path: (path.stat().st_mtime_ns, path.name), default=folder)
+    return str(last.relative_to(base)) if last.is_relative_to(base) else last.name
+
+
+# --- the engine's memory --------------------------------------------------------------------------------------------
+
+
+async def reset_prefix_cache(request: web.Request) -> web.StreamResponse:
+    await _body(request, NoFields)
+    await _ask(request.app[SERVING], "reset_prefix_cache")
+    return reply({"status": "reset"})
+
+
+async def sleep(request: web.Request) -> web.StreamResponse:
+    """New requests are refused from here on, and the engine sleeps once nothing is in flight, or not at all."""
+    serving = request.app[SERVING]
+    await _body(request, NoFields)
+    level = request.query.get("level", "1")
+    if level not in ("1", "2"):
+        raise bad_request("level", "level is neither 1 nor 2", "give 1 (weights to the host) or 2 (dropped)")
+    if serving.asleep:
+        raise ApiError(409, "The engine sleeps already. POST /wake_up wakes it.", type="ConflictError")
+    serving.asleep = True
+    await _whatever_the_client_does(_fall_asleep(serving, int(level)))
+    return reply({"status": "asleep", "level": int(level)})
+
+
+async def _fall_asleep(serving: Serving, level: int) -> None:
+    try:
+        await _ask(serving, "sleep", level=level)
+    except BaseException:
+        serving.asleep = False
+        raise
+    serving.metrics.sleep_level = level
+
+
+async def wake_up(request: web.Request) -> web.StreamResponse:
+    serving = request.app[SERVING]
+    await _body(request, NoFields)
+    if serving.asleep:  # waking twice is no fault: who wakes wants it awake
+        await _whatever_the_client_does(_wake(serving))
+    return reply({"status": "awake"})
+
+
+async def _wake(serving: Serving) -> None:
+    try:
+        await _ask(serving, "wake")
+    except ApiError as error:
+        if error.status != 409 or serving.asleep:
+            raise  # else another has woken it meanwhile
+    serving.asleep = False
+    serving.metrics.sleep_level = 0
+
+
+async def _whatever_the_client_does(work: Coroutine[None, None, None]) -> None:
+    """To its end also when the client leaves: what is known here of the engine's state must be what it is."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody is left to be told
+        raise
+
+
+async def is_sleeping(request: web.Request) -> web.StreamResponse:
+    return reply({"is_sleeping": request.app[SERVING].asleep})
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+async def abort_requests(request: web.Request) -> web.StreamResponse:
+    """Each ends with finish_reason "abort". Ids that are not in flight have ended already."""
+    serving = request.app[SERVING]
+    body = await _body(request, AbortRequest)
+    front = serving.check_engine()
+    names: list[str] = []
+    if body.request_ids is not None:
+        wanted = set(body.request_ids)
+        names = [name for name in front.names() if name in wanted or name.rpartition("-")[0] in wanted]
+        if not names:
+            return reply({"aborted": 0})
+    try:
+        return reply({"aborted": await front.abort(*names)})
+    except EngineError as error:
+        raise serving.lost(error) from None
+
+
+ROUTES = (
+    Route("POST", "/start_profile", start_profile, body=ProfileRequest, summary="Begins a trace of device and steps."),
+    Route("POST", "/stop_profile", stop_profile, summary="Ends the trace."),
+    Route("POST", "/reset_prefix_cache", reset_prefix_cache, summary="Forgets cached prompts."),
+    Route(
+        "POST",
+        "/sleep",
+        sleep,
+        query=(Query("level", "integer", "1 keeps the weights on the host, 2 reads them again on waking."),),
+        summary="Gives the devices' memory back until /wake_up.",
+    ),
+    Route("POST", "/wake_up", wake_up, summary="Takes the memory again."),
+    Route("GET", "/is_sleeping", is_sleeping, summary="Whether the engine sleeps."),
+    Route("POST", "/abort_requests", abort_requests, body=AbortRequest, summary="Ends requests in flight."),
+)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /v1/chat/completions: messages become a prompt by the chat template, and what follows it is the answer."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxserve.server import params
+from jaxserve.server.answers import generation
+from jaxserve.server.answers.generation import Answer
+from jaxserve.server.answers.logprobs import chat_logprobs, prompt_logprobs
+from jaxserve.server.answers.replies import Usage, encode, finish
+from jaxserve.server.errors import bad_request
+from jaxserve.server.params import Order
+from jaxserve.server.protocol.chat import ChatRequest, Conversation
+from jaxserve.server.routes.table import Route
+from jaxserve.server.state import SERVING, Serving
+from jaxserve.types.outputs import CompletionOutput, RequestOutput
+
+if TYPE_CHECKING:
+    from jaxserve.frontend.prepare import Intake, Ready
+
+# What an answer's message has beside its role and text: nothing that this server can fill in yet.
+EMPTY = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "reasoning": None}
+
+
+async def create(request: web.Request) -> web.StreamResponse:
+    serving = request.app[SERVING]
+    intake = serving.check_ready().intake
+    body = await params.read(request, ChatRequest)
+    order = params.order(request, body, kind="chatcmpl", add_special_tokens=False)
+    jobs = await serving.prepare(_jobs, serving, intake, body, order)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    answer = Answer(request, body, jobs, id=order.name, object=kind)
+    choices = _Choices(answer)
+    if body.stream:
+        return await generation.stream(answer, choices.events)
+    return await generation.whole(answer, choices.reply)
+
+
+def prompt_text(serving: Serving, body: Conversation) -> str:
+    """What the chat template makes of the messages."""
+    tokenizer = serving.tokenizer
+    if tokenizer is None:
+        raise bad_request("messages", "this server has no tokenizer", "send token ids to /v1/completions")
+    if body.chat_template is not None and not serving.config.trust_request_chat_template:
+        problem = "chat_template is not taken from requests"
+        raise bad_request("chat_template", problem, "start the server with --trust-request-chat-template")
+    return tokenizer.chat_text(
+        [message.plain() for message in body.messages],
+        chat_template=body.chat_template or serving.chat_template,
+        add_generation_prompt=body.generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs=body.chat_template_kwargs,
+    )
+
+
+def _jobs(serving: Serving, intake: "Intake", body: ChatRequest, order: Order) -> "list[Ready]":
+    text = prompt_text(serving, body)
+    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    wanted: int | None = getattr(body, field)
+    sampling = params.sampling_params(
+        body,
+        intake,
+        max_tokens=wanted,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    return params.jobs(intake, [text], sampling, replace(order, max_tokens_field=field), field="messages")
+
+
+class _Choices:
+    """All choices of an answer, as far as they have come."""
+
+    def __init__(self, answer: Answer[ChatRequest]) -> None:
+        self._answer, self._body = answer, answer.body
+        last = answer.body.messages[-1]
+        self._role = answer.serving.config.response_role if answer.body.generation_prompt else last.role
+        self._begun = False
+        self._before = ""  # what an echoed answer begins with: the message that it goes on with
+        if answer.body.echo and last.role == self._role:
+            plain = last.content or ""
+            self._before = plain if isinstance(plain, str) else "\n".join(part.text or "" for part in plain)
+
+    def _logprobs(self, sample: CompletionOutput) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        wanted = self._body.top_logprobs or 0
+        return chat_logprobs(self._answer.names, wanted, sample.token_ids, sample.logprobs or ())
+
+    def reply(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        [output], body = outputs, self._body
+        choices: list[dict[str, Any]] = []
+        for sample in output.outputs:
+            message = {"role": self._role, "content": self._before + sample.text, **EMPTY}
+            shape: dict[str, Any] = {"index": sample.index, "message": message, "logprobs": self._logprobs(sample)}
+            shape |= {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
+            if body.return_token_ids:
+                shape["token_ids"] = sample.token_ids
+            choices.append(shape)
+        more: dict[str, Any] = {"prompt_logprobs": prompt_logprobs(self._answer.names, output.prompt_logprobs)}
+        if body.return_token_ids:
+            more["prompt_token_ids"] = output.prompt_token_ids
+        if body.return_prompt_text:
+            more["prompt_text"] = output.prompt
+        return self._answer.head.whole(choices, Usage.of(outputs), **more)
+
+    def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
+        """The chunks of one output; before the first, one for each choice that says whose the answer is."""
+        body, chunks = self._body, self._answer.chunks
+        always = body.return_token_ids or body.logprobs or self._answer.continuous_usage
+        made: list[bytes] = []
+        if not self._begun:
+            self._begun = True
+            made = self._openings(output, usage)
+        for sample in output.outputs:
+            if not (sample.text or always or sample.finished):
+                continue
+            delta = b'{"content":%b}' % encode(sample.text) if sample.text else b"{}"
+            logprobs = self._logprobs(sample)
+            shape = b'{"index":%d,"delta":%b,"logprobs":' % (sample.index, delta)
+            shape += b"null" if logprobs is None else encode(logprobs)
+            if body.return_token_ids:
+                shape += b',"token_ids":' + encode(sample.token_ids)
+            made.append(chunks.chunk(shape + finish(sample), usage))
+        return b"".join(made)
+
+    def _openings(self, output: RequestOutput, usage: Usage) -> list[bytes]:
+        body, chunks, role = self._body, self._answer.chunks, encode(self._role)
+        prompt = Usage(prompt=usage.prompt, cached=usage.cached)
+        more = b""
+        if body.return_token_ids:
+            more += b',"prompt_token_ids":' + encode(output.prompt_token_ids)
+        if body.return_prompt_text:
+            more += b',"prompt_text":' + encode(output.prompt)
+        rest = b',"logprobs":null,"finish_reason":null}'
+        made: list[bytes] = []
+        for index in range(body.n or 1):
+            delta = b'{"index":%d,"delta":{"role":%b,"content":""}%b' % (index, role, rest)
+            made.append(chunks.chunk(delta, prompt, more))
+        if self._before:
+            delta = b'"delta":{"content":%b}%b' % (encode(self._before), rest)
+            made += [chunks.chunk(b'{"index":%d,%b' % (index, delta), prompt) for index in range(body.n or 1)]
+        return made
+
+
+ROUTES = (Route("POST", "/v1/chat/completions", create, body=ChatRequest, summary="Answer in a conversation."),)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /v1/completions: prompts go on, in one answer or in chunks. Choices go by prompts, then by samples."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxserve.server import params
+from jaxserve.server.answers import generation
+from jaxserve.server.answers.generation import Answer
+from jaxserve.server.answers.logprobs import CompletionLogprobs, prompt_logprobs
+from jaxserve.server.answers.replies import Usage, encode, finish
+from jaxserve.server.errors import bad_request
+from jaxserve.server.params import Order
+from jaxserve.server.protocol.completion import MAX_CHOICES, CompletionRequest, as_list
+from jaxserve.server.routes.table import Route
+from jaxserve.server.state import SERVING
+from jaxserve.types.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+
+if TYPE_CHECKING:
+    from jaxserve.frontend.prepare import Intake, Ready
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def create(request: web.Request) -> web.StreamResponse:
+    serving = request.app[SERVING]
+    intake = serving.check_ready().intake
+    body = await params.read(request, CompletionRequest)
+    order = params.order(request, body, kind="cmpl", add_special_tokens=True)
+    jobs = await serving.prepare(_jobs, intake, body, order)
+    answer = Answer(request, body, jobs, id=order.name, object="text_completion")
+    choices = _Choices(answer)
+    if body.stream:
+        return await generation.stream(answer, choices.events)
+    return await generation.whole(answer, choices.reply)
+
+
+def _jobs(intake: "Intake", body: CompletionRequest, order: Order) -> "list[Ready]":
+    prompts = as_list(body.prompt)
+    if not prompts:
+        raise bad_request("prompt", "the prompt is an empty list", "give at least one prompt")
+    if len(prompts) * (body.n or 1) > MAX_CHOICES:
+        problem = f"n is {body.n or 1}, which makes {len(prompts) * (body.n or 1)} choices in all"
+        raise bad_request("n", problem, f"ask for at most {MAX_CHOICES}")
+    scores = body.max_tokens == 0
+    wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    asked = [each for each in (body.prompt_logprobs, body.logprobs if body.echo else None) if each is not None]
+    sampling = params.sampling_params(
+        body,
+        intake,
+        max_tokens=max(wanted, 1),
+        logprobs=None if scores else body.logprobs,
+        prompt_logprobs=-1 if -1 in asked else max(asked, default=None),
+    )
+    return params.jobs(intake, prompts, sampling, replace(order, score_only=scores), field="prompt")
+
+
+class _Choices:
+    """All choices of an answer, as far as they have come."""
+
+    def __init__(self, answer: Answer[CompletionRequest]) -> None:
+        self._answer, self._body, self._names = answer, answer.body, answer.names
+        self._begun: dict[tuple[int, int], CompletionLogprobs | None] = {}
+        self._prompts: dict[int, list[PositionLogprobs | None]] = {}  # their log-probabilities, told once for all n
+
+    def _news(self, place: int, output: RequestOutput, sample: CompletionOutput) -> tuple[str, dict[str, Any] | None]:
+        """The text and log-probabilities that this output adds, with the prompt's before them if it is echoed."""
+        body, key = self._body, (place, sample.index)
+        text, first = sample.text, key not in self._begun
+        if first:
+            self._begun[key] = self._shape(output)
+        ids: list[int] = []
+        positions: list[PositionLogprobs | None] = []
+        if first and body.echo:
+            text = self._prompt(place, output) + text
+            positions += self._prompts.setdefault(place, output.prompt_logprobs or [])
+            ids += output.prompt_token_ids if positions else []
+        shape = self._begun[key]
+        if shape is None:
+            return text, None
+        return text, shape.add(ids + sample.token_ids, positions + list(sample.logprobs or []))
+
+    def _shape(self, output: RequestOutput) -> CompletionLogprobs | None:
+        body = self._body
+        if body.logprobs is None:
+            return None
+        skip, spaces = body.skip_special_tokens is not False, body.spaces_between_special_tokens is not False
+        after = () if body.echo else output.prompt_token_ids
+        return CompletionLogprobs(self._names, body.logprobs, after=after, skip_special_tokens=skip, spaces=spaces)
+
+    def _prompt(self, place: int, output: RequestOutput) -> str:
+        text, tokenizer = self._answer.jobs[place].prompt, self._names.tokenizer
+        if text is not None or tokenizer is None:
+            return text or ""
+        skip = self._body.skip_special_tokens is not False
+        return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=skip)
+
+    def _index(self, place: int, sample: CompletionOutput) -> int:
+        return place * (self._body.n or 1) + sample.index
+
+    def reply(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        body = self._body
+        for place, output in enumerate(outputs):
+            told = prompt_logprobs(self._names, output.prompt_logprobs if body.prompt_logprobs is not None else None)
+            for sample in output.outputs:
+                text, logprobs = self._news(place, output, sample)
+                shape: dict[str, Any] = {"index": self._index(place, sample), "text": text, "logprobs": logprobs}
+                shape |= {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
+                shape["prompt_logprobs"] = told
+                if body.return_token_ids:
+                    shape |= {"token_ids": sample.token_ids, "prompt_token_ids": output.prompt_token_ids}
+                choices.append(shape)
+        return self._answer.head.whole(choices, Usage.of(outputs))
+
+    def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
+        """The chunks of one output."""
+        body, answer = self._body, self._answer
+        always = body.return_token_ids or body.logprobs is not None or answer.continuous_usage
+        made: list[bytes] = []
+        for sample in output.outputs:
+            first = (place, sample.index) not in self._begun
+            text, logprobs = self._news(place, output, sample)
+            if not (text or always or sample.finished):
+                continue
+            shape = b'{"index":%d,"text":%b,"logprobs":' % (self._index(place, sample), encode(text))
+            shape += b"null" if logprobs is None else encode(logprobs)
+            if body.return_token_ids:
+                shape += b',"token_ids":' + encode(sample.token_ids)
+                if first:
+                    shape += b',"prompt_token_ids":' + encode(output.prompt_token_ids)
+            made.append(answer.chunks.chunk(shape + finish(sample), usage))
+        return b"".join(made)
+
+
+ROUTES = (Route("POST", "/v1/completions", create, body=CompletionRequest, summary="Continue prompts."),)

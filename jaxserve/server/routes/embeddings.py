@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /v1/embeddings: the hidden state of each input's last token, of length one."""
+
+import base64
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from aiohttp import web
+
+from jaxserve.server import params
+from jaxserve.server.answers.replies import check_sound, json_response
+from jaxserve.server.errors import ApiError, bad_request
+from jaxserve.server.params import Order
+from jaxserve.server.protocol.completion import as_list
+from jaxserve.server.protocol.others import EmbeddingRequest
+from jaxserve.server.routes.table import Route
+from jaxserve.server.state import SERVING
+from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.frontend.prepare import Intake, Ready
+
+
+async def create(request: web.Request) -> web.Response:
+    serving = request.app[SERVING]
+    intake = serving.check_ready().intake
+    body = await params.read(request, EmbeddingRequest)
+    order = params.order(request, body, kind="embd", add_special_tokens=True)
+    jobs = await serving.prepare(_jobs, intake, body, replace(order, embed=True))
+    last: dict[int, RequestOutput] = {}
+    at_once = intake.limits.max_num_queued_reqs or len(jobs)  # no more than may wait
+    for begin in range(0, len(jobs), at_once):
+        async with aclosing(serving.run(request, jobs[begin : begin + at_once])) as outputs:
+            async for place, output in outputs:
+                check_sound(output)
+                last[begin + place] = output
+    reply = await serving.prepare(_reply, body, [last[place] for place in range(len(jobs))])
+    return json_response({"id": order.name, "model": params.model_name(serving, body), **reply})
+
+
+def _jobs(intake: "Intake", body: EmbeddingRequest, order: Order) -> "list[Ready]":
+    prompts = as_list(body.input)
+    if not prompts:
+        raise bad_request("input", "the input is an empty list", "give at least one")
+    sampling = SamplingParams(max_tokens=1, detokenize=False)
+    return params.jobs(intake, prompts, sampling, order, field="input")
+
+
+def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, Any]:
+    data: list[dict[str, Any]] = []
+    for index, output in enumerate(outputs):
+        if output.embedding is None:
+            raise ApiError(503, "This request was aborted.", headers={"Retry-After": "1"})
+        size = output.embedding.shape[0]
+        if body.dimensions not in (None, size):
+            problem = f"dimensions is {body.dimensions}, and the model's embeddings have {size}"
+            raise bad_request("dimensions", problem, "leave it out: this model's are not made to be cut")
+        vector = normalized(output.embedding)
+        if body.encoding_format == "base64":
+            shape: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        else:
+            shape = vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": shape})
+    tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    cached = sum(output.num_cached_tokens for output in outputs)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
+    return {"object": "list", "data": data, "usage": usage}
+
+
+def normalized(vector: np.ndarray) -> np.ndarray:
+    """Of length one; in float32, as the division is."""
+    length = np.sqrt(np.sum(np.square(vector.astype(np.float64))))
+    return (vector / max(float(length), 1e-12)).astype(np.float32)
+
+
+ROUTES = (Route("POST", "/v1/embeddings", create, body=EmbeddingRequest, summary="Vectors of texts."),)

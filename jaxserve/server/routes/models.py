@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GET /v1/models and /v1/models/NAME: what requests may name as their model."""
+
+from typing import Any
+
+from aiohttp import web
+
+from jaxserve.server.answers.replies import json_response
+from jaxserve.server.errors import ApiError
+from jaxserve.server.routes.table import Route
+from jaxserve.server.state import SERVING, Serving
+
+
+async def listed(request: web.Request) -> web.Response:
+    serving = request.app[SERVING]
+    return json_response({"object": "list", "data": [_card(serving, name) for name in serving.model_names]})
+
+
+async def one(request: web.Request) -> web.Response:
+    serving, name = request.app[SERVING], "/".join(request.match_info.values())
+    if name not in serving.model_names:
+        shown = "".join(c if c.isprintable() else "?" for c in name[:80])
+        raise ApiError(404, f"The model `{shown}` does not exist.", param="model")
+    return json_response(_card(serving, name))
+
+
+def _card(serving: Serving, name: str) -> dict[str, Any]:
+    longest = None if serving.front is None else serving.front.intake.limits.max_model_len
+    return {
+        "id": name,
+        "object": "model",
+        "created": serving.created,
+        "owned_by": "jaxserve",
+        "root": serving.model_names[0],
+        "parent": None,
+        "max_model_len": longest,
+        "permission": [],
+    }
+
+
+ROUTES = (
+    Route("GET", "/v1/models", listed, summary="The models that are served."),
+    Route("GET", "/v1/models/{name}", one, summary="One of them."),
+    Route("GET", "/v1/models/{owner}/{name}", one, summary="One of them, of a name as on the hub."),
+)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /tokenize and /detokenize: what the tokenizer makes of a text, of messages, of ids."""
+
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxserve.errors import RequestError
+from jaxserve.server import params
+from jaxserve.server.answers.replies import json_response
+from jaxserve.server.errors import bad_request
+from jaxserve.server.protocol.others import DetokenizeRequest, TokenizeRequest
+from jaxserve.server.routes.chat import prompt_text
+from jaxserve.server.routes.table import Route
+from jaxserve.server.state import SERVING, Serving
+
+if TYPE_CHECKING:
+    from jaxserve.frontend.prepare import Intake
+    from jaxserve.text.tokenizer import Tokenizer
+
+# Takes a thread up to three seconds; the tokens of longer texts are counted in pieces.
+MAX_CHARACTERS = 2**20
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    serving = request.app[SERVING]
+    intake = serving.check_ready().intake
+    body = await params.read(request, TokenizeRequest)
+    return json_response(await serving.prepare(_tokens, serving, intake, body))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    serving = request.app[SERVING]
+    intake = serving.check_ready().intake
+    body = await params.read(request, DetokenizeRequest)
+    return json_response(await serving.prepare(_text, serving, intake, body.tokens))
+
+
+def _tokenizer(serving: Serving) -> "Tokenizer":
+    if serving.tokenizer is None:
+        raise bad_request(None, "this server has no tokenizer", "start it with --tokenizer")
+    return serving.tokenizer
+
+
+def _tokens(serving: Serving, intake: "Intake", body: TokenizeRequest) -> dict[str, Any]:
+    tokenizer = _tokenizer(serving)
+    field = "messages" if body.prompt is None else "prompt"
+    text = prompt_text(serving, body) if body.prompt is None else body.prompt
+    if len(text) > MAX_CHARACTERS:
+        problem = f"{field} is a text of {len(text)} characters"
+        raise bad_request(field, problem, f"send at most {MAX_CHARACTERS} at once")
+    special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=special)
+    except RequestError as error:
+        raise RequestError(field, error.problem, error.hint) from None
+    names = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": intake.limits.max_model_len, "tokens": ids, "token_strs": names}
+
+
+def _text(serving: Serving, intake: "Intake", ids: list[int]) -> dict[str, str]:
+    tokenizer = _tokenizer(serving)
+    most = max(MAX_CHARACTERS // 8, intake.limits.max_model_len)
+    if len(ids) > most:
+        raise bad_request("tokens", f"tokens has {len(ids)} ids", f"send at most {most} at once")
+    known = max(tokenizer.vocab_size, intake.limits.vocab_size)
+    bad = next((token for token in ids if not 0 <= token < known), None)
+    if bad is not None:
+        shown = bad if abs(bad) < 2**64 else "one of more than 64 bits"
+        problem = f"tokens holds the id {shown}, and there are those from 0 to {known - 1}"
+        raise bad_request("tokens", problem, "send ids of this model")
+    return {"prompt": tokenizer.decode(ids, skip_special_tokens=False)}
+
+
+ROUTES = (
+    Route("POST", "/tokenize", tokenize, body=TokenizeRequest, summary="The tokens of a text or a conversation."),
+    Route("POST", "/detokenize", detokenize, body=DetokenizeRequest, summary="The text of tokens."),
+)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is let in: every route with and without keys, names and pages that are not ours, and ways around."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jaxserve.server.routes.table import Route, all_routes
+from tests.server.live import answer
+from tests.server.shell import Shell
+
+KEY = "correct horse"
+ROUTES = all_routes(ui=True)
+PUBLIC = {"/health", "/live", "/ping", "/"}
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Shell]:
+    with Shell(api_key=(KEY, "second")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def keyless() -> Iterator[Shell]:
+    with Shell() as server:
+        yield server
+
+
+def path_of(route: Route) -> str:
+    return route.path.replace("{", "").replace("}", "")
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_every_route_wants_a_key(keyed: Shell, route: Route) -> None:
+    public = route.path in PUBLIC or route.path.startswith("/static/")
+    assert route.public == public
+    path = path_of(route)
+    for header in (
+        None,
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        f"Basic {KEY}",
+        KEY,
+        f"Bearer {KEY}x",
+        f"Bearer {KEY[:-1]}",
+        "Bearer schlüssel",
+        "Bearer \udcff\udcfe",
+        f"Bearer {KEY},second",
+    ):
+        raw: dict[str, Any] = {} if header is None else {"Authorization": header.encode("utf-8", "surrogateescape")}
+        reply = keyed.send(route.method, path, b"{}", {"Content-Type": "application/json", **raw})
+        if public:
+            assert reply.status in (200, 503), header
+        else:
+            assert (reply.status, reply.error["code"]) == (401, "invalid_api_key"), header
+            assert reply.headers["www-authenticate"] == "Bearer"
+    for header in (f"Bearer {KEY}", "bearer second", f"BEARER  {KEY} "):
+        reply = keyed.send(route.method, path, b"{}", {"Content-Type": "application/json", "Authorization": header})
+        assert reply.status != 401, header
+
+
+def test_keys_are_needed_for_what_is_not_there_too(keyed: Shell) -> None:
+    for method, path in (("GET", "/nothing"), ("PUT", "/health"), ("DELETE", "/v1/models"), ("OPTIONS", "/metrics")):
+        assert keyed.send(method, path).status == 401
+    assert keyed.get("/nothing", Authorization=f"Bearer {KEY}").error["type"] == "NotFoundError"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "GET //version HTTP/1.1\r\nHost: localhost",
+        "GET ///version HTTP/1.1\r\nHost: localhost",
+        "GET /%76ersion HTTP/1.1\r\nHost: localhost",
+        "GET /health/../version HTTP/1.1\r\nHost: localhost",
+        "GET /health/%2e%2e/version HTTP/1.1\r\nHost: localhost",
+        "GET /health/..;/version HTTP/1.1\r\nHost: localhost",
+        "GET /version/ HTTP/1.1\r\nHost: localhost",
+        "GET /version?/health HTTP/1.1\r\nHost: localhost",
+        "GET /version#/health HTTP/1.1\r\nHost: localhost",
+        "GET /version;/health HTTP/1.1\r\nHost: localhost",
+        "GET http://x/version HTTP/1.1\r\nHost: localhost",
+        "GET http://x/health/../version HTTP/1.1\r\nHost: localhost",
+        "GET /version HTTP/1.1\r\nHost: localhost/health?",
+        "GET /version HTTP/1.1\r\nHost: localhost/health#",
+        "GET /version HTTP/1.1\r\nHost: localhost#/health",
+        "GET /version HTTP/1.1\r\nHost: user@localhost",
+        "GET /version HTTP/1.1\r\nHost: localhost\r\nHost: /health",
+        "GET /version HTTP/1.1\r\nHost: localhost\r\nX-Original-URL: /health",
+        "GET /version HTTP/1.1\r\nHost: localhost\r\nX-HTTP-Method-Override: HEAD",
+        "HEAD /version HTTP/1.1\r\nHost: localhost",
+        "GET /version HTTP/1.0",
+        "GET \\version HTTP/1.1\r\nHost: localhost",
+        "OPTIONS /version HTTP/1.1\r\nHost: localhost\r\nOrigin: http://a\r\nAccess-Control-Request-Method: GET",
+        "CONNECT localhost:80 HTTP/1.1\r\nHost: localhost",
+        "GET /version HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade",
+    ],
+)
+def test_no_way_around(keyed: Shell, line: str) -> None:
+    reply = keyed.raw(f"{line}\r\nConnection: close\r\n\r\n".encode())
+    assert reply.status in (400, 401, 403, 404), reply.body
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]", "[::1]:8000", "LOCALHOST", ""])
+def test_our_names(keyless: Shell, host: str) -> None:
+    # An empty one is HTTP/1.0's, which no browser speaks.
+    expected = 200 if host else 403
+    assert keyless.raw(f"GET /version HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).status == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("attacker.example", 403),
+        ("127.0.0.1.attacker.example", 403),
+        ("localhost.attacker.example:8000", 403),
+        ("attacker.example:8000", 403),
+        ("localhost/health?", 400),
+        ("localhost#", 400),
+        ("a b", 400),
+        ("localhost:8000:9000", 400),
+        ("localhost:", 400),
+    ],
+)
+def test_foreign_names(keyless: Shell, host: str, status: int) -> None:
+    for path in ("/version", "/health", "/"):
+        reply = keyless.raw(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert reply.status == status
+        assert reply.error
+
+
+def test_allowed_hosts() -> None:
+    with Shell(allowed_hosts=("Models.Example",)) as server:
+        assert server.get("/version", Host="models.example:443").status == 200
+        assert server.get("/version", Host="localhost").status == 200
+        assert server.get("/version", Host="other.example").status == 403
+    with Shell(allowed_hosts=("*",)) as server:
+        assert server.get("/version", Host="other.example").status == 200
+    with Shell(host="0.0.0.0") as server:  # its names are not known
+        assert server.get("/version", Host="other.example").status == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://attacker.example", "null", "https://localhost.attacker.example", "http://localhost:1"]
+)
+def test_foreign_pages_may_not_ask(keyless: Shell, origin: str) -> None:
+    # text/plain: what a browser sends anywhere without asking first.
+    for method, path in (("POST", "/v1/completions"), ("POST", "/sleep"), ("GET", "/version")):
+        reply = keyless.send(method, path, b"{}", {"Origin": origin, "Content-Type": "text/plain"})
+        assert reply.status == 403
+        assert reply.error["type"] == "PermissionDeniedError"
+        assert "access-control-allow-origin" not in reply.headers
+
+
+def test_our_own_page_may(keyless: Shell) -> None:
+    for origin, host in (
+        (f"http://127.0.0.1:{keyless.port}", f"127.0.0.1:{keyless.port}"),
+        ("https://localhost", "localhost:443"),  # behind a proxy that speaks TLS
+        ("http://localhost", "localhost"),
+    ):
+        assert keyless.get("/version", Origin=origin, Host=host).status == 200
+
+
+def test_a_key_is_enough_for_any_page(keyed: Shell) -> None:
+    """Its page had to be given one: only browsers' own credentials could be borrowed."""
+    reply = keyed.get("/version", Origin="http://other.example", Authorization=f"Bearer {KEY}")
+    assert reply.status == 200
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def preflight(
+    server: Shell, origin: str, method: str = "POST", headers: str = "authorization, content-type"
+) -> tuple[int, dict[str, str]]:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": headers,
+    }
+    reply = server.send("OPTIONS", "/v1/chat/completions", headers=asked)
+    return reply.status, {name: text for name, text in reply.headers.items() if name.startswith("access-control")}
+
+
+def test_cors_is_off(keyless: Shell) -> None:
+    status, headers = preflight(keyless, "http://a.example")
+    assert (status, headers) == (403, {})
+
+
+def test_cors_for_named_pages() -> None:
+    with Shell(api_key=(KEY,), allowed_origins=("http://a.example",), allow_credentials=True) as server:
+        status, headers = preflight(server, "http://a.example")
+        assert status == 204
+        assert headers["access-control-allow-origin"] == "http://a.example"
+        assert headers["access-control-allow-methods"] == "POST"
+        assert headers["access-control-allow-headers"] == "authorization, content-type"
+        assert headers["access-control-allow-credentials"] == "true"
+        assert preflight(server, "http://b.example") == (401, {})
+        answered = server.get("/version", Origin="http://a.example", Authorization=f"Bearer {KEY}")
+        assert answered.headers["access-control-allow-origin"] == "http://a.example"
+        assert answered.headers["vary"] == "Origin"
+        # The page may read why it was refused, too.
+        refused = server.get("/version", Origin="http://a.example")
+        assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, "http://a.example")
+
+
+def test_cors_limits() -> None:
+    with Shell(allowed_origins=("*",), allowed_methods=("GET",), allowed_headers=("X-One",)) as server:
+        assert preflight(server, "http://a", "POST", "") == (403, {"access-control-allow-origin": "*"})
+        assert preflight(server, "http://a", "GET", "x-one")[0] == 204
+        assert preflight(server, "http://a", "GET", "x-one, x-two")[0] == 403
+
+
+def test_the_answer_is_the_same_for_all_wrong_keys(keyed: Shell) -> None:
+    replies = [keyed.get("/version", Authorization=f"Bearer {key}") for key in ("", "a", KEY[:-1], "x" * 4000)]
+    assert len({reply.body for reply in replies}) == 1
+
+
+def test_a_body_is_not_read_for_strangers(keyed: Shell) -> None:
+    with keyed.connect() as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        assert answer(sock).status == 401

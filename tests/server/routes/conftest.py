@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One application per process that runs tests; making another costs seconds of compiling."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from jaxserve.async_llm import AsyncLLM
+from tests import tiny_llm
+from tests.server.routes.served import Served
+from tests.tiny_llm import Reference
+
+
+@pytest.fixture(scope="session")
+def async_llm() -> Iterator[AsyncLLM]:
+    llm = tiny_llm.make_async(scheduling_policy="priority")
+    yield llm
+    asyncio.run(llm.shutdown())
+
+
+@pytest.fixture(scope="session")
+def served(async_llm: AsyncLLM) -> Iterator[Served]:
+    with Served(async_llm) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """The same model, computed densely."""
+    return Reference(tiny_llm.params())

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bodies and their errors without a server, and the document that describes them."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.config import Limits
+from jaxserve.errors import EngineError, OverloadedError, RequestError
+from jaxserve.frontend.prepare import Intake
+from jaxserve.server import params
+from jaxserve.server.errors import ApiError, as_api_error, scrubbed
+from jaxserve.server.params import Order
+from jaxserve.server.protocol.base import parse
+from jaxserve.server.protocol.chat import ChatRequest
+from jaxserve.server.protocol.completion import CompletionRequest
+from jaxserve.server.protocol.others import EmbeddingRequest, TokenizeRequest
+from jaxserve.server.protocol.sampling import Sampling
+from jaxserve.server.routes.openapi import document
+from jaxserve.server.routes.table import all_routes
+from jaxserve.text import tokenizer as tokenizers
+from jaxserve.types.sampling_params import SamplingParams
+from tests.server.routes.checks import TELLS
+from tests.tiny_llm import TOKENIZER
+
+# The fields that vLLM's documentation lists: each works here, or is refused by its own name.
+COMPLETION_FIELDS = (
+    *("model", "prompt", "echo", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n"),
+    *("presence_penalty", "seed", "stop", "stream", "stream_options", "suffix", "temperature", "top_p", "user"),
+    *("use_beam_search", "top_k", "min_p", "repetition_penalty", "length_penalty", "stop_token_ids"),
+    *("include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "truncate_prompt_tokens", "truncation_side", "allowed_token_ids"),
+    *("prompt_logprobs", "logprob_token_ids", "bad_words", "prompt_embeds", "add_special_tokens", "response_format"),
+    *("structured_outputs", "priority", "request_id", "session_id", "return_tokens_as_token_ids", "return_token_ids"),
+    *("routed_experts_prompt_start", "return_token_offsets", "cache_salt", "kv_transfer_params"),
+    *("ec_transfer_params", "vllm_xargs", "repetition_detection", "thinking_token_budget", "stream_interval"),
+    *("best_of",),
+)
+CHAT_FIELDS = (
+    *("messages", "model", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "max_tokens"),
+    *("max_completion_tokens", "n", "presence_penalty", "response_format", "seed", "stop", "stream"),
+    *("stream_options", "temperature", "top_p", "tools", "tool_choice", "reasoning_effort", "parallel_tool_calls"),
+    *("user", "use_beam_search", "top_k", "min_p", "repetition_penalty", "length_penalty", "stop_token_ids"),
+    *("include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "truncate_prompt_tokens", "truncation_side", "allowed_token_ids"),
+    *("prompt_logprobs", "logprob_token_ids", "bad_words", "thinking_token_budget", "include_reasoning", "echo"),
+    *("add_generation_prompt", "continue_final_message", "add_special_tokens", "documents", "chat_template"),
+    *("chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "structured_outputs", "priority"),
+    *("request_id", "session_id", "return_tokens_as_token_ids", "return_token_ids", "return_prompt_text"),
+    *("return_assistant_tokens_mask", "cache_salt", "kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
+    *("repetition_detection", "stream_interval", "metadata", "store", "service_tier", "prompt_cache_key"),
+    *("safety_identifier",),
+)
+
+
+def test_every_known_field_is_known_here() -> None:
+    assert not set(COMPLETION_FIELDS) - set(CompletionRequest.model_fields)
+    assert not set(CHAT_FIELDS) - set(ChatRequest.model_fields)
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, EmbeddingRequest])
+def test_null_is_no_value(kind: type[Sampling]) -> None:
+    needed = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "input": "x"}
+    body = {name: needed.get(name) for name in kind.model_fields if name != "messages" or kind is ChatRequest}
+    assert parse(kind, json.dumps(body).encode())
+
+
+def test_unknown_fields_can_be_ignored() -> None:
+    raw = json.dumps({"prompt": "x", "max_tokenz": 1, "stream": True, "stream_options": {"new": 1}}).encode()
+    with pytest.raises(ApiError, match="max_tokenz"):
+        parse(CompletionRequest, raw)
+    assert parse(CompletionRequest, raw, allow_unknown=True).stream
+    with pytest.raises(ApiError, match="suffix is not supported"):  # known, and of weight
+        parse(CompletionRequest, b'{"prompt": "x", "suffix": "y"}', allow_unknown=True)
+    large = json.dumps({"prompt": "x" * 100_000, "max_tokenz": 1}).encode()
+    with pytest.raises(ApiError, match="Did you mean max_tokens"):
+        parse(CompletionRequest, large)
+    assert parse(CompletionRequest, large, allow_unknown=True)
+
+
+def test_a_key_of_broken_text_in_a_large_body_is_no_fault_of_ours() -> None:
+    for broken in (b'{"\xff": 1, "prompt": "%s"}', b'{"messages": [{"\xff": 1}], "prompt": "%s"}'):
+        with pytest.raises(ApiError) as refused:
+            parse(CompletionRequest, broken % (b"x" * 100_000))
+        assert refused.value.status == 400
+
+
+def test_no_unknown_field_hides_an_object_with_too_many_keys() -> None:
+    biases = {str(place): 1 for place in range(20_000)}
+    large = json.dumps({"other": 1, "prompt": "a", "logit_bias": biases}).encode()
+    with pytest.raises(ApiError, match="too many keys"):
+        parse(CompletionRequest, large, allow_unknown=True)
+
+
+@pytest.mark.parametrize("field", ["n", "top_k", "min_tokens"])
+def test_endless_numbers_are_not_repeated(field: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(CompletionRequest, b'{"prompt": ["a", "b"], "%s": %s}' % (field.encode(), b"9" * 4300))
+    assert refused.value.status == 400 and refused.value.param == field and len(refused.value.message) < 500
+
+
+def test_faults_within_a_field_name_the_way_there() -> None:
+    cases: list[tuple[type[Any], dict[str, Any], str]] = [
+        (ChatRequest, {"messages": [{"role": "user", "content": "x"}, {"role": 5}]}, "messages[1].role"),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": 5}]}]}, "messages[0].content"),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {"7": "x"}}, "logit_bias"),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": [5, -1]}, "stop_token_ids[1]"),
+        (CompletionRequest, {"prompt": "x", "response_format": {"type": "grammar"}}, "response_format.type"),
+        (TokenizeRequest, {"prompt": "x", "stream": True}, "stream"),
+    ]
+    for kind, body, path in cases:
+        with pytest.raises(ApiError) as caught:
+            parse(kind, json.dumps(body).encode())
+        assert caught.value.param == path
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from([CompletionRequest, ChatRequest, TokenizeRequest]), st.data())
+def test_whatever_comes_is_a_body_or_a_refusal(kind: type[Any], data: st.DataObject) -> None:
+    names = st.sampled_from(sorted(kind.model_fields)) | st.text(max_size=8)
+    body = data.draw(st.dictionaries(names, JSON, max_size=6))
+    try:
+        parse(kind, json.dumps(body, allow_nan=True).encode("utf-8", "surrogatepass"))
+    except ApiError as error:
+        assert error.status == 400 and error.message.isprintable() and len(error.message) < 1000
+        json.loads(error.body())
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=40))
+def test_whatever_bytes_come(raw: bytes) -> None:
+    with pytest.raises(ApiError):
+        parse(CompletionRequest, raw)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_errors_become() -> None:
+    refused = as_api_error(RequestError("top_p", "top_p is 2, expected a number above 0 to 1", "correct the value"))
+    assert (refused.status, refused.param, refused.type) == (400, "top_p", "BadRequestError")
+    assert refused.message == "top_p is 2, expected a number above 0 to 1. Correct the value."
+    full = as_api_error(OverloadedError("prompt", "8 requests are waiting", "try again later"))
+    assert full.status == 503 and "Retry-After" in full.headers
+    assert as_api_error(EngineError('File "/x/y.py"', "x")).status == 500
+    assert as_api_error(ZeroDivisionError("/home/me")).status == 500
+
+
+def test_nothing_of_this_machine_is_told() -> None:
+    text = 'Traceback (most recent call last):\n  File "/home/me/x.py", line 3\nat 0x7f8899aabbcc'
+    assert not TELLS.search(scrubbed(text))
+    assert not TELLS.search(scrubbed("cannot open /tmp/a/b.json: no such file"))
+    assert scrubbed("top_p is 2, expected 0/1, see 0x12") == "top_p is 2, expected 0/1, see 0x12"
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def intake(vocab_size: int) -> Intake:
+    limits = Limits(
+        vocab_size=vocab_size,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        block_size=8,
+        num_blocks=64,
+        max_logprobs=4,
+    )
+    return Intake(tokenizers.load(TOKENIZER), limits)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model() -> None:
+    """Its added tokens have no row in the embedding: text that holds one is refused, before any device reads it."""
+    small, order = intake(420), Order(name="cmpl-x", add_special_tokens=False)
+    with pytest.raises(RequestError, match="prompt holds the token id 42"):
+        params.jobs(small, ["a<|eot_id|>b"], SamplingParams(), order, field="prompt")
+    with pytest.raises(RequestError) as caught:
+        params.jobs(small, ["a"], SamplingParams(allowed_token_ids=[420]), order, field="prompt")
+    assert caught.value.field == "allowed_token_ids"
+    assert params.jobs(small, ["ab"], SamplingParams(), order, field="prompt")
+
+
+def test_jobs_are_told_apart_under_the_same_name() -> None:
+    order = Order(name="cmpl-a-b")
+    made = params.jobs(intake(426), ["a", "b"], SamplingParams(), order, field="prompt")
+    made += params.jobs(intake(426), ["a"], SamplingParams(), order, field="prompt")
+    assert [job.request.id.rpartition("-")[0] for job in made] == ["cmpl-a-b"] * 3
+    assert made[0].request.id != made[1].request.id
+
+
+# --- the document ---------------------------------------------------------------------------------------------------
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "$ref":
+                yield inner
+            yield from _references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
+
+
+def test_the_document_describes_every_route() -> None:
+    routes = [route for route in all_routes(ui=False)]
+    page = json.loads(json.dumps(document(routes)))
+    assert page["openapi"] == "3.1.0" and page["info"]["title"] == "jaxserve" and page["info"]["version"]
+    told = {(method.upper(), path) for path, methods in page["paths"].items() for method in methods}
+    assert told == {(route.method, route.path) for route in routes}
+    names = [operation["operationId"] for methods in page["paths"].values() for operation in methods.values()]
+    assert len(names) == len(set(names))
+    for path, methods in page["paths"].items():
+        for operation in methods.values():
+            assert set(operation) <= {"summary", "operationId", "parameters", "requestBody", "security", "responses"}
+            assert operation["summary"] and "200" in operation["responses"]
+            assert all(re.fullmatch("[2-5][0-9][0-9]", status) for status in operation["responses"])
+            given = {each["name"] for each in operation.get("parameters", []) if each["in"] == "path"}
+            assert given == set(re.findall(r"{(\w+)}", path))
+    for reference in _references(page):
+        assert reference.removeprefix("#/components/schemas/") in page["components"]["schemas"]
+
+
+def test_the_document_says_what_is_taken() -> None:
+    schema = document(all_routes(ui=False))["components"]["schemas"]["CompletionRequest"]
+    assert schema["additionalProperties"] is False and schema["required"] == ["prompt"]
+    assert schema["properties"]["suffix"]["type"] == "null"

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Event streams: usage, chunks by the number, and every way in which one may end."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from jaxserve.errors import EngineError
+from jaxserve.server.answers import generation
+from jaxserve.server.answers.logprobs import CompletionLogprobs
+from jaxserve.server.errors import ApiError
+from jaxserve.types.outputs import CompletionOutput, RequestOutput
+from tests.server.routes.checks import TELLS, check_error
+from tests.server.routes.served import Served, flat
+
+BODY: dict[str, Any] = {"prompt": "The sum of", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "stream": True}
+CHAT: dict[str, Any] = {**BODY, "messages": [{"role": "user", "content": "hi"}]}
+del CHAT["prompt"]
+
+
+def test_headers(served: Served) -> None:
+    reply = served.post("/v1/completions", BODY)
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert reply.headers["cache-control"] == "no-cache"
+
+
+def test_usage_comes_last_and_only_when_asked(served: Served) -> None:
+    *chunks, done = served.post("/v1/completions", BODY).events
+    assert done == "[DONE]" and all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
+    *chunks, last, done = served.post("/v1/completions", {**BODY, "stream_options": {"include_usage": True}}).events
+    assert done == "[DONE]" and last["choices"] == []
+    whole = served.post("/v1/completions", {**BODY, "stream": False}).json["usage"]
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert last["usage"][name] == whole[name]
+
+
+def test_large_events_are_made_in_a_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An echoed prompt's log-probabilities must not hold up everybody else: also for each further sample."""
+    body = {**BODY, "echo": True, "logprobs": 2, "n": 2, "temperature": 1, "seed": 3}
+    chunks = served.post("/v1/completions", body).events
+    threads: list[str] = []
+    add = CompletionLogprobs.add
+
+    def seen(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return add(*args)
+
+    monkeypatch.setattr(CompletionLogprobs, "add", seen)
+    monkeypatch.setattr(generation, "MANY", 6)
+    again = served.post("/v1/completions", body).events
+    assert joined(chunks) == joined(again)
+    large = [name for name in threads if name != "served"]
+    assert 2 <= len(large) < len(threads)
+
+
+def joined(events: list[Any]) -> list[tuple[str, list[str]]]:
+    parts = [event["choices"][0] for event in events[:-1]]
+    mine = [[part for part in parts if part["index"] == index] for index in (0, 1)]
+    return [("".join(part["text"] for part in one), flat(part["logprobs"]["tokens"] for part in one)) for one in mine]
+
+
+def test_usage_on_every_chunk(served: Served) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT)):
+        *chunks, last, _ = served.post(path, {**body, "stream_options": options}).events
+        counts = [chunk["usage"]["completion_tokens"] for chunk in [*chunks, last]]
+        assert counts == sorted(counts) and counts[-1] == 12
+        assert all(chunk["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] for chunk in chunks)
+
+
+def test_usage_that_the_server_wants(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    monkeypatch.setattr(served.serving, "config", replace(served.serving.config, enable_force_include_usage=True))
+    assert served.post("/v1/completions", BODY).events[-2]["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.parametrize("interval", [1, 5, 100])
+def test_chunks_by_the_number(served: Served, interval: int) -> None:
+    body = {**BODY, "stream_interval": interval, "return_token_ids": True, "n": 1}
+    parts = [event["choices"][0] for event in served.post("/v1/completions", body).events[:-1]]
+    whole = served.post("/v1/completions", {**body, "stream": False, "stream_interval": None}).json["choices"][0]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    assert flat(part["token_ids"] for part in parts) == whole["token_ids"]
+    assert all(len(part["token_ids"]) >= interval for part in parts[1:-1])
+    assert parts[-1]["finish_reason"] == "length"
+
+
+# --- ends that an engine does not come to by itself: what it says is made up -----------------------------------------
+
+
+def _says(output: RequestOutput | None, end: Exception | None) -> Any:
+    async def run(*_: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        if output is not None:
+            yield 0, output
+        await asyncio.sleep(0)
+        if end is not None:
+            raise end
+
+    return run
+
+
+def _output(text: str, **more: Any) -> RequestOutput:
+    sample = CompletionOutput(0, text, [5], **more)
+    return RequestOutput("1", "x", [5], [sample], finished=sample.finished)
+
+
+FAULTS: list[tuple[Exception, int]] = [
+    (EngineError("the engine's thread failed: /home/me/x.py at 0x7f0012345678", "start it again"), 500),
+    (ApiError(504, "The request took longer than its deadline."), 504),
+    (RuntimeError("Traceback: /usr/lib"), 500),
+]
+
+
+@pytest.mark.parametrize(("fault", "status"), FAULTS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), ("/v1/chat/completions", CHAT)])
+def test_a_fault_before_the_first_output_is_a_status(
+    served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, body: Any, fault: Exception, status: int
+) -> None:
+    monkeypatch.setattr(served.serving, "run", _says(None, fault))
+    check_error(served.post(path, body), status)
+    check_error(served.post(path, {**body, "stream": False}), status)
+
+
+@pytest.mark.parametrize(("fault", "status"), FAULTS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), ("/v1/chat/completions", CHAT)])
+def test_a_fault_in_a_stream_is_an_event_and_done_follows(
+    served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, body: Any, fault: Exception, status: int
+) -> None:
+    monkeypatch.setattr(served.serving, "run", _says(_output("begun"), fault))
+    reply = served.post(path, body)
+    assert reply.status == 200
+    *chunks, error, done = reply.events
+    assert done == "[DONE]" and chunks
+    assert set(error["error"]) == {"message", "type", "param", "code"} and error["error"]["code"] == status
+    assert not TELLS.search(reply.body.decode())
+    check_error(served.post(path, {**body, "stream": False}), status)
+
+
+def test_a_request_that_the_engine_gives_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = _output("", finish_reason="error", error='the logits of File "/home/x.py" are not finite')
+    monkeypatch.setattr(served.serving, "run", _says(broken, None))
+    for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT)):
+        assert "not finite" in check_error(served.post(path, {**body, "stream": False}), 500)["message"]
+        check_error(served.post(path, body), 500)
+
+
+def test_an_aborted_request_ends_as_that(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.serving, "run", _says(_output("so far", finish_reason="abort"), None))
+    events = served.post("/v1/completions", BODY).events
+    assert events[-2]["choices"][0]["finish_reason"] == "abort" and events[-1] == "[DONE]"
+    choice = served.post("/v1/chat/completions", {**CHAT, "stream": False}).json["choices"][0]
+    assert choice["finish_reason"] == "abort" and choice["message"]["content"] == "so far"
+
+
+def test_outputs_of_several_samples_are_one_write(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [CompletionOutput(index, "x", [5], finish_reason="stop") for index in range(3)]
+    both = RequestOutput("1", "x", [5], samples, finished=True)
+    monkeypatch.setattr(served.serving, "run", _says(both, None))
+    events = served.post("/v1/completions", {**BODY, "n": 3, "temperature": 1}).events
+    assert [event["choices"][0]["index"] for event in events[:-1]] == [0, 1, 2]

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the server, what is checked before anything is loaded, and what a log may hold."""
+
+import io
+import json
+import logging
+import socket
+import ssl
+import subprocess
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.errors import JaxserveError
+from jaxserve.frontend.prepare import Ready
+from jaxserve.server import lifecycle
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.http import listening
+from jaxserve.server.observe import logs
+from jaxserve.server.observe.histogram import Histogram, token_counts
+from jaxserve.server.observe.request_record import Record
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
+from tests.server.fake_engine import FakeEngine
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"host": ""},
+        {"port": -1},
+        {"port": 65536},
+        {"port": True},
+        {"port": "8000"},
+        {"api_key": "one"},
+        {"api_key": ("one", "")},
+        {"api_key": (5,)},
+        {"served_model_name": 5},
+        {"allowed_origins": None},
+        {"no_ui": 1},
+        {"log_format": "xml"},
+        {"log_level": "INFO"},
+        {"metrics_prefix": "a:b"},
+        {"metrics_prefix": "7a"},
+        {"request_timeout": 0},
+        {"shutdown_timeout": -1},
+        {"stream_timeout": float("nan")},
+        {"keep_alive_timeout": float("inf")},
+        {"header_timeout": 0},
+        {"watchdog_timeout": None},
+        {"tokenizer_workers": 1},
+        {"max_body_bytes": 0},
+        {"ssl_keyfile": "key.pem"},
+        {"enable_log_outputs": True},
+        {"allow_credentials": True, "allowed_origins": ("*",)},
+        {"chat_template": ""},
+    ],
+)
+def test_bad_values_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig(**bad)
+    assert next(iter(bad)) in caught.value.problem
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(JaxserveError, match="did you mean port"):
+        ServerConfig(prot=8000)  # pyright: ignore[reportCallIssue]
+
+
+def test_every_setting_is_explained_and_used() -> None:
+    source = Path(lifecycle.__file__).parent
+    code = "\n".join(path.read_text() for path in source.rglob("*.py"))
+    for field in fields(ServerConfig):
+        assert '"""' in code.split(f"\n    {field.name}: ", 1)[1].split("\n", 2)[1], field.name
+        assert f".{field.name}" in code, f"{field.name} does nothing"
+
+
+def test_keys_come_from_the_environment_and_are_not_shown() -> None:
+    config = ServerConfig().with_environment({"JAXSERVE_API_KEY": "sk-one, sk-two,"})
+    assert config.api_key == ("sk-one", "sk-two")
+    assert "sk-one" not in repr(config)
+    assert ServerConfig(api_key=("mine",)).with_environment({"JAXSERVE_API_KEY": "other"}).api_key == ("mine",)
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig(api_key=("secret", ""))
+    assert "secret" not in str(caught.value)
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    assert ServerConfig(chat_template="{{ messages }}").template() == "{{ messages }}"
+    (tmp_path / "t.jinja").write_text("hällo {{ x }}", encoding="utf-8")
+    assert ServerConfig(chat_template=str(tmp_path / "t.jinja")).template() == "hällo {{ x }}"
+    for name in ("none.jinja", ".", "bad.jinja"):
+        (tmp_path / "bad.jinja").write_bytes(b"\xff\xfe\xfd")
+        with pytest.raises(ConfigError, match="cannot read the chat template"):
+            ServerConfig(chat_template=str(tmp_path / name)).template()
+
+
+# --- sockets --------------------------------------------------------------------------------------------------------
+
+
+def refused(tmp_path: Path, **settings: Any) -> str:
+    """What a start says. The model is not there: nothing may have looked for it."""
+    engine = EngineConfig(model=str(tmp_path / "none"))
+    with pytest.raises(JaxserveError) as caught:
+        lifecycle.serve(engine, ServerConfig(**settings), command=["/bin/false"])
+    return str(caught.value)
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = refused(tmp_path, port=port)
+        assert text == f"127.0.0.1 port {port} is in use; give another --port, or stop what listens there"
+        assert "in use" in refused(tmp_path, host="localhost", port=port)
+
+
+def test_hosts_that_are_not_here(tmp_path: Path) -> None:
+    assert "there is no address for host" in refused(tmp_path, host="no.such.host.invalid", port=0)
+    assert "there is no address for host" in refused(tmp_path, host="a" * 300, port=0)
+    assert "cannot listen on 192.0.2.1" in refused(tmp_path, host="192.0.2.1", port=0)
+
+
+def test_certificates(tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.pem"
+    garbage.write_text("-----BEGIN NONSENSE-----")
+    for name in (str(garbage), str(tmp_path / "none.pem")):
+        assert "cannot use the certificate" in refused(tmp_path, ssl_certfile=name, port=0)
+    made = certificate(tmp_path)
+    context = listening.tls(ServerConfig(ssl_certfile=str(made[0]), ssl_keyfile=str(made[1])))
+    assert context is not None
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    locked = tmp_path / "locked.pem"
+    command = ["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", str(made[1]), "-out", str(locked)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "cannot use" in refused(tmp_path, ssl_certfile=str(made[0]), ssl_keyfile=str(locked), port=0)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-out", str(cert), "-keyout", str(key)], check=True, capture_output=True)
+    return cert, key
+
+
+def test_every_address_of_a_name() -> None:
+    config = ServerConfig(host="localhost", port=0)
+    sockets = listening.bind(config)
+    try:
+        assert len({sock.getsockname()[1] for sock in sockets}) == 1
+        port = sockets[0].getsockname()[1]
+        assert listening.url(config, sockets) == f"http://localhost:{port}"
+        assert not listening.everywhere(sockets)
+        for host, shown in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fe80::1", "[fe80::1]"), ("a.b", "a.b")):
+            assert listening.url(ServerConfig(host=host), sockets) == f"http://{shown}:{port}"
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def test_all_addresses() -> None:
+    [opened] = listening.bind(ServerConfig(host="0.0.0.0", port=0))
+    with opened:
+        assert listening.everywhere([opened])
+
+
+# --- logs -----------------------------------------------------------------------------------------------------------
+
+
+def logged(form: str, message: str, *, secrets: tuple[str, ...] = (), fields: dict[str, Any] | None = None) -> str:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logs.Lines(form, secrets))
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    try:
+        raise ValueError(message)
+    except ValueError:
+        logger.error("%s", message, exc_info=True, extra={"fields": fields or {}})
+    return stream.getvalue()
+
+
+HOSTILE = "a\r\n2026-01-01T00:00:00Z ERROR forged\x1b[2J\x1b]0;title\x07\u2028\u2029\u202e\x85\x00 b"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_cannot_be_forged(form: str) -> None:
+    text = logged(form, HOSTILE, fields={"id": HOSTILE})
+    assert not any(c in text for c in "\r\x1b\x07\x00\x85\u2028\u2029\u202e")
+    lines = text.splitlines()
+    assert not any(line.startswith("2026-01-01") for line in lines)
+    if form == "json":
+        [line] = lines
+        assert json.loads(line)["id"] == json.loads(line)["message"] == HOSTILE
+        assert "Traceback" in json.loads(line)["exception"]
+    else:
+        assert all(line.startswith("    ") for line in lines[1:])
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_keys_are_masked_everywhere(form: str) -> None:
+    secrets = ("sk-1", "sk-1-longer", 'quo"te')
+    text = logged(form, f"got {' '.join(secrets)}", secrets=secrets, fields={"x": "sk-1-longer"})
+    assert "sk-1" not in text
+    assert "longer" not in text
+    assert "quo" not in text
+
+
+@given(st.text(), st.sampled_from(("text", "json")))
+def test_any_text_is_one_line(text: str, form: str) -> None:
+    record = logging.LogRecord("test", logging.INFO, "", 0, "%s", (text,), None)
+    line = logs.Lines(form).format(record)
+    assert len(line.splitlines()) == 1
+    assert line.isprintable()
+
+
+def test_what_a_request_says(caplog: pytest.LogCaptureFixture) -> None:
+    record = Record("id\n7", arrival=0.0, error="no\x1b[31m")
+    logger = logging.getLogger("jaxserve.server")
+    logger.propagate = True
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        logs.request_line(record, method="POST", path="/a\nb" + "c" * 5000, status=400, config=ServerConfig())
+    [entry] = caplog.records
+    shown = logs.Lines("text").format(entry)
+    assert len(shown) < 1000
+    assert "status=400" in shown
+    assert "id=id\\n7" in shown
+    assert "error=no\\x1b[31m" in shown
+
+
+def test_paces_that_are_none(caplog: pytest.LogCaptureFixture) -> None:
+    """Of requests that ended before their first tokens were told of, and of those where nobody knows."""
+    logging.getLogger("jaxserve.server").propagate = True
+    prompt = Ready(Request(id="a", prompt_token_ids=[5], params=SamplingParams()), None)
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        for count, known in ((0, True), (1, True), (9, False), (5, True)):
+            record = Record("x", arrival=0.0, first_token=1.0, last_token=2.0, jobs=[prompt])
+            record.generated_tokens, record.all_counted = count, known
+            logs.request_line(record, method="POST", path="/a", status=504, config=ServerConfig())
+    lines = [vars(entry)["fields"] for entry in caplog.records]
+    assert [line["tokens_per_second"] for line in lines] == [None, None, None, 4.0]
+    assert [line["generated_tokens"] for line in lines] == [0, 1, None, 5]
+
+
+def test_the_line_about_throughput(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    logging.getLogger("jaxserve.server").propagate = True
+    none = FakeEngine({}).metrics()
+    line = logs.Throughput()
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        line.tell(None)
+        line.tell(none)
+        now += 10
+        line.tell(none)  # nothing was done, nothing is said
+        assert not caplog.records
+        now += 10
+        line.tell(replace(none, prompt_tokens=100, generated_tokens=50, prefix_queries=80, prefix_hits=20, running=1))
+    [entry] = caplog.records
+    shown = logs.Lines("text").format(entry)
+    assert "prompt_tokens_per_second=10 generated_tokens_per_second=5 running=1 waiting=0" in shown
+    assert "prefix_hits=25.0%" in shown
+    caplog.clear()
+    now += 10
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        line.tell(replace(none, prompt_tokens=30, running=1))  # of an engine that was started again
+        assert not caplog.records
+
+
+# --- histograms -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 5)), max_size=30))
+def test_histograms(values: list[tuple[float, int]]) -> None:
+    bounds = (0.1, 1.0, 10.0, 1000.0)
+    histogram = Histogram(bounds)
+    for value, count in values:
+        histogram.observe(value, count)
+    for name, below in histogram.buckets():
+        assert below == sum(count for value, count in values if value <= float(name))
+    assert histogram.sum == pytest.approx(sum(value * count for value, count in values))
+
+
+def test_classes_of_token_counts() -> None:
+    assert token_counts(300) == (1, 2, 5, 10, 20, 50, 100, 200)
