@@ -113,7 +113,7 @@ HOST = {
         "jaxserve.server.answers.sse",
     ),
     *("jaxserve.server.answers.stream_interval", "jaxserve.server.protocol.others"),
-    *("jaxserve.demo", "jaxserve.demo.corpus"),
+    *("jaxserve.demo", "benchmarks.demo.corpus"),
     *("jaxserve.cli.client", "jaxserve.flags.parsing", "jaxserve.flags.help"),
     *("jaxserve.cli", "jaxserve.cli.run", "jaxserve.cli.settings", "jaxserve.cli.preflight", "jaxserve.cli.chat"),
     *("jaxserve.cli.bench_serve", "jaxserve.cli.load", "jaxserve.cli.completion", "jaxserve.cli.terminal"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo models that come with the package: toys of a million parameters and of a tenth of it.
 
-Both are Hugging Face folders and share one tokenizer. `python -m jaxserve.demo.train` made them. Here is only where
+Both are Hugging Face folders and share one tokenizer. `python -m benchmarks.demo.train` made them. Here is only where
 they are, so that asking costs nothing.
 """
 

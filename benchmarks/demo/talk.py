@@ -3,7 +3,7 @@
 
 from random import Random
 
-from jaxserve.demo.words import ANIMALS, COLORS, FOODS, HOBBIES, JOBS, NAMES, THINGS, a, capitalized, made_up
+from benchmarks.demo.words import ANIMALS, COLORS, FOODS, HOBBIES, JOBS, NAMES, THINGS, a, capitalized, made_up
 
 Exchange = tuple[str, str]  # what the user says, and the answer
 

@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from jaxserve.demo import corpus, records, stories, tasks
-from jaxserve.demo.corpus import conversation, documents
-from jaxserve.demo.talk import INTENTS
-from jaxserve.demo.words import HEROES, a, listed, plural
+from benchmarks.demo import corpus, records, stories, tasks
+from benchmarks.demo.corpus import conversation, documents
+from benchmarks.demo.talk import INTENTS
+from benchmarks.demo.words import HEROES, a, listed, plural
 
 SOME = list(islice(documents(3), 3000))
 ANSWERS = [

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks.demo import optimizer, packing, shapes, train, vocabulary
 from convert.load import load_model
-from jaxserve.demo import FOLDER, optimizer, packing, shapes, train, vocabulary
+from jaxserve.demo import FOLDER
 from jaxserve.models import param_layout
 from jaxserve.models.registry import read_config, spec_of
 from jaxserve.text import tokenizer as tokenizers

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from jaxserve.demo import DRAFT_FOLDER, FOLDER, packing, vocabulary
+from benchmarks.demo import packing, vocabulary
+from jaxserve.demo import DRAFT_FOLDER, FOLDER
 from jaxserve.errors import RequestError
 from jaxserve.text import tokenizer as tokenizers
 

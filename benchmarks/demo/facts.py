@@ -3,8 +3,8 @@
 
 from random import Random
 
-from jaxserve.demo.talk import Exchange
-from jaxserve.demo.words import CAPITALS, a, capitalized, made_up, plural
+from benchmarks.demo.talk import Exchange
+from benchmarks.demo.words import CAPITALS, a, capitalized, made_up, plural
 
 SOUNDS = {
     **{"cat": "meow", "dog": "woof", "cow": "moo", "sheep": "baa", "duck": "quack", "pig": "oink", "lion": "roar"},

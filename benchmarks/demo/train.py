@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo models: `python -m jaxserve.demo.train --out FOLDER`, with --draft the small one.
+"""Trains the demo models: `python -m benchmarks.demo.train --out FOLDER`, with --draft the small one.
 
 Takes the product's own dense forward pass, differentiated by jax. The folder holds a whole model from the
 first minutes on, a better one with every save.
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.demo import optimizer, packing, shapes, vocabulary
+from benchmarks.demo.corpus import USUAL_TOPICS
 from convert.load import load_model
-from jaxserve.demo import optimizer, packing, shapes, vocabulary
-from jaxserve.demo.corpus import USUAL_TOPICS
 from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params, forward
 from jaxserve.models.registry import spec_of

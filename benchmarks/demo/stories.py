@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 from random import Random
 
-from jaxserve.demo.talk import Exchange
-from jaxserve.demo.words import (
+from benchmarks.demo.talk import Exchange
+from benchmarks.demo.words import (
     ANIMALS,
     BOYS,
     COLORS,

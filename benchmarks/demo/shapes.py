@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save
 from tokenizers import Tokenizer
 
-from jaxserve.demo import vocabulary
+from benchmarks.demo import vocabulary
 from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.families.llama import WEIGHTS

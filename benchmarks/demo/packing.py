@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxserve.demo.corpus import Messages, documents
-from jaxserve.demo.vocabulary import BEGIN, END, PAD
+from benchmarks.demo.corpus import Messages, documents
+from benchmarks.demo.vocabulary import BEGIN, END, PAD
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens int32 [rows, length], weights float32 [rows, length]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from jaxserve.demo.corpus import Messages, documents
+from benchmarks.demo.corpus import Messages, documents
 
 SIZE = 1280
 SEED, DOCUMENTS = 0, 30_000  # of the text that it is trained on

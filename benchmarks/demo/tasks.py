@@ -3,8 +3,8 @@
 
 from random import Random
 
-from jaxserve.demo.talk import Exchange
-from jaxserve.demo.words import (
+from benchmarks.demo.talk import Exchange
+from benchmarks.demo.words import (
     ANIMALS,
     CITIES,
     COLORS,

@@ -7,9 +7,9 @@ Knows no tokens. A conversation is a list of messages as chat templates take the
 from collections.abc import Callable, Iterator
 from random import Random
 
-from jaxserve.demo import facts, records, stories, talk, tasks
-from jaxserve.demo.talk import Exchange
-from jaxserve.demo.words import capitalized
+from benchmarks.demo import facts, records, stories, talk, tasks
+from benchmarks.demo.talk import Exchange
+from benchmarks.demo.words import capitalized
 
 Messages = list[dict[str, str]]
 

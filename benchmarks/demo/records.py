@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from jaxserve.demo.talk import Exchange
-from jaxserve.demo.words import (
+from benchmarks.demo.talk import Exchange
+from benchmarks.demo.words import (
     ANIMALS,
     CAPITALS,
     CITIES,
