@@ -36,7 +36,7 @@ class Convert:
     """Replace DST if it holds a converted model."""
 
     def run(self) -> None:
-        from convert import hub, output
+        from convert.files import hub, output
 
         started = time.monotonic()
         # What DST is comes first, then the config, and jax only when both are right.
@@ -50,7 +50,8 @@ class Convert:
         import jax
 
         cast(Any, jax.config).update("jax_platforms", "cpu")  # nothing is computed; a GPU may be in use
-        from convert import load, orbax, output, progress
+        from convert import load, orbax
+        from convert.files import output, progress
 
         plan = load.open_model(folder)
         with output.folder(self.destination, overwrite=self.overwrite, ours=_ours) as made:
@@ -90,7 +91,7 @@ def _commit(source: str, folder: Path) -> str | None:
 
 def _copy_along(folder: Path, made: Path) -> None:
     """Config, tokenizer and chat templates as they are; never code, and no weights."""
-    from convert.hub import SMALL, TEMPLATE
+    from convert.files.hub import SMALL, TEMPLATE
 
     templates = (str(path.relative_to(folder)) for path in folder.glob("*/*.jinja"))
     for name in ("config.json", *sorted(SMALL), *(name for name in templates if TEMPLATE.fullmatch(name))):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from convert import orbax
+from convert.files.reader import Array, Progress, Reader, aligned
 from convert.plan import Plan, plan
-from convert.reader import Array, Progress, Reader, aligned
 from jaxserve.errors import JaxserveError
 from jaxserve.models import param_layout, registry
 from jaxserve.models.decoder import Params

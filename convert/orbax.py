@@ -24,10 +24,10 @@ from typing import Any, NoReturn, cast
 import jax.numpy as jnp
 import numpy as np
 
-from convert import output
-from convert.header import BITS, TensorInfo, quote
+from convert.files import output
+from convert.files.header import BITS, TensorInfo, quote
+from convert.files.reader import Progress, Reader, aligned
 from convert.plan import Piece, Plan
-from convert.reader import Progress, Reader, aligned
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import hf, param_layout

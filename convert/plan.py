@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.header import BITS, TensorInfo, quote
-from convert.reader import Array, Job, equal_bytes
-from convert.safetensors import read_checkpoint
+from convert.files.header import BITS, TensorInfo, quote
+from convert.files.reader import Array, Job, equal_bytes
+from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import param_layout
 from jaxserve.models.registry import Family

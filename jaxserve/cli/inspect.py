@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from convert.safetensors import TensorInfo, read_checkpoint
+from convert.files.safetensors import TensorInfo, read_checkpoint
 from jaxserve.errors import one_line
 from jaxserve.flags.parsing import Arg
 

@@ -76,7 +76,8 @@ def read(config: EngineConfig) -> Model:
     import jax.numpy as jnp
     import numpy as np
 
-    from convert import hub, load
+    from convert import load
+    from convert.files import hub
     from jaxserve.models import hf, param_layout
 
     cache = Path(config.download_dir).expanduser() if config.download_dir else None

@@ -45,7 +45,7 @@ def check(engine: EngineConfig, server: ServerConfig) -> None:
 
 def check_model(engine: EngineConfig) -> None:
     """Of a folder: that it has a config of a known architecture, weights with sound headers, and a tokenizer."""
-    from convert import hub
+    from convert.files import hub
 
     folder = Path(engine.model).expanduser()
     if not (folder.exists() or _HUB_ID.fullmatch(engine.model)) or engine.model.startswith((".", "~")):
@@ -58,7 +58,7 @@ def check_model(engine: EngineConfig) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    from convert import safetensors
+    from convert.files import safetensors
     from jaxserve.models import hf, registry
 
     if (folder / "spec.json").exists():  # converted, and checked by its reader

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from convert import hub
+from convert.files import hub
 from jaxserve.config import EngineConfig, Limits
 from jaxserve.engine.schedule import admission
 from jaxserve.errors import CheckpointError, RequestError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convert.safetensors import read_checkpoint
+from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convert.hub import fetch
+from convert.files.hub import fetch
 from jaxserve.errors import CheckpointError
 from tests.convert.crafted import one
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.safetensors import read_checkpoint
+from convert.files.safetensors import read_checkpoint
 from tests.convert.crafted import blob, entry, refused
 
 

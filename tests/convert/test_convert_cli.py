@@ -21,8 +21,9 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from convert import load, orbax, output
-from convert.reader import Reader
+from convert import load, orbax
+from convert.files import output
+from convert.files.reader import Reader
 from jaxserve import cli
 from tests.convert.folders import same
 from tests.convert.hub_server import Hub
@@ -222,7 +223,7 @@ def test_what_is_beside_it_is_never_lost(source: Path, tmp_path: Path, convert: 
 
 STOPS = """
 import sys, time
-from convert.reader import Reader
+from convert.files.reader import Reader
 from jaxserve.cli import main
 fill, calls = Reader.fill, []
 def slow(self, jobs):

@@ -19,8 +19,8 @@ import huggingface_hub.utils
 import pytest
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
-from convert.hub import fetch
-from convert.safetensors import read_checkpoint
+from convert.files.hub import fetch
+from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError
 from tests.convert.hub_server import Hub
 from tests.convert.repositories import ID, INDEX, JUNK, SHARDS, SINGLE, SMALL, WEIGHTS, contents, refused
@@ -68,7 +68,7 @@ def test_what_is_no_model_folder(tmp_path: Path, hub: Hub, monkeypatch: pytest.M
 def test_a_wrong_path_is_told_before_anything_heavy_is_imported(source: str) -> None:
     script = (
         "import sys\n"
-        "from convert.hub import fetch\n"
+        "from convert.files.hub import fetch\n"
         "try: fetch(sys.argv[1])\n"
         "except Exception as error: print(type(error).__name__)\n"
         "heavy = {'jax', 'jaxlib', 'numpy', 'huggingface_hub', 'transformers', 'httpx2', 'tqdm'}\n"

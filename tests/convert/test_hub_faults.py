@@ -19,7 +19,7 @@ import huggingface_hub.utils
 import pytest
 from huggingface_hub import constants
 
-from convert.hub import fetch
+from convert.files.hub import fetch
 from tests.convert.crafted import one
 from tests.convert.hub_server import Hub, wait_for
 from tests.convert.repositories import ID, INDEX, SHARDS, SINGLE, SMALL, contents, refused
@@ -288,7 +288,7 @@ def test_a_failed_update_leaves_the_old_commit_in_use(hub: Hub, cache: Path, nap
 def test_an_interrupted_download_looks_incomplete(hub: Hub, cache: Path, how: signal.Signals) -> None:
     commit = hub.commit(ID, SINGLE)
     fault = hub.fault("cdn", cut=20, hold=threading.Event())
-    script = "import sys, pathlib, convert.hub as hub; hub.fetch('org/tiny', cache_dir=pathlib.Path(sys.argv[1]))"
+    script = "import sys, pathlib, convert.files.hub as hub; hub.fetch('org/tiny', cache_dir=pathlib.Path(sys.argv[1]))"
     environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(cache.parent / "home")}
     with subprocess.Popen([sys.executable, "-c", script, cache], env=environment, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: any(one.place == "cdn" for one in hub.asked))

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import load
+from convert.files.reader import Reader, aligned
 from convert.load import Plan
 from convert.plan import Piece
-from convert.reader import Reader, aligned
 from jaxserve.errors import JaxserveError
 from jaxserve.models import param_layout, registry
 from jaxserve.parallel import mesh
@@ -242,8 +242,8 @@ VIEWS: dict[str, Any] = {
 @pytest.mark.parametrize("span", [64, 5000, 1 << 20])
 @pytest.mark.parametrize("name", VIEWS)
 def test_any_view_into_any_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, span: int) -> None:
-    monkeypatch.setattr("convert.reader.SPAN", span)
-    monkeypatch.setattr("convert.reader.HOLE", span // 10)
+    monkeypatch.setattr("convert.files.reader.SPAN", span)
+    monkeypatch.setattr("convert.files.reader.HOLE", span // 10)
     values = np.random.default_rng(0).normal(size=(600, 96)).astype(np.float32)
     save_file({"a": np.zeros(1, np.uint8), "x": values}, tmp_path / "model.safetensors")
     info = load.plan.__globals__["read_checkpoint"](tmp_path)["x"]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
-from convert.header import BITS
-from convert.safetensors import TensorInfo, read_checkpoint, read_header
+from convert.files.header import BITS
+from convert.files.safetensors import TensorInfo, read_checkpoint, read_header
 from jaxserve.errors import CheckpointError
 from tests.convert.crafted import blob, entry, one, refused
 

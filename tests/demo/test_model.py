@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from convert.safetensors import read_checkpoint
+from convert.files.safetensors import read_checkpoint
 from jaxserve.demo import DRAFT_FOLDER, FOLDER
 from jaxserve.llm import LLM
 from jaxserve.models import hf

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from convert.safetensors import read_checkpoint
+from convert.files.safetensors import read_checkpoint
 from tests.golden import load, weights
 from tests.golden.cases import CASES
 

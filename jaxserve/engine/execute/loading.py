@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from convert import hub, load, progress
+from convert import load
+from convert.files import hub, progress
 from convert.load import Plan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError

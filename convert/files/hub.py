@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from convert.header import quote
-from convert.hub_faults import HINT_AGAIN, HINT_ENDPOINT, HINT_ROOM, HubModel, explained, few, reason, shown
-from convert.safetensors import read_index
+from convert.files.header import quote
+from convert.files.hub_faults import HINT_AGAIN, HINT_ENDPOINT, HINT_ROOM, HubModel, explained, few, reason, shown
+from convert.files.safetensors import read_index
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError
 

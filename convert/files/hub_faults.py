@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import gaierror
 
-from convert.header import quote
+from convert.files.header import quote
 from jaxserve.errors import CheckpointError, one_line
 
 HINT_AGAIN = "run it again"

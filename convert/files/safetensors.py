@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-from convert import header
-from convert.header import MalformedError, TensorInfo, quote
+from convert.files import header
+from convert.files.header import MalformedError, TensorInfo, quote
 from jaxserve.errors import CheckpointError, one_line
 
 __all__ = ["TensorInfo", "read_checkpoint", "read_header", "read_index"]

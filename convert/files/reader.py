@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from convert.header import TensorInfo
+from convert.files.header import TensorInfo
 from jaxserve.errors import CheckpointError, one_line
 
 type Array = np.ndarray[Any, Any]
