@@ -29,9 +29,13 @@ COMMANDS = {
     "chat": Command("jaxserve.cli.chat", "Chat", "Talk to a running server in the terminal."),
     "complete": Command("jaxserve.cli.chat", "Complete", "Have a running server continue a text."),
     "bench serve": Command("jaxserve.cli.bench_serve", "BenchServe", "Load a running server, and measure."),
-    "bench throughput": Command("jaxserve.cli.bench_offline", "BenchThroughput", "Tokens per second, no server."),
-    "bench latency": Command("jaxserve.cli.bench_offline", "BenchLatency", "Seconds of a batch, no server."),
-    "check": Command("jaxserve.cli.check", "Check", "What a model is and whether it fits, without loading it."),
+    "bench throughput": Command(
+        "jaxserve.cli.with_jax.bench_offline", "BenchThroughput", "Tokens per second, no server."
+    ),
+    "bench latency": Command("jaxserve.cli.with_jax.bench_offline", "BenchLatency", "Seconds of a batch, no server."),
+    "check": Command(
+        "jaxserve.cli.with_jax.check", "Check", "What a model is and whether it fits, without loading it."
+    ),
     "profile": Command(
         "jaxserve.cli.profile", "Profile", "Trace a server, or a run of its own, for Perfetto or XProf."
     ),
@@ -39,7 +43,9 @@ COMMANDS = {
     "version": Command(
         "jaxserve.cli.version", "Version", "Print the versions of jaxserve, Python and the packages below."
     ),
-    "devices": Command("jaxserve.cli.devices", "Devices", "List the devices that jax sees, and how kernels run there."),
+    "devices": Command(
+        "jaxserve.cli.with_jax.devices", "Devices", "List the devices that jax sees, and how kernels run there."
+    ),
     "inspect": Command("jaxserve.cli.inspect", "Inspect", "List the tensors of a safetensors checkpoint."),
     "completion": Command("jaxserve.cli.completion", "Completion", "Print a completion script for bash, zsh or fish."),
 }

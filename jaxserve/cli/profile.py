@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.cli import settings
-from jaxserve.cli.bench_offline import opened, random_prompts
 from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
+from jaxserve.cli.with_jax.bench_offline import opened, random_prompts
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.parsing import Parser

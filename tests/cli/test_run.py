@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from jaxserve import cli, demo
-from jaxserve.cli import memory_plan, preflight, settings
+from jaxserve.cli import preflight, settings
 from jaxserve.cli.run import Run
+from jaxserve.cli.with_jax import memory_plan
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, UsageError
 from jaxserve.models import registry

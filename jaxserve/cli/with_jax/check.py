@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from jaxserve.cli import settings
-from jaxserve.cli.memory_plan import MAX_DEVICES, Model, Plan, alternatives, planned, read
+from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Model, Plan, alternatives, planned, read
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError, UsageError, one_line
 from jaxserve.flags.parsing import Flag, Parser
