@@ -14,7 +14,7 @@ from jaxserve.types.outputs import TokenLogprobs
 from jaxserve.types.request import Request
 from pallas_kernels.row_sampler import gumbel_noise
 from tests.engine.driver import EOS, VOCABULARY
-from tests.kernels.oracles import surviving
+from tests.pallas_kernels.oracles import surviving
 from tests.sampling.oracle import Asked, edits
 
 NEAR = 2e-4  # of two logits: the dense model and the paged one differ by less

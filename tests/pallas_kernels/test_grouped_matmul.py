@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.grouped_matmul import default_tiles, grouped_matmul, row_tile_count, row_tiles, tile_key
 from pallas_kernels.tuning import MatmulTiles
-from tests.kernels.test_lowering import lower, targeting_h200, triton_ir
+from tests.pallas_kernels.test_lowering import lower, targeting_h200, triton_ir
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import Batch, dense_attention, error, make_batch, rounded, stored
+from tests.pallas_kernels.oracles import Batch, dense_attention, error, make_batch, rounded, stored
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 37, 16, 2], kv_lens=[40, 1, 5, 100, 16, 65], decode_rows=2)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3, jnp.float16: 8e-4}

@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 from pallas_kernels import dispatch, row_sampler
 from pallas_kernels.sampling import Sampled, SamplingParams, sample, token_logprobs
 from pallas_kernels.tuning import SamplingTiles
-from tests.kernels.oracles import surviving
+from tests.pallas_kernels.oracles import surviving
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 TILES = SamplingTiles(block=128, pivots=4)  # rows of several chunks, even when they are short

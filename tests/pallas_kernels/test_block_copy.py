@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
-from tests.kernels.oracles import stored
+from tests.pallas_kernels.oracles import stored
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2]

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import dispatch, mla_attention, paged_attention, sampling, tuning
 from pallas_kernels.tuning import DecodeTiles, MatmulTiles, RaggedTiles, SamplingTiles
-from tests.kernels.test_lowering import targeting_h200
+from tests.pallas_kernels.test_lowering import targeting_h200
 
 
 def test_the_cpu_runs_the_twins() -> None:

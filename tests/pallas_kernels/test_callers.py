@@ -16,7 +16,7 @@ from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
-from tests.kernels.oracles import dense_attention, error, make_batch
+from tests.pallas_kernels.oracles import dense_attention, error, make_batch
 
 BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 9], kv_lens=[40, 1, 5, 30], decode_rows=2)

@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.kernels.oracles import Batch, call_jitted, dense_attention, error, make_batch, rounded, stored
+from tests.pallas_kernels.oracles import Batch, call_jitted, dense_attention, error, make_batch, rounded, stored
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 21, 2], kv_lens=[40, 1, 5, 50, 33], decode_rows=2)
 TILES: dict[str, Any] = dict(
