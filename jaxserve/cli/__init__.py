@@ -19,35 +19,25 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    module: str
+    module: str  # relative to this package, unless it is in another
     kind: str  # the dataclass in it
     about: str
 
 
 COMMANDS = {
-    "run": Command("jaxserve.cli.run", "Run", "Serve a model over HTTP, as OpenAI does; the demo if none is named."),
-    "chat": Command("jaxserve.cli.chat", "Chat", "Talk to a running server in the terminal."),
-    "complete": Command("jaxserve.cli.chat", "Complete", "Have a running server continue a text."),
-    "bench serve": Command("jaxserve.cli.bench_serve", "BenchServe", "Load a running server, and measure."),
-    "bench throughput": Command(
-        "jaxserve.cli.with_jax.bench_offline", "BenchThroughput", "Tokens per second, no server."
-    ),
-    "bench latency": Command("jaxserve.cli.with_jax.bench_offline", "BenchLatency", "Seconds of a batch, no server."),
-    "check": Command(
-        "jaxserve.cli.with_jax.check", "Check", "What a model is and whether it fits, without loading it."
-    ),
-    "profile": Command(
-        "jaxserve.cli.profile", "Profile", "Trace a server, or a run of its own, for Perfetto or XProf."
-    ),
+    "run": Command(".run", "Run", "Serve a model over HTTP, as OpenAI does; the demo if none is named."),
+    "chat": Command(".chat", "Chat", "Talk to a running server in the terminal."),
+    "complete": Command(".chat", "Complete", "Have a running server continue a text."),
+    "bench serve": Command(".bench_serve", "BenchServe", "Load a running server, and measure."),
+    "bench throughput": Command(".with_jax.bench_offline", "BenchThroughput", "Tokens per second, no server."),
+    "bench latency": Command(".with_jax.bench_offline", "BenchLatency", "Seconds of a batch, no server."),
+    "check": Command(".with_jax.check", "Check", "What a model is and whether it fits, without loading it."),
+    "profile": Command(".with_jax.profile", "Profile", "Trace a server, or a run of its own, for Perfetto or XProf."),
     "convert": Command("convert.command", "Convert", "Write a model in the form that starts fastest, with Orbax."),
-    "version": Command(
-        "jaxserve.cli.version", "Version", "Print the versions of jaxserve, Python and the packages below."
-    ),
-    "devices": Command(
-        "jaxserve.cli.with_jax.devices", "Devices", "List the devices that jax sees, and how kernels run there."
-    ),
-    "inspect": Command("jaxserve.cli.inspect", "Inspect", "List the tensors of a safetensors checkpoint."),
-    "completion": Command("jaxserve.cli.completion", "Completion", "Print a completion script for bash, zsh or fish."),
+    "version": Command(".version", "Version", "Print the versions of jaxserve, Python and the packages below."),
+    "devices": Command(".with_jax.devices", "Devices", "List the devices that jax sees, and how kernels run there."),
+    "inspect": Command(".inspect", "Inspect", "List the tensors of a safetensors checkpoint."),
+    "completion": Command(".completion", "Completion", "Print a completion script for bash, zsh or fish."),
 }
 ALIASES = {"serve": "run"}
 
@@ -104,7 +94,7 @@ def _call(name: str, words: Sequence[str]) -> int | None:
 
 def _kind(name: str) -> Any:
     command = COMMANDS[name]
-    return getattr(importlib.import_module(command.module), command.kind)
+    return getattr(importlib.import_module(command.module, __name__), command.kind)
 
 
 def parser_of(name: str) -> "Parser":
