@@ -55,3 +55,8 @@ class OverloadedError(RequestError):
 
 class EngineError(JaxserveError):
     """A fault of the engine itself: what was in flight is lost."""
+
+
+def message_of(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return one_line(str(error) or type(error).__name__, limit=400)

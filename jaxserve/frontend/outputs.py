@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxserve.errors import RequestError
-from jaxserve.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxserve.text.detokenizer import IncrementalDetokenizer
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.outputs import (
     CompletionOutput,
     FinishReason,

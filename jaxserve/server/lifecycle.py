@@ -202,7 +202,7 @@ class Life:
         if importing is not None:
             await importing
         try:
-            front = await _in_thread(partial(_attach, engine, self._engine_config))
+            front = await _in_thread(partial(_connect, engine, self._engine_config))
         except EngineError:
             return  # it has failed meanwhile
         await self._when(lambda: engine.state.phase == "ready")
@@ -255,10 +255,10 @@ class Life:
         serving.executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _attach(engine: EngineProcess, config: EngineConfig) -> "Front":
-    from jaxserve.frontend.attach import attach
+def _connect(engine: EngineProcess, config: EngineConfig) -> "Front":
+    from jaxserve.frontend.connect import connect
 
-    return attach(engine, config)
+    return connect(engine, config)
 
 
 def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back: encoding, chat templates, and decoding while tokens still arrive.
+"""Text to token ids and back.
 
 Knows transformers' fast tokenizers, nothing of models or engines, and runs no code of a model's folder.
 """
 
 import functools
-import inspect
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jaxserve.errors import CheckpointError, RequestError, one_line
+from jaxserve.errors import CheckpointError, RequestError, message_of
+from jaxserve.text.chat_template import chat_text as chat_template_text
 from jaxserve.text.text_length import TextLength, text_length
 from jaxserve.text.token_bytes import BROKEN, Decoding, TextStream
-from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 MAX_FILE_BYTES = 256 * 2**20  # the largest vocabularies of today take a sixth of it
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -38,16 +37,12 @@ def load(folder: str | Path) -> "Tokenizer":
     try:
         loaded: Any = cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of many kinds, also of other libraries that read a vocabulary
-        problem = f"transformers cannot load the tokenizer in {folder}: {_told(error)}"
+        problem = f"transformers cannot load the tokenizer in {folder}: {message_of(error)}"
         raise CheckpointError(problem, "check its files, or give prompts as token ids") from None
     if not loaded.is_fast:
         problem = f"the tokenizer in {folder} is a {type(loaded).__name__}, which has no fast form"
         raise CheckpointError(problem, "save it with transformers as tokenizer.json")
     return Tokenizer(loaded)
-
-
-def _told(error: BaseException) -> str:
-    return one_line(str(error) or type(error).__name__, limit=400)
 
 
 class Tokenizer:
@@ -158,169 +153,12 @@ class Tokenizer:
         Templates run in jinja's sandbox, which bounds what they reach but not how long they run: take
         `chat_template` only from those you trust.
         """
-        _check_messages(messages)
-        if tools is not None and not all(isinstance(tool, Mapping) for tool in _listed("tools", tools)):
-            raise RequestError("tools", "a tool is no object", "describe each tool as a JSON object")
-        if continue_final_message and add_generation_prompt:
-            problem = "continue_final_message and add_generation_prompt are both set, and contradict each other"
-            raise RequestError("continue_final_message", problem, "set add_generation_prompt to false")
-        extra = dict(template_kwargs or {})
-        for name in extra:
-            if name in _reserved_names():
-                problem = f"chat_template_kwargs sets {one_line(name)!r}, which is no variable of a template"
-                raise RequestError("chat_template_kwargs", problem, "leave it out")
-        if chat_template is None and self._loaded.chat_template is None:
-            problem = "the model's tokenizer has no chat template"
-            raise RequestError("chat_template", problem, "give one, or send the whole prompt as a completion")
-        try:
-            return self._loaded.apply_chat_template(
-                [_plain(message, index) for index, message in enumerate(messages)],
-                chat_template=chat_template,
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **extra,
-            )
-        except RequestError:
-            raise
-        except Exception as error:  # a template can fail in any way
-            problem = f"the chat template does not take these messages: {_told(error)}"
-            raise RequestError("messages", problem, "send messages in the form that the model was trained on") from None
-
-
-def _listed(field: str, value: object) -> Sequence[object]:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise RequestError(field, f"{field} is of type {type(value).__name__}", "give a list of objects")
-    return cast("Sequence[object]", value)
-
-
-def _check_messages(messages: object) -> None:
-    listed = _listed("messages", messages)
-    if not listed:
-        raise RequestError("messages", "messages is empty", "give at least one")
-    for index, message in enumerate(listed):
-        if not isinstance(message, Mapping) or not isinstance(cast("Mapping[str, object]", message).get("role"), str):
-            raise RequestError("messages", f"messages[{index}] is no object with a role", 'give {"role": …, …}')
-
-
-def _plain(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The message with its content as one string: templates would print a list of parts as Python does."""
-    content: object = message.get("content")
-    if isinstance(content, str) or (content is None and message["role"] == "assistant"):
-        return dict(message)
-    texts: list[str] = []
-    for part in _listed(f"messages[{index}].content", content):
-        fields = cast("Mapping[str, object]", part) if isinstance(part, Mapping) else dict[str, object]()
-        text = fields.get("text")
-        if fields.get("type") != "text" or not isinstance(text, str):
-            kind = one_line(str(fields.get("type", "unknown")))
-            problem = f"messages[{index}] has a part of type {kind!r}: models here take text alone"
-            raise RequestError("messages", problem, 'send parts as {"type": "text", "text": …}')
-        texts.append(text)
-    return {**message, "content": "\n".join(texts)}
-
-
-@functools.cache
-def _reserved_names() -> frozenset[str]:
-    """What apply_chat_template takes for itself, or hands to the template by itself."""
-    from transformers import tokenization_utils_base
-    from transformers.utils import chat_template_utils
-
-    takers = (
-        cast(Any, tokenization_utils_base).PreTrainedTokenizerBase.apply_chat_template,
-        cast(Any, chat_template_utils).render_jinja_template,
-    )
-    return frozenset({"messages"}.union(*(inspect.signature(taker).parameters for taker in takers)))
-
-
-class IncrementalDetokenizer:
-    """The text of one sample while its tokens arrive, and where a stop string ends it.
-
-    Of the stop strings that end in the text of the same token the one that ends first counts; of those, the one that
-    begins first. What the first `min_tokens` tokens complete does not count. Nothing is decoded before it is needed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        self._source = tokenizer.stream(
-            prompt_token_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        return chat_template_text(
+            self._loaded,
+            messages,
+            chat_template=chat_template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
         )
-        self._stops = params.stops
-        self._include = params.include_stop_str_in_output
-        self._min_tokens = params.min_tokens
-        self._reach = max(map(len, self._stops), default=1) - 1  # a stop string may have begun so far back
-        self._end = ""  # the last `_reach` characters
-        self._waiting: list[int] = []  # tokens not yet decoded
-        self._shown = io.StringIO()  # text given out
-        self._held: list[str] = []  # the rest of it
-        self._ended = False
-        self.token_count = 0  # of the tokens that belong to the output
-
-    def append(self, ids: Sequence[int], *, stopped: bool = False) -> str | None:
-        """Adds tokens; returns the stop string that they complete. What comes after that is dropped.
-
-        stopped: the last of them is a stop token, which shows only where include_stop_str_in_output is set.
-        """
-        if self._ended:
-            return None
-        shown = ids[:-1] if stopped and not self._include else ids
-        if not self._stops:
-            self._waiting += shown
-            self.token_count += len(ids)
-            return None
-        for place, token in enumerate(shown):
-            text = self._source.feed((token,))
-            if text and (found := self._search(text, self.token_count + place + 1)):
-                self._ended = True
-                self.token_count += place + 1
-                return found
-        self.token_count += len(ids)
-        return None
-
-    def _search(self, text: str, count: int) -> str | None:
-        """Adds the text of token `count`; if it completes a stop string, cuts there."""
-        self._held.append(text)
-        window = self._end + text
-        old = len(self._end)
-        self._end = window[-self._reach :] if self._reach else ""
-        if count <= self._min_tokens:
-            return None
-        best: tuple[int, int, str] | None = None
-        for stop in self._stops:
-            begin = window.find(stop, max(old - len(stop) + 1, 0))
-            if begin >= 0:
-                this = (begin + len(stop), begin, stop)
-                best = this if best is None else min(best, this)
-        if best is None:
-            return None
-        end, begin, stop = best
-        surplus = len(window) - (end if self._include else begin)
-        held = "".join(self._held)
-        self._held = [held[: len(held) - surplus]]
-        return stop
-
-    def ready(self, finished: bool) -> str:
-        """Text that was not given out before and can be now: it is no part of a stop string that may yet come."""
-        self._catch_up()
-        if finished and not self._ended:
-            self._ended = True
-            self._held.append(self._source.finish())
-        text = "".join(self._held)
-        back = 0 if self._ended or self._include else self._reach
-        text, rest = text[: max(len(text) - back, 0)], text[max(len(text) - back, 0) :]
-        self._held = [rest] if rest else []
-        self._shown.write(text)
-        return text
-
-    @property
-    def text(self) -> str:
-        """All of it so far, cut at the stop string; parts of a character come with the rest of it, or at the end."""
-        self._catch_up()
-        return self._shown.getvalue() + "".join(self._held)
-
-    def _catch_up(self) -> None:
-        if self._waiting:
-            self._held.append(self._source.feed(self._waiting))
-            self._waiting = []

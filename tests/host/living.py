@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.config import EngineConfig
-from jaxserve.frontend.attach import attach
 from jaxserve.frontend.client import Front
+from jaxserve.frontend.connect import connect
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import SamplingParams
@@ -73,7 +73,7 @@ def wait(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
 def front(engine: EngineProcess, config: EngineConfig) -> Front:
     wait(lambda: engine.state.phase != "starting")
     assert engine.state.phase == "ready", engine.state
-    return attach(engine, config)
+    return connect(engine, config)
 
 
 async def outputs(front: Front, prompt: Any, params: SamplingParams, **more: Any) -> list[RequestOutput]:

@@ -339,5 +339,5 @@ def test_the_child_sleeps_when_there_is_nothing_to_do(shared: Shared) -> None:
 
 
 def test_the_parent_needs_no_jax() -> None:
-    code = "import sys, jaxserve.frontend.attach; print({'jax', 'jaxlib', 'flax'} & sys.modules.keys())"
+    code = "import sys, jaxserve.frontend.connect; print({'jax', 'jaxlib', 'flax'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxserve.text import tokenizer as tokenizers
-from jaxserve.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxserve.text.detokenizer import IncrementalDetokenizer
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
 

@@ -11,7 +11,7 @@ from jaxserve.frontend.prepare import Intake, tokenizer_of
 from jaxserve.frontend.process import EngineProcess
 
 
-def attach(engine: EngineProcess, config: EngineConfig) -> Front:
+def connect(engine: EngineProcess, config: EngineConfig) -> Front:
     """Loads the tokenizer, which takes a second or more. May be called while the engine still compiles."""
     opened = engine.opened
     if opened is None:
