@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM: a model in this process, called from one thread at a time. Its methods return when all of their work is done.
 
-Names and shapes are vLLM's. What users give is checked by intake.py; the engine computes; outputs.py makes the text.
+Names and shapes are vLLM's. What users give is checked by frontend/prepare.py; the engine computes; outputs.py makes the text.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
 public   one entry per matrix of the architecture: q, k, v; gate, up; heads counted one by one; the true vocabulary
 engine   what the decoder runs: q, k, v fused by KV head, gate and up fused; KV heads repeated, vocabulary and
-         MLP columns padded with zeros where the mesh or the hardware wants it (fit.py)
+         MLP columns padded with zeros where the mesh or the hardware wants it (mesh_fit.py)
 
 Converting moves values and never computes with them, and can be differentiated. Loading uses the same description of
 an engine tensor's parts (`parts_of`) to write pieces straight into it.

@@ -183,7 +183,7 @@ def test_a_vocabulary_that_asks_to_cut_and_fill_is_not_obeyed(tmp_path: Path) ->
 def test_loading_prints_nothing_and_imports_no_framework() -> None:
     lines = [
         "import sys",
-        "from jaxserve import tokenizer",
+        "from jaxserve.text import tokenizer",
         "assert not {'transformers', 'tokenizers'} & set(sys.modules), 'imported before it is needed'",
         f"loaded = tokenizer.load({str(TOKENIZERS / 'byte-level')!r})",
         "loaded.render_chat([{'role': 'user', 'content': 'x'}]), loaded.decode([5])",

@@ -11,7 +11,7 @@
 A step is `model`, then `head` where logits are wanted, and `embed` where hidden states are. They are apart because the
 head's variants would otherwise multiply the models' compile time; the hidden states and entries between them have one
 shape, whatever the bucket. State is donated: cache, tables [rows, width], last [rows] (each row's last sampled token:
-the next step's input, without a way through the host), controls. The vector's layout: batch.py.
+the next step's input, without a way through the host), controls. The vector's layout: packing.py.
 """
 
 import contextvars
