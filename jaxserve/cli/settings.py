@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from jaxserve import unsupported
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.parsing import Flag, Parser, flags_of
@@ -63,63 +64,15 @@ SPELLINGS = {
     "log_level": ("--uvicorn-log-level",),
 }
 
-_LATER = "leave it out"
-_ALWAYS = {
-    "--enable-chunked-prefill": "prompts are always cut into chunks",
-    "--disable-log-requests": "requests are not logged unless --enable-log-requests is given",
-    "--disable-uvicorn-access-log": "there is no access log",
-    "--enable-prompt-tokens-details": "cached tokens are always told",
-    "--enable-server-load-tracking": "/load always works",
-    "--enable-sleep-mode": "/sleep always works",
-}
-_INSTEAD = {
-    "--trust-remote-code": "code that comes with a checkpoint is never run",
-    "--enforce-eager": "use --no-warmup for a quick start",
-    "--enable-expert-parallel": "use --expert-parallel-size N",
-    "--swap-space": "what is preempted is computed again",
-    "--guided-decoding-backend": _LATER,
-    "--load-format": "checkpoints are safetensors, or what jaxserve convert wrote",
-    "--tokenizer-revision": "use --tokenizer with a folder",
-    "--hf-token": "set HF_TOKEN",
-    "--profiler-config": "use --profile-dir",
-    "--uds": "use --host and --port",
-    "--root-path": "have the proxy take the prefix away",
-}
-_NOT_YET = (
-    *("quantization", "kv-cache-dtype", "enable-lora", "lora-modules", "max-loras", "max-lora-rank", "max-cpu-loras"),
-    *("fully-sharded-loras", "lora-dtype", "lora-target-modules", "speculative-config", "spec-method", "spec-model"),
-    *("spec-tokens", "structured-outputs-config", "reasoning-parser", "enable-auto-tool-choice", "tool-call-parser"),
-    *("tool-parser-plugin", "exclude-tools-when-tool-choice-none", "pipeline-parallel-size", "data-parallel-size"),
-    *("data-parallel-rank", "data-parallel-address", "data-parallel-rpc-port", "data-parallel-size-local"),
-    *("decode-context-parallel-size", "prefill-context-parallel-size", "enable-eplb", "all2all-backend", "enable-dbo"),
-    *("distributed-executor-backend", "nnodes", "node-rank", "master-addr", "master-port"),
-    *("disable-custom-all-reduce", "cpu-offload-gb", "offload-group-size", "kv-offloading-size"),
-    *("kv-offloading-backend", "compilation-config", "optimization-level", "cudagraph-capture-sizes"),
-    *("performance-mode", "jit-monitor-mode", "use-fp64-gumbel", "logits-processors", "weight-transfer-config"),
-    *("kv-transfer-config", "kv-events-config", "ec-transfer-config", "tokenizer-mode", "code-revision"),
-    *("hf-overrides", "hf-config-path", "generation-config", "override-generation-config", "ignore-patterns"),
-    *("safetensors-load-strategy", "kv-cache-dtype-skip-layers", "prefix-caching-hash-algo"),
-    *("long-prefill-token-threshold", "max-num-scheduled-tokens", "scheduler-cls", "scheduler-reserve-full-isl"),
-    *("watermark", "stream-interval", "prefill-schedule-interval", "disable-sliding-window", "disable-cascade-attn"),
-    *("disable-hybrid-kv-cache-manager", "attention-backend", "middleware", "api-server-count", "disable-fastapi-docs"),
-    *("chat-template-content-format", "default-chat-template-kwargs", "enable-per-request-metrics"),
-    *("otlp-traces-endpoint", "collect-detailed-traces", "kv-cache-metrics", "enable-mfu-metrics"),
-    *("cudagraph-metrics", "enable-logging-iteration-details", "fail-on-environ-validation"),
-    *("enable-fault-tolerance", "ssl-ca-certs", "ssl-cert-reqs", "limit-mm-per-prompt", "mm-processor-kwargs"),
-    *("enable-tokenizer-info-endpoint", "data-parallel-backend", "task", "runner", "grpc", "headless"),
-)
-_SHORT = {"-q": "--quantization", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size"}
-
 
 def refused() -> dict[str, tuple[str, str]]:
     """vLLM's options that are not ours: the problem with each, and a hint."""
-    found = {f"--{name}": (f"--{name} is not supported yet", _LATER) for name in _NOT_YET}
-    found |= {name: (f"{name} is not supported", hint) for name, hint in _INSTEAD.items()}
-    found |= {name: (f"{name} is not an option here: {why}", _LATER) for name, why in _ALWAYS.items()}
-    found |= {short: (f"{short} is {name}, which is not supported yet", _LATER) for short, name in _SHORT.items()}
-    for name, told in list(found.items()):
-        if name.startswith("--") and not name.startswith("--no-"):
-            found["--no-" + name[2:]] = (told[0].replace(name, "--no-" + name[2:]), told[1])
+    found: dict[str, tuple[str, str]] = {}
+    for name, reason in unsupported.SETTINGS.items():
+        dashed = name.replace("_", "-")
+        found |= {option: reason.about(option) for option in (f"--{dashed}", f"--no-{dashed}")}
+    for short, name in unsupported.SHORT_FLAGS.items():
+        found[short] = unsupported.SETTINGS[name].about(f"{short} (--{name.replace('_', '-')})")
     return found
 
 

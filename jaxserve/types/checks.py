@@ -8,29 +8,21 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, cast
 
+from jaxserve import unsupported
 from jaxserve.errors import RequestError
-
-# vLLM's names of what may come: of sampling parameters, then of settings.
-NOT_YET = frozenset(
-    (
-        *("structured_outputs", "guided_decoding", "logprob_token_ids", "flat_logprobs", "thinking_token_budget"),
-        *("repetition_detection", "logits_processors", "best_of", "truncate_prompt_tokens", "extra_args"),
-        *("quantization", "enable_lora", "max_loras", "speculative_config", "kv_cache_dtype", "enforce_eager"),
-        *("pipeline_parallel_size", "data_parallel_size", "swap_space", "cpu_offload_gb"),
-    )
-)
 
 
 def check_names(kind: type, given: Mapping[str, object]) -> None:
     """That every name is a field of the dataclass."""
     known = [f.name for f in fields(cast(Any, kind))]
     for name in given:
-        if name in NOT_YET:
-            raise RequestError(name, f"{name} is not supported yet", "leave it out")
-        if name not in known:
-            close = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise RequestError(str(name), f"{name!r} is no field of {kind.__name__}", hint)
+        if name in known:
+            continue
+        if reason := unsupported.SAMPLING_PARAMETERS.get(name) or unsupported.SETTINGS.get(name):
+            raise RequestError(name, *reason.about(name))
+        close = get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        raise RequestError(str(name), f"{name!r} is no field of {kind.__name__}", hint)
 
 
 def refused(name: str, value: object, wanted: str) -> RequestError:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's and OpenAI's names that jaxserve does not have, once: settings, sampling parameters, fields of requests.
+
+Each has an entry: what to say after the name, and what to do about it. A name that gains support is deleted here.
+"""
+
+from typing import NamedTuple
+
+REMOVE = "remove it"
+
+
+class Reason(NamedTuple):
+    problem: str  # after the name
+    hint: str
+
+    def about(self, name: str) -> tuple[str, str]:
+        """Problem and hint, with the name as the user spelled it."""
+        return f"{name} {self.problem}", self.hint
+
+
+def _planned(*names: str) -> dict[str, Reason]:
+    return dict.fromkeys(names, Reason("is not supported yet", REMOVE))
+
+
+def _instead(**hints: str) -> dict[str, Reason]:
+    return {name: Reason("is not supported", hint) for name, hint in hints.items()}
+
+
+def _needless(**reasons: str) -> dict[str, Reason]:
+    return {name: Reason(f"is not needed: {why}", REMOVE) for name, why in reasons.items()}
+
+
+SAMPLING_PARAMETERS = {
+    **_planned("structured_outputs", "guided_decoding", "logprob_token_ids", "flat_logprobs", "thinking_token_budget"),
+    **_planned("repetition_detection", "logits_processors", "best_of", "truncate_prompt_tokens", "extra_args"),
+}
+
+SETTINGS = {
+    **_planned("quantization", "kv_cache_dtype", "kv_cache_dtype_skip_layers"),
+    **_planned("enable_lora", "lora_modules", "max_loras", "max_lora_rank", "max_cpu_loras", "fully_sharded_loras"),
+    **_planned("lora_dtype", "lora_target_modules"),
+    **_planned("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+    **_planned("structured_outputs_config", "guided_decoding_backend", "reasoning_parser", "enable_auto_tool_choice"),
+    **_planned("tool_call_parser", "tool_parser_plugin", "exclude_tools_when_tool_choice_none", "logits_processors"),
+    **_planned("pipeline_parallel_size", "data_parallel_size", "data_parallel_rank", "data_parallel_address"),
+    **_planned("data_parallel_rpc_port", "data_parallel_size_local", "data_parallel_backend"),
+    **_planned("decode_context_parallel_size", "prefill_context_parallel_size", "enable_eplb", "all2all_backend"),
+    **_planned("enable_dbo", "distributed_executor_backend", "nnodes", "node_rank", "master_addr", "master_port"),
+    **_planned("headless", "disable_custom_all_reduce", "api_server_count"),
+    **_planned("cpu_offload_gb", "offload_group_size", "kv_offloading_size", "kv_offloading_backend"),
+    **_planned("weight_transfer_config", "kv_transfer_config", "kv_events_config", "ec_transfer_config"),
+    **_planned("compilation_config", "optimization_level", "cudagraph_capture_sizes", "performance_mode"),
+    **_planned("jit_monitor_mode", "use_fp64_gumbel", "disable_cascade_attn", "attention_backend"),
+    **_planned("tokenizer_mode", "code_revision", "hf_overrides", "hf_config_path", "generation_config"),
+    **_planned("override_generation_config", "ignore_patterns", "safetensors_load_strategy", "task", "runner"),
+    **_planned("prefix_caching_hash_algo", "long_prefill_token_threshold", "max_num_scheduled_tokens"),
+    **_planned("scheduler_cls", "scheduler_reserve_full_isl", "watermark", "stream_interval"),
+    **_planned("prefill_schedule_interval", "disable_sliding_window", "disable_hybrid_kv_cache_manager"),
+    **_planned("middleware", "disable_fastapi_docs", "grpc", "ssl_ca_certs", "ssl_cert_reqs"),
+    **_planned("chat_template_content_format", "default_chat_template_kwargs", "enable_tokenizer_info_endpoint"),
+    **_planned("enable_per_request_metrics", "otlp_traces_endpoint", "collect_detailed_traces", "kv_cache_metrics"),
+    **_planned("enable_mfu_metrics", "cudagraph_metrics", "enable_logging_iteration_details"),
+    **_planned("fail_on_environ_validation", "enable_fault_tolerance", "limit_mm_per_prompt", "mm_processor_kwargs"),
+    **_instead(
+        trust_remote_code="remove it: code that comes with a checkpoint is never run",
+        enforce_eager="set warmup to false (--no-warmup) for a quick start",
+        enable_expert_parallel="use expert_parallel_size (--expert-parallel-size N)",
+        swap_space="remove it: preempted requests are recomputed",
+        load_format="use safetensors, or a model written by `jaxserve convert`",
+        tokenizer_revision="download the tokenizer and name its folder with --tokenizer",
+        hf_token="set the environment variable HF_TOKEN",
+        profiler_config="use --profile-dir",
+        uds="use --host and --port",
+        root_path="let the reverse proxy strip the prefix",
+    ),
+    **_needless(
+        enable_chunked_prefill="prompts are always processed in chunks",
+        disable_log_requests="requests are logged only with --enable-log-requests",
+        disable_uvicorn_access_log="there is no access log",
+        enable_prompt_tokens_details="usage always includes the number of cached tokens",
+        enable_server_load_tracking="/load is always available",
+        enable_sleep_mode="/sleep is always available",
+    ),
+}
+
+# vLLM's short flags of settings above.
+SHORT_FLAGS = {"-q": "quantization", "-pp": "pipeline_parallel_size", "-dp": "data_parallel_size"}
+
+REQUEST_FIELDS = {
+    **_planned("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    **_planned("guided_decoding_backend", "guided_whitespace_pattern", "logits_processors", "logprob_token_ids"),
+    **_planned("thinking_token_budget", "repetition_detection", "routed_experts_prompt_start", "session_id"),
+    **_planned("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "suffix", "prompt_embeds"),
+    # Of chats: tools, reasoning and media.
+    **_planned("tools", "functions", "function_call", "reasoning_effort", "verbosity", "audio", "prediction"),
+    **_planned("web_search_options", "moderation", "prompt_cache_retention", "documents", "media_io_kwargs"),
+    **_planned("mm_processor_kwargs"),
+    # Of embeddings.
+    **_planned("messages", "embed_dtype", "endianness", "use_activation"),
+}
+
+# Fields of one message of a chat.
+MESSAGE_FIELDS = _planned(
+    *("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id", "reasoning"),
+    "reasoning_content",
+)
