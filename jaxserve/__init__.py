@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
-    "GeneratedArrays": "arrays",
+    "GeneratedArrays": "host.token_arrays",
     "EngineConfig": "config",
     "EngineMetrics": "types.metrics",
     **dict.fromkeys(("EngineError", "JaxserveError", "OverloadedError", "RequestError"), "errors"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AsyncLLM: a model in this process, for programs with an event loop. Requests come and go at any time.
 
-The engine runs in a thread of its own (host/thread.py); its callers may be in any number of event loops (frontend/client.py).
+The engine runs in a thread (host/thread.py); callers may be in any number of event loops (frontend/client.py).
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM: a model in this process, called from one thread at a time. Its methods return when all of their work is done.
 
-Names and shapes are vLLM's. What users give is checked by frontend/prepare.py; the engine computes; outputs.py makes the text.
+Names and shapes are those of vLLM. frontend/prepare.py checks what users give; the engine computes; frontend/outputs.py
+makes the text.
 """
 
 import sys
