@@ -207,13 +207,13 @@ def test_an_id_out_of_range_harms_its_own_sequence_alone() -> None:
 
 LOWER = """
 import dataclasses, hashlib, jax, jax.numpy as jnp
-from jaxserve.models import decoder, layout
+from jaxserve.models import decoder, param_layout
 from jaxserve.models.spec import Rope
 from tests.models import tiny
 bases = [tiny.block(dataclasses.replace(tiny.grouped(), rope=Rope(dim=8, base=10.0**n)), tiny.MLP) for n in range(2, 8)]
 spec = tiny.model(*bases)
 tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-lowered = jax.jit(decoder.forward, static_argnums=0).lower(spec, layout.abstract_params(spec, jnp.float32), tokens)
+lowered = jax.jit(decoder.forward, static_argnums=0).lower(spec, param_layout.abstract_params(spec, jnp.float32), tokens)
 print(hashlib.sha256(lowered.as_text().encode()).hexdigest())
 """
 
