@@ -213,7 +213,8 @@ from tests.models import tiny
 bases = [tiny.block(dataclasses.replace(tiny.grouped(), rope=Rope(dim=8, base=10.0**n)), tiny.MLP) for n in range(2, 8)]
 spec = tiny.model(*bases)
 tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-lowered = jax.jit(decoder.forward, static_argnums=0).lower(spec, param_layout.abstract_params(spec, jnp.float32), tokens)
+params = param_layout.abstract_params(spec, jnp.float32)
+lowered = jax.jit(decoder.forward, static_argnums=0).lower(spec, params, tokens)
 print(hashlib.sha256(lowered.as_text().encode()).hexdigest())
 """
 
