@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can cause. A leaf: all of ours may import it, it imports nothing of ours."""
+"""Exceptions that are reported to users. Imports nothing from the project, so that every module can import it."""
 
 
 def one_line(text: str, *, limit: int = 200) -> str:
-    """`text` safe to print on one line of a terminal or a log.
+    """Return `text` in a form that is safe on one line of a terminal or a log.
 
-    Names come out of files that nobody vouches for: control characters would forge log lines or
-    drive the terminal, lone surrogates cannot be encoded, and a name may be megabytes long.
+    Names come from untrusted files: control characters could forge log lines or drive the terminal,
+    lone surrogates cannot be encoded, and a name can be megabytes long.
     """
     if len(text) > limit:
         text = text[: limit - 1] + "…"
@@ -14,7 +14,7 @@ def one_line(text: str, *, limit: int = 200) -> str:
 
 
 class JaxserveError(Exception):
-    """A fault the user can mend. Its text is one line: what was wrong; what to do."""
+    """An error the user can fix. Its text is one line: the problem, then a hint on how to fix it."""
 
     def __init__(self, problem: str, hint: str) -> None:
         self.problem = one_line(problem, limit=2000)
@@ -22,20 +22,20 @@ class JaxserveError(Exception):
         super().__init__(f"{self.problem}; {self.hint}")
 
     def __reduce__(self) -> tuple[type["JaxserveError"], tuple[str, ...]]:
-        # Errors cross processes; the default would call the class with the joined text and fail.
+        # Errors are pickled between processes; the default would pass the joined text to __init__ and fail.
         return type(self), (self.problem, self.hint)
 
 
 class UsageError(JaxserveError):
-    """A command that was called wrongly."""
+    """Invalid command-line usage."""
 
 
 class CheckpointError(JaxserveError):
-    """A checkpoint that is absent, damaged or hostile."""
+    """A checkpoint that is missing, corrupt or malicious."""
 
 
 class RequestError(JaxserveError):
-    """A request that cannot be served as asked; found before any device work. `field` is the one to change."""
+    """A request that cannot be served as sent. Raised before any device work; `field` is the one to change."""
 
     status = 400
 
@@ -48,15 +48,15 @@ class RequestError(JaxserveError):
 
 
 class OverloadedError(RequestError):
-    """The queue is full; the same request may do later."""
+    """The queue is full; the same request can succeed later."""
 
     status = 503
 
 
 class EngineError(JaxserveError):
-    """A fault of the engine itself: what was in flight is lost."""
+    """A failure of the engine itself; requests in flight are lost."""
 
 
 def message_of(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
+    """The message of another library's exception, on one line."""
     return one_line(str(error) or type(error).__name__, limit=400)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application: every route, and what each request passes before its handler and after it.
+"""The aiohttp application: its routes and the middleware around each handler.
 
 observe (id, load, log, metrics) -> faults (errors as JSON) -> admit (origin, key, readiness, body) -> handler
 """
@@ -22,7 +22,7 @@ from jaxserve.server.observe.request_record import Record
 from jaxserve.server.routes.table import Handler, Route, all_routes
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 
-LEFT = 499  # what the log and the metrics say of a client that went before its answer
+LEFT = 499  # status in logs and metrics when the client disconnects before the response
 MAX_ID = 128
 ID_HEADER = "X-Request-Id"
 
@@ -62,7 +62,7 @@ def make_app(serving: Serving) -> web.Application:
 
 
 def _route(table: dict[tuple[str, str], Route], request: web.Request) -> Route | None:
-    """By what aiohttp matched, never by what the path looks like."""
+    """The route that aiohttp matched, never one guessed from the path."""
     resource = request.match_info.route.resource
     method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
     return None if resource is None else table.get((method, resource.canonical))
@@ -91,7 +91,7 @@ def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middlewar
 
 
 def _request_id(request: web.Request) -> str:
-    """For logs, and for the client to find it there: never a key to anything."""
+    """The client's X-Request-Id, or a new one. Only correlates logs; it grants no access."""
     sent = request.headers.get(ID_HEADER, "")
     good = 0 < len(sent) <= MAX_ID and sent.isascii() and sent.isprintable()
     return sent if good else uuid.uuid4().hex
@@ -105,13 +105,13 @@ async def _faults(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise
     except Exception as error:
         if isinstance(error, ConnectionError) or request.writer.output_size > 0:
-            raise  # there is nobody to tell, or the answer has begun: aiohttp closes the connection
-        told = as_api_error(error)
-        # A failed engine has said why itself: not again for each request that it took along.
-        if told.status >= 500 and not isinstance(error, ApiError | EngineError | web.HTTPException):
+            raise  # the client is gone or the response has begun: aiohttp closes the connection
+        fault = as_api_error(error)
+        # The engine logs its own failure once; do not repeat it for each request that it lost.
+        if fault.status >= 500 and not isinstance(error, ApiError | EngineError | web.HTTPException):
             logs.LOG.error("%s %s failed", request.method, request.match_info.route.name or "", exc_info=error)
-        request[RECORD].error = told.message
-        response = told.response()
+        request[RECORD].error = fault.message
+        response = fault.response()
         if response.headers.get(hdrs.CONNECTION) == "close":
             response.force_close()
         return response
@@ -152,19 +152,19 @@ def _admit(
 
 
 def _check_query(request: web.Request, route: Route) -> None:
-    """No parameter is ignored in silence."""
+    """Reject unknown query parameters: none is ignored silently."""
     known = [query.name for query in route.query]
     for name in request.query:
         if name not in known:
-            hint = f"known: {', '.join(known)}" if known else "leave it out"
-            raise bad_request(None, f"{one_line(name, limit=80)!r} is no parameter of this address", hint)
+            hint = f"known parameters: {', '.join(known)}" if known else "this route takes none"
+            raise bad_request(None, f"unknown query parameter {one_line(name, limit=80)!r}", hint)
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
-    """A client asks before it sends the body."""
+    """Answer Expect: 100-continue, which a client sends before its body."""
     if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
-        return ApiError(417, "There is nothing to expect here but 100-continue.").response()
+        return ApiError(417, "Unsupported Expect header. Only 100-continue is supported.").response()
     if request.version >= (1, 1):
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer has not begun
+        request.writer.output_size = 0  # the response itself has not begun
     return None

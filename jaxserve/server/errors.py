@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as clients see them: a status and {"error": {message, type, param, code}}, with nothing of this machine in it.
+"""Turns exceptions into OpenAI's error responses: a status and {"error": {message, type, param, code}}.
 
-Knows the errors of the house and of aiohttp; not who raises them, nor how they travel.
+Maps the project's own exceptions and aiohttp's. Removes paths, addresses and tracebacks from messages.
 """
 
 import re
@@ -29,17 +29,16 @@ TYPES = {
     504: "TimeoutError",
 }
 MESSAGES = {
-    404: "There is nothing at this address.",
-    405: "This address does not take this method.",
-    413: "The request is too large.",
-    500: "The server failed on this request. Its log says why.",
+    404: "Not found.",
+    405: "Method not allowed. See the Allow header.",
+    413: "Request too large.",
+    500: "Internal server error. See the server log.",
 }
-SHUT_DOWN = "The server was shut down before this answer was complete."
-ENGINE_FAILED = "The engine failed, and this request is lost. The server's log says why."
-TIMED_OUT = "The request took longer than it may."
+SHUT_DOWN = "The server shut down before this response was complete."
+ENGINE_FAILED = "The engine failed and this request was lost. See the server log."
 RETRY_AFTER = {"Retry-After": "1"}
 
-# Words that a sentence of ours begins with, and no name of a field.
+# First words of our messages that are not field names: these are capitalized.
 OPENINGS = frozenset(
     (
         *("a", "an", "the", "this", "of", "no", "every", "both", "there", "unknown", "did", "give", "leave", "send"),
@@ -48,14 +47,14 @@ OPENINGS = frozenset(
     )
 )
 
-# What would tell of this machine: addresses in memory, files, stack traces. Our own routes have a slash in them too.
+# Details of this machine: memory addresses, file paths, stack traces. Paths under /v1/ are our own routes.
 PRIVATE = re.compile(
     r"0x[0-9a-fA-F]{6,}|(?:(?<!\w)/(?!v1/)(?:[\w.+-]+/)+[\w.+-]*)|File \"[^\"]*\"?|Traceback.*", re.DOTALL
 )
 
 
 class ApiError(Exception):
-    """What a client is told in place of an answer."""
+    """An error response."""
 
     def __init__(
         self,
@@ -88,12 +87,12 @@ def bad_request(param: str | None, problem: str, hint: str) -> ApiError:
 
 
 def sentence(problem: str, hint: str) -> str:
-    """The house's `problem; hint` for people: two sentences."""
+    """A problem and a hint, as two sentences."""
     return scrubbed(f"{_sentence(problem)} {_sentence(hint, names=False)}")
 
 
 def _sentence(text: str, *, names: bool = True) -> str:
-    """`names`: its first word may be a field's name, which stays as it is written."""
+    """`names`: the first word may be a field name, which is not capitalized."""
     first = text.split(" ", 1)[0]
     if first in OPENINGS or (not names and first.rstrip(",:").isalpha()):
         text = text[:1].upper() + text[1:]
@@ -105,7 +104,7 @@ def scrubbed(text: str) -> str:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What to tell of any error. Of those that are not the client's it is a 500 that says nothing: log them."""
+    """The error response for any exception. Server faults become a 500 without details; the caller logs them."""
     match error:
         case ApiError():
             return error

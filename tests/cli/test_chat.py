@@ -65,7 +65,12 @@ def test_faults_of_the_server(command: Command, server: FakeServer, fault: int |
 @pytest.mark.parametrize(
     ("status", "message", "problem", "hint"),
     [
-        (403, "Traces are off. Start the server with --profile-dir X.", "Traces are off", "Start the server with"),
+        (
+            403,
+            "Profiling is disabled. Start the server with --profile-dir X.",
+            "Profiling is disabled",
+            "Start the server with",
+        ),
         (400, "n is 9.5. At most 4. Lower it.", "n is 9.5. At most 4", "Lower it"),
         (400, "n is 9.5.", "n is 9.5.", "change the request"),
         (403, "This host is not allowed.", "This host is not allowed.", "give --api-key, or"),

@@ -199,7 +199,7 @@ def test_wrong_flags(command: Command, words: list[str], parts: tuple[str, ...])
 def test_port_in_use(command: Command, model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        one_error(command("run", model, "--port", str(port)), 1, f"port {port} is in use", "--port")
+        one_error(command("run", model, "--port", str(port)), 1, f"port {port} is already in use", "--port")
 
 
 def test_certificates(command: Command, tmp_path: Path) -> None:

@@ -115,13 +115,16 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         text = refused(tmp_path, port=port)
-        assert text == f"127.0.0.1 port {port} is in use; give another --port, or stop what listens there"
+        assert (
+            text
+            == f"127.0.0.1 port {port} is already in use; choose another --port, or stop the process that listens there"
+        )
         assert "in use" in refused(tmp_path, host="localhost", port=port)
 
 
 def test_hosts_that_are_not_here(tmp_path: Path) -> None:
-    assert "there is no address for host" in refused(tmp_path, host="no.such.host.invalid", port=0)
-    assert "there is no address for host" in refused(tmp_path, host="a" * 300, port=0)
+    assert "cannot resolve host" in refused(tmp_path, host="no.such.host.invalid", port=0)
+    assert "cannot resolve host" in refused(tmp_path, host="a" * 300, port=0)
     assert "cannot listen on 192.0.2.1" in refused(tmp_path, host="192.0.2.1", port=0)
 
 
@@ -129,7 +132,7 @@ def test_certificates(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("-----BEGIN NONSENSE-----")
     for name in (str(garbage), str(tmp_path / "none.pem")):
-        assert "cannot use the certificate" in refused(tmp_path, ssl_certfile=name, port=0)
+        assert "cannot load the TLS certificate" in refused(tmp_path, ssl_certfile=name, port=0)
     made = certificate(tmp_path)
     context = listening.tls(ServerConfig(ssl_certfile=str(made[0]), ssl_keyfile=str(made[1])))
     assert context is not None
@@ -137,7 +140,7 @@ def test_certificates(tmp_path: Path) -> None:
     locked = tmp_path / "locked.pem"
     command = ["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", str(made[1]), "-out", str(locked)]
     subprocess.run(command, check=True, capture_output=True)
-    assert "cannot use" in refused(tmp_path, ssl_certfile=str(made[0]), ssl_keyfile=str(locked), port=0)
+    assert "cannot load" in refused(tmp_path, ssl_certfile=str(made[0]), ssl_keyfile=str(locked), port=0)
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:

@@ -59,7 +59,7 @@ def check_broken(reply: Reply, *, status: int, ended: bool = False) -> None:
     else:
         error = reply.error
     assert error["type"] == ("ServiceUnavailableError" if ended else "InternalServerError")
-    assert (error["message"] == "The server was shut down before this answer was complete.") is ended
+    assert (error["message"] == "The server shut down before this response was complete.") is ended
     assert "/" not in error["message"] and "0x" not in error["message"]
 
 

@@ -41,7 +41,7 @@ async def test_an_answer_is_shown_while_it_streams(visitor: Visitor, server: Fak
     await tab.wait(ENDED)
     assert await tab.evaluate(ANSWER) == "The fox ran away."
     stats = await tab.evaluate(STATS)
-    assert stats.startswith("stop · 3 tokens · ") and " tok/s · first after " in stats
+    assert stats.startswith("stop · 3 tokens · ") and " tok/s · first token after " in stats
     assert stats.endswith("prompt 12, 8 cached")
     [body] = server.asked
     assert body == {
@@ -89,7 +89,7 @@ async def test_errors_are_shown_and_can_be_tried_again(visitor: Visitor, server:
     tab = await visitor.tab()
     assert await asked(tab, "Hello?") == ""
     assert await tab.evaluate(ERROR) == "This model's maximum context length is 64 tokens."
-    for message in ("The queue is full. Try again in 7 s.", "The server answered 502."):
+    for message in ("The queue is full. Retry in 7 s.", "The server answered 502."):
         await tab.click(".assistant:last-child .actions button:last-child")
         await tab.wait(f"{ENDED} && {ERROR} === {json.dumps(message)}")
     await tab.click(".assistant:last-child .actions button:last-child")
@@ -110,8 +110,8 @@ async def test_a_failed_answer_is_not_sent_on(visitor: Visitor, server: FakeServ
     ("last", "message"),
     [
         ({"error": {"message": "The engine has failed.", "code": 500}}, "The engine has failed."),
-        (b"data: [DO", "The connection closed before the answer was complete."),
-        (b"data: {nonsense\n\n", "The server sent something that is not JSON."),
+        (b"data: [DO", "The connection closed before the response was complete."),
+        (b"data: {nonsense\n\n", "The server sent an event that is not valid JSON."),
     ],
 )
 async def test_streams_that_break_off(visitor: Visitor, server: FakeServer, last: bytes, message: str) -> None:

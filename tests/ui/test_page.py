@@ -171,7 +171,7 @@ async def test_a_server_that_goes_away_and_comes_back(visitor: Visitor, server: 
     offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     await tab.command("Network.emulateNetworkConditions", offline=True, **offline)
     await tab.wait("document.querySelector('#state').textContent === 'Offline'")
-    assert await tab.text("#loading-title") == "The server cannot be reached."
+    assert await tab.text("#loading-title") == "Cannot reach the server."
     await tab.command("Network.emulateNetworkConditions", offline=False, **offline)
     await tab.wait("document.querySelector('#state').textContent === 'Ready'")
     assert await asked(tab, "Back?") == "Hello there."
@@ -218,7 +218,7 @@ async def test_all_can_be_named_and_reached_without_a_mouse(visitor: Visitor) ->
         await tab.press("Tab")
         reached.add(await tab.evaluate("document.activeElement.id || document.activeElement.textContent"))
     assert {"tab-chat", "model", "new", "key", "log", "Copy", "Regenerate", "Edit", "Conversations"} <= reached
-    await tab.wait("document.querySelector('#announce').textContent.startsWith('Answer complete')")
+    await tab.wait("document.querySelector('#announce').textContent.startsWith('Response complete')")
 
 
 async def test_narrow_screens(visitor: Visitor, server: FakeServer) -> None:

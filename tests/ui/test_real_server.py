@@ -39,7 +39,7 @@ async def test_the_real_server(browser: Browser, real: Live) -> None:
     await tab.write("#key-input", KEY)
     await tab.press("Enter")
     await tab.wait("document.querySelector('#model').value === 'tiny'")
-    assert await tab.text("#context") == "Context of 256 tokens"
+    assert await tab.text("#context") == "Context length: 256 tokens"
     await tab.write("[name=max_tokens]", "3")
     await tab.write("#prompt", "Hello")
     await tab.press("Enter")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections: who may ask, what they may cost, and where the server listens."""
+"""HTTP connections: access control, resource limits, and listening sockets."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may ask: API keys, and against web pages the Host and Origin headers. CORS for the pages that may.
+"""Access control: API keys, Host and Origin checks against web pages, and CORS for allowed pages.
 
-With keys a foreign page gets nowhere: it has none. Without keys a browser on this machine would lend it its place:
-by a request to 127.0.0.1 (Origin tells) or by a name of its own that comes to mean 127.0.0.1 (Host tells).
+With API keys, a foreign page is rejected because it has no key. Without keys, a page open in a browser on this machine
+could reach the server: by a cross-origin request to 127.0.0.1, which the Origin check rejects, or by DNS rebinding of
+its own name to 127.0.0.1, which the Host check rejects.
 """
 
 import hashlib
@@ -30,17 +31,17 @@ class Keys:
         return bool(self._digests)
 
     def check(self, request: web.Request) -> None:
-        """Raises a 401 unless the request has one of the keys. Takes the same time whichever it has, or none."""
+        """Raise a 401 unless the request has one of the keys. Takes constant time for any key, valid or not."""
         scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         digest = _digest(given.strip())
         known = [hmac.compare_digest(digest, own) for own in self._digests]
         if scheme.lower() != "bearer" or not any(known):
-            message = "A key is needed, and this is none. Send one as: Authorization: Bearer KEY"
+            message = "Missing or invalid API key. Send it as: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _digest(key: str) -> bytes:
-    # Headers are decoded with surrogates for what is no UTF-8.
+    # aiohttp decodes header bytes that are not UTF-8 to surrogates.
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -54,32 +55,32 @@ def is_loopback(address: str) -> bool:
 
 
 class Origins:
-    """Which names this server answers to, and which web pages may use it."""
+    """The Host names this server accepts, and the web pages that may use it."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         own = LOCAL | {_bare(config.host), *map(str.lower, config.allowed_hosts)}
-        # On an address that others reach the names are not known; there a warning asks for keys.
+        # On a non-loopback address the valid host names are unknown; a start-up warning recommends API keys there.
         checks = not config.api_key and (is_loopback(config.host) or config.allowed_hosts)
         self._hosts = own if checks and "*" not in config.allowed_hosts else None
 
     def check(self, request: web.Request) -> None:
-        """Raises for a Host that is malformed or not ours, and for a page that may not ask."""
+        """Raise if the Host header is malformed or not allowed, or if the Origin is not allowed."""
         host = request.headers.get(hdrs.HOST, "")
         if request.headers.getall(hdrs.HOST, []) != [host] or (host and not HOST.fullmatch(host)):
-            raise ApiError(400, "The Host header is malformed.")
+            raise ApiError(400, "Malformed Host header.")
         if self._hosts is not None and _name(host) not in self._hosts:
-            raise ApiError(403, "This server does not answer to that Host. Start it with --allowed-hosts to add one.")
+            raise ApiError(403, "Host header not allowed. Start the server with --allowed-hosts to allow this host.")
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is None or self._config.api_key or self.allows(origin) or _own(origin, host):
             return
-        raise ApiError(403, "Pages of this Origin may not use this server. Start it with --allowed-origins to add one.")
+        raise ApiError(403, "Origin not allowed. Start the server with --allowed-origins to allow this origin.")
 
     def allows(self, origin: str) -> bool:
         return "*" in self._config.allowed_origins or origin in self._config.allowed_origins
 
     def preflight(self, request: web.Request) -> web.Response | None:
-        """The answer to a browser that asks whether a page may ask."""
+        """The response to a CORS preflight request; None for other requests."""
         origin = request.headers.get(hdrs.ORIGIN)
         wanted = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_METHOD)
         if request.method != hdrs.METH_OPTIONS or origin is None or wanted is None or not self.allows(origin):
@@ -91,7 +92,8 @@ class Origins:
         if ("*" not in methods and wanted not in methods) or (
             "*" not in headers and not all(name.lower() in known for name in names)
         ):
-            raise ApiError(403, "Pages of this Origin may not send this method, or one of these headers.")
+            message = "Method or header not allowed by CORS. See --allowed-methods and --allowed-headers."
+            raise ApiError(403, message)
         answer = web.Response(status=204)
         answer.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = wanted
         if names:
@@ -100,7 +102,7 @@ class Origins:
         return answer
 
     def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Lets the browser show the answer to the page, where that may see it."""
+        """Add the CORS headers that let an allowed page read the response."""
         if not self._config.allowed_origins:
             return
         response.headers.add(hdrs.VARY, "Origin")
@@ -113,17 +115,17 @@ class Origins:
 
 
 def _bare(address: str) -> str:
-    """An address as it stands in a Host header."""
+    """An address as written in a Host header."""
     return f"[{address}]".lower() if ":" in address else address.lower()
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
+    """The host name in a Host header, without the port."""
     return re.sub(r":\d+$", "", host).lower().rstrip(".")
 
 
 def _own(origin: str, host: str) -> bool:
-    """Whether the page came from this server. A proxy may speak TLS for us: the scheme does not count."""
+    """Whether the origin is this server. The scheme is ignored because a proxy may terminate TLS."""
     try:
         parts = urlsplit(origin)
     except ValueError:

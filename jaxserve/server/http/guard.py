@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that would cost more than they may: slow, silent, too many, unread, or speaking no HTTP.
+"""Limits on what connections can cost: slow or idle clients, too many connections, unread responses, invalid HTTP.
 
-aiohttp waits long for heads and bodies that come byte by byte, and without end for a client that reads nothing; here
-each wait ends soon.
+aiohttp waits long for headers and bodies that arrive byte by byte, and forever for a client that never reads. Here
+every wait has a timeout.
 """
 
 import asyncio
@@ -16,18 +16,18 @@ from aiohttp.web_protocol import RequestHandler
 
 from jaxserve.errors import one_line
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.errors import ApiError
+from jaxserve.server.errors import MESSAGES, ApiError
 
 LOG = logging.getLogger("jaxserve.server")
-SPARE_FILES = 64  # descriptors that are not connections
-MAX_BODIES = 2**29  # bytes of all requests' bodies together; small ones are taken still
+SPARE_FILES = 64  # file descriptors reserved for other uses
+MAX_BODIES = 2**29  # bytes of all request bodies in memory; above it only small bodies are accepted
 SMALL_BODY = 2**16
-SLOWEST = 1024  # bytes a second of a body, on average, once header_timeout is over
+SLOWEST = 1024  # minimum average bytes/s of a body after header_timeout
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class Connections:
-    """All that are open, the one that has been idle longest first to go."""
+    """The open connections, least recently used first. A new one replaces the first that is idle."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
@@ -45,7 +45,7 @@ class Connections:
         return True
 
     def renew(self, connection: "Connection") -> None:
-        """It was used: others go first."""
+        """Mark as most recently used."""
         if self.open.pop(connection, 0) is None:
             self.open[connection] = None
 
@@ -54,7 +54,7 @@ class Connections:
 
 
 def _room_for_files() -> int:
-    """How many connections this process may hold, after asking for as many as it can get."""
+    """The number of connections that RLIMIT_NOFILE allows, after raising the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft != hard:
         wanted = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
@@ -67,7 +67,7 @@ def _room_for_files() -> int:
 class Connection(RequestHandler):
     def __init__(self, connections: Connections, server: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
         config = connections.config
-        # No access log: middleware knows more of a request. Unread bodies of refused requests are not waited for long.
+        # No access log: middleware logs more detail. The short lingering_time drains bodies of refused requests.
         options: dict[str, Any] = {"access_log": None, "lingering_time": 2.0}
         super().__init__(server, loop=loop, keepalive_timeout=config.keep_alive_timeout, **options)
         self._connections = connections
@@ -85,9 +85,9 @@ class Connection(RequestHandler):
             socket.write(FULL)
             socket.close()
             return
-        if transport.get_extra_info("ssl_object") is None:  # TLS has bounds of its own for closing
-            # All that a client leaves unread is waited for, and timed: else a connection that closes with little of
-            # its answer unread would wait for ever.
+        if transport.get_extra_info("ssl_object") is None:  # TLS has its own shutdown timeout
+            # With high=0, any unread byte pauses writing and so starts the stream_timeout timer. Otherwise a closing
+            # connection with a small unread remainder would wait forever.
             cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
         self._await_head()
         super().connection_made(transport)
@@ -102,7 +102,7 @@ class Connection(RequestHandler):
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport is None:  # of a connection that was refused nothing is read
+        if self.transport is None:  # the connection was refused
             return
         heads = self._request_count
         super().data_received(data)
@@ -111,7 +111,7 @@ class Connection(RequestHandler):
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-        elif self.idle and data.strip(b"\r\n"):  # empty lines before a head are no part of it
+        elif self.idle and data.strip(b"\r\n"):  # HTTP allows empty lines before the request line
             self._await_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -136,10 +136,13 @@ class Connection(RequestHandler):
     def _cut(self) -> None:
         self._writing_timer = None
         if self.transport is not None:
-            LOG.warning("a client did not read its answer for %g s: cut off", self._connections.config.stream_timeout)
+            LOG.warning(
+                "closed a connection: the client read nothing for %g s (--stream-timeout)",
+                self._connections.config.stream_timeout,
+            )
             self.transport.abort()
 
-    # --- what is no HTTP --------------------------------------------------------------------------------------------
+    # --- invalid HTTP -----------------------------------------------------------------------------------------------
 
     def handle_error(
         self,
@@ -149,15 +152,15 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun")
+            raise ConnectionError("the response has already begun")
         if status >= 500:
-            LOG.error("a request failed outside of its handler", exc_info=exc)
-            answer = ApiError(status, "The server failed on this request. Its log says why.").response()
+            LOG.error("request failed outside its handler", exc_info=exc)
+            answer = ApiError(status, MESSAGES[500]).response()
         else:
-            # The first line: the rest repeats what came.
+            # Only the first line: the rest repeats the client's input.
             reason = one_line((message or "").split("\n", 1)[0].strip(" :"), limit=100)
-            LOG.debug("no HTTP: %s", reason)
-            answer = ApiError(status, f"This is no valid HTTP request: {reason or 'malformed'}.").response()
+            LOG.debug("invalid HTTP request: %s", reason)
+            answer = ApiError(status, f"Invalid HTTP request: {reason or 'malformed'}.").response()
         answer.headers[hdrs.SERVER] = "jaxserve"
         answer.force_close()
         return answer
@@ -165,8 +168,8 @@ class Connection(RequestHandler):
     def log_exception(self, *args: Any, **kw: Any) -> None:
         fault = kw.get("exc_info")
         if isinstance(fault, web.RequestPayloadError | HttpProcessingError):
-            # What is left of a body, read in vain after the answer: clients could fill the log with it.
-            LOG.debug("the rest of a body is malformed: %s", one_line(str(fault), limit=100))
+            # Raised while the rest of a body is drained after the response. Debug level: clients could flood the log.
+            LOG.debug("malformed request body after the response: %s", one_line(str(fault), limit=100))
         else:
             super().log_exception(*args, **kw)
 
@@ -175,14 +178,14 @@ class Connection(RequestHandler):
 
 
 class Bodies:
-    """Reads requests' bodies whole, before their handlers run. Counts what all of them hold until they let go."""
+    """Reads each request body before its handler runs, and counts the bytes of all bodies in memory."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self.held = 0
 
     async def read(self, request: web.Request) -> "Held":
-        """The body is `await request.read()` from now on, until it is let go of."""
+        """After this, `await request.read()` returns the body until `let_go()` is called."""
         return Held(self, request, await self._size(request))
 
     async def _size(self, request: web.Request) -> int:
@@ -196,13 +199,15 @@ class Bodies:
                 return await self._read(request, limit, begin)
         except TimeoutError:
             seconds = asyncio.get_running_loop().time() - begin
-            message = f"The body did not come within {seconds:.3g} seconds, or came too slowly."
+            message = f"Timed out receiving the request body after {seconds:.3g} s."
             raise ApiError(408, message, headers={hdrs.CONNECTION: "close"}) from None
         except web.RequestPayloadError:
-            raise ApiError(400, "The body does not hold what its headers say.") from None
+            raise ApiError(
+                400, "The request body does not match its Content-Length, Transfer-Encoding or Content-Encoding."
+            ) from None
 
     def _patience(self, size: int) -> float:
-        """Seconds in which there must be more than so many bytes."""
+        """Seconds from the start within which more than `size` bytes must have arrived."""
         return min(max(self._config.header_timeout, size / SLOWEST), self._config.body_timeout)
 
     async def _read(self, request: web.Request, limit: asyncio.Timeout, begin: float) -> int:
@@ -219,7 +224,9 @@ class Bodies:
                 if len(body) > self._config.max_body_bytes:
                     raise _too_large(self._config)
                 if self.held > MAX_BODIES and len(body) > SMALL_BODY:
-                    raise ApiError(503, "Too many large requests at once.", headers={"Retry-After": "5"})
+                    raise ApiError(
+                        503, "Too many large request bodies at once. Retry later.", headers={"Retry-After": "5"}
+                    )
         except BaseException:
             self.held -= len(body)
             raise
@@ -228,18 +235,18 @@ class Bodies:
 
 
 class Held:
-    """A request's body in memory."""
+    """A request body in memory."""
 
     def __init__(self, bodies: Bodies, request: web.Request, size: int) -> None:
         self._bodies, self._request, self._size = bodies, request, size
 
     def let_go(self) -> None:
-        """Once it was read. May be called again."""
+        """Release the body's memory. Idempotent."""
         self._bodies.held -= self._size
         self._size = 0
         self._request._read_bytes = b""  # pyright: ignore[reportPrivateUsage]  # where request.read() keeps it
 
 
 def _too_large(config: ServerConfig) -> ApiError:
-    message = f"The body is larger than {config.max_body_bytes} bytes (--max-body-bytes)."
+    message = f"Request body larger than {config.max_body_bytes} bytes (--max-body-bytes)."
     return ApiError(413, message, headers={hdrs.CONNECTION: "close"})

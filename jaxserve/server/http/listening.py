@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sockets and the certificate, before anything is loaded: a port in use is known in milliseconds."""
+"""Listening sockets and TLS. Both are set up before the model loads, so that a port in use fails at once."""
 
 import errno
 import os
@@ -11,26 +11,26 @@ from jaxserve.errors import JaxserveError
 from jaxserve.server.config import ServerConfig
 
 BACKLOG = 2048
-# What the kernel keeps of an answer that a client does not read; its own default may grow to megabytes for each.
+# Caps the unread response bytes that the kernel buffers per connection; its default can grow to megabytes.
 SEND_BUFFER = 128 * 1024
 
 
 def bind(config: ServerConfig) -> list[socket.socket]:
-    """A listening socket for each address that the host's name means."""
+    """A listening socket for each address that the host name resolves to."""
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"there is no address for host {config.host!r}: {reason}", "give another --host") from None
+        raise ConfigError(f"cannot resolve host {config.host!r}: {reason}", "choose another --host") from None
     sockets: list[socket.socket] = []
     try:
         for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
-            # Port 0 is chosen once, for all of them.
+            # With port 0 the first socket picks the port for all.
             port = sockets[0].getsockname()[1] if sockets else config.port
             try:
                 sockets.append(_listening(family, (address[0], port, *address[2:])))
             except OSError as error:
-                # A name may also mean an address of a family that this machine does not have.
+                # The name may also resolve to an address family that this machine lacks.
                 if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) or len(found) == 1:
                     raise
         if not sockets:
@@ -38,7 +38,7 @@ def bind(config: ServerConfig) -> list[socket.socket]:
     except OSError as error:
         for opened in sockets:
             opened.close()
-        raise _told(error, config) from None
+        raise _listen_error(error, config) from None
     return sockets
 
 
@@ -58,13 +58,15 @@ def _listening(family: int, address: tuple[object, ...]) -> socket.socket:
     return opened
 
 
-def _told(error: OSError, config: ServerConfig) -> JaxserveError:
+def _listen_error(error: OSError, config: ServerConfig) -> JaxserveError:
     place = f"{config.host} port {config.port}"
     if error.errno == errno.EADDRINUSE:
-        return JaxserveError(f"{place} is in use", "give another --port, or stop what listens there")
+        return JaxserveError(
+            f"{place} is already in use", "choose another --port, or stop the process that listens there"
+        )
     if error.errno in (errno.EACCES, errno.EPERM):
-        return JaxserveError(f"{place} may not be listened on", "give a --port above 1023")
-    return JaxserveError(f"cannot listen on {place}: {error.strerror}", "give another --host or --port")
+        return JaxserveError(f"no permission to listen on {place}", "choose a --port above 1023")
+    return JaxserveError(f"cannot listen on {place}: {error.strerror}", "choose another --host or --port")
 
 
 def tls(config: ServerConfig) -> ssl.SSLContext | None:
@@ -73,23 +75,23 @@ def tls(config: ServerConfig) -> ssl.SSLContext | None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # Without a password given, OpenSSL would ask for one on the terminal.
+        # Without a password argument OpenSSL would prompt on the terminal.
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
     except (OSError, ValueError) as error:  # SSLError is an OSError
         reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", None) or str(error)
         names = " and ".join(name for name in (config.ssl_certfile, config.ssl_keyfile) if name)
-        problem = f"cannot use the certificate of {names}: {reason}"
-        raise ConfigError(problem, "give a PEM certificate and its key, without a password") from None
+        problem = f"cannot load the TLS certificate from {names}: {reason}"
+        raise ConfigError(problem, "provide a PEM certificate and its unencrypted private key") from None
     return context
 
 
 def everywhere(sockets: list[socket.socket]) -> bool:
-    """Whether it listens on all addresses of this machine."""
+    """Whether the server listens on all addresses of this machine."""
     return any(opened.getsockname()[0] in ("0.0.0.0", "::") for opened in sockets)
 
 
 def url(config: ServerConfig, sockets: list[socket.socket]) -> str:
-    """Where a client on this machine reaches it."""
+    """The server's URL for a client on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{sockets[0].getsockname()[1]}"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is seen of a server from outside: metrics, logs, its first lines; a Grafana dashboard and a Prometheus file."""
+"""Observability: metrics, logs, the start-up banner, a Grafana dashboard and a Prometheus configuration."""

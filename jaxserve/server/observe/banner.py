@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last lines of a start: where the server is, what it serves, and a command to try it with."""
+"""The start-up banner: the server's URL, its model, and a curl command to try."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from jaxserve.server.state import Serving
 
 
 def ready(serving: Serving, url: str, *, everywhere: bool) -> dict[str, str]:
-    """Names and values, in the order they are shown in. `everywhere`: it listens on all of the machine's addresses."""
+    """The banner's names and values, in order. `everywhere`: the server listens on all addresses of the machine."""
     config, opened = serving.config, serving.engine.opened
     facts = {"model": ", ".join(serving.model_names)}
     if opened is not None:
@@ -21,10 +21,10 @@ def ready(serving: Serving, url: str, *, everywhere: bool) -> dict[str, str]:
             f"{opened.family}, {opened.layers} layers, {_count(opened.parameters)} parameters, {opened.dtype}"
         )
         limits = opened.limits
-        facts["takes"] = f"{limits.max_model_len} tokens a sequence, {limits.max_num_seqs} sequences at once"
+        facts["limits"] = f"{limits.max_model_len} tokens per sequence, {limits.max_num_seqs} sequences at once"
     facts["api"] = f"{url}/v1"
     if everywhere:
-        facts["host"] = f"{config.host}: all addresses of this machine, open to others"
+        facts["host"] = f"{config.host}: reachable on all addresses of this machine"
     if not config.no_ui:
         facts["page"] = f"{url}/"
     facts["try"] = _curl(serving, url)
@@ -39,7 +39,7 @@ def _count(number: int) -> str:
 
 
 def _curl(serving: Serving, url: str) -> str:
-    """A request that this model answers, for a shell."""
+    """A curl command that works with this model."""
     body: dict[str, object] = {"model": serving.model_names[0]}
     if serving.tokenizer is None:
         path, body["prompt"] = "completions", [1, 2, 3]

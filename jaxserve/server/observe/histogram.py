@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts of values by size. For one thread, and cheap enough for every token; what is shown of it is not known here."""
+"""Histograms with fixed bounds: single-threaded, and cheap enough to update on every token."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ HTTP = (0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 30.0)
 
 
 def token_counts(longest: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, ... up to the longest sequence."""
+    """Bucket bounds 1, 2, 5, 10, ... up to the longest sequence."""
     bounds = [step * 10**power for power in range(9) for step in (1, 2, 5)]
     return tuple(bound for bound in bounds if bound <= longest)
 
@@ -33,11 +33,11 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
-        """`count` times the same value."""
+        """Add `value` `count` times."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Pairs of a bound and how many were not above it, as Prometheus wants them."""
+        """Cumulative counts by upper bound, in Prometheus's form."""
         names = [*(repr(float(bound)) for bound in self.bounds), "+Inf"]
         return list(zip(names, map(float, accumulate(self.counts)), strict=True))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server says while it runs: lines for people or JSON, one per event, which nobody outside can forge.
+"""The server's log: one line per event, as text or JSON.
 
-Text that came from clients has its control characters escaped; API keys never appear.
+Control characters in clients' text are escaped, so that clients cannot forge lines. API keys are masked.
 """
 
 import json
@@ -18,7 +18,7 @@ from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.sampling_params import SamplingParams
 
 LOG = logging.getLogger("jaxserve.server")
-OTHERS = ("aiohttp", "asyncio")  # who else speaks through our handler, of what goes wrong
+OTHERS = ("aiohttp", "asyncio")  # libraries whose warnings and errors are logged too
 LONGEST_LINE = 100_000
 STATS_SECONDS = 10.0
 
@@ -33,13 +33,13 @@ def configure(config: ServerConfig) -> None:
 
 
 class Lines(logging.Formatter):
-    """A record as one line; in text a traceback's lines follow, indented."""
+    """Formats a record as one line. In text format a traceback follows, indented."""
 
     def __init__(self, form: str, secrets: tuple[str, ...] = ()) -> None:
         super().__init__()
         self._json = form == "json"
         written = {form for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
-        self._secrets = sorted(written, key=len, reverse=True)  # one may be part of another
+        self._secrets = sorted(written, key=len, reverse=True)  # longest first: one may contain another
 
     def format(self, record: logging.LogRecord) -> str:
         given: dict[str, Any] = getattr(record, "fields", {})
@@ -50,7 +50,7 @@ class Lines(logging.Formatter):
             line = {"time": moment, "level": record.levelname.lower(), "message": message, **given}
             if trace:
                 line["exception"] = trace
-            # ASCII alone: what a terminal or a reader of lines would take for more than a character is escaped.
+            # json.dumps escapes non-ASCII characters, so that none can act as a line break or a control code.
             return self._masked(json.dumps(line, default=str))
         text = " ".join((message, *(f"{key}={_shown(value)}" for key, value in given.items() if value is not None)))
         lines = [f"{moment} {record.levelname:<7} {one_line(self._masked(text), limit=LONGEST_LINE)}"]
@@ -70,7 +70,7 @@ def _shown(value: object) -> str:
 def request_line(
     record: Record, *, method: str, path: str, status: int, config: ServerConfig, level: int = logging.INFO
 ) -> None:
-    """One HTTP request that has ended."""
+    """Log a finished HTTP request."""
     if not LOG.isEnabledFor(level):
         return
     now = time.monotonic()
@@ -93,7 +93,7 @@ def request_line(
 
 
 def _pace(record: Record) -> float | None:
-    """Tokens a second, once they came."""
+    """Tokens per second after the first."""
     if record.first_token is None or record.last_token is None or record.last_token <= record.first_token:
         return None
     if not record.all_counted:
@@ -103,14 +103,14 @@ def _pace(record: Record) -> float | None:
 
 
 def _differing(params: SamplingParams) -> str:
-    """The parameters that are not what they are without being given."""
+    """The parameters that differ from their defaults."""
     plain = SamplingParams()
     values = {field.name: getattr(params, field.name) for field in fields(params) if field.name != "output_kind"}
     return repr({name: value for name, value in values.items() if value != getattr(plain, name)})
 
 
 class Throughput:
-    """The line about the last seconds, while there is work."""
+    """Logs throughput since the previous line, while the engine has work."""
 
     def __init__(self) -> None:
         self._last: tuple[float, int, int, int, int] | None = None
@@ -121,7 +121,7 @@ class Throughput:
         now = time.monotonic()
         seen = (now, stats.prompt_tokens, stats.generated_tokens, stats.prefix_queries, stats.prefix_hits)
         last, self._last = self._last, seen
-        if last is None or seen[1] < last[1] or seen[2] < last[2]:  # none, or of an engine that is no more
+        if last is None or seen[1] < last[1] or seen[2] < last[2]:  # no previous sample, or the engine restarted
             return
         if not stats.running and not stats.waiting and seen[1:3] == last[1:3]:
             return

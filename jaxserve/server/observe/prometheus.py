@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, as Prometheus reads it. Names, labels and buckets are vLLM's, behind a prefix of our own.
+"""Prometheus metrics, with vLLM's names, labels and buckets under our own prefix.
 
-Requests are counted here as they end; the engine's own counters are read when somebody asks. For one event loop.
+Requests are counted here when they finish; the engine's counters are read on each scrape. Not thread-safe: used from
+one event loop.
 """
 
 from collections import Counter
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-UNKNOWN = "unknown"  # the route of a path that there is none for
+UNKNOWN = "unknown"  # the route label of paths that match no route
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """One request that the engine answered to its end. Times are moments on the monotonic clock."""
+    """A finished engine request. Times are read from the monotonic clock."""
 
     arrival: float
     scheduled: float | None
@@ -36,7 +37,7 @@ class Finished:
     end: float
     prompt_tokens: int
     cached_tokens: int
-    generated_tokens: list[int]  # of each sample
+    generated_tokens: list[int]  # per sample
     max_tokens: int | None
 
 
@@ -62,7 +63,7 @@ class Metrics:
         ProcessCollector(namespace=f"{prefix}_engine", pid=self._pid, registry=self._registry)
 
     def set_limits(self, limits: "Limits") -> None:
-        """When the engine is known, before any request."""
+        """Called when the engine is ready, before the first request."""
         if self.limits is None:
             self.set_longest(limits.max_model_len)
         self.limits = limits
@@ -73,10 +74,10 @@ class Metrics:
             name: Histogram(histogram.SAMPLES if name == "request_params_n" else bounds) for name in _TOKENS
         }
 
-    # --- what happens -----------------------------------------------------------------------------------------------
+    # --- recording --------------------------------------------------------------------------------------------------
 
     def token_gap(self, seconds: float, tokens: int) -> None:
-        """So many tokens came, each so long after the one before it."""
+        """Record `tokens` gaps of `seconds` each."""
         self._seconds["inter_token_latency_seconds"].observe(seconds, tokens)
 
     def request(self, done: Finished) -> None:
@@ -104,20 +105,20 @@ class Metrics:
             tokens["request_params_max_tokens"].observe(done.max_tokens)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """An HTTP request. `route` is one of ours or UNKNOWN: what clients make up must not make series."""
+        """Record an HTTP response. `route` is a known route or UNKNOWN, so that clients cannot create time series."""
         method = method if method in METHODS else "other"
         self.http[method, route, str(status)] += 1
         if (method, route) not in self.http_seconds:
             self.http_seconds[method, route] = Histogram(histogram.HTTP)
         self.http_seconds[method, route].observe(seconds)
 
-    # --- what is shown ----------------------------------------------------------------------------------------------
+    # --- exposition -------------------------------------------------------------------------------------------------
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
     def _pid(self) -> int:
-        return self.engine_pid() or -1  # of no process: then nothing is shown
+        return self.engine_pid() or -1  # no process has this id: the collector then yields nothing
 
     def _collect(self) -> Iterator[Metric]:
         yield from self._of_requests()
@@ -133,18 +134,31 @@ class Metrics:
             yield self._histogram(name, _TOKENS[name], [((), shown)])
 
     def _of_server(self) -> Iterator[Metric]:
-        yield self._gauge("engine_up", "Whether the engine takes requests.", [((), self.engine_up)])
-        yield self._gauge("http_connections", "Open connections.", [((), self.connections())])
-        yield self._counter("engine_restarts", "Times that a failed engine was started again.", [((), self.restarts)])
+        yield self._gauge("engine_up", "1 if the engine accepts requests, else 0.", [((), self.engine_up)])
+        yield self._gauge("http_connections", "Open HTTP connections.", [((), self.connections())])
+        yield self._counter("engine_restarts", "Engine restarts after a failure.", [((), self.restarts)])
         states = [((state,), number == self.sleep_level) for number, state in enumerate(SLEEP_STATES)]
-        yield self._gauge("engine_sleep_state", "Which state the engine is in.", states, "sleep_state")
+        yield self._gauge(
+            "engine_sleep_state",
+            "Sleep state of the engine: 1 for the current state, 0 for the others.",
+            states,
+            "sleep_state",
+        )
         reasons = {**dict.fromkeys(("queue_full", "unavailable"), 0), **self.rejections}
         rows = [((reason,), count) for reason, count in reasons.items()]
-        yield self._counter("admission_rejections", "Requests that were refused unserved.", rows, "reason")
+        yield self._counter("admission_rejections", "Requests rejected at admission, by reason.", rows, "reason")
         labels = ("method", "handler", "status")
-        yield self._counter("http_requests", "Answers, by route and status.", list(self.http.items()), *labels)
+        yield self._counter(
+            "http_requests", "HTTP responses, by method, route and status.", list(self.http.items()), *labels
+        )
         series = list(self.http_seconds.items())
-        yield self._histogram("http_request_duration_seconds", "Time to answer, by route.", series, "method", "handler")
+        yield self._histogram(
+            "http_request_duration_seconds",
+            "HTTP request duration in seconds, by method and route.",
+            series,
+            "method",
+            "handler",
+        )
         if self.limits is not None:
             limits = self.limits
             shown = {
@@ -156,26 +170,32 @@ class Metrics:
                 "max_num_batched_tokens": limits.max_num_batched_tokens,
             }
             row = [(tuple(map(str, shown.values())), 1)]
-            yield self._gauge("cache_config_info", "How the KV cache is set up.", row, *shown)
+            yield self._gauge("cache_config_info", "KV cache configuration, as labels.", row, *shown)
 
     def _of_engine(self, stats: EngineMetrics) -> Iterator[Metric]:
         gauge, counter = self._gauge, self._counter
-        yield gauge("num_requests_running", "Sequences that have a row.", [((), stats.running)])
-        yield gauge("num_requests_waiting", "Sequences that wait for one.", [((), stats.waiting)])
+        yield gauge("num_requests_running", "Number of sequences running.", [((), stats.running)])
+        yield gauge("num_requests_waiting", "Number of sequences waiting to run.", [((), stats.waiting)])
         waiting = [(("capacity",), stats.waiting), (("deferred",), 0)]
-        yield gauge("num_requests_waiting_by_reason", "Waiting sequences, by reason.", waiting, "reason")
-        yield gauge("kv_cache_usage_perc", "Share of the KV blocks that are in use, 0 to 1.", [((), stats.kv_usage)])
+        yield gauge(
+            "num_requests_waiting_by_reason", "Number of sequences waiting to run, by reason.", waiting, "reason"
+        )
+        yield gauge("kv_cache_usage_perc", "KV cache usage. 1 means 100 percent.", [((), stats.kv_usage)])
         blocks = [(("free",), stats.free_blocks), (("cached",), stats.cached_blocks), (("used",), stats.used_blocks)]
-        yield gauge("kv_blocks", "KV blocks: unused, reusable but holding cached prompts, in use.", blocks, "state")
-        yield gauge("policy_version", "Version of the weights.", [((), stats.policy_version)])
+        yield gauge(
+            "kv_blocks", "KV blocks by state: free, cached (reusable, holds a cached prefix), used.", blocks, "state"
+        )
+        yield gauge(
+            "policy_version", "Version of the weights, as set by the last weight update.", [((), stats.policy_version)]
+        )
         for name, value, text in (
-            ("num_preemptions", stats.preemptions, "Sequences that gave their blocks to others."),
-            ("engine_steps", stats.steps, "Steps of the engine."),
-            ("compiled_late", stats.compiled_late, "Programs compiled after the warm-up; should stay 0."),
+            ("num_preemptions", stats.preemptions, "Preempted sequences: their KV blocks went to other sequences."),
+            ("engine_steps", stats.steps, "Engine steps."),
+            ("compiled_late", stats.compiled_late, "Programs compiled after warm-up. Should stay 0."),
             ("prefix_cache_queries", stats.prefix_queries, "Prompt tokens looked up in the prefix cache."),
-            ("prefix_cache_hits", stats.prefix_hits, "Prompt tokens found there."),
-            ("prompt_tokens", stats.prompt_tokens, "Prompt tokens taken."),
-            ("prompt_tokens_cached", stats.cached_tokens, "Of those, tokens that were not computed."),
+            ("prefix_cache_hits", stats.prefix_hits, "Prompt tokens found in the prefix cache."),
+            ("prompt_tokens", stats.prompt_tokens, "Prompt tokens processed."),
+            ("prompt_tokens_cached", stats.cached_tokens, "Prompt tokens served from the prefix cache."),
             ("generation_tokens", stats.generated_tokens, "Tokens generated."),
         ):
             yield counter(name, text, [((), value)])
@@ -183,12 +203,12 @@ class Metrics:
             (("local_compute",), stats.prompt_tokens - stats.cached_tokens),
             (("local_cache_hit",), stats.cached_tokens),
         )
-        yield counter("prompt_tokens_by_source", "Prompt tokens, by where their KV came from.", sources, "source")
+        yield counter("prompt_tokens_by_source", "Prompt tokens, by the source of their KV entries.", sources, "source")
         reasons = [((reason,), count) for reason, count in stats.finished.items()]
-        yield counter("request_success", "Sequences that ended, by reason.", reasons, "finished_reason")
+        yield counter("request_success", "Finished sequences, by finish reason.", reasons, "finished_reason")
         steps = Histogram(STEP_TOKENS)
         steps.counts, steps.sum = stats.step_tokens, float(stats.computed_tokens)
-        yield self._histogram("iteration_tokens_total", "Tokens that a step computed.", [((), steps)])
+        yield self._histogram("iteration_tokens_total", "Tokens computed per engine step.", [((), steps)])
 
     def _gauge(self, name: str, text: str, rows: "Rows", *labels: str) -> Metric:
         family = GaugeMetricFamily(f"{self.prefix}:{name}", text, labels=("model_name", "engine", *labels))
@@ -214,22 +234,31 @@ class Metrics:
 type Rows = Iterable[tuple[tuple[str, ...], float]]
 
 _SECONDS = {
-    "time_to_first_token_seconds": (histogram.FIRST_TOKEN, "From arrival to the first token."),
-    "inter_token_latency_seconds": (histogram.BETWEEN_TOKENS, "From one token to the next."),
-    "request_time_per_output_token_seconds": (histogram.BETWEEN_TOKENS, "A request's mean time between tokens."),
-    "e2e_request_latency_seconds": (histogram.LATENCY, "From arrival to the end."),
-    "request_queue_time_seconds": (histogram.LATENCY, "From arrival to the first step."),
-    "request_inference_time_seconds": (histogram.LATENCY, "From the first step to the last token."),
-    "request_prefill_time_seconds": (histogram.LATENCY, "From the first step to the first token."),
-    "request_decode_time_seconds": (histogram.LATENCY, "From the first token to the last."),
+    "time_to_first_token_seconds": (histogram.FIRST_TOKEN, "Time to first token in seconds."),
+    "inter_token_latency_seconds": (histogram.BETWEEN_TOKENS, "Inter-token latency in seconds."),
+    "request_time_per_output_token_seconds": (
+        histogram.BETWEEN_TOKENS,
+        "Mean time per output token of a request, in seconds, without the first.",
+    ),
+    "e2e_request_latency_seconds": (histogram.LATENCY, "End-to-end request latency in seconds."),
+    "request_queue_time_seconds": (histogram.LATENCY, "Time from arrival to the first engine step, in seconds."),
+    "request_inference_time_seconds": (
+        histogram.LATENCY,
+        "Time from the first engine step to the last token, in seconds.",
+    ),
+    "request_prefill_time_seconds": (
+        histogram.LATENCY,
+        "Time from the first engine step to the first token, in seconds.",
+    ),
+    "request_decode_time_seconds": (histogram.LATENCY, "Time from the first token to the last, in seconds."),
 }
 _TOKENS = {
-    "request_prompt_tokens": "Tokens of the prompt.",
-    "request_generation_tokens": "Tokens generated for each sample.",
-    "request_max_num_generation_tokens": "Tokens of the longest sample.",
-    "request_params_n": "Samples asked for.",
-    "request_params_max_tokens": "Tokens asked for.",
-    "request_prefill_kv_computed_tokens": "Prompt tokens that were computed, not cached.",
+    "request_prompt_tokens": "Prompt tokens per request.",
+    "request_generation_tokens": "Generated tokens per sample.",
+    "request_max_num_generation_tokens": "Generated tokens of a request's longest sample.",
+    "request_params_n": "Value of n per request.",
+    "request_params_max_tokens": "Value of max_tokens per request.",
+    "request_prefill_kv_computed_tokens": "Prompt tokens computed per request, without cached ones.",
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of one HTTP request, for the log."""
+"""What the log line of one HTTP request reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Record:
-    """Times are moments on the monotonic clock."""
+    """Times are read from the monotonic clock."""
 
     id: str
     arrival: float
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    all_counted: bool = True  # whether these are all that were generated
+    all_counted: bool = True  # whether generated_tokens counts every sample that ran
     first_token: float | None = None
     last_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list[str])
     jobs: "Sequence[Ready]" = ()
-    error: str | None = None  # what the client was told instead of an answer
-    texts: list[str] = field(default_factory=list[str])  # of the answers, as far as they are to be logged
-    text_length: int = 0  # of these
+    error: str | None = None  # message of the error response
+    texts: list[str] = field(default_factory=list[str])  # generated text, up to the length to log
+    text_length: int = 0  # of `texts`, in characters

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file for each route or few that belong together; table.py lists them."""
+"""The HTTP routes, one file per route or group of related routes. table.py lists them."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For who runs the server: traces, the prefix cache, sleep, aborting requests. Behind the API key like all else.
+"""Routes for operators: profiling, the prefix cache, sleep mode, aborting requests. They need the API key.
 
-Each asks the engine between two steps and answers when that is done.
+Each runs in the engine between two steps and responds when it is done.
 """
 
 import asyncio
@@ -25,7 +25,9 @@ MAX_IDS = 4096
 class ProfileRequest(Part):
     model_config = ConfigDict(title="ProfileRequest")
 
-    folder: Annotated[str | None, Field(max_length=1024, description="Below the server's --profile-dir.")] = None
+    folder: Annotated[
+        str | None, Field(max_length=1024, description="Folder for the trace, relative to --profile-dir.")
+    ] = None
 
 
 class NoFields(Part):
@@ -36,18 +38,19 @@ class AbortRequest(Part):
     model_config = ConfigDict(title="AbortRequest")
 
     request_ids: Annotated[
-        list[str] | None, Field(max_length=MAX_IDS, description="Ids of answers; all requests if not given.")
+        list[str] | None,
+        Field(max_length=MAX_IDS, description="Response ids to abort (default: all requests in flight)."),
     ] = None
 
 
 async def _body[B: BaseModel](request: web.Request, kind: type[B]) -> B:
-    """Nothing at all, or blanks, stand for {}."""
+    """Parse the body; an empty body means {}."""
     allow_unknown = request.app[SERVING].config.allow_unknown_fields
     return parse(kind, (await request.read()).strip() or b"{}", allow_unknown=allow_unknown)
 
 
 async def _ask(serving: Serving, name: str, **arguments: object) -> object:
-    """The engine's method of this name. What it will not do in its state is a conflict."""
+    """Call the engine's method of this name. What its current state does not allow is a 409."""
     try:
         return await serving.check_engine().call(name, **arguments)
     except EngineError as error:
@@ -68,16 +71,16 @@ async def start_profile(request: web.Request) -> web.StreamResponse:
 
 
 def _below(root: str | None, wanted: str | None) -> Path:
-    """Where a trace goes: nothing that a client sends leads out of the configured folder."""
+    """The trace folder. A client's path must not lead outside --profile-dir."""
     if root is None:
-        raise ApiError(403, "Traces are off. Start the server with --profile-dir FOLDER.")
+        raise ApiError(403, "Profiling is disabled. Start the server with --profile-dir FOLDER.")
     base = Path(root).expanduser().resolve()
     try:
         folder = (base / (wanted or ".")).resolve()
     except (OSError, ValueError, RuntimeError):
         folder = base.parent
     if folder != base and base not in folder.parents:
-        raise bad_request("folder", "folder lies outside of the server's --profile-dir", "name one below it")
+        raise bad_request("folder", "folder is outside --profile-dir", "choose a folder inside it")
     return folder
 
 
@@ -90,7 +93,7 @@ async def stop_profile(request: web.Request) -> web.StreamResponse:
 
 
 def _shown(folder: Path, root: str | None) -> str:
-    """Where the last trace within this folder is, as seen from the configured one."""
+    """The path of the newest trace in `folder`, relative to --profile-dir."""
     base = folder if root is None else Path(root).expanduser().resolve()
     written = [path for path in folder.glob("plugins/profile/*") if path.is_dir()]
     last = max(written, key=lambda path: (path.stat().st_mtime_ns, path.name), default=folder)
@@ -107,14 +110,16 @@ async def reset_prefix_cache(request: web.Request) -> web.StreamResponse:
 
 
 async def sleep(request: web.Request) -> web.StreamResponse:
-    """New requests are refused from here on, and the engine sleeps once nothing is in flight, or not at all."""
+    """Reject new requests at once, and put the engine to sleep if nothing is in flight (else a 409)."""
     serving = request.app[SERVING]
     await _body(request, NoFields)
     level = request.query.get("level", "1")
     if level not in ("1", "2"):
-        raise bad_request("level", "level is neither 1 nor 2", "give 1 (weights to the host) or 2 (dropped)")
+        raise bad_request(
+            "level", "level must be 1 or 2", "use 1 to keep the weights in host memory, 2 to discard them"
+        )
     if serving.asleep:
-        raise ApiError(409, "The engine sleeps already. POST /wake_up wakes it.", type="ConflictError")
+        raise ApiError(409, "The engine is already asleep. Wake it with POST /wake_up.", type="ConflictError")
     serving.asleep = True
     await _whatever_the_client_does(_fall_asleep(serving, int(level)))
     return reply({"status": "asleep", "level": int(level)})
@@ -132,7 +137,7 @@ async def _fall_asleep(serving: Serving, level: int) -> None:
 async def wake_up(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
     await _body(request, NoFields)
-    if serving.asleep:  # waking twice is no fault: who wakes wants it awake
+    if serving.asleep:  # waking an awake engine succeeds
         await _whatever_the_client_does(_wake(serving))
     return reply({"status": "awake"})
 
@@ -142,18 +147,18 @@ async def _wake(serving: Serving) -> None:
         await _ask(serving, "wake")
     except ApiError as error:
         if error.status != 409 or serving.asleep:
-            raise  # else another has woken it meanwhile
+            raise  # otherwise a concurrent request woke it
     serving.asleep = False
     serving.metrics.sleep_level = 0
 
 
 async def _whatever_the_client_does(work: Coroutine[None, None, None]) -> None:
-    """To its end also when the client leaves: what is known here of the engine's state must be what it is."""
+    """Run to the end even if the client disconnects, so that the recorded sleep state matches the engine's."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody is left to be told
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # the client is gone: mark as read
         raise
 
 
@@ -165,7 +170,7 @@ async def is_sleeping(request: web.Request) -> web.StreamResponse:
 
 
 async def abort_requests(request: web.Request) -> web.StreamResponse:
-    """Each ends with finish_reason "abort". Ids that are not in flight have ended already."""
+    """Abort requests: each ends with finish_reason "abort". Ids that are not in flight are ignored."""
     serving = request.app[SERVING]
     body = await _body(request, AbortRequest)
     front = serving.check_engine()
@@ -182,17 +187,23 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
 
 
 ROUTES = (
-    Route("POST", "/start_profile", start_profile, body=ProfileRequest, summary="Begins a trace of device and steps."),
-    Route("POST", "/stop_profile", stop_profile, summary="Ends the trace."),
-    Route("POST", "/reset_prefix_cache", reset_prefix_cache, summary="Forgets cached prompts."),
+    Route("POST", "/start_profile", start_profile, body=ProfileRequest, summary="Start a profiler trace."),
+    Route("POST", "/stop_profile", stop_profile, summary="Stop the profiler trace."),
+    Route("POST", "/reset_prefix_cache", reset_prefix_cache, summary="Clear the prefix cache."),
     Route(
         "POST",
         "/sleep",
         sleep,
-        query=(Query("level", "integer", "1 keeps the weights on the host, 2 reads them again on waking."),),
-        summary="Gives the devices' memory back until /wake_up.",
+        query=(
+            Query(
+                "level",
+                "integer",
+                "1 (default) keeps the weights in host memory; 2 discards them and reloads on wake-up.",
+            ),
+        ),
+        summary="Free device memory until /wake_up.",
     ),
-    Route("POST", "/wake_up", wake_up, summary="Takes the memory again."),
-    Route("GET", "/is_sleeping", is_sleeping, summary="Whether the engine sleeps."),
-    Route("POST", "/abort_requests", abort_requests, body=AbortRequest, summary="Ends requests in flight."),
+    Route("POST", "/wake_up", wake_up, summary="Wake the engine from sleep."),
+    Route("GET", "/is_sleeping", is_sleeping, summary="Whether the engine is asleep."),
+    Route("POST", "/abort_requests", abort_requests, body=AbortRequest, summary="Abort requests in flight."),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/chat/completions: messages become a prompt by the chat template, and what follows it is the answer."""
+"""POST /v1/chat/completions: renders messages with the chat template and returns what the model generates."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from jaxserve.types.outputs import CompletionOutput, RequestOutput
 if TYPE_CHECKING:
     from jaxserve.frontend.prepare import Intake, Ready
 
-# What an answer's message has beside its role and text: nothing that this server can fill in yet.
+# Fields of OpenAI's message that this server does not fill in.
 EMPTY = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "reasoning": None}
 
 
@@ -40,12 +40,12 @@ async def create(request: web.Request) -> web.StreamResponse:
 
 
 def prompt_text(serving: Serving, body: Conversation) -> str:
-    """What the chat template makes of the messages."""
+    """Render the messages with the chat template."""
     tokenizer = serving.tokenizer
     if tokenizer is None:
         raise bad_request("messages", "this server has no tokenizer", "send token ids to /v1/completions")
     if body.chat_template is not None and not serving.config.trust_request_chat_template:
-        problem = "chat_template is not taken from requests"
+        problem = "chat_template in requests is disabled"
         raise bad_request("chat_template", problem, "start the server with --trust-request-chat-template")
     return tokenizer.chat_text(
         [message.plain() for message in body.messages],
@@ -71,14 +71,14 @@ def _jobs(serving: Serving, intake: "Intake", body: ChatRequest, order: Order) -
 
 
 class _Choices:
-    """All choices of an answer, as far as they have come."""
+    """Builds the choices of a response, whole or as stream events."""
 
     def __init__(self, answer: Answer[ChatRequest]) -> None:
         self._answer, self._body = answer, answer.body
         last = answer.body.messages[-1]
         self._role = answer.serving.config.response_role if answer.body.generation_prompt else last.role
         self._begun = False
-        self._before = ""  # what an echoed answer begins with: the message that it goes on with
+        self._before = ""  # with echo: the final message, which the response repeats and continues
         if answer.body.echo and last.role == self._role:
             plain = last.content or ""
             self._before = plain if isinstance(plain, str) else "\n".join(part.text or "" for part in plain)
@@ -107,7 +107,7 @@ class _Choices:
         return self._answer.head.whole(choices, Usage.of(outputs), **more)
 
     def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
-        """The chunks of one output; before the first, one for each choice that says whose the answer is."""
+        """The chunks of one output. The first call puts a role chunk for each choice before them."""
         body, chunks = self._body, self._answer.chunks
         always = body.return_token_ids or body.logprobs or self._answer.continuous_usage
         made: list[bytes] = []
@@ -145,4 +145,4 @@ class _Choices:
         return made
 
 
-ROUTES = (Route("POST", "/v1/chat/completions", create, body=ChatRequest, summary="Answer in a conversation."),)
+ROUTES = (Route("POST", "/v1/chat/completions", create, body=ChatRequest, summary="Create a chat completion."),)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/embeddings: the hidden state of each input's last token, of length one."""
+"""POST /v1/embeddings: the final hidden state of each input's last token, normalized to unit length."""
 
 import base64
 from contextlib import aclosing
@@ -31,7 +31,7 @@ async def create(request: web.Request) -> web.Response:
     order = params.order(request, body, kind="embd", add_special_tokens=True)
     jobs = await serving.prepare(_jobs, intake, body, replace(order, embed=True))
     last: dict[int, RequestOutput] = {}
-    at_once = intake.limits.max_num_queued_reqs or len(jobs)  # no more than may wait
+    at_once = intake.limits.max_num_queued_reqs or len(jobs)  # never more than the queue holds
     for begin in range(0, len(jobs), at_once):
         async with aclosing(serving.run(request, jobs[begin : begin + at_once])) as outputs:
             async for place, output in outputs:
@@ -44,7 +44,7 @@ async def create(request: web.Request) -> web.Response:
 def _jobs(intake: "Intake", body: EmbeddingRequest, order: Order) -> "list[Ready]":
     prompts = as_list(body.input)
     if not prompts:
-        raise bad_request("input", "the input is an empty list", "give at least one")
+        raise bad_request("input", "input is an empty list", "send at least one item")
     sampling = SamplingParams(max_tokens=1, detokenize=False)
     return params.jobs(intake, prompts, sampling, order, field="input")
 
@@ -53,11 +53,11 @@ def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, An
     data: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
         if output.embedding is None:
-            raise ApiError(503, "This request was aborted.", headers={"Retry-After": "1"})
+            raise ApiError(503, "The request was aborted.", headers={"Retry-After": "1"})
         size = output.embedding.shape[0]
         if body.dimensions not in (None, size):
-            problem = f"dimensions is {body.dimensions}, and the model's embeddings have {size}"
-            raise bad_request("dimensions", problem, "leave it out: this model's are not made to be cut")
+            problem = f"dimensions is {body.dimensions}, but this model's embeddings have {size}"
+            raise bad_request("dimensions", problem, "leave it out; embeddings cannot be shortened")
         vector = normalized(output.embedding)
         if body.encoding_format == "base64":
             shape: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -71,9 +71,9 @@ def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, An
 
 
 def normalized(vector: np.ndarray) -> np.ndarray:
-    """Of length one; in float32, as the division is."""
+    """The vector scaled to unit length, in float32."""
     length = np.sqrt(np.sum(np.square(vector.astype(np.float64))))
     return (vector / max(float(length), 1e-12)).astype(np.float32)
 
 
-ROUTES = (Route("POST", "/v1/embeddings", create, body=EmbeddingRequest, summary="Vectors of texts."),)
+ROUTES = (Route("POST", "/v1/embeddings", create, body=EmbeddingRequest, summary="Create embeddings."),)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GET /v1/models and /v1/models/NAME: what requests may name as their model."""
+"""GET /v1/models and /v1/models/NAME: the model names that requests can use."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def _card(serving: Serving, name: str) -> dict[str, Any]:
 
 
 ROUTES = (
-    Route("GET", "/v1/models", listed, summary="The models that are served."),
-    Route("GET", "/v1/models/{name}", one, summary="One of them."),
-    Route("GET", "/v1/models/{owner}/{name}", one, summary="One of them, of a name as on the hub."),
+    Route("GET", "/v1/models", listed, summary="List the served models."),
+    Route("GET", "/v1/models/{name}", one, summary="Describe a served model."),
+    Route("GET", "/v1/models/{owner}/{name}", one, summary="Describe a served model with a hub name (owner/name)."),
 )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves the page at /: its few files, from memory, under a policy that lets it talk to this server and nothing else.
+"""Serves the playground page at / from memory, under a Content-Security-Policy that allows only this server.
 
-It is open to all, as a browser has no key when it opens a page; what the page asks of the API needs one. `static/` has
-the page itself. Nothing here knows the engine.
+The files in `static/` need no API key, because a browser sends none when it opens a page; the page's API calls do.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ from aiohttp import ETag, web
 
 from jaxserve.server.routes.table import Handler, Route
 
-# Nothing inline, nothing from elsewhere, nothing evaluated; text that a model writes can never become markup.
+# No inline code, no other origin, no eval. Trusted types: model output can never become markup.
 POLICY = "; ".join(
     (
         *("default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "img-src 'self' data:"),
@@ -27,7 +26,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # A browser asks each time whether its copy is still good: an upgrade must not mix old files and new.
+    # Browsers revalidate each time, so that an upgrade never mixes old and new files.
     "Cache-Control": "no-cache",
 }
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -36,13 +35,13 @@ FILES = {"/": "index.html", **{f"/static/{name}": name for name in ("style.css",
 
 
 def _serve(name: str) -> Handler:
-    """Reads the file now: one that is missing stops the start, not a visitor."""
+    """Read the file now, so that a missing one fails at start-up."""
     body = (files("jaxserve.server") / "static" / name).read_bytes()
     tag = ETag(hashlib.sha256(body).hexdigest()[:32])
     content_type = TYPES[name.rpartition(".")[2]]
 
     async def page(request: web.Request) -> web.StreamResponse:
-        # By value: a proxy that compresses marks the tag as weak.
+        # Compare values only: a compressing proxy marks the tag as weak.
         if tag.value in (known.value for known in request.if_none_match or ()):
             response = web.Response(status=304, headers=HEADERS)
         else:

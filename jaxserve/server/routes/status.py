@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the server is: for probes, balancers, Prometheus and people. None of it waits for the engine."""
+"""Health, load, version and metrics. None of these routes waits for the engine."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ def reply(body: Any, *, status: int = 200, headers: dict[str, str] | None = None
 
 
 async def health(request: web.Request) -> web.StreamResponse:
-    """200 when requests are taken. Else 503, and why."""
+    """200 if requests are accepted, otherwise 503 with the reason."""
     serving = request.app[SERVING]
     state = serving.engine.state
     if state.phase == "failed":
-        body: dict[str, Any] = {"status": "failed", "detail": "the engine failed, see the log"}
+        body: dict[str, Any] = {"status": "failed", "detail": "the engine failed; see the server log"}
     elif serving.draining:
         body = {"status": "draining", "detail": f"{serving.in_flight} requests in flight"}
     elif serving.front is None:
@@ -34,8 +34,7 @@ async def health(request: web.Request) -> web.StreamResponse:
 
 
 async def live(request: web.Request) -> web.StreamResponse:
-    """200 while a restart would help nobody: it starts, serves, drains, or starts its engine again. 503 when the
-    engine is gone."""
+    """Liveness: 200 while the server starts, serves, drains or restarts its engine; 503 once the engine is gone."""
     serving = request.app[SERVING]
     phase = serving.engine.state.phase
     gone = phase == "failed" or (phase == "stopped" and not serving.draining)
@@ -58,11 +57,19 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 
 
 ROUTES = (
-    Route("GET", "/health", health, public=True, summary="Whether requests are taken: 200, or 503 and why."),
-    Route("GET", "/live", live, public=True, summary="Whether the process and its engine are alive."),
-    Route("GET", "/ping", health, public=True, summary="As /health."),
-    Route("POST", "/ping", health, public=True, summary="As /health."),
-    Route("GET", "/load", load, summary="How many requests are in flight."),
-    Route("GET", "/version", version, summary="The server's version."),
-    Route("GET", "/metrics", metrics, summary="Metrics, as Prometheus reads them."),
+    Route(
+        "GET",
+        "/health",
+        health,
+        public=True,
+        summary="Readiness: 200 if requests are accepted, otherwise 503 with the reason.",
+    ),
+    Route(
+        "GET", "/live", live, public=True, summary="Liveness: 503 once the engine is gone and will not be restarted."
+    ),
+    Route("GET", "/ping", health, public=True, summary="Same as /health."),
+    Route("POST", "/ping", health, public=True, summary="Same as /health."),
+    Route("GET", "/load", load, summary="Number of requests in flight."),
+    Route("GET", "/version", version, summary="Server version."),
+    Route("GET", "/metrics", metrics, summary="Prometheus metrics."),
 )

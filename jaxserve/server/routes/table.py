@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a route is, and all of them. The application, the OpenAPI page and the tests read this one list."""
+"""The route type and the list of all routes, which the application, the OpenAPI page and the tests read."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass
@@ -10,17 +10,17 @@ from pydantic import BaseModel
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# Each has a tuple ROUTES. Imported when asked for: they import Route from here.
+# Each has a tuple ROUTES. Imported lazily because they import Route from here.
 MODULES = ("completions", "chat", "embeddings", "tokens", "models", "status", "admin", "openapi")
 PAGE = "playground"  # left out by --no-ui
 
 
 @dataclass(frozen=True)
 class Query:
-    """A parameter behind the question mark."""
+    """A query parameter."""
 
     name: str
-    kind: str  # as JSON Schema calls it
+    kind: str  # JSON Schema type
     summary: str
 
 
@@ -33,11 +33,11 @@ class Route:
     body: type[BaseModel] | None = None
     query: tuple[Query, ...] = ()
     summary: str = ""
-    public: bool = False  # answers without a key
+    public: bool = False  # needs no API key
 
     @property
     def work(self) -> bool:
-        """Whether a shutdown waits for it, and it counts as load."""
+        """Whether it counts as load, and shutdown waits for it."""
         return self.method == "POST" and not self.public
 
 

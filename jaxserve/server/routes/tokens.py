@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /tokenize and /detokenize: what the tokenizer makes of a text, of messages, of ids."""
+"""POST /tokenize and /detokenize: text or messages to token ids, and back."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxserve.frontend.prepare import Intake
     from jaxserve.text.tokenizer import Tokenizer
 
-# Takes a thread up to three seconds; the tokens of longer texts are counted in pieces.
+# Tokenizing this much takes up to three seconds. Clients send longer texts in pieces.
 MAX_CHARACTERS = 2**20
 
 
@@ -38,7 +38,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 def _tokenizer(serving: Serving) -> "Tokenizer":
     if serving.tokenizer is None:
-        raise bad_request(None, "this server has no tokenizer", "start it with --tokenizer")
+        raise bad_request(None, "this server has no tokenizer", "start the server with --tokenizer")
     return serving.tokenizer
 
 
@@ -47,8 +47,8 @@ def _tokens(serving: Serving, intake: "Intake", body: TokenizeRequest) -> dict[s
     field = "messages" if body.prompt is None else "prompt"
     text = prompt_text(serving, body) if body.prompt is None else body.prompt
     if len(text) > MAX_CHARACTERS:
-        problem = f"{field} is a text of {len(text)} characters"
-        raise bad_request(field, problem, f"send at most {MAX_CHARACTERS} at once")
+        problem = f"{field} has {len(text)} characters"
+        raise bad_request(field, problem, f"send at most {MAX_CHARACTERS} per request")
     special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
     try:
         ids = tokenizer.encode(text, add_special_tokens=special)
@@ -62,17 +62,17 @@ def _text(serving: Serving, intake: "Intake", ids: list[int]) -> dict[str, str]:
     tokenizer = _tokenizer(serving)
     most = max(MAX_CHARACTERS // 8, intake.limits.max_model_len)
     if len(ids) > most:
-        raise bad_request("tokens", f"tokens has {len(ids)} ids", f"send at most {most} at once")
+        raise bad_request("tokens", f"tokens has {len(ids)} ids", f"send at most {most} per request")
     known = max(tokenizer.vocab_size, intake.limits.vocab_size)
     bad = next((token for token in ids if not 0 <= token < known), None)
     if bad is not None:
-        shown = bad if abs(bad) < 2**64 else "one of more than 64 bits"
-        problem = f"tokens holds the id {shown}, and there are those from 0 to {known - 1}"
-        raise bad_request("tokens", problem, "send ids of this model")
+        shown = bad if abs(bad) < 2**64 else "with more than 64 bits"
+        problem = f"tokens contains id {shown}, but valid ids are 0 to {known - 1}"
+        raise bad_request("tokens", problem, "send token ids of this model")
     return {"prompt": tokenizer.decode(ids, skip_special_tokens=False)}
 
 
 ROUTES = (
-    Route("POST", "/tokenize", tokenize, body=TokenizeRequest, summary="The tokens of a text or a conversation."),
-    Route("POST", "/detokenize", detokenize, body=DetokenizeRequest, summary="The text of tokens."),
+    Route("POST", "/tokenize", tokenize, body=TokenizeRequest, summary="Tokenize a text or a conversation."),
+    Route("POST", "/detokenize", detokenize, body=DetokenizeRequest, summary="Convert token ids to text."),
 )

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the page talks to its server: the key, errors, event streams. It knows nothing of what is shown.
+// The API client: the API key, errors, and event streams. It does not touch the DOM.
 
 const KEY = "jaxserve.key";
 
-/** The API key lives as long as the tab, and nowhere but in it. */
+/** The API key, stored for this tab only. */
 export const apiKey = {
   get: () => sessionStorage.getItem(KEY) ?? "",
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
@@ -12,15 +12,15 @@ export const apiKey = {
 export class ApiError extends Error {
   constructor(message, status = 0, answer = null) {
     super(message);
-    this.status = status; // 0: there was no answer, or it broke off
-    this.answer = answer; // if it was JSON
+    this.status = status; // 0: no response, or an incomplete one
+    this.answer = answer; // the response body if it was JSON
   }
 }
 
-/** Fetches `path`, relative to the page: a proxy may serve both under a prefix. Throws ApiError for all but a 2xx. */
+/** Fetches `path` relative to the page, as a proxy may add a prefix. Throws ApiError unless the status is 2xx. */
 export async function call(path, { body, signal } = {}) {
   const headers = {};
-  // A header holds bytes: a key with other characters is sent as UTF-8, as other clients do.
+  // Header values are bytes: send the key as UTF-8, as other clients do.
   if (apiKey.get()) {
     headers.Authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(apiKey.get()))}`;
   }
@@ -32,7 +32,7 @@ export async function call(path, { body, signal } = {}) {
     response = await fetch(path, options);
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ApiError("The server cannot be reached.");
+    throw new ApiError("Cannot reach the server.");
   }
   if (!response.ok) throw await failure(response);
   return response;
@@ -44,16 +44,16 @@ async function failure(response) {
   try {
     answer = JSON.parse(text);
   } catch {
-    // A proxy's page; its status says enough.
+    // Not JSON, such as a proxy's error page: the status is enough.
   }
   let message = answer?.error?.message;
-  if (typeof message !== "string" || !message) message = `The server answered ${response.status}.`;
+  if (typeof message !== "string" || !message) message = `The server returned status ${response.status}.`;
   const wait = response.headers.get("Retry-After");
-  if (wait) message += ` Try again in ${wait} s.`;
+  if (wait) message += ` Retry in ${wait} s.`;
   return new ApiError(message, response.status, answer);
 }
 
-/** The data of each event, as it comes. Lines may end in CR, LF or both, and be cut anywhere. */
+/** Yields the data of each server-sent event. Lines may end in CR, LF or CRLF, and chunks may split anywhere. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -63,7 +63,7 @@ async function* events(response) {
       const { value, done } = await reader.read();
       if (done) return;
       const text = rest + value;
-      // A CR at the end may be half of a CRLF.
+      // A trailing CR may be the first half of a CRLF.
       const lines = text.split(/\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       for (const line of lines) {
@@ -85,17 +85,17 @@ async function* chunks(path, body, signal) {
     for await (const data of events(response)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(chunk.error.message ?? "The answer failed.", Number(chunk.error.code) || 0);
+      if (chunk.error) throw new ApiError(chunk.error.message ?? "The request failed.", Number(chunk.error.code) || 0);
       yield chunk;
     }
   } catch (error) {
     if (signal.aborted || error instanceof ApiError) throw error;
-    if (error instanceof SyntaxError) throw new ApiError("The server sent something that is not JSON.");
+    if (error instanceof SyntaxError) throw new ApiError("The server sent an event that is not valid JSON.");
   }
-  throw new ApiError("The connection closed before the answer was complete.");
+  throw new ApiError("The connection closed before the response was complete.");
 }
 
-/** Streams one answer. `onText` gets each piece; `stats` is filled in on the way, so that it outlives an abort. */
+/** Streams one response. `onText` receives each piece; `stats` is updated on the way, so that it survives an abort. */
 export async function generate(path, body, { signal, onText, stats }) {
   const began = performance.now();
   const asked = { ...body, stream: true, stream_options: { include_usage: true } };
@@ -114,21 +114,21 @@ export async function generate(path, body, { signal, onText, stats }) {
       first ||= now;
       stats.ttft = first - began;
       stats.seconds = (now - first) / 1000;
-      if (!stats.exact) stats.tokens = (stats.tokens ?? 0) + 1; // until the server says: one per event
+      if (!stats.exact) stats.tokens = (stats.tokens ?? 0) + 1; // estimate until usage arrives: one token per event
       onText(text);
     }
     if (choice?.finish_reason) stats.finish = choice.finish_reason;
   }
 }
 
-/** One line about an answer: why it ended, how long it is, how fast it came. */
+/** One line about a response: finish reason, length, speed. */
 export function describe(stats) {
   const parts = [];
   if (stats.finish) parts.push(stats.finish === "length" ? "length (token limit)" : stats.finish);
   if (stats.tokens) parts.push(`${stats.exact ? "" : "about "}${stats.tokens} token${stats.tokens === 1 ? "" : "s"}`);
-  const rate = (stats.tokens - 1) / stats.seconds; // of those that came after the first
+  const rate = (stats.tokens - 1) / stats.seconds; // without the first token
   if (rate > 0 && Number.isFinite(rate)) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tok/s`);
-  if (stats.ttft) parts.push(`first after ${duration(stats.ttft)}`);
+  if (stats.ttft) parts.push(`first token after ${duration(stats.ttft)}`);
   if (stats.prompt) parts.push(`prompt ${stats.prompt}${stats.cached ? `, ${stats.cached} cached` : ""}`);
   return parts.join(" · ");
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Puts the page together: controls, settings, which conversation is shown, what is said about the server.
+// The entry point: connects controls, settings, conversations and server state.
 
 import { ApiError, apiKey, call } from "./api.js";
 import { Chat, submitOnEnter } from "./chat.js";
@@ -17,12 +17,12 @@ const completion = new Completion({ options, askKey, onBusy: refresh });
 const engine = new Engine(onState);
 
 function keep(entry) {
-  if (entry.cleared) return; // while its answer was under way
-  if (!store.save(entry)) notice("The browser has no room left: this conversation is not kept.");
+  if (entry.cleared) return; // cleared while its response was streaming
+  if (!store.save(entry)) notice("Browser storage is full: conversation not saved. Delete older ones.");
   listHistory();
 }
 
-// What is sent with a prompt.
+// Request options.
 
 function options() {
   const sent = {};
@@ -51,21 +51,21 @@ function keepSettings() {
   refresh();
 }
 
-// The server's state.
+// Server state.
 
 const STATES = {
   ok: ["Ready", ""],
-  asleep: ["Asleep", "The engine sleeps until it is woken."],
-  starting: ["Starting", "The model is being made ready."],
+  asleep: ["Asleep", "The engine is asleep. Wake it with POST /wake_up."],
+  starting: ["Starting", "The model is loading."],
   draining: ["Shutting down", "The server is shutting down."],
-  failed: ["Failed", "The engine has failed."],
-  unreachable: ["Offline", "The server cannot be reached."],
+  failed: ["Failed", "The engine has failed. See the server log."],
+  unreachable: ["Offline", "Cannot reach the server."],
   unknown: ["Not ready", "The server is not ready."],
 };
 
 function onState(kind, { detail, done, total }) {
   const [label, title] = STATES[kind] ?? STATES.unknown;
-  // It is read out when it changes, so it must not be written each second.
+  // Screen readers announce each write: write only on change.
   if ($("state").dataset.kind !== kind) Object.assign($("state"), { textContent: label }).dataset.kind = kind;
   const became = kind === "ok" && !ready;
   ready = kind === "ok";
@@ -83,8 +83,8 @@ async function loadModels() {
   try {
     models = (await (await call("v1/models")).json()).data;
   } catch (error) {
-    if (error.status === 401 && (await askKey())) return; // which loads them
-    notice(error instanceof ApiError ? error.message : "The list of models cannot be read.");
+    if (error.status === 401 && (await askKey())) return; // askKey loads the models
+    notice(error instanceof ApiError ? error.message : "Cannot load the list of models.");
     return;
   }
   const chosen = $("model").value || store.settings.read().model;
@@ -97,19 +97,19 @@ async function loadModels() {
 
 function showContext() {
   const length = models.find(({ id }) => id === $("model").value)?.max_model_len;
-  $("context").textContent = length ? `Context of ${length.toLocaleString("en")} tokens` : "";
+  $("context").textContent = length ? `Context length: ${length.toLocaleString("en")} tokens` : "";
 }
 
 let asking = null;
 
-/** True once the user has given a key, right or wrong. Several requests that ask at once get one dialog. */
+/** Resolves to true if the user entered a key, valid or not. Concurrent callers share one dialog. */
 function askKey() {
   const dialog = $("key-dialog");
   asking ??= new Promise((resolve) => {
     let given = false;
     $("key-input").value = "";
     $("key-form").onsubmit = (event) => {
-      event.preventDefault(); // the page's policy forbids sending forms
+      event.preventDefault(); // the Content-Security-Policy forbids form submission
       given = true;
       apiKey.set($("key-input").value.trim());
       dialog.close();
@@ -126,7 +126,7 @@ function askKey() {
   return asking;
 }
 
-/** What can be pressed now. */
+/** Enables and disables controls. */
 function refresh() {
   const invalid = !$("sampling-error").hidden;
   const able = ready && !invalid;
@@ -208,7 +208,7 @@ $("system").oninput = () => {
   store.save(chat.entry);
 };
 
-// Tabs, panel, the rest.
+// Tabs, panel, global events.
 
 function selectTab(name) {
   for (const each of ["chat", "text"]) {
@@ -241,7 +241,7 @@ document.addEventListener("keydown", (event) => {
 
 sampling.oninput = keepSettings;
 sampling.onsubmit = (event) => event.preventDefault();
-sampling.onreset = () => setTimeout(keepSettings); // the fields are empty after this event
+sampling.onreset = () => setTimeout(keepSettings); // the fields are cleared after this event
 $("model").onchange = () => {
   keepSettings();
   showContext();
@@ -253,7 +253,7 @@ addEventListener("pagehide", () => {
   if (chat.busy) store.save(chat.entry);
   store.carry(chat.entry);
 });
-addEventListener("storage", listHistory); // another tab has written
+addEventListener("storage", listHistory); // another tab wrote
 
 restoreSettings();
 show(await store.start());

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// One conversation: its messages on the page, answers while they stream, editing and asking again. What is sent beside
-// the messages, and where they are kept, is app.js's.
+// One conversation: shows messages, streams responses, edits and regenerates. app.js provides options and storage.
 
 import { ApiError, describe, generate } from "./api.js";
 import { $, announce, copy, el, fit } from "./dom.js";
 import { draw } from "./markdown.js";
 
-const WAIT = 60; // ms between two drawings of a growing answer
+const WAIT = 60; // ms between redraws of a streaming response
 
 export class Chat {
   #abort = null;
   #entry = null;
 
-  /** `options()` gives model and sampling, `keep(entry)` stores, `askKey()` gets a key, `onBusy(yes)` is told. */
+  /** `options()`: model and sampling; `keep(entry)` saves; `askKey()` asks for a key; `onBusy(yes)` reports changes. */
   constructor({ options, keep, askKey, onBusy }) {
     Object.assign(this, { options, keep, askKey, onBusy });
   }
@@ -52,7 +51,7 @@ export class Chat {
     return article;
   }
 
-  /** Everything from `message` on goes. */
+  /** Removes `message` and everything after it. */
   #cut(message) {
     const place = this.#entry.messages.indexOf(message);
     this.#entry.messages.splice(place);
@@ -61,27 +60,27 @@ export class Chat {
 
   async #answer() {
     const abort = (this.#abort = new AbortController());
-    const entry = this.#entry; // another may be shown before the answer has ended
+    const entry = this.#entry; // the user may open another before the response ends
     const body = { ...this.options(), messages: payload(entry) };
     const message = { role: "assistant", content: "", stats: {} };
     const article = this.#add(message);
     this.keep(entry);
     this.onBusy(true);
     article.ariaBusy = "true";
-    announce("The model answers");
+    announce("The model is responding");
     const growing = new Growing(article, message);
     const { signal } = abort;
     try {
       await this.#generate(body, { signal, stats: message.stats, onText: (text) => growing.add(text) });
     } catch (error) {
       if (signal.aborted) message.stats.finish = "stopped";
-      else message.error = error instanceof ApiError ? error.message : `The page failed: ${error.message}`;
+      else message.error = error instanceof ApiError ? error.message : `Error in this page: ${error.message}`;
     }
     this.#abort = null;
     article.ariaBusy = "false";
     growing.end();
     article.replaceWith(this.#article(message));
-    announce(message.error ?? `Answer complete: ${message.stats.tokens ?? 0} tokens`);
+    announce(message.error ?? `Response complete: ${message.stats.tokens ?? 0} tokens`);
     if (entry === this.#entry) growing.follow();
     this.keep(entry);
     this.onBusy(false);
@@ -147,7 +146,7 @@ export class Chat {
   }
 }
 
-const names = { user: "You", assistant: "The model" };
+const names = { user: "You", assistant: "Model" };
 
 export function submitOnEnter(event, form) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -155,7 +154,7 @@ export function submitOnEnter(event, form) {
   form.requestSubmit();
 }
 
-/** What is sent. Answers that failed before their first word are left out; two questions in a row become one. */
+/** The messages to send. Empty failed responses are dropped; consecutive messages of one role are joined. */
 function payload({ system, messages }) {
   const sent = system.trim() ? [{ role: "system", content: system }] : [];
   for (const { role, content } of messages) {
@@ -166,7 +165,7 @@ function payload({ system, messages }) {
   return sent;
 }
 
-/** An answer on the page while it grows: drawn now and then, and kept in view for those who are at its end. */
+/** A streaming response: redrawn at intervals, and scrolled into view if the user is at the end. */
 class Growing {
   #timer = 0;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Text that the model continues, in the box where it was written: no chat template, no conversation.
+// Raw text completion in one text box: no chat template, no conversation.
 
 import { ApiError, describe, generate } from "./api.js";
 import { $, announce } from "./dom.js";
@@ -7,7 +7,7 @@ import { $, announce } from "./dom.js";
 export class Completion {
   #abort = null;
 
-  /** `options()` gives model and sampling, `askKey()` gets a key, `onBusy()` is told when it begins and ends. */
+  /** `options()` returns model and sampling, `askKey()` prompts for a key, `onBusy()` is called at start and end. */
   constructor({ options, askKey, onBusy }) {
     Object.assign(this, { options, askKey, onBusy });
     const [form, area] = [$("text-form"), $("text-prompt")];
@@ -26,7 +26,7 @@ export class Completion {
     this.#abort?.abort();
   }
 
-  /** What can be pressed now. */
+  /** Enables and disables controls. */
   refresh(able) {
     $("text-run").hidden = this.#abort !== null;
     $("text-stop").hidden = this.#abort === null;
@@ -55,7 +55,7 @@ export class Completion {
       });
     } catch (error) {
       if (signal.aborted) stats.finish = "stopped";
-      else this.#fail(error instanceof ApiError ? error.message : `The page failed: ${error.message}`);
+      else this.#fail(error instanceof ApiError ? error.message : `Error in this page: ${error.message}`);
     }
     this.#abort = null;
     area.readOnly = false;
@@ -66,7 +66,7 @@ export class Completion {
       $("text-undo").disabled = true;
       this.onBusy();
     };
-    announce("Completion ended");
+    announce("Completion finished");
     this.onBusy();
   }
 

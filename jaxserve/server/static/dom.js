@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Building elements, and the few things that every part of the page does with them.
+// DOM helpers shared by all parts of the page.
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties and children; strings become text, never markup. */
+/** Creates an element with properties and children. Strings become text, never markup. */
 export function el(tag, props = {}, ...children) {
   const node = Object.assign(document.createElement(tag), props);
   node.append(...children);
   return node;
 }
 
-/** Tells users of screen readers what others see happen. */
+/** Announces `text` to screen readers. */
 export const announce = (text) => {
   $("announce").textContent = text;
 };
 
-/** A message at the foot of the page for some seconds, with a way back if `undo` is given. */
+/** Shows a message at the bottom of the page for 8 seconds, with an Undo button if `undo` is given. */
 export function notice(text, undo) {
   clearTimeout(notice.timer);
   $("notice-text").textContent = text;
@@ -34,7 +34,7 @@ export function notice(text, undo) {
 export async function copy(text, button) {
   const before = button.textContent;
   try {
-    await navigator.clipboard.writeText(text); // absent on plain http but for localhost
+    await navigator.clipboard.writeText(text); // undefined over plain HTTP, except on localhost
   } catch {
     const area = el("textarea", { value: text, className: "unseen" });
     document.body.append(area);
@@ -48,7 +48,7 @@ export async function copy(text, button) {
   setTimeout(() => (button.textContent = before), 1500);
 }
 
-/** As high as its text, within what the style sheet allows. */
+/** Resizes `area` to fit its text, within the style sheet's limits. */
 export function fit(area) {
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight + 2}px`;

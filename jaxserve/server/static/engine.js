@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The live picture of the engine: /health each second while the tab is seen, and /metrics if the server is ready.
+// The live engine view: polls /health every second while the tab is visible, and /metrics if the server is ready.
 
 import { ApiError, call } from "./api.js";
 import { $, el } from "./dom.js";
@@ -12,7 +12,7 @@ const STATES = ["used", "cached", "free"];
 
 const LINE = /^[A-Za-z_]\w*:(\w+)(?:\{(.*)\})?\s+([^\s{}]+)(?:\s+\d+)?$/;
 
-/** Prometheus text as sums by name without its prefix; `kv_blocks` by state, as `kv_blocks/free`. */
+/** Sums Prometheus samples by metric name without prefix; `kv_blocks` by state, as `kv_blocks/free`. */
 export function parseMetrics(text) {
   const sums = new Map();
   for (const line of text.split("\n")) {
@@ -28,27 +28,27 @@ export function parseMetrics(text) {
 
 export class Engine {
   #ready = false;
-  #last = null; // the tokens of the last sample and its time
+  #last = null; // token count and time of the last sample
   #rates = [];
   #timer = 0;
   #polling = false;
 
-  /** `onState(kind, health)`: what /health says, kind being its status; or unreachable, or unknown. */
+  /** `onState(kind, health)`: kind is the status from /health, or "unreachable" or "unknown". */
   constructor(onState) {
     this.onState = onState;
     document.addEventListener("visibilitychange", () => {
-      this.#last = null; // a rate over the time away would be none
+      this.#last = null; // do not compute a rate across the time hidden
       this.poll();
     });
   }
 
-  /** Asks now, and then each second. */
+  /** Polls now, then every second. */
   async poll() {
     clearTimeout(this.#timer);
     if (document.hidden || this.#polling) return;
     this.#polling = true;
     try {
-      await this.#askHealth(); // metrics are there while requests are refused, and say nothing of it
+      await this.#askHealth(); // /metrics responds even while requests are refused
       if (this.#ready) await this.#askMetrics();
     } finally {
       this.#polling = false;
@@ -61,7 +61,7 @@ export class Engine {
       const response = await call("health", { signal: AbortSignal.timeout(5000) });
       this.#become((await response.json()).status, {});
     } catch (error) {
-      if (!error.status) this.#become("unreachable", { detail: "It is tried again each second." });
+      if (!error.status) this.#become("unreachable", { detail: "Retrying every second." });
       else this.#become(error.answer?.status ?? "unknown", error.answer ?? { detail: error.message });
     }
   }
@@ -143,12 +143,12 @@ function showSpark(rates) {
   $("spark").ariaLabel = `Tokens per second in the last minute, at most ${Math.round(top)}`;
 }
 
-/** A cell stands for as many blocks as it takes; a state that has any block has a cell. */
+/** Distributes at most `most` cells over the counts in proportion. Every nonzero count gets at least one cell. */
 export function cells(counts, most = CELLS) {
   const total = counts.reduce((sum, count) => sum + count, 0);
   const all = Math.min(total, most);
   const shares = counts.map((count) => (count ? Math.max(1, Math.floor((count * all) / total)) : 0));
-  // What rounding left over, or took too much of, is the largest state's.
+  // The largest state absorbs the rounding difference.
   shares[counts.indexOf(Math.max(...counts))] += all - shares.reduce((sum, share) => sum + share, 0);
   return shares;
 }

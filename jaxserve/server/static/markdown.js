@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of Markdown that models use most, as DOM nodes: text stays text, and there are no links and no images.
+// Renders the Markdown that models use most as DOM nodes. Text stays text; links and images are not rendered.
 
 import { copy, el } from "./dom.js";
 
-const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*(?! )([^*\n]+)\*/g; // each part ends at the next mark: linear time
+const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|\*(?! )([^*\n]+)\*/g; // linear: each part ends at the next mark
 const ITEM = /^\s{0,8}(?:[-*+]|(\d{1,9})[.)])\s+/;
 const HEADING = /^#{1,6}\s+/;
 
-/** Shows `text` in `container`. While an answer grows only its last block changes, and only that is built anew. */
+/** Shows `text` in `container`. Rebuilds only the blocks that changed: while streaming, just the last. */
 export function draw(container, text) {
   const blocks = split(text);
   const shown = (container.blocks ??= []);
@@ -21,7 +21,7 @@ export function draw(container, text) {
   }
 }
 
-/** Blocks of lines: what lies between two fences, or between empty lines. */
+/** Splits text into blocks: fenced code, or lines between empty lines. */
 function split(text) {
   const blocks = [];
   let block = [];

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Conversations in localStorage, one entry each. A tab owns the one that it shows: what another tab holds is copied
-// when it is opened, so that two tabs never write the same entry.
+// Conversations in localStorage, one entry each. A tab locks the conversation it shows. Opening one that another tab
+// holds makes a copy, so that two tabs never write the same entry.
 
 const PREFIX = "jaxserve.chat.";
 const SETTINGS = "jaxserve.settings";
-// In sessionStorage, from when a page goes to when the next comes: a duplicated tab must not find it.
+// In sessionStorage only between unload and reload, so that a duplicated tab does not find it.
 const CARRIED = "jaxserve.tab";
 const KEPT = 40;
 
@@ -23,7 +23,7 @@ function read(id) {
   return Array.isArray(entry?.messages) ? { system: "", updated: 0, ...entry, id } : null;
 }
 
-/** All that is kept, the latest first. */
+/** All saved conversations, latest first. */
 export function conversations() {
   const ids = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
   const entries = ids.map((key) => read(key.slice(PREFIX.length))).filter((entry) => entry?.messages.length);
@@ -40,15 +40,15 @@ function write(key, value) {
     localStorage.setItem(key, JSON.stringify(value));
     return true;
   } catch {
-    return false; // full, or forbidden
+    return false; // storage is full or disabled
   }
 }
 
 let release = () => {};
 
-/** True if no other tab has `id`, and none will until this one lets go. Waits for `patience` ms. */
+/** Locks `id` for this tab; resolves to false if another tab holds it for longer than `patience` ms. */
 function claim(id, patience) {
-  // Locks exist on https and localhost only. Elsewhere a tab trusts what it carried over itself, and no more.
+  // Locks exist only on HTTPS and localhost. Elsewhere a tab claims only conversations that it carried over or created.
   if (!navigator.locks) return Promise.resolve(patience > 0);
   return new Promise((resolve) => {
     const options = patience ? { signal: AbortSignal.timeout(patience) } : { ifAvailable: true };
@@ -62,7 +62,7 @@ function claim(id, patience) {
   });
 }
 
-/** What this tab shows first: what it showed before a reload, else the latest conversation that no tab shows. */
+/** The conversation to show first: the one before a reload, else the latest no other tab holds, else a new one. */
 export async function start() {
   const carried = sessionStorage.getItem(CARRIED);
   sessionStorage.removeItem(CARRIED);
@@ -84,7 +84,7 @@ export async function fresh(system = "") {
   return entry;
 }
 
-/** Keeps `entry`, and forgets the oldest beyond what is kept. False if the browser has no room. */
+/** Saves `entry` and deletes the oldest beyond the limit. Returns false if storage is full. */
 export function save(entry) {
   if (!entry.messages.length) return true;
   const { messages, system } = entry;
@@ -95,5 +95,5 @@ export function save(entry) {
 
 export const forget = (id) => localStorage.removeItem(PREFIX + id);
 
-/** Called when the page goes: the tab's next page takes the conversation up. */
+/** Called on unload, so that the tab's next page continues the conversation. */
 export const carry = (entry) => sessionStorage.setItem(CARRIED, entry.id);
