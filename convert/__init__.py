@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From published checkpoints to ours: download, check, load into shardings, convert."""
+"""Checkpoints: download, validate, load into shardings, convert to the JAX-native form."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model folder into the decoder's parameters, straight into their shardings, one tensor at a time.
+"""Loads a model folder into the decoder's parameters, directly into their shardings, one tensor at a time.
 
-Each engine tensor is put together in one host buffer, handed to the devices, and forgotten: beyond what stays, the
-host holds no more than the largest. On a CPU the buffer itself becomes the parameter.
+Each engine tensor is assembled in one host buffer, transferred to the devices, and freed: peak host memory is one
+tensor, the largest, beyond the parameters kept there. On CPU the buffer itself becomes the parameter.
 """
 
 from pathlib import Path
@@ -26,35 +26,35 @@ _COMPUTED_IN = ("bfloat16", "float16", "float32")
 
 
 def load_model(folder: str | Path, *, dtype: Any = None, progress: Progress | None = None) -> tuple[ModelSpec, Params]:
-    """The model in `folder`, which is a Hugging Face folder or a converted one, on the mesh in context.
+    """Load the model in `folder`, a Hugging Face or converted folder, onto the mesh in context.
 
-    `dtype` None means the checkpoint's own, and float32 on a CPU.
+    `dtype=None` means the checkpoint's dtype, or float32 on CPU.
     """
     opened = open_model(Path(folder).expanduser())
     return opened.spec, read(opened, dtype=param_dtype(opened, dtype), progress=progress)
 
 
 def open_spec(folder: Path) -> ModelSpec:
-    """What the model is, from its config alone: no weights need be there yet."""
+    """Read the model's spec from its config alone; the weights need not exist yet."""
     return orbax.read_spec(folder) if orbax.is_converted(folder) else registry.read_config(folder)[0]
 
 
 def open_model(folder: Path) -> Plan:
-    """Where the parameters lie, after every check that needs no data."""
+    """Locate every parameter, after all checks that need no tensor data."""
     if orbax.is_converted(folder):
         return orbax.plan(folder)
     return plan(folder, *registry.read_config(folder))
 
 
 def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress: Progress | None = None) -> Params:
-    """The parameters in engine layout, on the mesh in context, as `dtype`."""
+    """Load the parameters in engine layout onto the mesh in context, as `dtype`."""
     return read(plan(folder, spec, family), dtype=dtype, progress=progress)
 
 
 def param_dtype(plan: Plan, wanted: Any = None) -> Any:
-    """What parameters are held in: what is `wanted`, or else the checkpoint's dtype.
+    """The dtype of parameters: `wanted`, or the checkpoint's dtype by default.
 
-    On a CPU that default is float32, for XLA computes far slower in 16 bits there.
+    On CPU the default is float32, because XLA computes far slower in 16 bits there.
     """
     if wanted is None:
         return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else plan.stored_dtype()
@@ -63,7 +63,7 @@ def param_dtype(plan: Plan, wanted: Any = None) -> Any:
     except TypeError:
         dtype = None
     if dtype is None or dtype.name not in _COMPUTED_IN:
-        raise JaxserveError(f"{wanted!r} is no dtype for parameters", f"choose one of {', '.join(_COMPUTED_IN)}")
+        raise JaxserveError(f"unsupported parameter dtype {wanted!r}", f"choose one of {', '.join(_COMPUTED_IN)}")
     return dtype
 
 
@@ -84,4 +84,4 @@ def _to_devices(host: Array, target: jax.ShapeDtypeStruct) -> jax.Array:
         array = jax.device_put(host, may_alias=True)
     else:
         array = jax.make_array_from_callback(target.shape, target.sharding, lambda index: host[index])
-    return array.block_until_ready()  # else the copies of many tensors queue up on the host
+    return array.block_until_ready()  # otherwise copies of many tensors accumulate on the host

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The converted form of a model: a folder that starts without its source and that any JAX program can restore.
+"""Reads and writes the converted form of a model: self-contained, and restorable by any JAX program.
 
     params/      an Orbax checkpoint of the public tree, independent of any mesh, in the dtypes of the source
-    spec.json    the ModelSpec, the version of this form, and where the model came from
-    config.json, generation_config.json, tokenizer and chat template, as the source has them
+    spec.json    the ModelSpec, the format version, and the model's origin
+    config.json, generation_config.json, tokenizer and chat template, copied from the source
 
-Every array is one uncompressed zarr chunk, so a file of plain bytes: Orbax restores it as any other checkpoint, and
-here it is read just as a tensor of a safetensors file is. Orbax itself is only needed to write.
+Every array is one uncompressed zarr chunk, that is a file of plain bytes. Orbax restores it like any other checkpoint,
+and this module reads it like a safetensors tensor. Orbax itself is needed only to write.
 """
 
 import json
@@ -49,20 +49,20 @@ def is_converted(folder: Path) -> bool:
 
 
 def plan(folder: Path) -> Plan:
-    """Where the parameters of a converted folder lie, each checked against the spec."""
+    """Locate the parameters of a converted folder and check each against the spec."""
     spec = read_spec(folder)
     params = folder / PARAMS
     try:
         wanted = dict(param_layout.leaves(param_layout.abstract_public(spec, jnp.float32)))
     except (AttributeError, TypeError, ValueError) as error:  # "8" for 8
-        _fail(folder / SPEC, f"holds no spec of a model ({error})")
+        _fail(folder / SPEC, f"contains no valid model spec ({error})")
     names = {param_layout.dotted(path) for path in wanted}
     with _readable(params):
-        # What has no .zarray is Orbax's own.
+        # Entries without .zarray are Orbax's own files.
         found = {entry.name for entry in os.scandir(params) if os.path.lexists(params / entry.name / ".zarray")}
     if missing := sorted(names - found):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        _fail(params, f"lacks {quote(missing[0])}{more}, which {SPEC} asks for")
+        _fail(params, f"has no {quote(missing[0])}{more}, which {SPEC} requires")
     if extra := sorted(found - names):
         _fail(params, f"has {quote(extra[0])}, which is not part of the model that {SPEC} describes")
     return Plan(spec, {path: [Piece(_stored(params, path, leaf.shape))] for path, leaf in wanted.items()})
@@ -74,17 +74,17 @@ def read_spec(folder: Path) -> ModelSpec:
     content = hf.read_json(file)
     version = content.get("format")
     if not isinstance(version, int) or isinstance(version, bool) or "spec" not in content:
-        _fail(file, "is not what a conversion writes")
+        _fail(file, "was not written by a conversion")
     if version != FORMAT:
-        _fail(file, f"has version {version} of the converted form, expected {FORMAT}")
+        _fail(file, f"has format version {version}, expected {FORMAT}")
     try:
         spec = specs.from_json(content["spec"])
     except CheckpointError as error:
-        _fail(file, f"holds no spec of a model ({error.problem})")
+        _fail(file, f"contains no valid model spec ({error.problem})")
     except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        _fail(file, f"holds no spec of a model ({error})")
+        _fail(file, f"contains no valid model spec ({error})")
     if not isinstance(spec, ModelSpec):
-        _fail(file, "holds no spec of a model")
+        _fail(file, "contains no valid model spec")
     return spec
 
 
@@ -99,7 +99,7 @@ def _stored(params: Path, path: param_layout.Path, shape: tuple[int, ...]) -> Te
         _fail(place, f"has dtype {array.get('dtype')!r}, expected one of {', '.join(_ZARR_DTYPES)}")
     plain = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "chunks": list(shape)}
     if any(array.get(key, "absent") != value for key, value in plain.items()):
-        _fail(place, "is not stored as one plain chunk, as a conversion stores it")
+        _fail(place, "is not stored as one uncompressed chunk")
     file = place / (".".join("0" * len(shape)) or "0")
     with _readable(file):
         status = os.stat(file)
@@ -127,12 +127,12 @@ def _fail(path: Path, problem: str) -> NoReturn:
 def write(
     plan: Plan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: Progress | None = None
 ) -> None:
-    """Parameters and spec into an existing folder, one tensor at a time. `dtype` None keeps each tensor's own."""
+    """Write parameters and spec into a folder, one tensor at a time. `dtype=None` keeps each tensor's dtype."""
     public = param_layout.abstract_public(plan.spec, dtype or jnp.float32)
     tree: dict[str, Any] = {}
     with Reader(progress) as reader:
         for path, leaf in param_layout.leaves(public):
-            # What is float32 whatever the rest is (sinks, ...) stays so.
+            # Tensors that are always float32 (sinks, ...) stay float32.
             param_layout.put(
                 tree, path, _Leaf(plan, reader, path, leaf.shape, leaf.dtype if dtype else plan.leaf_dtype(path))
             )
@@ -144,7 +144,7 @@ def write(
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:
-    """An array that is read when its turn to be written has come."""
+    """An array that is read only when it is written."""
 
     plan: Plan
     reader: Reader
@@ -162,7 +162,7 @@ def _save(place: Path, tree: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     class OneByOne(ocp.type_handlers.NumpyHandler):
-        """Orbax's way to store numpy arrays, but each is read, written and forgotten before the next."""
+        """Orbax's numpy handler, but each array is read, written and freed before the next."""
 
         async def serialize(self, values: Sequence[Any], infos: Any, args: Any = None) -> Sequence[Any]:
             for leaf, info, arg in zip(values, infos, args, strict=True):
@@ -181,20 +181,20 @@ def _save(place: Path, tree: dict[str, Any]) -> None:
 
 @contextmanager
 def _explained(folder: Path) -> Generator[None]:
-    """One line for what the system, or tensorstore in its place, has against a write."""
+    """Convert an OSError during a write, or tensorstore's form of it, to a one-line error."""
     with output.explained(folder):
         try:
             yield
         except (ValueError, RuntimeError) as error:
             if code := re.search(r"os_error_code='(\d+)'", str(error)):
                 raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-            problem = f"{one_line(str(folder), limit=1000)} cannot be written ({one_line(str(error))})"
+            problem = f"cannot write {one_line(str(folder), limit=1000)} ({one_line(str(error))})"
             raise CheckpointError(problem, "name another destination") from error
 
 
 @contextmanager
 def _hushed() -> Generator[None]:
-    """Without Orbax's warnings of what was left out on purpose, and its own report of an error that is told here."""
+    """Silence Orbax's warnings about intentional settings, and its own report of errors that we raise."""
     log = cast(Any, logging.getLogger("absl"))
     level = log.level
     log.setLevel(logging.CRITICAL)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a checkpoint a model's parameters are made of. Decided by names, dtypes and shapes alone.
+"""Maps a checkpoint's tensors to a model's parameters, by names, dtypes and shapes alone.
 
-Every parameter must be there with the right shape, and the checkpoint must hold nothing that the model does not know:
-a fault is found before a byte of data is read, and told in one line that names file, tensor and expectation.
+Every parameter must exist with the right shape, and the checkpoint must contain nothing unknown to the model. A fault
+is found before any data is read, and reported in one line that names the file, the tensor and what was expected.
 """
 
 import math
@@ -27,7 +27,7 @@ from jaxserve.models.registry import Family
 from jaxserve.models.spec import Layer, ModelSpec
 from jaxserve.models.weights import Rule, View
 
-# What weights can be stored as. The other types that a safetensors file may hold are quantized forms.
+# Supported dtypes of stored weights. The other dtypes of safetensors are quantized formats.
 DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -35,7 +35,7 @@ DTYPES: dict[str, Any] = {
     "BF16": jnp.dtype(jnp.bfloat16),
 }
 
-# Buffers that some checkpoints carry and every model can compute: never weights.
+# Buffers that some checkpoints store although every model computes them: never weights.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias)$")
 
 _HINT = "check that config.json belongs to these weights"
@@ -43,7 +43,7 @@ _HINT = "check that config.json belongs to these weights"
 
 @dataclass(frozen=True)
 class Piece:
-    """A public tensor, or one expert's share of it: where it lies, and which part of that it is."""
+    """A public tensor, or one expert's part of it: its location and an optional view of that."""
 
     info: TensorInfo
     view: View | None = None
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """For every public tensor its pieces: one, or one for each expert."""
+    """The pieces of every public tensor: one, or one per expert."""
 
     spec: ModelSpec
     pieces: Mapping[param_layout.Path, Sequence[Piece]]
@@ -69,12 +69,12 @@ class Plan:
         return sum(info.stop - info.start for info in infos)
 
     def size(self, dtype: Any = None) -> int:
-        """About how many bytes the parameters take as `dtype`, or as they are stored."""
+        """Approximate bytes of the parameters as `dtype`, or as stored."""
         infos = {piece.info for pieces in self.pieces.values() for piece in pieces}
         return sum(math.prod(info.shape) for info in infos) * jnp.dtype(dtype).itemsize if dtype else self.bytes
 
     def stored_dtype(self) -> Any:
-        """That of most of the bytes; float32 for float64, which nothing here computes in."""
+        """The dtype of most bytes. float64 becomes float32, because nothing computes in float64."""
         count: Counter[Any] = Counter()
         for pieces in self.pieces.values():
             for piece in pieces:
@@ -82,14 +82,16 @@ class Plan:
         return _within_32_bits(max(count, key=lambda dtype: count[dtype]))
 
     def leaf_dtype(self, path: param_layout.Path) -> Any:
-        """What holds this tensor without loss (but for float64)."""
+        """A dtype that stores this tensor without loss (except for float64)."""
         dtypes = {_within_32_bits(piece.dtype) for piece in self.pieces[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def jobs(self, path: param_layout.Path, into: Array, shape: tuple[int, ...]) -> Iterator[Job]:
-        """Reads the public tensor at `path`, seen as `shape` and broadcast, into `into`."""
+        """Jobs that read the public tensor at `path`, viewed as `shape` and broadcast, into `into`."""
         layer, pieces = layer_of(self.spec, path), self.pieces[path]
-        stack = next(n for n in range(len(shape) + 1) if math.prod(shape[:n]) == len(pieces))  # axes that count pieces
+        stack = next(
+            n for n in range(len(shape) + 1) if math.prod(shape[:n]) == len(pieces)
+        )  # leading axes that index pieces
 
         def look(piece: Piece, place: Array, data: Array) -> Array:
             return np.broadcast_to(piece.look(data, layer).reshape(shape[stack:]), place.shape)
@@ -108,7 +110,7 @@ def layer_of(spec: ModelSpec, path: param_layout.Path) -> Layer | None:
 
 
 def plan(folder: Path, spec: ModelSpec, family: Family) -> Plan:
-    """For a Hugging Face folder, by the family's WEIGHTS."""
+    """The plan of a Hugging Face folder, by the family's WEIGHTS."""
     tensors = read_checkpoint(folder)
     if spec.tied and _heads_differ(family.WEIGHTS, tensors):
         spec = replace(spec, tied=False)
@@ -120,7 +122,7 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> Plan:
 
 
 def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether embedding and head are both stored and not equal: they are then not tied, whatever the config says."""
+    """Whether embedding and head are both stored and differ: then they are not tied, whatever the config says."""
     stored = {rule.path: tensors[rule.source] for rule in weights if rule.source in tensors}
     embed, head = stored.get("embed.weight"), stored.get("head")
     if embed is None or head is None or head.shape != embed.shape:
@@ -133,7 +135,7 @@ class _Planner:
         self, folder: Path, spec: ModelSpec, weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]
     ) -> None:
         self._folder, self._spec, self._tensors = folder, spec, tensors
-        self._used: Counter[str] = Counter()  # values taken of each tensor
+        self._used: Counter[str] = Counter()  # number of values used per tensor
         self._rules: dict[str, list[Rule]] = {}
         for rule in weights:
             self._rules.setdefault(rule.path, []).append(rule)
@@ -147,7 +149,9 @@ class _Planner:
         if not rules:
             raise AssertionError(f"no rule of the family gives {param_layout.dotted(path)}")
         if any("{expert}" in rule.source for rule in rules) and shape[0] > len(self._tensors):
-            problem = f"config.json asks for {shape[0]:,} experts, the checkpoint has {len(self._tensors):,} tensors"
+            problem = (
+                f"config.json has {shape[0]:,} experts, but the checkpoint has only {len(self._tensors):,} tensors"
+            )
             raise CheckpointError(f"{_shown(self._folder)}: {problem}", _HINT)
         choices = [(rule, _names(rule, path, shape)) for rule in rules]
         rule, names = next((c for c in choices if any(name in self._tensors for name in c[1])), choices[0])
@@ -163,13 +167,13 @@ class _Planner:
         return pieces
 
     def check_used(self, ignored: Sequence[str]) -> None:
-        """That nothing is left over: no tensor, and no part of one."""
+        """Check that every tensor is used, and used completely."""
         for name, count in self._used.items():
             info = self._tensors[name]
             if count < math.prod(info.shape):
-                taken = f"of which {count:,} of {math.prod(info.shape):,} values are the model's"
+                taken = f"of which the model uses {count:,} of {math.prod(info.shape):,} values"
                 fail(info, name, f"has shape {list(info.shape)}, {taken}, expected all")
-        known = {rule.source for rule in self._rules.get("head", []) if self._spec.tied}  # the embedding once more
+        known = {rule.source for rule in self._rules.get("head", []) if self._spec.tied}  # a copy of the embedding
         patterns = [re.compile(pattern.replace("{layers}", str(len(self._spec.layers)))) for pattern in ignored]
         extra = [
             name
@@ -188,25 +192,25 @@ def _names(rule: Rule, path: param_layout.Path, shape: tuple[int, ...]) -> list[
 
 
 def _check(piece: Piece, name: str, shape: tuple[int, ...], layer: Layer | None) -> int:
-    """How many values this piece takes of its tensor, which can be seen as `shape`."""
+    """Check that the piece can be viewed as `shape`; return how many values of its tensor it uses."""
     info = piece.info
     if info.dtype not in DTYPES:
-        kind = "a quantized form" if BITS[info.dtype] <= 8 else "no type of weights"
+        kind = "a quantized format" if BITS[info.dtype] <= 8 else "which is not a weight dtype"
         fail(info, name, f"has dtype {info.dtype}, {kind}, expected one of {', '.join(DTYPES)}")
     try:
         seen = piece.look(np.broadcast_to(np.zeros((), np.int8), info.shape), layer)
     except (ValueError, IndexError) as error:
-        fail(info, name, f"has shape {list(info.shape)}, expected what can be seen as {list(shape)} ({error})")
+        fail(info, name, f"has shape {list(info.shape)}, expected one that can be viewed as {list(shape)} ({error})")
     if not _regroups(seen.shape, shape):
         found = f"has shape {list(info.shape)}"
         if seen.shape != info.shape:
-            found += f", of which {list(seen.shape)} is taken"
-        fail(info, name, f"{found}, expected {list(shape)} or its axes taken together")
+            found += f", of which {list(seen.shape)} is used"
+        fail(info, name, f"{found}, expected {list(shape)}, possibly with adjacent axes merged")
     return seen.size
 
 
 def _regroups(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether one shape is the other with neighbouring axes taken together: rows stay rows."""
+    """Whether one shape equals the other with adjacent axes merged, so that rows stay rows."""
 
     def ends(shape: tuple[int, ...]) -> set[int]:
         return {math.prod(shape[:i]) for i in range(len(shape) + 1)}

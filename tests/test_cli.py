@@ -121,7 +121,7 @@ def test_inspect_shows_strange_names_in_any_terminal(tmp_path: Path) -> None:
 
 def test_inspect_of_nothing(tmp_path: Path) -> None:
     assert "no such file" in user_error("inspect", tmp_path / "absent")
-    assert "holds no safetensors checkpoint" in user_error("inspect", tmp_path)
+    assert "contains no safetensors checkpoint" in user_error("inspect", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     assert "is too short" in user_error("inspect", tmp_path)
 

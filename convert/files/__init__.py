@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of models, on disk and on the hub: found, checked, read, written. No jax."""
+"""Model files on disk and on the Hugging Face hub: finds, validates, reads and writes them. Imports no jax."""

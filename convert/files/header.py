@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header of a safetensors file: bytes in, checked tensor descriptions out. Knows no files.
+"""Parses the header of a safetensors file: bytes in, validated tensor descriptions out. Opens no files.
 
-The bytes come from strangers, so nothing in them is believed. The header's grammar is tiny (an
-object of flat objects), and it is read with a scanner of exactly that grammar instead of a JSON
-parser: nesting, floats, booleans and endless lists are refused where they begin, so memory and
-time stay proportional to the header's length. It accepts what the `safetensors` library accepts,
-save for oddities that no writer makes: fields unknown here, integers of 2^63 and above, more than
-64 dimensions, and keys given twice.
+The bytes are untrusted. The header's grammar is small (an object of flat objects), so a scanner for exactly that
+grammar replaces a JSON parser: nesting, floats, booleans and long lists are rejected where they begin, so that memory
+and time stay proportional to the header's length. It accepts what the `safetensors` library accepts, except for input
+that no writer produces: unknown fields, integers of 2^63 and above, more than 64 dimensions, and duplicate keys.
 
-File layout: 8 bytes little-endian header length n, n bytes of header, then the data, which the
-tensors cover exactly, with neither holes nor overlaps.
+File layout: 8 bytes little-endian header length n, n bytes of header, then the data, which the tensors cover exactly,
+without gaps or overlaps.
 """
 
 import json
@@ -27,7 +25,7 @@ MAX_RANK = 64  # numpy's limit
 _MAX_INT = 2**63 - 1
 
 _WIDTHS = {
-    4: "F4",  # this and F6 are packed; a tensor must still end on a whole byte
+    4: "F4",  # F4 and F6 are packed; a tensor must still end on a byte boundary
     6: "F6_E2M3 F6_E3M2",
     8: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0",
     16: "U16 I16 F16 BF16",
@@ -39,7 +37,7 @@ BITS = {dtype: bits for bits, dtypes in _WIDTHS.items() for dtype in dtypes.spli
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: `start` and `stop` are byte offsets in `file`, from its very beginning."""
+    """One tensor. `start` and `stop` are byte offsets from the beginning of `file`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,7 +47,7 @@ class TensorInfo:
 
 
 class MalformedError(Exception):
-    """What is wrong inside a file; the caller knows which file."""
+    """A fault in a file's content. The caller adds the file's name."""
 
 
 def quote(name: str) -> str:
@@ -57,10 +55,10 @@ def quote(name: str) -> str:
 
 
 def parse(header: bytes, *, size: int, file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file of `size` bytes with this header, in the order of their data."""
+    """The tensors of a file of `size` bytes with this header, in data order."""
     entries, end = _object("its header", header, 0, _header_value)
     if end != len(header):
-        raise MalformedError(f"its header goes on after the JSON object, at header byte {end}")
+        raise MalformedError(f"its header has data after the JSON object, at header byte {end}")
     entries.pop("__metadata__", None)
     base = 8 + len(header)
     tensors = {
@@ -90,32 +88,32 @@ def _tensor(what: str, fields: dict[str, Any], *, base: int, file: Path) -> Tens
         raise MalformedError(f"{what} has a dimension or offset above 2^63-1")
     bits = math.prod(shape) * BITS[dtype]
     if bits != (offsets[1] - offsets[0]) * 8:
-        # A hostile product has over a thousand digits.
+        # A malicious shape's product can have over a thousand digits.
         needs = f"{bits / 8:.12g}" if bits <= _MAX_INT else "over 2^60"
-        holds = f"its data_offsets give {offsets[1] - offsets[0]}"
+        holds = f"but its data_offsets span {offsets[1] - offsets[0]}"
         raise MalformedError(f"{what}: {dtype} of shape {list(shape)} needs {needs} bytes, {holds}")
     return TensorInfo(dtype, shape, base + offsets[0], base + offsets[1], file)
 
 
 def _check_layout(tensors: dict[str, TensorInfo], *, base: int, size: int) -> None:
-    """The tensors, already in order, must cover the bytes from `base` to `size` exactly once."""
+    """Check that the tensors, in data order, cover the bytes from `base` to `size` exactly once."""
     end = base
     for name, info in tensors.items():
         if info.start != end:
-            fault = "overlaps the one before it" if info.start < end else "leaves a hole before it"
+            fault = "overlaps the previous tensor" if info.start < end else "leaves a gap before it"
             places = f"begins at data byte {info.start - base}, expected {end - base}"
             raise MalformedError(f"tensor {quote(name)} {fault}: {places}")
         end = info.stop
         if end > size:
-            places = f"ends at data byte {end - base}, the file has {size - base}"
-            raise MalformedError(f"tensor {quote(name)} is cut off: {places}")
+            places = f"ends at data byte {end - base}, but the file has {size - base}"
+            raise MalformedError(f"tensor {quote(name)} is truncated: {places}")
     if end != size:
-        raise MalformedError(f"{size - end} bytes at its end belong to no tensor")
+        raise MalformedError(f"the last {size - end} bytes belong to no tensor")
 
 
 # -- grammar
 
-# Possessive quantifiers (*+) keep the matcher from saving a way back for each of 10^8 characters.
+# Possessive quantifiers (*+) keep the matcher from storing a backtracking state for each of 10^8 characters.
 _INT = rb"(?:0|[1-9][0-9]{0,18})"
 _WS = rb"[ \t\r\n]*+"
 _STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
@@ -127,7 +125,7 @@ _TEXT = re.compile(_STRING)
 _ITEMS = rb"(?:" + _INT + _WS + rb"," + _WS + rb"){0,%d}" % (MAX_RANK - 1) + _INT
 _INTS = re.compile(rb"\[" + _WS + rb"(" + _ITEMS + rb")?" + _WS + rb"\]")
 
-# Reads one value of the object at `at`, returns it and where it ended.
+# Reads one value of an object at offset `at`; returns it and its end offset.
 _Value = Callable[[str, bytes, int], tuple[object, int]]
 
 
@@ -157,10 +155,10 @@ def _string(literal: bytes) -> str:
         if b"\\" not in literal:
             return literal[1:-1].decode()
         text = cast(str, json.loads(literal.decode()))
-        text.encode()  # "\ud800" is legal JSON but no text
+        text.encode()  # "\ud800" is valid JSON but not valid UTF-8
         return text
     except ValueError:
-        raise MalformedError("its header holds a string that is not valid UTF-8 JSON") from None
+        raise MalformedError("its header contains a string that is not valid UTF-8 JSON") from None
 
 
 def _header_value(name: str, text: bytes, at: int) -> tuple[object, int]:
@@ -185,7 +183,7 @@ def _field(what: str, name: str, text: bytes, at: int) -> tuple[object, int]:
         return _string(match[0]), match.end()
     if name not in ("shape", "data_offsets"):
         expected = "expected dtype, shape and data_offsets"
-        raise MalformedError(f"{what} has the unknown field {quote(name)}, {expected}")
+        raise MalformedError(f"{what} has unknown field {quote(name)}, {expected}")
     if not (match := _INTS.match(text, at)):
         expected = f"a list of at most {MAX_RANK} integers from 0 to 2^63-1"
         raise MalformedError(f"{what}: {name} must be {expected}")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user names as a model, turned into a local folder: a folder as it is, a hub id by download.
+"""Resolves a model name to a local folder: a local folder as it is, a hub id by downloading it.
 
-huggingface_hub does the downloading, into its own cache, so its settings (HF_TOKEN, HF_HOME, HF_ENDPOINT, ...) hold.
-Decided here: which files, all of one commit, in which order, and one line for each way to fail.
+huggingface_hub downloads into its own cache, so its settings (HF_TOKEN, HF_HOME, HF_ENDPOINT, ...) apply. This module
+decides which files to download, all from one commit, and in which order, and reports each failure in one line.
 
-The order is what tells a complete folder from an interrupted download without asking the hub: config.json comes last
-of the small files, weights after it, and a branch's entry in the cache moves only when all that was asked for is there.
+The order distinguishes a complete folder from an interrupted download without asking the hub: config.json is the last
+of the small files, weights follow it, and a branch's ref in the cache is updated only when every requested file exists.
 """
 
 import logging
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["SMALL", "TEMPLATE", "fetch"]
 
 _CONFIG = "config.json"
-# What a model folder is read for besides its config and weights.
+# Files that are read from a model folder besides its config and weights.
 SMALL = {
     *(
         "generation_config.json",
@@ -48,7 +48,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".gguf", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".safetensors")
 
-# Stricter than paths and URLs need, so that no id or revision can mean another place in either.
+# Stricter than paths and URLs require, so that no id or revision can escape to another location in either.
 _LOOKS_LIKE_PATH = re.compile(r"[./~]|[A-Za-z]:|.*/.*/|.*\\", re.DOTALL)
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git\Z)(?:{_NAME}/)?{_NAME}")
@@ -66,16 +66,16 @@ def fetch(
     progress: bool | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """The local folder of the model `source`: itself a folder, or a hub id such as org/name.
+    """Return the local folder of the model `source`: a folder, or a hub id such as org/name.
 
-    A folder of that name wins over the hub. `revision` is a branch, tag or commit of a hub model, main unless given;
-    it is resolved once, and the folder that is returned bears the name of its commit. `check` is called with the
-    folder before any weights are downloaded, and stops the download by raising. `weights=False` leaves them out.
-    `offline`, or HF_HUB_OFFLINE=1, uses the cache alone. `progress` None shows a bar on a terminal.
+    A local folder takes precedence over a hub model of the same name. `revision` is a branch, tag or commit of a hub
+    model (default main); it is resolved once, and the returned folder is named after its commit. `check` is called with
+    the folder before any weights are downloaded, and cancels the download by raising. `weights=False` skips weights.
+    `offline`, or HF_HUB_OFFLINE=1, uses only the cache. `progress=None` shows a bar if stderr is a terminal.
     """
     folder = _local_folder(source)
     if folder is not None and revision is not None:
-        raise CheckpointError(f"{quote(source)} is a local folder and has no revisions", "leave the revision out")
+        raise CheckpointError(f"{quote(source)} is a local folder and has no revisions", "remove the revision")
     if folder is None:
         model = _hub_model(source, revision=revision, cache_dir=cache_dir)
         if offline or _offline_by_env():
@@ -87,11 +87,11 @@ def fetch(
     return folder
 
 
-# -- what was named
+# -- resolving the name
 
 
 def _local_folder(source: str) -> Path | None:
-    """The folder that `source` names; None where it must name a hub model."""
+    """The folder that `source` names; None if it can only be a hub model."""
     path = os.path.expanduser(source)
     hint = "check the path, or name a hub model as org/name"
     try:
@@ -100,28 +100,28 @@ def _local_folder(source: str) -> Path | None:
         if not _LOOKS_LIKE_PATH.match(source):
             return None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise CheckpointError(f"there is no folder {quote(source)}", hint) from None
-        raise CheckpointError(f"the folder {quote(source)} cannot be read ({reason(error)})", hint) from None
+            raise CheckpointError(f"folder {quote(source)} does not exist", hint) from None
+        raise CheckpointError(f"cannot read folder {quote(source)} ({reason(error)})", hint) from None
     if not stat.S_ISDIR(mode):
-        raise CheckpointError(f"{quote(source)} is a file, not a model folder", "name the folder that it lies in")
+        raise CheckpointError(f"{quote(source)} is a file, not a model folder", "name the folder that contains it")
     if not os.path.isfile(os.path.join(path, _CONFIG)):
-        problem = f"the folder {quote(source)} has no {_CONFIG}"
-        hint = "name a folder that holds a Hugging Face model (a folder goes before a hub model of its name)"
+        problem = f"folder {quote(source)} has no {_CONFIG}"
+        hint = "name a Hugging Face model folder (a local folder takes precedence over a hub model of the same name)"
         raise CheckpointError(problem, hint)
     return Path(path)
 
 
 def _hub_model(source: str, *, revision: str | None, cache_dir: Path | None) -> HubModel:
     if not _HUB_ID.fullmatch(source):
-        problem = f"{quote(source)} is neither a folder here nor a possible name of a hub model"
+        problem = f"{quote(source)} is neither a local folder nor a valid hub model name"
         raise CheckpointError(problem, "check the path, or name a hub model as org/name")
     revision = "main" if revision is None else revision
     if not _REVISION.fullmatch(revision):
-        problem = f"{quote(revision)} cannot be a revision"
-        raise CheckpointError(problem, f"name a branch, a tag or a commit of {quote(source)}")
+        problem = f"{quote(revision)} is not a valid revision"
+        raise CheckpointError(problem, f"name a branch, tag or commit of {quote(source)}")
     from huggingface_hub import constants
 
-    # huggingface_hub reads its environment once, at import; whoever sets the endpoint later means it too.
+    # huggingface_hub reads its environment once, at import; honor an HF_ENDPOINT that was set later.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
     return HubModel(source, revision, endpoint, cache)
@@ -138,14 +138,14 @@ def _offline_by_env() -> bool:
 
 
 def _from_cache(model: HubModel, *, weights: bool) -> Path:
-    hint = "fetch it once while not offline"
+    hint = "download it once while online"
     commit = model.revision
     if not _COMMIT.fullmatch(commit):
         with suppress(OSError):
             commit = (model.place / "refs" / model.revision).read_text(errors="replace").strip()
     folder = model.folder(commit)
     if not _COMMIT.fullmatch(commit) or not os.path.isdir(folder):
-        raise CheckpointError(f"{model} is not in the cache {shown(model.cache)}, and this is offline", hint)
+        raise CheckpointError(f"{model} is not in the cache {shown(model.cache)}, and offline mode is on", hint)
     missing = [] if os.path.isfile(folder / _CONFIG) else [_CONFIG]
     if weights and not os.path.isfile(folder / _SINGLE):
         if os.path.isfile(folder / _INDEX):
@@ -154,7 +154,7 @@ def _from_cache(model: HubModel, *, weights: bool) -> Path:
         else:
             missing.append(_SINGLE)
     if missing:
-        problem = f"{model} is incomplete in the cache {shown(model.cache)}, and this is offline: no {few(missing)}"
+        problem = f"{model} is incomplete in the cache {shown(model.cache)} (no {few(missing)}), and offline mode is on"
         raise CheckpointError(problem, hint)
     return folder
 
@@ -177,7 +177,7 @@ def _from_hub(model: HubModel, *, weights: bool, progress: bool | None, check: C
     if weights and _SINGLE not in sizes and _INDEX not in sizes:
         _refuse_for_weights(model, sizes)
     if _CONFIG not in sizes:
-        raise CheckpointError(f"{model} has no {_CONFIG}", "name a repository that holds a Hugging Face model")
+        raise CheckpointError(f"{model} has no {_CONFIG}", "name a repository that contains a Hugging Face model")
 
     def download(names: Iterable[str], what: str) -> None:
         label = f"{model.id} {what}" if progress else None
@@ -194,15 +194,15 @@ def _from_hub(model: HubModel, *, weights: bool, progress: bool | None, check: C
             download([_INDEX], "index")
             names = _shards(folder / _INDEX)
             if absent := [name for name in names if name not in sizes]:
-                problem = f"{model} lacks {few(absent)}, which its {_INDEX} names"
-                raise CheckpointError(problem, "choose another revision, or tell the owner of the repository")
+                problem = f"{model} has no {few(absent)}, which its {_INDEX} lists"
+                raise CheckpointError(problem, "choose another revision, or report it to the repository's owner")
         download(names, "weights")
     _remember(model, commit)
     return folder
 
 
 def _listing(api: "HfApi", model: HubModel) -> tuple[str, dict[str, int | None]]:
-    """The commit that the revision stands for now, and the files it has with their sizes."""
+    """The commit that the revision currently points to, and its files with their sizes."""
     from huggingface_hub import constants
 
     with explained(model):
@@ -214,7 +214,7 @@ def _listing(api: "HfApi", model: HubModel) -> tuple[str, dict[str, int | None]]
             sizes[str(file.rfilename)] = None if size is None else int(size)
     commit = str(info.sha)
     if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(model.revision) and commit != model.revision):
-        raise CheckpointError(f"{model.endpoint} names no commit for {model}", HINT_ENDPOINT)
+        raise CheckpointError(f"{model.endpoint} returned no valid commit for {model}", HINT_ENDPOINT)
     return commit, sizes
 
 
@@ -225,9 +225,9 @@ def _refuse_for_weights(model: HubModel, names: Iterable[str]) -> NoReturn:
             found.setdefault(suffix, name)
     problem = f"{model} has no {_SINGLE} and no {_INDEX}"
     problem += f", only {few(list(found.values()))}" if found else ", and no other weights"
-    hint = "name a repository that holds weights as safetensors"
+    hint = "name a repository that contains safetensors weights"
     if ".bin" in found:
-        hint = "choose a revision with safetensors (often refs/pr/N), or save it so with transformers' save_pretrained"
+        hint = "choose a revision with safetensors (often refs/pr/N), or convert it with transformers' save_pretrained"
     elif ".gguf" in found:
         hint = "name the repository that the GGUF files were made from"
     raise CheckpointError(problem, hint)
@@ -236,10 +236,10 @@ def _refuse_for_weights(model: HubModel, names: Iterable[str]) -> NoReturn:
 def _download(
     api: "HfApi", model: HubModel, commit: str, sizes: Mapping[str, int | None], *, label: str | None
 ) -> None:
-    """Those of these files that the cache lacks, one after the other so that Ctrl-C ends them at once."""
+    """Download the files that the cache lacks, one at a time so that Ctrl-C stops at once."""
     from huggingface_hub.utils import tqdm
 
-    get = cast(Any, api).hf_hub_download  # its annotations stop short at tqdm's
+    get = cast(Any, api).hf_hub_download  # its type hints omit tqdm_class
     folder = model.folder(commit)
     missing = {name: size for name, size in sizes.items() if not _complete(folder / name, size)}
     if not missing:
@@ -250,12 +250,12 @@ def _download(
         for name, size in missing.items():
             path = folder / name
             if os.path.lexists(path) and not _complete(path, size):
-                _discard(path)  # the machine went down before the data reached its disk
+                _discard(path)  # the machine crashed before the data reached the disk
             with explained(model, file=name):
                 get(model.id, name, revision=commit, cache_dir=model.cache, tqdm_class=_part_of(bar))
             if not _complete(path, size):
                 _discard(path)
-                problem = f"{quote(name)} of {model} did not arrive as {model.endpoint} lists it"
+                problem = f"{quote(name)} of {model} has the wrong size after download from {model.endpoint}"
                 raise CheckpointError(f"{problem}: expected {size} bytes of commit {commit}", HINT_AGAIN)
 
 
@@ -285,7 +285,7 @@ def _check_room(model: HubModel, needed: int) -> None:
 
 
 def _remember(model: HubModel, commit: str) -> None:
-    """What this revision stands for, for the next time offline. A cache may be read-only: then it is not noted."""
+    """Store the revision's commit in the cache for offline use. A read-only cache is not an error."""
     if model.revision == commit:
         return
     ref = model.place / "refs" / model.revision
@@ -297,7 +297,7 @@ def _remember(model: HubModel, commit: str) -> None:
 
 
 def _part_of(bar: Any) -> type[Any]:
-    """A class for the bar of one file, as huggingface_hub wants one, that moves the bar of them all."""
+    """A tqdm-like class for huggingface_hub that advances the shared bar instead of showing one bar per file."""
 
     class Part:
         def __init__(self, **_: object) -> None: ...
@@ -312,7 +312,7 @@ def _part_of(bar: Any) -> type[Any]:
         def update(self, count: float | None = 1) -> None:
             bar.update(count)
 
-        # Bytes on the wire, which xet counts apart from bytes on disk. Where this is lacking, a second bar is made.
+        # xet counts network bytes apart from disk bytes; without this method it would create a second bar.
         def update_transfer(self, count: float | None = 1) -> None: ...
 
         def set_postfix_str(self, text: str, refresh: bool = False) -> None: ...
@@ -324,7 +324,7 @@ def _part_of(bar: Any) -> type[Any]:
 
 @contextmanager
 def _hushed(quiet: bool) -> Generator[None]:
-    """Without a bar nobody watches: no warnings on each retry either, unless HF_HUB_VERBOSITY asks for more."""
+    """Without a bar, also silence the warning on each retry, unless HF_HUB_VERBOSITY asks for more."""
     log = logging.getLogger("huggingface_hub")
     if not quiet or log.level != logging.WARNING:
         yield

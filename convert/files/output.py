@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that appears whole or not at all. Knows nothing of what is written into it.
+"""Creates an output folder atomically: it appears complete or not at all.
 
-It is written beside its place, as NAME.converting, flushed to the disk and renamed. A file in there is locked for as
-long as the writer lives, so what a writer that died has left is told from one that is at work, whatever its process
-number is now; and what does not have that file is not ours and never touched.
+The folder is written beside its destination as NAME.converting, synced to disk and renamed. A marker file in it is
+locked while the writer lives, which distinguishes the leftovers of a dead writer from a running one whatever their
+process ids. A folder without the marker is not ours and is never touched.
 """
 
 import errno
@@ -19,34 +19,34 @@ from jaxserve.errors import CheckpointError, one_line
 _MARK = ".jaxserve-converting"
 _HINT_PLACE = "name another destination"
 
-type Ours = Callable[[Path], bool]  # whether a folder is one that may be overwritten
+type Ours = Callable[[Path], bool]  # whether a folder may be overwritten
 
 
 def check(destination: Path, *, overwrite: bool, ours: Ours) -> None:
-    """That a folder may be put there. Cheap: for before the work, and once more at its end."""
+    """Check that the destination can be created. Cheap: called before the work and again at its end."""
     shown = _shown(destination)
     if destination.name in ("", ".."):
-        raise CheckpointError(f"{shown} is no place for a new folder", _HINT_PLACE)
+        raise CheckpointError(f"{shown} is not a valid destination folder", _HINT_PLACE)
     parent = destination.parent
     if not parent.is_dir():
-        raise CheckpointError(f"there is no folder {_shown(parent)} to put {shown} in", "make it first")
+        raise CheckpointError(f"folder {_shown(parent)} for {shown} does not exist", "create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"the folder {_shown(parent)} is not writable", _HINT_PLACE)
+        raise CheckpointError(f"folder {_shown(parent)} is not writable", _HINT_PLACE)
     if not os.path.lexists(destination):
         return
     if destination.is_symlink() or not destination.is_dir():
-        raise CheckpointError(f"{shown} exists and is no folder", _HINT_PLACE)
+        raise CheckpointError(f"{shown} exists and is not a folder", _HINT_PLACE)
     if not os.listdir(destination):
         return
     if not ours(destination):
-        raise CheckpointError(f"{shown} exists, and is no converted model: it is left alone", _HINT_PLACE)
+        raise CheckpointError(f"{shown} exists and is not a converted model, so it is not overwritten", _HINT_PLACE)
     if not overwrite:
-        raise CheckpointError(f"{shown} exists", f"{_HINT_PLACE}, or replace it with --overwrite")
+        raise CheckpointError(f"{shown} already exists", f"{_HINT_PLACE}, or replace it with --overwrite")
 
 
 @contextmanager
 def folder(destination: Path, *, overwrite: bool, ours: Ours) -> Generator[Path]:
-    """A new folder to write into; if nothing is raised it becomes `destination`, else it is gone."""
+    """Yield a new folder to write into. On success it becomes `destination`; on an exception it is removed."""
     check(destination, overwrite=overwrite, ours=ours)
     made = destination.with_name(f"{destination.name}.converting")
     with explained(destination):
@@ -68,18 +68,18 @@ def folder(destination: Path, *, overwrite: bool, ours: Ours) -> Generator[Path]
 
 
 def _clear(made: Path) -> None:
-    """Removes what a writer that died has left."""
+    """Remove the leftovers of a writer that died."""
     if not os.path.lexists(made):
         return
     shown = _shown(made)
     try:
         mark = os.open(made / _MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        raise CheckpointError(f"{shown} is in the way, and was not left by a conversion", "move it away") from None
+        raise CheckpointError(f"{shown} exists and was not created by a conversion", "move it away") from None
     try:
         fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise CheckpointError(f"another conversion is writing {shown}", "wait for it") from None
+        raise CheckpointError(f"another conversion is writing {shown}", "wait until it ends") from None
     else:
         shutil.rmtree(made)
     finally:
@@ -90,11 +90,11 @@ def _rename(made: Path, destination: Path, ours: Ours) -> None:
     old: Path | None = None
     if destination.is_dir() and os.listdir(destination):
         old = destination.with_name(f"{destination.name}.replaced")
-        if ours(old):  # a replacement died after this point
+        if ours(old):  # an earlier replacement died after this point
             shutil.rmtree(old)
         os.rename(destination, old)  # fails if something else is there
     try:
-        os.rename(made, destination)  # over an empty folder, too
+        os.rename(made, destination)  # also replaces an empty folder
     except OSError:
         if old:
             os.rename(old, destination)
@@ -123,25 +123,25 @@ def _sync_one(path: Path) -> None:
 
 @contextmanager
 def explained(destination: Path) -> Generator[None]:
-    """One line for whatever the system has against a write."""
+    """Convert an OSError during a write to a one-line error."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full(destination) from error
         reason = (error.strerror or type(error).__name__).lower()
-        raise CheckpointError(f"{_shown(destination)} cannot be written ({reason})", _HINT_PLACE) from error
+        raise CheckpointError(f"cannot write {_shown(destination)} ({reason})", _HINT_PLACE) from error
 
 
 def full(destination: Path) -> CheckpointError:
-    return CheckpointError(f"the disk of {_shown(destination)} is full", f"free some space, or {_HINT_PLACE}")
+    return CheckpointError(f"the disk of {_shown(destination)} is full", f"free disk space, or {_HINT_PLACE}")
 
 
 def check_room(destination: Path, needed: int) -> None:
     disk = shutil.disk_usage(destination.parent)
     if disk.total and needed > disk.free:
         problem = f"{_shown(destination)} needs {-(-needed // 10**6):,} MB"
-        raise CheckpointError(f"{problem}, and its disk has {disk.free // 10**6:,} MB free", _HINT_PLACE)
+        raise CheckpointError(f"{problem}, but its disk has {disk.free // 10**6:,} MB free", _HINT_PLACE)
 
 
 def _shown(path: Path) -> str:

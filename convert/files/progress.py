@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bar on the terminal with the bytes done and their rate; nothing where nobody watches."""
+"""A progress bar in bytes on a terminal; silent when stderr is not a terminal."""
 
 import sys
 from collections.abc import Callable, Generator
@@ -10,6 +10,6 @@ from tqdm import tqdm
 
 @contextmanager
 def bar(label: str, total: int) -> Generator[Callable[[int], object]]:
-    """Gives what is to be told of bytes as they are done."""
+    """Yield a callback that advances the bar by a number of bytes."""
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as shown:
         yield shown.update

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors from files into host memory of any strides and dtype. Knows no models.
+"""Reads tensors from files into host arrays of any strides and dtype. Independent of models.
 
-Files are read, not mapped: pages of a map count as this process's memory, and a file that shrinks under a map kills
-the process. A map is made all the same, as addresses that a view can be taken of: what the view's strides say is then
-read in spans, straight to where it belongs or, where strides or dtypes differ, through a buffer small enough to stay
-in the processor's cache. Spans of one tensor are read by several threads.
+Data is read with pread, not through a memory map: mapped pages count as this process's memory, and a file that shrinks
+while mapped kills the process. The file is mapped anyway, only to give views addresses: a view's strides determine
+which spans to read, directly into place or, if strides or dtypes differ, through a buffer that fits in the CPU cache.
+Several threads read the spans of one tensor.
 """
 
 import math
@@ -25,16 +25,16 @@ from convert.files.header import TensorInfo
 from jaxserve.errors import CheckpointError, one_line
 
 type Array = np.ndarray[Any, Any]
-type Progress = Callable[[int], object]  # is told bytes as they are read
+type Progress = Callable[[int], object]  # called with the number of bytes read
 
-SPAN = 4 << 20  # with 1 MB, Python's part of the work made loading a third slower
-HOLE = 1 << 16  # rows of at least this size are read one by one, smaller ones with what lies between them
+SPAN = 4 << 20  # with 1 MB, Python overhead made loading a third slower
+HOLE = 1 << 16  # gaps of at least this size are skipped, smaller ones are read along
 WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Job:
-    """`look`(the tensor) is to be copied to `into`, and cast; it may have to be broadcast."""
+    """Copies `look(tensor)` to `into`, with cast and broadcast as needed."""
 
     info: TensorInfo
     dtype: Any
@@ -55,7 +55,7 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
 
     def fill(self, jobs: Iterable[Job]) -> None:
-        """Does the jobs, with the files open that they need."""
+        """Run the jobs, opening the files that they need."""
         with ExitStack() as stack:
             files: dict[Path, _File] = {}
             tasks: list[_Task] = []
@@ -73,7 +73,7 @@ class Reader:
         return task.run(self._buffer)
 
     def _buffer(self, size: int) -> Array:
-        """This thread's memory for what cannot be read straight to its place."""
+        """This thread's buffer for data that cannot be read directly into place."""
         held: Array | None = getattr(self._own, "buffer", None)
         if held is None or held.size < size:
             self._own.buffer = held = np.empty(max(size, SPAN), np.uint8)
@@ -81,7 +81,7 @@ class Reader:
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Zeros (as padding is) in memory that XLA's CPU can take over instead of copying: it wants 64-byte lines."""
+    """A zeroed array (zeros are the padding), 64-byte aligned so that XLA's CPU backend can alias it without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -89,7 +89,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def equal_bytes(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors of one size hold the same; reads no further than to the first difference."""
+    """Whether two tensors of equal size have equal bytes. Stops at the first difference."""
     with _File(one.file) as first, _File(other.file) as second:
         for at in range(0, one.stop - one.start, SPAN):
             size = min(SPAN, one.stop - one.start - at)
@@ -119,11 +119,11 @@ class _File:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)  # the map goes with the last array that shows it
+        os.close(self.fd)  # the map is freed with the last array that views it
 
     def tensor(self, info: TensorInfo, dtype: Any) -> Array:
         if info.stop > self.bytes.size:
-            raise _broken(self.path, "it has become shorter")
+            raise _broken(self.path, "the file was truncated")
         return self.bytes[info.start : info.stop].view(dtype).reshape(info.shape)
 
     def read(self, offset: int, into: Array) -> None:
@@ -134,17 +134,17 @@ class _File:
             except OSError as error:
                 raise _broken(self.path, (error.strerror or type(error).__name__).lower()) from None
             if count == 0:
-                raise _broken(self.path, "it has become shorter")
+                raise _broken(self.path, "the file was truncated")
             rest, offset = rest[count:], offset + count
 
 
 def _broken(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{one_line(str(path), limit=1000)} cannot be read ({why})", "check the file and its disk")
+    return CheckpointError(f"cannot read {one_line(str(path), limit=1000)} ({why})", "check the file and its disk")
 
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """One span of a file. `source` only shows where its values lie."""
+    """One span of a file. `source` only locates the values."""
 
     file: _File
     source: Array
@@ -157,14 +157,14 @@ class _Task:
         with np.errstate(over="ignore"):
             self._copy(offset, start, stop, buffer)
         if into.dtype == np.float16 and source.dtype != np.float16 and np.isinf(into).any():
-            problem = f"{one_line(str(self.file.path), limit=1000)} holds values beyond the range of float16"
+            problem = f"{one_line(str(self.file.path), limit=1000)} contains values outside the range of float16"
             raise CheckpointError(problem, "choose bfloat16 or float32")
         return source.nbytes
 
     def _copy(self, offset: int, start: int, stop: int, buffer: Callable[[int], Array]) -> None:
         source, into = self.source, self.into
         if not 0 <= offset <= stop - self.file.start <= self.file.bytes.size:
-            np.copyto(into, source, casting="unsafe")  # no view but a copy, so its values were read when it was made
+            np.copyto(into, source, casting="unsafe")  # a copy, not a view: its values are already read
         elif source.dtype == into.dtype and source.flags.c_contiguous and into.flags.c_contiguous:
             self.file.read(offset, into.reshape(-1).view(np.uint8))
         else:
@@ -179,7 +179,7 @@ def _tasks(file: _File, job: Job) -> Iterator[_Task]:
     source = job.look(file.tensor(job.info, job.dtype))
     if source.size == 0:
         return
-    # Widest strides first; what is repeated (stride 0) comes last and so is read once.
+    # Widest strides first. Broadcast axes (stride 0) come last, so their data is read once.
     order = sorted(range(source.ndim), key=lambda axis: -abs(source.strides[axis]))
     source = source.transpose(order)
     into = job.into.transpose(order)
@@ -188,7 +188,7 @@ def _tasks(file: _File, job: Job) -> Iterator[_Task]:
 
 
 def _spans(source: Array, into: Array) -> Iterator[tuple[Array, Array]]:
-    """Parts of at most SPAN bytes of the file, where there is more than one value to part."""
+    """Split the copy into spans of at most SPAN file bytes, where possible."""
     start, stop = byte_bounds(source)
     inner = byte_bounds(source[0, ...]) if source.ndim else (start, stop)
     size, stride = inner[1] - inner[0], abs(source.strides[0]) if source.ndim else 0
@@ -199,6 +199,6 @@ def _spans(source: Array, into: Array) -> Iterator[tuple[Array, Array]]:
     rows = 1 if holes else max(1, SPAN // max(stride, 1))
     for i in range(0, len(source), rows):
         if rows == 1:
-            yield from _spans(source[i, ...], into[i, ...])  # ...: a view, of one value too
+            yield from _spans(source[i, ...], into[i, ...])  # `...` keeps single values as views
         else:
             yield source[i : i + rows], into[i : i + rows]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a safetensors checkpoint holds: names, dtypes, shapes and places, never the data.
+"""Lists the tensors of a safetensors checkpoint: names, dtypes, shapes and offsets, never the data.
 
-A checkpoint is one file, or a folder with model.safetensors or an index and its shards. Any fault
-is a CheckpointError of one line that names the file, the tensor and what was expected. What a
-header may say is in header.py.
+A checkpoint is one file, or a folder with model.safetensors or an index and its shards. Any fault raises a one-line
+CheckpointError that names the file, the tensor and what was expected. header.py parses the headers.
 """
 
 import json
@@ -21,9 +20,9 @@ from jaxserve.errors import CheckpointError, one_line
 __all__ = ["TensorInfo", "read_checkpoint", "read_header", "read_index"]
 
 MAX_HEADER = 100_000_000  # the format's own limit
-MAX_INDEX = 32_000_000  # DeepSeek-V3, 91k tensors, has 9 MB
+MAX_INDEX = 32_000_000  # DeepSeek-V3 (91k tensors) has 9 MB
 
-# Formats people point at by mistake. All but gguf are pickles, which run code when opened.
+# Formats that are not supported. All except gguf are pickles, which run code when opened.
 _FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf"}
 _HINT_SAVE = "save the model as safetensors (save_pretrained does by default)"
 
@@ -44,12 +43,12 @@ def read_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
         problem = "has neither model.safetensors nor model.safetensors.index.json"
         _fail(path, problem, "name one .safetensors file, or download the index too")
     if suffixes & _FOREIGN:
-        _fail(path, "holds weights only in a format that is not read here", _HINT_SAVE)
-    _fail(path, "holds no safetensors checkpoint", "name a model folder or a .safetensors file")
+        _fail(path, "contains weights only in an unsupported format", _HINT_SAVE)
+    _fail(path, "contains no safetensors checkpoint", "name a model folder or a .safetensors file")
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of one safetensors file, in the order of the data."""
+    """Every tensor of one safetensors file, in data order."""
     path = Path(path)
     if path.suffix.lower() in _FOREIGN:
         _fail(path, f"is a {path.suffix} file, not safetensors", _HINT_SAVE)
@@ -78,24 +77,24 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     shards = {shard: read_header(index.parent / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            problem = f"tensor {quote(name)} is not in {quote(shard)}, where the index has it"
+            problem = f"tensor {quote(name)} is not in {quote(shard)}, where the index lists it"
             _fail(index, problem)
     tensors: dict[str, TensorInfo] = {}
     for shard, held in shards.items():
         for name, info in held.items():
             if weight_map.get(name) != shard:
-                _fail(index, f"tensor {quote(name)} is in {quote(shard)}, but not by the index")
+                _fail(index, f"tensor {quote(name)} is in {quote(shard)}, but the index does not list it there")
             tensors[name] = info
     return tensors
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Which shard holds each tensor, by an index: plain names of .safetensors files beside it."""
+    """The shard of each tensor by the index: plain names of .safetensors files beside it."""
     with _open(index) as (file, size):
         if size > MAX_INDEX:
             _fail(index, f"has {size} bytes, expected at most {MAX_INDEX}")
         raw = file.read(MAX_INDEX)
-    # An index holds two flat objects. Thousands of brackets are an attempt to make the parser
+    # An index contains two flat objects. Thousands of brackets are an attempt to make the parser
     # recurse, or to make objects twenty times the size of their text.
     if raw.count(b"[") + raw.count(b"{") > 1000:
         _fail(index, "has over 1000 brackets, expected two flat JSON objects")
@@ -109,11 +108,11 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         _fail(index, "must be a JSON object with a non-empty object weight_map")
     for name, shard in cast(dict[str, object], weight_map).items():
-        # A shard lies beside its index. Anything that is more than a plain file name is refused,
+        # A shard lies beside its index. Anything other than a plain file name is rejected,
         # on every platform alike, before it touches the file system.
         plain = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\:")
         if not plain or not cast(str, shard).endswith(".safetensors"):
-            problem = f"weight_map sends tensor {quote(name)} to {quote(str(shard))}"
+            problem = f"weight_map maps tensor {quote(name)} to {quote(str(shard))}"
             _fail(index, f"{problem}, expected the plain name of a .safetensors file beside it")
     return cast(dict[str, str], weight_map)
 
@@ -132,7 +131,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 @contextmanager
 def _open(path: Path) -> Generator[tuple[BinaryIO, int]]:
-    """The file and its size. Opening a pipe could block for ever, so it is refused before that."""
+    """The open file and its size. Rejects anything but a regular file first: opening a pipe could block forever."""
     with _os_errors(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
             _fail(path, "is not a regular file", "name a model folder or a .safetensors file")

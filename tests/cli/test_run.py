@@ -274,7 +274,7 @@ def test_nothing_heavy_is_imported_for_a_fault() -> None:
     words = ["run", "/absent", "--port", "0"]
     result = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith("error: there is no folder") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: folder '/absent' does not exist") and result.stderr.count("\n") == 1
 
 
 def test_a_length_that_is_too_long_takes_no_jax(model: Path) -> None:

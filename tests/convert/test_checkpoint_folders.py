@@ -53,7 +53,7 @@ def test_reads_a_folder_of_links_as_download_caches_make_it(sharded: Path, tmp_p
 )
 def test_refuses_a_shard_that_is_no_plain_name(sharded: Path, shard: object) -> None:
     write_index(sharded, {"a": "1.safetensors", "b": shard})
-    refused(sharded, "weight_map sends tensor 'b' to", "beside it")
+    refused(sharded, "weight_map maps tensor 'b' to", "beside it")
 
 
 def test_refuses_an_absent_shard(sharded: Path) -> None:
@@ -64,7 +64,7 @@ def test_refuses_an_absent_shard(sharded: Path) -> None:
 def test_refuses_a_damaged_shard(sharded: Path) -> None:
     with (sharded / "1.safetensors").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 1)
-    refused(sharded, "1.safetensors: tensor 'b' is cut off")
+    refused(sharded, "1.safetensors: tensor 'b' is truncated")
 
 
 def test_refuses_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
@@ -74,12 +74,12 @@ def test_refuses_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
 
 def test_refuses_a_tensor_that_the_index_lacks(sharded: Path) -> None:
     write_index(sharded, {"a": "1.safetensors", "c": "2.safetensors"})
-    refused(sharded, "tensor 'b' is in '1.safetensors', but not by the index")
+    refused(sharded, "tensor 'b' is in '1.safetensors', but the index does not list it there")
 
 
 def test_refuses_a_tensor_that_two_shards_hold(sharded: Path) -> None:
     (sharded / "2.safetensors").write_bytes(blob({"c": entry(), "a": entry(offsets=[1, 2])}, b"00"))
-    refused(sharded, "tensor 'a' is in '2.safetensors', but not by the index")
+    refused(sharded, "tensor 'a' is in '2.safetensors', but the index does not list it there")
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_refuses_an_index_over_the_limit(sharded: Path) -> None:
 
 def test_refuses_pickles_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    refused(tmp_path, "a format that is not read here", "save the model as safetensors")
+    refused(tmp_path, "contains weights only in an unsupported format", "save the model as safetensors")
     refused(tmp_path / "pytorch_model.bin", "is a .bin file", "save the model as safetensors")
 
 
 def test_refuses_folders_without_a_checkpoint(tmp_path: Path) -> None:
-    refused(tmp_path, "holds no safetensors checkpoint")
+    refused(tmp_path, "contains no safetensors checkpoint")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(blob({}))
     refused(tmp_path, "model.safetensors.index.json", "download the index too")
 

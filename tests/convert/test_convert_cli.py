@@ -144,9 +144,9 @@ def before_jax(*args: str | Path) -> Run:
 
 def test_wrong_paths_and_flags_before_jax(source: Path, tmp_path: Path) -> None:
     place = tmp_path / "new"
-    user_error(before_jax(tmp_path / "absent", place), "there is no folder", "absent")
-    user_error(before_jax(source, tmp_path / "no/where/new"), "there is no folder", "no/where")
-    user_error(before_jax(source, tmp_path), "exists, and is no converted model")
+    user_error(before_jax(tmp_path / "absent", place), "does not exist", "absent")
+    user_error(before_jax(source, tmp_path / "no/where/new"), "does not exist", "no/where")
+    user_error(before_jax(source, tmp_path), "exists and is not a converted model")
     wrong = before_jax(source, place, "--dtype", "int4")
     assert wrong.code == 2 and "bfloat16" in wrong.err and "Traceback" not in wrong.err
     (source / "config.json").write_text('{"architectures": ["NewForCausalLM"], "model_type": "new"}')
@@ -200,7 +200,7 @@ def test_a_replacement_that_fails_leaves_the_old(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Reader, "fill", broken)
-    user_error(convert(source, place, "--overwrite"), "cannot be written (input/output error)")
+    user_error(convert(source, place, "--overwrite"), "cannot write", "(input/output error)")
     only(tmp_path, "source", "new")
     load.open_model(place)
 
@@ -210,7 +210,7 @@ def test_what_is_beside_it_is_never_lost(source: Path, tmp_path: Path, convert: 
     assert convert(source, place).code == 0
     beside.mkdir()
     (beside / "thesis.tex").write_text("x")
-    user_error(convert(source, place, "--overwrite"), "cannot be written (directory not empty)")
+    user_error(convert(source, place, "--overwrite"), "cannot write", "(directory not empty)")
     assert (beside / "thesis.tex").exists()
     load.open_model(place)
     shutil.rmtree(beside)
@@ -252,7 +252,7 @@ def test_killed_half_way(source: Path, tmp_path: Path, convert: Callable[..., Ru
 def test_what_is_in_the_way(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
     (tmp_path / "new.converting").mkdir()
     (tmp_path / "new.converting/thesis.tex").write_text("x")
-    user_error(convert(source, tmp_path / "new"), "new.converting is in the way")
+    user_error(convert(source, tmp_path / "new"), "new.converting exists and was not created by a conversion")
     assert (tmp_path / "new.converting/thesis.tex").exists()
 
 
@@ -285,7 +285,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_write_that_fails(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SMALL_FILES, "convert", str(source), str(tmp_path / "new")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    user_error(Run(result.returncode, result.stdout, result.stderr), "cannot be written (file too large)")
+    user_error(Run(result.returncode, result.stdout, result.stderr), "cannot write", "(file too large)")
     only(tmp_path, "source")
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
         ValueError("RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28']"),
     ):
         with (
-            pytest.raises(output.CheckpointError, match=r"the disk of .* is full; free some space"),
+            pytest.raises(output.CheckpointError, match=r"the disk of .* is full; free disk space"),
             orbax._explained(tmp_path),  # pyright: ignore[reportPrivateUsage]
         ):
             raise error

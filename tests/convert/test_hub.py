@@ -56,11 +56,11 @@ def test_what_is_no_model_folder(tmp_path: Path, hub: Hub, monkeypatch: pytest.M
     refused("./file", "is a file")
     refused("empty", "has no config.json")
     for path in ("./absent", "/absent", "~/absent", "a/b/c", "org/tiny/", "C:\\models\\x", "file/x/y", "../x"):
-        refused(path, "there is no folder", "check the path, or name a hub model as org/name")
-    refused("https://huggingface.co/org/tiny", "there is no folder", "name a hub model as org/name")
-    refused("./loop", "cannot be read (too many levels")
-    refused("./nul\0", "cannot be read")
-    refused("/" + "x" * 5000, "cannot be read (file name too long)")
+        refused(path, "does not exist", "check the path, or name a hub model as org/name")
+    refused("https://huggingface.co/org/tiny", "does not exist", "name a hub model as org/name")
+    refused("./loop", "(too many levels")
+    refused("./nul\0", "cannot read folder")
+    refused("/" + "x" * 5000, "(file name too long)")
     assert hub.asked == []
 
 
@@ -86,7 +86,7 @@ BAD_IDS = [
 
 @pytest.mark.parametrize("source", BAD_IDS, ids=ascii)
 def test_refuses_what_is_no_hub_id(hub: Hub, source: str) -> None:
-    refused(source, "neither a folder here nor a possible name of a hub model", "name a hub model as org/name")
+    refused(source, "neither a local folder nor a valid hub model name", "name a hub model as org/name")
     assert hub.asked == []
 
 
@@ -117,7 +117,7 @@ BAD_REVISIONS = [
 @pytest.mark.parametrize("revision", BAD_REVISIONS)
 def test_refuses_what_is_no_revision(hub: Hub, revision: str) -> None:
     for offline in (False, True):
-        refused(ID, "cannot be a revision", revision=revision, offline=offline)
+        refused(ID, "is not a valid revision", revision=revision, offline=offline)
     assert hub.asked == []
 
 
@@ -326,7 +326,7 @@ def _only_commit(hub: Hub) -> str:
 
 def test_refuses_an_index_of_shards_that_are_not_there(hub: Hub, cache: Path) -> None:
     hub.commit(ID, SMALL | INDEX)
-    refused(ID, "lacks 'model-00001-of-00002.safetensors', 'model-00002", "which its", "names", cache_dir=cache)
+    refused(ID, "has no 'model-00001-of-00002.safetensors', 'model-00002", "which its", "lists", cache_dir=cache)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_refuses_an_index_of_shards_that_are_not_there(hub: Hub, cache: Path) ->
     [
         ({"pytorch_model.bin": b""}, ["only 'pytorch_model.bin'", "refs/pr/N", "save_pretrained"]),
         ({"a-Q4.gguf": b"", "b-Q8.gguf": b""}, ["only 'a-Q4.gguf'", "that the GGUF files were made from"]),
-        ({"consolidated.safetensors": b""}, ["only 'consolidated.safetensors'", "weights as safetensors"]),
+        ({"consolidated.safetensors": b""}, ["only 'consolidated.safetensors'", "contains safetensors weights"]),
         ({"model-00001-of-00002.safetensors": b""}, ["no model.safetensors.index.json"]),
         ({"README.md": b""}, ["no other weights"]),
     ],

@@ -86,7 +86,7 @@ def test_wrong_dtype(tmp_path: Path, dtype: str) -> None:
     tensors = tensors_of(BIAS)
     write(tmp_path, BIAS)
     save_file(tensors | {Q: tensors[Q].astype(jnp.dtype(dtype))}, tmp_path / "model.safetensors")
-    kind = "no type of weights" if dtype == "int32" else "a quantized form"
+    kind = "which is not a weight dtype" if dtype == "int32" else "a quantized form"
     refused(tmp_path, f"tensor '{Q}' has dtype", kind, "expected one of F64, F32, F16, BF16")
 
 
@@ -94,7 +94,7 @@ def test_other_folders(tmp_path: Path) -> None:
     refused(tmp_path, "config.json cannot be read (no such file or directory)")
     folder = write(tmp_path, BIAS)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "only in a format that is not read here", "safetensors")
+    refused(folder, "only in an unsupported format", "safetensors")
 
 
 def test_quantized_checkpoint(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
     plan = load.open_model(write(tmp_path, BIAS))
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(100_000)
-    with pytest.raises(JaxserveError, match=r"model.safetensors cannot be read \(it has become shorter\)"):
+    with pytest.raises(JaxserveError, match=r"cannot read .*model.safetensors \(the file was truncated\)"):
         load.read(plan, dtype=jnp.float32)
 
 
@@ -195,7 +195,7 @@ def test_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert params["embed"]["weight"].dtype == jnp.bfloat16
     assert params["layers"][0]["attention"]["sinks"].dtype == jnp.float32  # whatever the rest is
     for wrong in ("int8", "float64", "nonsense"):
-        with pytest.raises(JaxserveError, match="is no dtype for parameters; choose one of bfloat16"):
+        with pytest.raises(JaxserveError, match="; choose one of bfloat16"):
             load.param_dtype(plan, wrong)
 
 

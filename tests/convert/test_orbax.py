@@ -110,16 +110,22 @@ def spec_of(model: Path) -> dict[str, Any]:
 
 
 WRONG_SPECS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another version": (lambda m: edit_json(m / "spec.json", format=2), "has version 2 of the converted form"),
-    "no version": (lambda m: edit_json(m / "spec.json", format=None), "is not what a conversion writes"),
+    "another version": (lambda m: edit_json(m / "spec.json", format=2), "has format version 2"),
+    "no version": (lambda m: edit_json(m / "spec.json", format=None), "was not written by a conversion"),
     "no JSON": (lambda m: (m / "spec.json").write_text('{"format": 1,'), "spec.json is not valid JSON"),
     "cut off": (lambda m: (m / "spec.json").write_text(""), "spec.json is not valid JSON"),
     "a list": (lambda m: (m / "spec.json").write_text("[]"), "spec.json is not a JSON object"),
-    "no spec": (lambda m: edit_json(m / "spec.json", spec=None), "holds no spec of a model"),
-    "another class": (lambda m: edit_json(m / "spec.json", spec=spec_of(m)["layers"][0]), "holds no spec of a model"),
+    "no spec": (lambda m: edit_json(m / "spec.json", spec=None), "contains no valid model spec"),
+    "another class": (
+        lambda m: edit_json(m / "spec.json", spec=spec_of(m)["layers"][0]),
+        "contains no valid model spec",
+    ),
     "a class of strangers": (lambda m: edit_json(m / "spec.json", spec={"is": "Popen"}), "does not fit this version"),
     "a field too many": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"x": 1}), "does not fit this version"),
-    "words for numbers": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": "64"}), "holds no spec"),
+    "words for numbers": (
+        lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": "64"}),
+        "contains no valid model spec",
+    ),
     "no layers": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"layers": 3}), "layers is 3"),
     "absurd": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": 2**40}), "makes no model"),
     "another size": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": 128}), "expected"),
@@ -148,15 +154,15 @@ def edit_array(**changes: Any) -> Callable[[Path], object]:
 
 WRONG_PARAMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (shutil.rmtree, "params: cannot be read (no such file or directory)"),
-    "empty": (lambda p: (shutil.rmtree(p), p.mkdir()), "lacks 'embed.weight' and 34 more"),
-    "one less": (lambda p: shutil.rmtree(p / Q), f"lacks '{Q}', which spec.json asks for"),
+    "empty": (lambda p: (shutil.rmtree(p), p.mkdir()), "has no 'embed.weight' and 34 more"),
+    "one less": (lambda p: shutil.rmtree(p / Q), f"has no '{Q}', which spec.json requires"),
     "one more": (lambda p: shutil.copytree(p / Q, p / "layers.9.q"), "has 'layers.9.q', which is not part"),
     "cut off": (lambda p: truncate(p / Q / "0.0.0"), "has 16383 bytes, expected 16384 for F32"),
     "no data": (lambda p: (p / Q / "0.0.0").unlink(), "0.0.0: cannot be read (no such file or directory)"),
     "another shape": (edit_array(shape=[4, 64, 16]), f"{Q}: has shape [4, 64, 16], expected [4, 16, 64]"),
     "another dtype": (edit_array(dtype="<i4"), "has dtype '<i4', expected one of bfloat16"),
-    "compressed": (edit_array(compressor={"id": "zstd", "level": 1}), "not stored as one plain chunk"),
-    "in chunks": (edit_array(chunks=[1, 16, 64]), "not stored as one plain chunk"),
+    "compressed": (edit_array(compressor={"id": "zstd", "level": 1}), "not stored as one uncompressed chunk"),
+    "in chunks": (edit_array(chunks=[1, 16, 64]), "not stored as one uncompressed chunk"),
     "no array": (lambda p: (p / Q / ".zarray").write_text("{"), ".zarray is not valid JSON"),
 }
 

@@ -89,7 +89,7 @@ async def test_errors_are_shown_and_can_be_tried_again(visitor: Visitor, server:
     tab = await visitor.tab()
     assert await asked(tab, "Hello?") == ""
     assert await tab.evaluate(ERROR) == "This model's maximum context length is 64 tokens."
-    for message in ("The queue is full. Retry in 7 s.", "The server answered 502."):
+    for message in ("The queue is full. Retry in 7 s.", "The server returned status 502."):
         await tab.click(".assistant:last-child .actions button:last-child")
         await tab.wait(f"{ENDED} && {ERROR} === {json.dumps(message)}")
     await tab.click(".assistant:last-child .actions button:last-child")
