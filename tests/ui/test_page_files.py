@@ -12,7 +12,7 @@ from jaxserve.server.routes import playground
 from jaxserve.server.routes.table import all_routes
 from tests.ui.fake_server import FakeServer
 
-STATIC = Path(playground.__file__).with_name("static")
+STATIC = Path(playground.__file__).parents[1] / "static"
 
 
 @pytest.fixture
