@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.execute import sizing
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 
@@ -120,14 +119,13 @@ def measure(
         warmup=False,
     )
     engine = Engine(config, report=lambda line: None)
-    block_bytes = sizing.device_block_bytes(engine.model, BLOCK)
     try:
         samples = run(engine, requests)
         return summary(
             samples,
             requests=len(requests),
             limits=(longest, BLOCK, engine.limits.num_blocks - 1),
-            block_bytes=block_bytes,
+            block_bytes=engine.capacity.block_bytes,
             preemptions=engine.scheduler.preemptions,
         )
     finally:

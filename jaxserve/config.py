@@ -2,7 +2,6 @@
 """How an engine is set up. One frozen dataclass with vLLM's names, checked when made; flags come from its fields."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self, cast, get_args
 
@@ -120,44 +119,3 @@ class EngineConfig:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or not low <= value <= high:
             raise ConfigError(f"{name} is {value!r}", f"give a whole number from {low} to {high}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What an engine that is set up takes: the numbers that requests are held against."""
-
-    vocab_size: int  # the width of the logits
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    num_blocks: int  # with the null block
-    max_logprobs: int
-    eos_token_ids: frozenset[int] = frozenset()
-    window: int | None = None  # where no layer sees further back
-    max_num_queued_reqs: int | None = None
-    max_num_queued_tokens: int | None = None
-    enable_prefix_caching: bool = True
-    priority: bool = False
-    # What of a sequence's length its rotary positions depend on; equal keys may share blocks.
-    rope_key: Callable[[int], int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise too_few_tokens(self.max_num_batched_tokens, self.max_num_seqs)
-        if self.num_blocks < 1 + self.blocks_for(self.max_model_len):
-            have = (self.num_blocks - 1) * self.block_size
-            problem = f"a sequence of max_model_len {self.max_model_len} tokens does not fit into {have} KV slots"
-            raise ConfigError(problem, "lower max_model_len, or give the KV cache more memory")
-
-    def blocks_for(self, tokens: int) -> int:
-        """How many blocks a sequence of so many tokens holds at once, at most."""
-        return held_blocks(tokens, self.block_size, window=self.window, step=self.max_num_batched_tokens)
-
-
-def held_blocks(tokens: int, block_size: int, *, window: int | None, step: int) -> int:
-    """How many blocks a sequence of so many tokens holds at once, at most, in steps of at most `step` tokens."""
-    if window is not None:
-        # Those of a window, of the chunk that is being computed, and where either begins within a block.
-        tokens = min(tokens, window + step + 2 * block_size)
-    return -(-tokens // block_size)

@@ -21,6 +21,8 @@ ORDER = (
     ("jaxserve.parallel",),
     ("jaxserve.models",),
     ("jaxserve.sampling", "convert"),
+    ("jaxserve.engine.buckets",),
+    ("jaxserve.engine.capacity",),
     ("jaxserve.engine.schedule",),
     ("jaxserve.engine.execute",),
     ("jaxserve.engine",),
@@ -37,9 +39,8 @@ OPEN = "jaxserve"
 # Nothing in these folders and modules may lead to jax: a scheduler step, a web server and `--help` do not wait for it.
 JAX_FREE = (
     *("jaxserve.errors", "jaxserve.unsupported", "jaxserve.exit_codes", "jaxserve.config", "jaxserve.types"),
-    *("jaxserve.flags", "jaxserve.text"),
-    *("jaxserve.engine.schedule", "jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "jaxserve.demo"),
-    *("jaxserve.models.families", "convert.files"),
+    *("jaxserve.flags", "jaxserve.text", "jaxserve.demo", "jaxserve.engine.capacity", "jaxserve.engine.schedule"),
+    *("jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "jaxserve.models.families", "convert.files"),
 )
 # Folders inside those, for what starts jax on purpose.
 JAX_ALLOWED = ("jaxserve.cli.with_jax",)

@@ -22,7 +22,7 @@ from benchmarks.gpu import book, children
 from benchmarks.gpu.book import Row, Section, Settings
 from benchmarks.gpu.engine_gap import TRACED_AS_RUN
 from jaxserve.config import EngineConfig
-from jaxserve.engine.execute.sizing import MEMORY_SHARE
+from jaxserve.engine.execute.memory import MEMORY_SHARE
 
 KERNELS, ENGINE, HERE = "kernels", "engine", "here"
 GRACE = 60.0  # seconds that a process may be late: a compile cannot be cut

@@ -47,7 +47,7 @@ def measure(rig: Rig, key: Any) -> Row:
 
 def run(page: Page) -> None:
     rig = rig_of(page)
-    buckets, block_size = rig.buckets, rig.runner.shape.block_size
+    buckets, block_size = rig.buckets, rig.engine.limits.block_size
     rows, tokens = ((2,), ()) if page.settings.tiny else ((64, 1), (2048,))
     cases = {f"decode[{n}]": packing.decode_layout(n) for n in rows}
     cases |= {f"mixed[{n}]": packing.mixed_layout(n, buckets, block_size) for n in tokens}

@@ -134,7 +134,7 @@ class Rig:
         config = EngineConfig(model="random", warmup=False, **settings(self.spec, params, tiny=tiny))
         self.engine = Engine(config, params=params, spec=self.spec, report=lambda line: None)
         self.runner: Any = self.engine.runner
-        self.buckets = self.runner.shape.buckets
+        self.buckets = self.runner.buckets
         self.roof = Roof(self.spec, params)
         self.runner.cache = [{name: _filled(pool) for name, pool in layer.items()} for layer in self.runner.cache]
         keys = self.keys(only)
@@ -150,8 +150,8 @@ class Rig:
         def wanted(sizes: Sequence[int]) -> list[int]:
             return [size for size in reversed(sizes) if only is None or size in only]
 
-        shape, buckets = self.runner.shape, self.buckets
-        mixed = [packing.mixed_layout(size, buckets, shape.block_size) for size in wanted(buckets.mixed)]
+        buckets, block_size = self.buckets, self.engine.limits.block_size
+        mixed = [packing.mixed_layout(size, buckets, block_size) for size in wanted(buckets.mixed)]
         decode = [packing.decode_layout(size) for size in wanted(buckets.decode)]
         return [*mixed, *decode, *((size, Need.GREEDY) for size in wanted(buckets.heads)), "edit"]
 

@@ -22,11 +22,10 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.execute import loading, program_store, sizing
+from jaxserve.engine.execute import loading, memory, program_store
 from jaxserve.engine.execute.loading import Told
 from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.runner import Handle, Runner
-from jaxserve.engine.execute.sizing import Report
 from jaxserve.engine.schedule.packing import Batcher
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.scheduler import Scheduler
@@ -36,6 +35,8 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.types.metrics import Counters, EngineMetrics
 from jaxserve.types.outputs import FinishReason, Update
 from jaxserve.types.request import Request
+
+type Report = Callable[[str], None]
 
 
 def to_stderr(line: str) -> None:
@@ -60,20 +61,22 @@ class Engine:
         are known.
         """
         self.config, self.report = config, report
-        sizing.reserve_memory(config)
+        memory.reserve_memory(config)
         store = program_store.open_store(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         if params is None:
             self.model, weights = loading.open_folder(config, on), None
         else:
             self.model, weights = loading.open_params(config, spec, params, on)
-        memory = sizing.memory(config, self.model)
+        free = memory.available(config, self.model)
         with loading.reading(self.model, weights, told) as reading:
-            sized = sizing.sized(config, self.model, memory, report, store)
-            self.limits = limits = sized.limits
+            self.capacity = capacity = memory.sized(config, self.model, free, store)
+            self.limits = limits = capacity.limits
+            for line in capacity.lines():
+                report(line)
             if opened is not None:
                 opened(self)
-            self.runner = Runner(self.model.spec, self.model.shapes, sized.shape, mesh=on, store=store)
+            self.runner = Runner.of(config, self.model, capacity, store)
             if config.warmup:
                 shown = _Progress(report, told, reading)
                 self.runner.warm(shown, reading)
@@ -81,13 +84,8 @@ class Engine:
             else:
                 self.runner.params = reading.result()
                 self.runner.allocate()
-        self.scheduler = Scheduler(limits, score_rows=sized.shape.buckets.score_rows, seed=config.seed)
-        self._batcher = Batcher(
-            sized.shape.buckets,
-            width=sized.shape.width,
-            block_size=limits.block_size,
-            num_blocks=limits.num_blocks,
-        )
+        self.scheduler = Scheduler(limits, score_rows=capacity.buckets.score_rows, seed=config.seed)
+        self._batcher = Batcher(limits, capacity.buckets)
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._depth = 2 if config.async_scheduling else 1
         self._counters = Counters()

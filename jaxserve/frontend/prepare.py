@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from convert.files import hub
-from jaxserve.config import EngineConfig, Limits
+from jaxserve.config import EngineConfig
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import admission
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.text import tokenizer as tokenizers

@@ -18,7 +18,8 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from jaxserve.config import ConfigError, Limits
+from jaxserve.config import ConfigError
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend.streams import Abort
 from jaxserve.types.metrics import EngineMetrics

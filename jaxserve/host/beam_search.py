@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.errors import RequestError

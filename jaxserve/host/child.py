@@ -160,8 +160,6 @@ class Beat:
 def _opened(engine: "Engine") -> wire.Opened:
     import jax
 
-    from jaxserve.engine.execute.runner import shard_bytes
-
     spec, leaves = engine.model.spec, jax.tree.leaves(engine.model.shapes)
     folder = engine.model.folder
     return wire.Opened(
@@ -172,7 +170,7 @@ def _opened(engine: "Engine") -> wire.Opened:
         layers=len(spec.layers),
         dtype=leaves[0].dtype.name,
         parameters=sum(leaf.size for leaf in leaves),
-        weight_bytes=sum(map(shard_bytes, leaves)),
+        weight_bytes=engine.capacity.memory.weights,
     )
 
 

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged KV cache: one dict of pools per layer, so that each is donated, aliased and updated in place alone.
+"""The paged KV cache: one dict of pools per layer, so that each pool is donated and updated in place by itself.
 
 {"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.mesh_fit import Fit, fit
-from jaxserve.models.spec import LatentAttention, Layer, ModelSpec
+from jaxserve.models.mesh_fit import fit
+from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from pallas_kernels.block_copy import copy_blocks
 
@@ -26,30 +25,21 @@ _AXES: dict[str, mesh.Axes] = {
 }
 
 
-def layer_shapes(layer: Layer, fitted: Fit, *, blocks: int, block_size: int) -> dict[str, tuple[int, ...]]:
-    attention = layer.attention
-    if isinstance(attention, LatentAttention):
-        return {"latent": (blocks, block_size, attention.kv_rank + attention.rope_dim)}
-    shape = (blocks, block_size, attention.kv_heads * fitted.kv_repeat, attention.head_dim)
-    return {"k": shape, "v": shape}
-
-
 def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any) -> int:
     """Over all layers and all devices together."""
-    fitted = fit(spec)
-    shapes = (layer_shapes(layer, fitted, blocks=1, block_size=block_size) for layer in spec.layers)
-    return sum(math.prod(shape) for pools in shapes for shape in pools.values()) * jnp.dtype(dtype).itemsize
+    pools = jax.tree.leaves(abstract_cache(spec, blocks=1, block_size=block_size, dtype=dtype))
+    return sum(math.prod(pool.shape) for pool in pools) * jnp.dtype(dtype).itemsize
 
 
 def abstract_cache(
     spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Shapes, with shardings where a mesh is in context."""
-    fitted = fit(spec)
+    fitted = fit(spec, *mesh.shards())
     return [
         {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.here(_AXES[name]))
-            for name, shape in layer_shapes(layer, fitted, blocks=blocks, block_size=block_size).items()
+            name: jax.ShapeDtypeStruct((blocks, block_size, *slot), dtype, sharding=mesh.here(_AXES[name]))
+            for name, slot in fitted.slots(layer).items()
         }
         for layer in spec.layers
     ]
@@ -57,18 +47,13 @@ def abstract_cache(
 
 def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
     """Zeroed pools, made on the devices: the host never holds one."""
-    return jax.jit(partial(zeros, spec, blocks=blocks, block_size=block_size, dtype=dtype))()
+    shapes = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype)
+    return jax.jit(lambda: jax.tree.map(mesh.zeros, shapes))()
 
 
-def zeros(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
-    """`allocate`, to be jitted by the caller."""
-    fitted = fit(spec)
-
-    def pool(name: str, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.zeros(shape, dtype, out_sharding=mesh.partition(_AXES[name]) if mesh.in_mesh() else None)
-
-    shapes = (layer_shapes(layer, fitted, blocks=blocks, block_size=block_size) for layer in spec.layers)
-    return [{name: pool(name, shape) for name, shape in of_layer.items()} for of_layer in shapes]
+def block_size(cache: list[LayerCache]) -> int:
+    """How many slots the blocks of these pools have."""
+    return next(iter(cache[0].values())).shape[1]
 
 
 def move_blocks(cache: list[LayerCache], sources: jax.Array, destinations: jax.Array) -> list[LayerCache]:

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model's parameters and cache are fitted to a mesh: what does not divide is padded with zeros (vocabulary,
-MLP columns), repeated (KV heads), or refused with the numbers (query heads, experts).
+"""How a model's parameters and KV are divided among the devices of a mesh. Plain arithmetic, without jax.
+
+What does not divide is padded with zeros (vocabulary, MLP columns), repeated (KV heads), or refused with the numbers
+(query heads, experts).
 """
 
 from dataclasses import dataclass
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models.spec import Attention, Mlp, ModelSpec
-from jaxserve.parallel import mesh
+from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec
 
-# XLA splits the sum of a wide product for decode over up to 16 programs that load 8 elements at a time, and copies
-# a weight to pad it, in every step, where that does not divide.
+# XLA splits the sum of a wide product for decode over up to 16 programs that load 8 elements at a time. Where that does
+# not divide, it copies a weight in every step to pad it.
 WIDE, UNIT = 1024, 128
 
 
 @dataclass(frozen=True)
 class Fit:
-    shards: int = 1
+    shards: int = 1  # of heads, vocabulary and MLP columns
     kv_repeat: int = 1  # how many times each KV head is stored
 
     def rows(self, vocab_size: int) -> int:
@@ -25,30 +26,46 @@ class Fit:
     def columns(self, width: int) -> int:
         return _up(width, self.shards * (UNIT if width >= WIDE else 1))
 
+    def slots(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """The shape of one token's KV in each pool of a layer, over all devices together."""
+        attention = layer.attention
+        if isinstance(attention, LatentAttention):
+            return {"latent": (attention.kv_rank + attention.rope_dim,)}
+        shape = (attention.kv_heads * self.kv_repeat, attention.head_dim)
+        return {"k": shape, "v": shape}
+
+    def slot_values(self, layer: Layer) -> int:
+        """How many numbers a token's KV takes in a layer on each device: heads are divided, the latent is not."""
+        attention = layer.attention
+        if isinstance(attention, LatentAttention):
+            return attention.kv_rank + attention.rope_dim
+        return 2 * attention.kv_heads * self.kv_repeat // self.shards * attention.head_dim
+
 
 def _up(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
-def fit(spec: ModelSpec) -> Fit:
-    """For the mesh in context."""
-    mesh.check_explicit()
-    tensor, experts = mesh.axis_size("heads"), mesh.axis_size("experts")
+def fit(spec: ModelSpec, tensor: int = 1, experts: int = 1) -> Fit:
+    """For a mesh that divides heads among `tensor` shards and experts among `experts`; see parallel.mesh.shards."""
     repeats = {1}
     for layer in spec.layers:
         attention = layer.attention
-        _need(attention.heads, tensor, "attention heads", "tensor shards")
+        _check_divides(attention.heads, tensor, "attention heads", "tensor")
         if isinstance(attention, Attention):
-            if attention.kv_heads % tensor:
-                _need(tensor, attention.kv_heads, "tensor shards", "KV heads")
+            if attention.kv_heads % tensor and tensor % attention.kv_heads:
+                problem = f"{tensor} tensor shards do not divide among {attention.kv_heads} KV heads"
+                raise JaxserveError(problem, f"give a tensor_parallel_size that is a multiple of {attention.kv_heads}")
             repeats.add(max(1, tensor // attention.kv_heads))
         if not isinstance(layer.mlp, Mlp):
-            _need(layer.mlp.router.experts, experts, "experts", "expert shards")
+            _check_divides(layer.mlp.router.experts, experts, "experts", "expert")
     if len(repeats - {1}) > 1:
-        raise JaxserveError(f"layers differ in KV heads: {tensor} tensor shards do not fit", "use fewer shards")
+        problem = f"layers differ in their number of KV heads, which do not all divide among {tensor} tensor shards"
+        raise JaxserveError(problem, "give a smaller tensor_parallel_size")
     return Fit(tensor, max(repeats))
 
 
-def _need(count: int, parts: int, what: str, of: str) -> None:
-    if count % parts:
-        raise JaxserveError(f"{count} {what} do not divide among {parts} {of}", "choose another number of shards")
+def _check_divides(count: int, shards: int, what: str, kind: str) -> None:
+    if count % shards:
+        problem = f"{count} {what} do not divide among {shards} {kind} shards"
+        raise JaxserveError(problem, f"give a {kind}_parallel_size that divides {count}")

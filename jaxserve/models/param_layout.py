@@ -33,7 +33,7 @@ def abstract_params(spec: ModelSpec, dtype: Any) -> Params:
     def leaf(value: Any, axes: mesh.Axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=mesh.here(axes))
 
-    return _declared(spec, fit(spec), dtype, leaf)
+    return _declared(spec, fit(spec, *mesh.shards()), dtype, leaf)
 
 
 def _declared(spec: ModelSpec, fitted: Fit, dtype: Any, leaf: Callable[[Any, mesh.Axes], Any]) -> Params:
@@ -56,7 +56,7 @@ def to_engine_layout(spec: ModelSpec, public: Params) -> Params:
     """Fitted to the mesh in context, where the result then lies as `abstract_params` says."""
     pieces = dict(leaves(public))
     dtype = getattr(pieces.get(("embed", "weight")), "dtype", jnp.float32)
-    target = _declared(spec, fit(spec), dtype, lambda value, axes: (value, mesh.partition(axes)))
+    target = _declared(spec, fit(spec, *mesh.shards()), dtype, lambda value, axes: (value, mesh.partition(axes)))
 
     def convert(pieces: dict[Path, Any]) -> Params:
         engine: Params = {}

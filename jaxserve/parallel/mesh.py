@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,6 +60,12 @@ def axis_size(name: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     axis = RULES[name]
     return mesh.shape[axis] if axis in mesh.axis_names else 1
+
+
+def shards() -> tuple[int, int]:
+    """How many shards the mesh in context cuts heads into, and experts."""
+    check_explicit()
+    return axis_size("heads"), axis_size("experts")
 
 
 def in_mesh() -> bool:
@@ -119,3 +126,10 @@ def here(axes: Axes) -> NamedSharding | None:
     """The sharding of such an array on the mesh in context; None without one."""
     context = jax.sharding.get_mesh() if in_mesh() else None
     return None if context is None else named(context, axes)
+
+
+def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Under jit: zeros of this shape, which on a mesh lie as it says."""
+    sharding = like.sharding if in_mesh() else None
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else None
+    return jnp.zeros(like.shape, like.dtype, out_sharding=spec)

@@ -21,7 +21,7 @@ from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    from jaxserve.config import Limits
+    from jaxserve.engine.capacity import Limits
     from jaxserve.frontend.prepare import Intake, Ready
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -321,7 +321,9 @@ def test_sizes_that_cannot_be(
 
 def test_heads_that_do_not_divide(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--a=b --xla_force_host_platform_device_count=8")
-    one_error(command("run", model, "--port", "0", "-tp", "3"), 2, "--tensor-parallel-size 3", "4 attention heads")
+    one_error(
+        command("run", model, "--port", "0", "-tp", "3"), 2, "--tensor-parallel-size", "4 attention heads", "3 tensor"
+    )
 
 
 def test_sizes_of_a_converted_model(command: Command, served: Served, model: Path, tmp_path: Path) -> None:
@@ -343,14 +345,14 @@ def test_what_is_refused_is_what_does_not_fit(tmp_path: Path, name: str, shards:
     config = replace(config, max_num_batched_tokens=32, dtype="bfloat16")
     described = memory_plan.read(config)
     per_block = memory_plan.planned(config, described, None).block_bytes
-    assert preflight.block_bytes(config, spec) == per_block
+    assert preflight.least(config, spec).block_bytes == per_block
     refused: set[bool] = set()
     for blocks in range(1, 20):
         sized = replace(config, kv_cache_memory_bytes=blocks * per_block)
         fits = memory_plan.planned(sized, described, None).fits
         refused.add(not fits)
         try:
-            preflight.check_cache(sized, spec)
+            preflight.check_sizes(sized, folder)
         except UsageError as error:
             assert not fits, error
             wanted = int(error.hint.split()[1].removesuffix(","))

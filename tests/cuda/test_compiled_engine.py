@@ -23,9 +23,9 @@ import pytest
 
 from benchmarks.gpu import plans
 from benchmarks.published import llama_8b
+from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.sampling import controls
@@ -33,9 +33,9 @@ from tests.cuda.hopper import DUMP, Compiled, compile_for_h200
 
 RECORD = Path(__file__).with_name("steps.json")
 LAYERS, BLOCKS, BLOCK_SIZE, WIDTH = 3, 4096, 16, 8192
-BUCKETS = Buckets(rows=256, tokens=2048, score_rows=256)
+BUCKETS = Buckets.of(rows=256, tokens=2048, score_rows=256)
 SPEC = replace(llama_8b(), layers=llama_8b().layers[:LAYERS])
-STATIC = programs.Model(SPEC, BLOCK_SIZE, BUCKETS.entries, top_n=20, processed=False)
+TOP_N = 20
 # Each costs some microseconds, 32 times in a step.
 MOST_PER_LAYER = 17
 # Into these XLA compiles our kernels and its own products. All of them can be captured.
@@ -91,7 +91,7 @@ def check(name: str, compiled: Compiled) -> plans.Plan:
 
 def check_model(name: str, shape: packing.Layout) -> None:
     arguments = params(), pools(), ints(BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
-    compiled = compile_for_h200(partial(programs.model, STATIC, shape), *arguments, donate=(1, 2))
+    compiled = compile_for_h200(partial(programs.model, SPEC, shape, BUCKETS.entries), *arguments, donate=(1, 2))
     # The block tables of all rows are gathered, which is the largest thing that is made but for what a layer computes.
     largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
     assert copied(compiled, largest + 1) == []
@@ -118,7 +118,7 @@ def test_head(rows: int, need: Need) -> None:
     kept = controls.abstract(BUCKETS.rows, SPEC.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((BUCKETS.entries, SPEC.hidden), jnp.bfloat16)
     arguments = params(), ints(BUCKETS.rows), kept, hidden, ints(BUCKETS.entries, len(packing.ENTRY))
-    compiled = compile_for_h200(partial(programs.head, STATIC, rows, need), *arguments, donate=(1, 2))
+    compiled = compile_for_h200(partial(programs.head, SPEC, rows, need, TOP_N, False), *arguments, donate=(1, 2))
     # The matrix of the head is the largest thing there is; the controls are smaller.
     assert copied(compiled, max(rows, BUCKETS.rows) * SPEC.vocab_size + 1) == []
     assert compiled.alias_bytes >= nbytes(kept) + 4 * BUCKETS.rows

@@ -27,22 +27,18 @@ from jaxserve.sampling import controls
 from tests.cuda.hopper import Compiled, compile_for_h200
 
 RECORD = Path(__file__).with_name("steps.json")
-ROWS, BLOCKS, BLOCK_SIZE, WIDTH, ENTRIES = 64, 2048, 16, 512, 128
+ROWS, BLOCKS, BLOCK_SIZE, WIDTH, ENTRIES, TOP_N = 64, 2048, 16, 512, 128, 20
 
 
 def ints(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def static(spec: ModelSpec) -> programs.Model:
-    return programs.Model(spec, BLOCK_SIZE, ENTRIES, top_n=20, processed=False)
-
-
 def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
     decode = packing.decode_layout(ROWS)
-    program = partial(programs.model, static(spec), decode)
+    program = partial(programs.model, spec, decode, ENTRIES)
     arguments = params, cache, ints(ROWS, WIDTH), ints(ROWS), ints(decode.size)
     return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
 
@@ -96,7 +92,7 @@ def test_head(need: Need) -> None:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     kept = controls.abstract(ROWS, spec.vocab_size) if need == Need.FULL else None
     hidden = jax.ShapeDtypeStruct((ENTRIES, spec.hidden), jnp.bfloat16)
-    program = partial(programs.head, static(spec), ROWS, need)
+    program = partial(programs.head, spec, ROWS, need, TOP_N, False)
     arguments = params, ints(ROWS), kept, hidden, ints(ENTRIES, len(packing.ENTRY))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     assert large_copies(compiled, ROWS * spec.vocab_size + 1) == []

@@ -19,9 +19,9 @@ from zlib import crc32
 
 import numpy as np
 
-from jaxserve.config import Limits
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.engine.schedule.scheduler import Scheduler
@@ -88,11 +88,10 @@ class Controls:
 class FakeDevice:
     def __init__(self, limits: Limits, buckets: Buckets) -> None:
         self.limits, self.buckets = limits, buckets
-        self.width = -(-limits.max_model_len // limits.block_size)
         shape = (limits.num_blocks, limits.block_size)
         self.tokens, self.positions = np.full(shape, POISON, np.int32), np.full(shape, POISON, np.int32)
         self.digests = np.zeros(shape, np.int64)
-        self.tables = np.zeros((buckets.rows, self.width), np.int32)
+        self.tables = np.zeros((buckets.rows, limits.width), np.int32)
         self.last = np.full(buckets.rows, POISON, np.int32)
         self.controls: dict[int, Controls] = {}
         self.broken: set[int] = set()  # a row of logits that attends to one of these tokens is not finite
@@ -320,12 +319,10 @@ class FakeEngine:
 
     def __init__(self, limits: Limits, *, score_rows: int = 8, depth: int = 2) -> None:
         self.limits, self.depth = limits, depth
-        self.buckets = Buckets(limits.max_num_seqs, limits.max_num_batched_tokens, score_rows)
+        self.buckets = Buckets.of(limits.max_num_seqs, limits.max_num_batched_tokens, score_rows)
         self.scheduler = Scheduler(limits, score_rows=score_rows)
         self.device = FakeDevice(limits, self.buckets)
-        self.batcher = Batcher(
-            self.buckets, width=self.device.width, block_size=limits.block_size, num_blocks=limits.num_blocks
-        )
+        self.batcher = Batcher(limits, self.buckets)
         self.in_flight: deque[tuple[StepPlan, tuple[Packed, StepResult]]] = deque()
         self.answers: dict[tuple[str, int], Answer] = {}
         self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample told them

@@ -3,6 +3,7 @@
 
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine, _Progress
-from jaxserve.engine.execute import loading, programs, sizing
+from jaxserve.engine.execute import loading, memory, programs
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
 from tests.golden import load as golden
@@ -98,13 +99,12 @@ def test_after_ctrl_c_the_rest_is_not_read(config: EngineConfig) -> None:
 
 def test_weights_that_are_to_come_are_counted(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
     model = loading.open_folder(config, None)
-    monkeypatch.setattr(sizing, "budget", lambda devices, share: (1000, 100))
-    monkeypatch.setattr(sizing, "devices_of", lambda model: [type("Device", (), {"platform": "gpu"})])
-    size = sizing.weight_bytes(model.shapes)
-    assert size > 10_000
-    assert sizing.memory(config, model) == sizing.Memory(1000, 100 + size)
+    monkeypatch.setattr(memory, "budget", lambda devices, share: (1000, 100))
+    monkeypatch.setattr(memory, "devices_of", lambda model: [type("Device", (), {"platform": "gpu"})])
+    found = memory.available(config, model)
+    assert found.weights > 10_000 and (found.usable, found.used) == (1000, 100 + found.weights)
     held = loading.open_params(config, None, loading.read(model), None)[0]
-    assert sizing.memory(config, held) == sizing.Memory(1000, 100)
+    assert memory.available(config, held) == replace(found, used=100)
 
 
 def test_long_compiling_is_told_now_and_then() -> None:

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.config import ConfigError, EngineConfig, Limits
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend import wire
 from jaxserve.frontend.streams import Abort

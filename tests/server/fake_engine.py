@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import CheckpointError, JaxserveError
 from jaxserve.frontend import wire
 from jaxserve.host import child

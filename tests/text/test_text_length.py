@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import RequestError
 from jaxserve.frontend.prepare import Intake
 from jaxserve.text import tokenizer as tokenizers

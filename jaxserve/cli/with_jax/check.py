@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve check`: what a model is, whether it fits, and what each flag would change; no weights are loaded.
+"""`jaxserve check`: what a model is, whether it fits, and what each flag would change. No weights are loaded.
 
-The figures are memory_plan's. Nothing is asked of an accelerator but its driver: jax would take its memory.
+The numbers are engine.capacity's, as an engine logs them. An accelerator's memory is asked of its driver: jax would
+take it.
 """
 
 import json as json_module
@@ -9,14 +10,16 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 from jaxserve.cli import settings
-from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Model, Plan, alternatives, planned, read
+from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Described, alternatives, planned, read
 from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine.capacity import SLACK, Capacity, size
 from jaxserve.errors import JaxserveError, UsageError, one_line
 from jaxserve.flags.parsing import Flag, Parser
+from jaxserve.models.spec import Attention
 
 MEMORY = Flag(
     name="memory",
@@ -25,7 +28,7 @@ MEMORY = Flag(
     default=None,
     metavar="SIZE",
     group="Check",
-    help="Memory of each accelerator, such as 80GiB; those of this machine if not given, or its CPU.",
+    help="Memory of each accelerator, such as 80GiB (default: this machine's accelerators, or else its CPU).",
 )
 JSON = Flag(name="json", base=bool, default=False, group="Check", help="Print one JSON object instead of a table.")
 
@@ -52,7 +55,7 @@ class Check:
             given["model"] = str(demo.FOLDER)
         engine = settings.made(parser, lambda: settings.split(EngineConfig, given))
         if (given.get("memory") or 1) < 1:
-            raise UsageError(f"--memory is {given['memory']}", "give what each accelerator has, such as 80GiB")
+            raise UsageError(f"--memory is {given['memory']}", "give the memory of each accelerator, such as 80GiB")
         return cls(engine, given.get("memory"), given.get("json", False))
 
     def run(self) -> None:
@@ -64,23 +67,23 @@ class Check:
         if self.json:
             print(json_module.dumps(_as_json(model, plan, others)))
         else:
-            print("\n".join([*_model_lines(model, plan), *_plan_lines(self.engine, plan), *_other_lines(plan, others)]))
+            print("\n".join([*_model_lines(model, plan), *_plan_lines(plan), *_other_lines(plan, others)]))
         if not plan.fits:
             raise _does_not_fit(plan, others)
 
 
 def _on_cpu() -> None:
-    """Nothing is computed, and an accelerator may be in use."""
+    """Makes jax use CPU devices: nothing is computed, and an accelerator may be in use."""
     import jax
 
     config = cast(Any, jax.config)
     config.update("jax_platforms", "cpu")
-    with suppress(RuntimeError):  # a program that has devices already
+    with suppress(RuntimeError):  # the process has initialized its devices already
         config.update("jax_num_cpu_devices", MAX_DEVICES)
 
 
 def _accelerator() -> int | None:
-    """Bytes of the smallest NVIDIA GPU here, asked of its driver: jax would take its memory. None without one."""
+    """Bytes of the smallest NVIDIA GPU of this machine, as its driver reports them. None without one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -92,84 +95,56 @@ def _accelerator() -> int | None:
         return None
 
 
-def _does_not_fit(plan: Plan, others: list[tuple[str, Plan]]) -> JaxserveError:
+def _does_not_fit(plan: Capacity, others: list[tuple[str, Capacity]]) -> JaxserveError:
+    error = plan.misfit()
     helps = [name for name, other in others if other.fits]
-    hint = f"{helps[0]} would do" if helps else "use more or larger devices, or a smaller model"
-    if plan.blocks < 1:
-        used = plan.weights + plan.state + plan.step + plan.slack
-        have = f"{_size(plan.memory)} to use" if plan.memory is not None else "the KV cache's size"
-        return ConfigError(f"it does not fit: {_size(used)} before any KV cache, {have} per device", hint)
-    problem = f"a sequence of {plan.max_model_len:,} tokens does not fit into {plan.tokens:,} tokens of KV cache"
-    return ConfigError(problem, hint)
+    return ConfigError(error.problem, f"{helps[0]} would do" if helps else error.hint)
 
 
 # --- as text --------------------------------------------------------------------------------------------------------
 
 
-def _model_lines(model: Model, plan: Plan) -> list[str]:
-    spec = model.spec
+def _model_lines(model: Described, plan: Capacity) -> list[str]:
+    spec, block_size = model.spec, plan.limits.block_size
     attention = spec.layers[0].attention
-    heads = f"{attention.heads} heads" + (f", {attention.kv_heads} KV heads" if hasattr(attention, "kv_heads") else "")
-    per_token = plan.block_bytes // plan.block_size
+    heads = f"{attention.heads} heads"
+    if isinstance(attention, Attention):
+        heads += f", {attention.kv_heads} KV heads"
+    per_token = plan.block_bytes // block_size
     return [
         f"model         {one_line(model.name)}, {one_line(model.architecture)}",
-        f"parameters    {model.parameters:,} in {plan.dtype}, stored as {model.stored.name}",
+        f"parameters    {model.parameters:,} in {plan.memory.dtype}, stored as {model.stored.name}",
         f"layers        {len(spec.layers)}, hidden {spec.hidden:,}, {heads}, vocabulary {spec.vocab_size:,}",
         f"longest       {spec.max_positions:,} tokens",
-        f"KV cache      {per_token:,} bytes per token and device, {_size(plan.block_bytes)} per block of "
-        f"{plan.block_size}",
+        f"KV cache      {per_token:,} bytes per token and device, {size(plan.block_bytes)} per block of {block_size}",
         "",
     ]
 
 
-def _plan_lines(config: EngineConfig, plan: Plan) -> list[str]:
-    def row(name: str, size: int, why: str = "") -> str:
-        return f"  {name:<24}{_size(size):>12}{'  ' + why if why else ''}"
-
-    head = "per device, on a CPU" if plan.memory is None else f"per device, {_size(plan.memory)} to use"
-    lines = [head, row("weights", plan.weights)]
-    if plan.memory is not None:
-        lines += [
-            row("state", plan.state, f"--max-num-seqs {plan.max_num_seqs}"),
-            row("largest step, about", plan.step, f"--max-num-batched-tokens {plan.max_num_batched_tokens}"),
-            row("slack", plan.slack),
-        ]
-    blocks = max(plan.blocks, 0)
-    lines.append(row("KV cache", (blocks + 1) * plan.block_bytes if blocks else 0))
-    if blocks:
-        lines += [
-            f"  {blocks:,} blocks of {plan.block_size} = {plan.tokens:,} tokens: "
-            f"{plan.concurrency:.1f} sequences of {plan.served_len:,} at once"
-        ]
-        if plan.served_len < plan.max_model_len and not plan.insisted:
-            lines.append(f"  max_model_len would be {plan.served_len:,}, not the model's {plan.max_model_len:,}")
-    return lines
+def _plan_lines(plan: Capacity) -> list[str]:
+    rows = [f"  {name:<24}{size(count):>12}{'  ' + why if why else ''}" for name, count, why in plan.parts()]
+    return [plan.usable(), *rows, *(f"  {line}" for line in plan.cache_lines())]
 
 
-def _other_lines(plan: Plan, others: list[tuple[str, Plan]]) -> list[str]:
-    """A table: what one flag's change gives, under what there is without it."""
+def _other_lines(plan: Capacity, others: list[tuple[str, Capacity]]) -> list[str]:
+    """A table of what one flag's change gives; its first line is what there is without a change."""
     shown = [(name, other) for name, other in others if other.fits or plan.fits]
     if not shown:
         return []
     wide = max(len(name) for name, _ in shown) + 2
     head = f"  {'':<{wide}}{'weights':>12}{'KV cache, tokens':>18}{'longest':>11}{'at once':>10}"
-    return ["", "with one flag changed", head, *(_row(name, one, wide) for name, one in [("as it is", plan), *shown])]
+    return ["", "with one flag changed", head, *(_row(name, one, wide) for name, one in [("unchanged", plan), *shown])]
 
 
-def _row(name: str, plan: Plan, wide: int) -> str:
-    start = f"  {name:<{wide}}{_size(plan.weights):>12}{plan.tokens:>18,}"
+def _row(name: str, plan: Capacity, wide: int) -> str:
+    start = f"  {name:<{wide}}{size(plan.memory.weights):>12}{plan.tokens:>18,}"
     if not plan.fits:
-        return f"{start}  {'does not fit' if plan.blocks < 1 else 'too few'}"
-    return f"{start}{plan.served_len:>11,}{plan.concurrency:>10,.1f}"
+        return f"{start}  {'too few' if plan.blocks else 'does not fit'}"
+    return f"{start}{plan.longest:>11,}{plan.concurrency:>10,.1f}"
 
 
-def _as_json(model: Model, plan: Plan, others: list[tuple[str, Plan]]) -> dict[str, Any]:
+def _as_json(model: Described, plan: Capacity, others: list[tuple[str, Capacity]]) -> dict[str, Any]:
     spec = model.spec
-
-    def content(one: Plan) -> dict[str, Any]:
-        more = {"tokens": one.tokens, "fits": one.fits, "concurrency": one.concurrency, "served_len": one.served_len}
-        return {**asdict(one), **more}
-
     return {
         "model": model.name,
         "architecture": model.architecture,
@@ -179,14 +154,31 @@ def _as_json(model: Model, plan: Plan, others: list[tuple[str, Plan]]) -> dict[s
         "hidden": spec.hidden,
         "vocab_size": spec.vocab_size,
         "max_positions": spec.max_positions,
-        "kv_bytes_per_token": plan.block_bytes // plan.block_size,
-        "plan": content(plan),
-        "alternatives": {name: content(other) for name, other in others},
+        "kv_bytes_per_token": plan.block_bytes // plan.limits.block_size,
+        "plan": _plan_as_json(plan),
+        "alternatives": {name: _plan_as_json(other) for name, other in others},
     }
 
 
-def _size(count: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:,.2f} {unit}"
-    return f"{count:,.0f} bytes"
+def _plan_as_json(plan: Capacity) -> dict[str, Any]:
+    memory, limits = plan.memory, plan.limits
+    return {
+        "dtype": memory.dtype,
+        "memory": None if memory.on_cpu else memory.usable,
+        "weights": memory.weights,
+        "state": plan.state,
+        "step": plan.step,
+        "slack": SLACK,
+        "block_size": limits.block_size,
+        "block_bytes": plan.block_bytes,
+        "blocks": plan.blocks,
+        "max_model_len": plan.wanted_len,
+        "held": plan.held,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "insisted": plan.insisted,
+        "tokens": plan.tokens,
+        "fits": plan.fits,
+        "concurrency": plan.concurrency,
+        "served_len": plan.longest,
+    }

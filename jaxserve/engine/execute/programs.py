@@ -46,43 +46,30 @@ from pallas_kernels import dispatch, sampling
 type Cache = list[LayerCache]
 
 
-@dataclass(frozen=True)
-class Model:
-    """What is static about all steps of an engine."""
-
-    spec: ModelSpec
-    block_size: int
-    entries: int  # rows of hidden states that a model program hands to the head
-    top_n: int  # likeliest tokens that Need.FULL gives
-    processed: bool  # log-probabilities are of what is sampled from, else of the model's own distribution
-
-
-@dataclass(frozen=True)
-class Sizes:
-    rows: int
-    width: int  # blocks of the longest sequence
-    blocks: int
-    dtype: str
-
-
-def fresh(static: Model, sizes: Sizes) -> tuple[Cache, jax.Array, jax.Array, Controls]:
-    cache = kv_cache.zeros(static.spec, blocks=sizes.blocks, block_size=static.block_size, dtype=jnp.dtype(sizes.dtype))
-    tables, last = jnp.zeros((sizes.rows, sizes.width), jnp.int32), jnp.zeros(sizes.rows, jnp.int32)
-    return cache, tables, last, sampling_controls.allocate(sizes.rows, static.spec.vocab_size)
+def fresh(tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Cache, jax.Array, jax.Array, Controls]:
+    """Zeros of these shapes."""
+    return jax.tree.unflatten(tree, map(mesh.zeros, shapes))
 
 
 def model(
-    static: Model, layout: Layout, params: Params, cache: Cache, tables: jax.Array, last: jax.Array, vector: jax.Array
+    spec: ModelSpec,
+    layout: Layout,
+    most: int,
+    params: Params,
+    cache: Cache,
+    tables: jax.Array,
+    last: jax.Array,
+    vector: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
-    spec = static.spec
+    """Its entries are padded to `most`, which all layouts have in common."""
 
     def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
         parts = {name: vector[at] for name, at in packing.places(layout).items()}
         tables = edited(tables, parts["cells"], parts["blocks"])
         entries = parts["entries"].reshape(layout.entries, len(packing.ENTRY))
-        padding = static.entries - layout.entries
+        padding = most - layout.entries
         entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
-        return tables, entries, _inputs(static, layout, parts, tables, last, entries)
+        return tables, entries, _inputs(spec, layout, kv_cache.block_size(cache), parts, tables, last, entries)
 
     tables, entries, inputs = mesh.island(prepare, P(), P())(tables, last, vector)
     hidden, cache = decoder.hidden(spec, params, cache, inputs)
@@ -90,8 +77,9 @@ def model(
 
 
 def _inputs(
-    static: Model,
+    spec: ModelSpec,
     layout: Layout,
+    block_size: int,
     parts: dict[str, jax.Array],
     tables: jax.Array,
     last: jax.Array,
@@ -109,18 +97,18 @@ def _inputs(
         line = jnp.minimum(line, layout.rows - 1)
         positions = jnp.where(real, kv_lens[line] - (starts[line + 1] - place), 0)
     block_tables = tables.at[rows].get(mode="clip")
-    blocks = block_tables[line, positions // static.block_size]
+    blocks = block_tables[line, positions // block_size]
     fed = last.at[rows[line]].get(mode="clip")
     return ModelInputs(
         tokens=jnp.where(parts["tokens"] < 0, fed, parts["tokens"]),
         positions=positions,
-        slots=jnp.where(real, blocks * static.block_size + positions % static.block_size, -1),
+        slots=jnp.where(real, blocks * block_size + positions % block_size, -1),
         block_tables=block_tables,
         kv_lens=kv_lens,
         cu_q_lens=starts,
         distribution=parts["distribution"],
         sampled=jnp.maximum(entries[:, TOKEN], 0),
-        rope_lengths=parts["rope_lengths"][line] if static.spec.needs_rope_length else None,
+        rope_lengths=parts["rope_lengths"][line] if spec.needs_rope_length else None,
         decode_only=layout.decode,
     )
 
@@ -140,9 +128,11 @@ def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax
 
 
 def head(
-    static: Model,
+    spec: ModelSpec,
     rows: int,
     need: Need,
+    top_n: int,
+    processed: bool,
     params: Params,
     last: jax.Array,
     controls: Controls | None,
@@ -150,20 +140,27 @@ def head(
     entries: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
     """The result is int32 [rows, 2]: token, valid; from Need.SCORED on [rows, 4 + 2 * n]: logprob, rank, n likeliest
-    tokens and their log-probabilities too.
+    tokens and their log-probabilities too. n is `top_n` for Need.FULL, else 0. Log-probabilities are of the model's own
+    distribution, or with `processed` of the one that is sampled from.
     """
-    logits = decoder.logits(static.spec, params, hidden[:rows])
-    pick = partial(_pick, static, need)
+    logits = decoder.logits(spec, params, hidden[:rows])
+    pick = partial(_pick, need, top_n if need == Need.FULL else 0, processed)
     return mesh.island(pick, P(), P())(logits, entries[:rows], last, controls)
 
 
-def embed(static: Model, rows: int, params: Params, hidden: jax.Array) -> jax.Array:
+def embed(spec: ModelSpec, rows: int, params: Params, hidden: jax.Array) -> jax.Array:
     """Float32 [rows, hidden]: what the head multiplies."""
-    return decoder.final(static.spec, params, hidden[:rows]).astype(jnp.float32)
+    return decoder.final(spec, params, hidden[:rows]).astype(jnp.float32)
 
 
 def _pick(
-    static: Model, need: Need, logits: jax.Array, entries: jax.Array, last: jax.Array, controls: Controls | None
+    need: Need,
+    top_n: int,
+    processed: bool,
+    logits: jax.Array,
+    entries: jax.Array,
+    last: jax.Array,
+    controls: Controls | None,
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
     rows, positions, given = entries[:, ROW], entries[:, POSITION], entries[:, GIVEN]
     samples = entries[:, SAMPLES] > 0
@@ -172,13 +169,12 @@ def _pick(
     if controls is not None:
         active = samples & (numbers["controlled"] > 0)
         edited = sampling_controls.apply(controls, logits, rows=rows, active=active, positions=positions)
-    top_n = static.top_n if need == Need.FULL else 0
     out = sampling.sample(
         edited,
         _params(numbers, samples, positions),
         mode=("greedy", "random", "filtered")[min(need, Need.FILTERED)],
-        logprobs="processed" if static.processed and need >= Need.SCORED else None,
-        top_n=top_n if static.processed else 0,
+        logprobs="processed" if processed and need >= Need.SCORED else None,
+        top_n=top_n if processed else 0,
     )
     tokens = jnp.where(given >= 0, given, out.tokens)
     last = last.at[jnp.where(samples, rows, last.shape[0])].set(tokens, mode="drop")
@@ -226,10 +222,10 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     sampling_controls.add_counts: ("controls",),
 }
 STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
-    fresh: ("static", "sizes"),
-    model: ("static", "layout"),
-    head: ("static", "rows", "need"),
-    embed: ("static", "rows"),
+    fresh: ("tree", "shapes"),
+    model: ("spec", "layout", "most"),
+    head: ("spec", "rows", "need", "top_n", "processed"),
+    embed: ("spec", "rows"),
 }
 
 

@@ -9,14 +9,13 @@ State is donated to each program and taken back from it, so that nothing is allo
 """
 
 import atexit
-import math
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from weakref import WeakSet
 
 import jax
@@ -25,13 +24,14 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.config import ConfigError
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine.buckets import fitting
+from jaxserve.engine.capacity import Capacity
 from jaxserve.engine.execute import programs
-from jaxserve.engine.execute.loading import shapes_of
+from jaxserve.engine.execute.loading import Opened, shapes_of
 from jaxserve.engine.execute.program_store import Store
-from jaxserve.engine.execute.programs import Model, Program, Sizes
+from jaxserve.engine.execute.programs import Program
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.buckets import Buckets, fitting
 from jaxserve.engine.schedule.packing import Ints, Layout, Packed
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.engine.schedule.sequence import Need, Sequence
@@ -41,18 +41,6 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import control_row, controls
 
 type Progress = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of all that a runner holds and computes."""
-
-    buckets: Buckets
-    block_size: int
-    num_blocks: int
-    width: int  # blocks of the longest sequence
-    top_n: int = 20  # likeliest tokens that a request may ask for
-    processed: bool = False  # their log-probabilities are of what is sampled from
 
 
 @dataclass(slots=True)
@@ -85,72 +73,81 @@ def settle() -> None:
 
 
 class Runner:
-    """On the mesh, or with none on the device where the parameters lie."""
+    """On the mesh; without one, on the device that holds the parameters."""
 
     def __init__(
-        self, spec: ModelSpec, params: Params, shape: Shape, *, mesh: Any = None, store: Store | None = None
+        self,
+        spec: ModelSpec,
+        params: Params,
+        capacity: Capacity,
+        *,
+        processed: bool = False,
+        mesh: Any = None,
+        store: Store | None = None,
     ) -> None:
-        self.spec, self.shape, self.mesh, self._store = spec, shape, mesh, store
-        self.params: Params = params  # their shapes alone, up to `warm`, where they are still being read
+        """`processed`: log-probabilities are of the distribution that is sampled from, not of the model's own."""
+        self.spec, self.limits, self.buckets, self.mesh = spec, capacity.limits, capacity.buckets, mesh
+        self._processed, self._store = processed, store
+        self.params: Params = params  # until `warm`, while they are being read, their shapes alone
         self._param_shapes: Params = shapes_of(params)
-        self.static = Model(spec, shape.block_size, shape.buckets.entries, shape.top_n, shape.processed)
         self.dtype = params["embed"]["weight"].dtype
         self.device = None if mesh is not None else next(iter(params["embed"]["weight"].sharding.device_set))
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[Key, Any] = {}
         _RUNNERS.add(self)
         self.compiled_late = 0
-        # Shapes alone, up to `allocate`: compilers try out what is fastest in memory that the KV pool would take.
+        # Shapes alone until `allocate`: compilers try out what is fastest, in memory that the KV pool would take.
         self._state = self._abstract_state()
         self.cache, self.tables, self.last, self.controls = self._state
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: Opened, capacity: Capacity, store: Store | None) -> Self:
+        """For a model whose parameters need not have been read yet."""
+        processed = config.logprobs_mode == "processed_logprobs"
+        return cls(model.spec, model.shapes, capacity, processed=processed, mesh=model.mesh, store=store)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def allocate(self) -> None:
-        """Everything but the parameters, as zeros made on the devices."""
+        """All device state except the parameters, as zeros made on the devices."""
         with self.on_mesh():
             try:
                 self.cache, self.tables, self.last, self.controls = self._executable("fresh")()
                 jax.block_until_ready(self.cache)
             except jax.errors.JaxRuntimeError as error:
-                problem = f"the devices have no memory for {self.shape.num_blocks} KV blocks: {error}"
+                problem = f"the devices have no memory for {self.limits.num_blocks} KV blocks: {error}"
                 raise ConfigError(
                     problem, "lower num_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
                 ) from None
 
     def _abstract_state(self) -> tuple[Any, Any, Any, Any]:
-        shape, spec = self.shape, self.spec
-        rows = shape.buckets.rows
+        limits, rows = self.limits, self.buckets.rows
         with self.on_mesh():
             pools = kv_cache.abstract_cache(
-                spec, blocks=shape.num_blocks, block_size=shape.block_size, dtype=self.dtype
+                self.spec, blocks=limits.num_blocks, block_size=limits.block_size, dtype=self.dtype
             )
         cache = [
             {name: pool.update(sharding=pool.sharding or self._everywhere) for name, pool in layer.items()}
             for layer in pools
         ]
-        tables, last = self._abstract((rows, shape.width), jnp.int32), self._abstract((rows,), jnp.int32)
-        return cache, tables, last, controls.abstract(rows, spec.vocab_size, self._everywhere)
+        tables, last = self._abstract((rows, limits.width), jnp.int32), self._abstract((rows,), jnp.int32)
+        return cache, tables, last, controls.abstract(rows, self.spec.vocab_size, self._everywhere)
 
     def free(self) -> None:
-        """Gives back the memory of everything but the parameters."""
+        """Gives back the memory of all device state except the parameters."""
         for array in jax.tree.leaves((self.cache, self.tables, self.last, self.controls)):
             array.delete()
 
-    def state_bytes(self) -> int:
-        """Of all but the parameters and the KV cache, on each device."""
-        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves((self.tables, self.last, self.controls)))
-
     def largest_step(self) -> int:
-        """Bytes that programs take for themselves while they run, on each device: those of the largest, compiled."""
-        buckets = self.shape.buckets
-        tokens = packing.mixed_layout(buckets.tokens, buckets, self.shape.block_size)
+        """Bytes of temporaries and results on each device, of the largest programs, which are compiled for this."""
+        buckets = self.buckets
+        tokens = packing.mixed_layout(buckets.tokens, buckets, self.limits.block_size)
         analyses = [self._analysis(key) for key in (tokens, (buckets.entries, Need.FULL))]
         sizes = [a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses if a]
         return max(sizes, default=0)
 
     def _analysis(self, key: Key) -> Any:
-        """What the compiler says of its memory. One that was kept on disk may have forgotten it."""
+        """The compiler's count of its memory. A program that was stored on disk may have lost it."""
         found = self._executable(key).memory_analysis()
         if not found or not found.temp_size_in_bytes:
             with self.on_mesh():
@@ -165,9 +162,9 @@ class Runner:
 
     def every_key(self) -> list[Key]:
         """All that a step can need, the largest first: they take longest to compile."""
-        buckets = self.shape.buckets
+        buckets = self.buckets
         return [
-            *(packing.mixed_layout(tokens, buckets, self.shape.block_size) for tokens in reversed(buckets.mixed)),
+            *(packing.mixed_layout(tokens, buckets, self.limits.block_size) for tokens in reversed(buckets.mixed)),
             *(packing.decode_layout(rows) for rows in reversed(buckets.decode)),
             *((rows, need) for need in reversed(Need) for rows in reversed(self._ladder(need))),
             *(("embed", rows) for rows in reversed(buckets.scoring_heads)),
@@ -175,8 +172,8 @@ class Runner:
         ]
 
     def warm(self, progress: Progress | None = None, weights: Future[Params] | None = None) -> None:
-        """Compiles what is not compiled yet, while `weights` are read if they are, and then takes the memory. What a
-        step has to wait for is counted in `compiled_late`."""
+        """Compiles what is not compiled yet, meanwhile waits for `weights` if given, and then takes the memory.
+        `compiled_late` counts the programs that a step had to wait for."""
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
             wanted = [self.program(key) for key in keys]
@@ -194,14 +191,13 @@ class Runner:
 
     def exercise(self) -> None:
         """Runs every program once, over padding alone: a device loads code, and captures graphs, at the first run."""
-        shape = self.shape
         nothing = np.full(packing.EDIT_SIZE, -1, np.int32)
         self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
         hidden = entries = None
         for key in self.every_key():  # those of `model` come first
             match key:
                 case Layout():
-                    vector = self._put(packing.padding(key, shape.buckets))
+                    vector = self._put(packing.padding(key, self.buckets))
                     hidden, entries, self.cache, self.tables = self._executable(key)(
                         self.params, self.cache, self.tables, self.last, vector
                     )
@@ -216,8 +212,8 @@ class Runner:
         jax.block_until_ready((self.cache, self.last))
 
     def _ladder(self, need: Need) -> tuple[int, ...]:
-        # More rows than sequences are wanted for prompts that are scored, and for nothing else.
-        return self.shape.buckets.decode if need < Need.SCORED else self.shape.buckets.scoring_heads
+        # Only scored prompts need more rows of logits than there are sequences.
+        return self.buckets.decode if need < Need.SCORED else self.buckets.scoring_heads
 
     def _executable(self, key: Key) -> Any:
         found = self._executables.get(key)
@@ -228,26 +224,27 @@ class Runner:
         return found
 
     def program(self, key: Key) -> Program:
-        static, shape = self.static, self.shape
+        spec, most = self.spec, self.buckets.entries
         cache, tables, last, controlled = self._state
         match key:
             case Layout():
                 given = (self._param_shapes, cache, tables, last, self._vector(key.size))
-                return self._with_shapes(programs.model, (static, key), *given)
+                return self._with_shapes(programs.model, (spec, key, most), *given)
             case ("embed", int(rows)):
-                return self._with_shapes(programs.embed, (static, rows), self._param_shapes, self._hidden())
+                return self._with_shapes(programs.embed, (spec, rows), self._param_shapes, self._hidden())
             case (int(rows), need):
-                entries = self._abstract((static.entries, len(packing.ENTRY)), jnp.int32)
+                entries = self._abstract((most, len(packing.ENTRY)), jnp.int32)
                 kept = controlled if need == Need.FULL else None
                 given = (self._param_shapes, last, kept, self._hidden(), entries)
-                return self._with_shapes(programs.head, (static, rows, need), *given)
+                static = (spec, rows, need, self.limits.max_logprobs, self._processed)
+                return self._with_shapes(programs.head, static, *given)
             case "fresh":
-                sizes = Sizes(shape.buckets.rows, shape.width, shape.num_blocks, self.dtype.name)
-                return Program(programs.fresh, (static, sizes), ())
+                leaves, tree = jax.tree.flatten(self._state)
+                return Program(programs.fresh, (tree, tuple(leaves)), ())
             case "edit":
                 return self._with_shapes(programs.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
             case "set_row":
-                vector = self._vector(control_row.row_size(self.spec.vocab_size))
+                vector = self._vector(control_row.row_size(spec.vocab_size))
                 return self._with_shapes(controls.set_row, (), controlled, vector)
             case "add_counts":
                 return self._with_shapes(controls.add_counts, (), controlled, self._vector(control_row.COUNT_SIZE))
@@ -261,7 +258,7 @@ class Runner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
     def _hidden(self) -> jax.ShapeDtypeStruct:
-        return self._abstract((self.static.entries, self.spec.hidden), self.dtype)
+        return self._abstract((self.buckets.entries, self.spec.hidden), self.dtype)
 
     def _vector(self, size: int) -> jax.ShapeDtypeStruct:
         return self._abstract((size,), jnp.int32)
@@ -281,7 +278,7 @@ class Runner:
         if not packed.entries:
             handle.hidden = hidden
         if packed.embeds:
-            embed = self._executable(("embed", fitting(self.shape.buckets.scoring_heads, packed.entries)))
+            embed = self._executable(("embed", fitting(self.buckets.scoring_heads, packed.entries)))
             handle.embeddings = embed(self.params, hidden)
             handle.embeddings.copy_to_host_async()
         if packed.entries > packed.embeds:
@@ -336,9 +333,3 @@ class Runner:
 
     def _put(self, vector: Ints) -> jax.Array:
         return jax.device_put(vector, self._everywhere)
-
-
-def shard_bytes(leaf: Any) -> int:
-    """Of an array or the shape of one, on each device."""
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize

@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
 from jaxserve.types.request import Request

@@ -37,7 +37,6 @@ class BlockPool:
             problem = f"num_blocks is {num_blocks}, block_size {block_size}"
             raise RuntimeError(f"{problem}: needs at least 2 blocks, of which block 0 is the null block, of 1 token")
         self.num_blocks = num_blocks
-        self.block_size = block_size
         self.generation = 0
         self._caching = caching
         self._owners = [0] * num_blocks
@@ -49,7 +48,7 @@ class BlockPool:
         self._secret = os.urandom(32)
         # Copying a hash that has the secret in it is 0.4 us quicker than making one with keywords.
         self._chain_hash = blake2b(digest_size=_DIGEST_BYTES, key=self._secret, person=b"chain")
-        self._pack_tokens = struct.Struct(f"<{block_size}I").pack
+        self._tokens = struct.Struct(f"<{block_size}I")
 
     # --- who owns which block ---------------------------------------------------------------------------------------
 
@@ -139,9 +138,9 @@ class BlockPool:
         if len(parent) != _KEY_BYTES:
             raise RuntimeError(f"the parent of a chain has {len(parent)} bytes, a key has {_KEY_BYTES}")
         try:
-            packed = self._pack_tokens(*tokens)
+            packed = self._tokens.pack(*tokens)
         except struct.error as error:  # also for placeholders of tokens that are not known yet: they are negative
-            problem = f"a key takes {self.block_size} token ids from 0 to 2**32 - 1, got {len(tokens)}"
+            problem = f"a key takes {self._tokens.size // 4} token ids from 0 to 2**32 - 1, got {len(tokens)}"
             raise RuntimeError(f"{problem}, from {min(tokens, default=0)} to {max(tokens, default=0)}") from error
         hashed = self._chain_hash.copy()
         hashed.update(parent + packed)

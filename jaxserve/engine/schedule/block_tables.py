@@ -8,7 +8,7 @@ happens before it. Steps run one after the other, so a block handed back now may
 in flight still reads it, and a block may be shared as soon as the step that fills it is planned.
 """
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.block_pool import NULL_BLOCK, BlockPool
 from jaxserve.engine.schedule.sequence import Sequence
 
@@ -16,8 +16,7 @@ from jaxserve.engine.schedule.sequence import Sequence
 class BlockTables:
     def __init__(self, limits: Limits) -> None:
         self.pool = BlockPool(limits.num_blocks, limits.block_size, caching=limits.enable_prefix_caching)
-        self.width = -(-limits.max_model_len // limits.block_size)
-        self._limits, self._size, self._window = limits, limits.block_size, limits.window
+        self._limits = limits
         self._copies: list[tuple[int, int]] = []
         self._edits: dict[int, int] = {}
 
@@ -37,7 +36,7 @@ class BlockTables:
         if sequence.generation != pool.generation:
             sequence.generation, sequence.keys = pool.generation, []
         hits = self._hits(sequence)
-        unseen = self._unseen(len(hits) * self._size)
+        unseen = self._unseen(len(hits) * self._limits.block_size)
         pool.share(hits[unseen:])  # takes those that nobody owned off the available ones
         sequence.blocks, sequence.first_block = [NULL_BLOCK] * unseen + hits[unseen:], unseen
         if self.wanted(sequence) + reserve > pool.available:
@@ -45,7 +44,7 @@ class BlockTables:
             sequence.blocks, sequence.first_block = [], 0
             return False
         sequence.published = len(hits)
-        sequence.computed = len(hits) * self._size
+        sequence.computed = len(hits) * self._limits.block_size
         return True
 
     def begin_as(self, twin: Sequence, leader: Sequence) -> None:
@@ -66,7 +65,7 @@ class BlockTables:
 
     def tell(self, sequence: Sequence, first: int = 0) -> None:
         """The devices learn its blocks from this one on."""
-        at, blocks, edits = sequence.row * self.width, sequence.blocks, self._edits
+        at, blocks, edits = sequence.row * self._limits.width, sequence.blocks, self._edits
         for i in range(first, len(blocks)):
             edits[at + i] = blocks[i]
 
@@ -74,15 +73,15 @@ class BlockTables:
 
     def wanted(self, sequence: Sequence) -> int:
         """How many more blocks its tokens take."""
-        needed = -(-sequence.length // self._size)
-        if self._window is not None:
+        needed = -(-sequence.length // self._limits.block_size)
+        if self._limits.window is not None:
             needed = min(needed, sequence.first_block + self._limits.blocks_for(sequence.length))
         return max(0, needed - len(sequence.blocks))
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Slots that it alone owns for its next tokens. If there are not enough, nothing changes."""
-        blocks, at = sequence.blocks, sequence.computed // self._size
-        needed = (sequence.computed + count - 1) // self._size + 1 - len(blocks)
+        blocks, at = sequence.blocks, sequence.computed // self._limits.block_size
+        needed = (sequence.computed + count - 1) // self._limits.block_size + 1 - len(blocks)
         copies = at < len(blocks) and self.pool.shared(blocks[at])
         if needed <= 0 and not copies:
             return True
@@ -95,7 +94,7 @@ class BlockTables:
             self._copies.append((blocks[at], mine))
             self.pool.release([blocks[at]])
             blocks[at] = mine
-            self._edits[sequence.row * self.width + at] = mine
+            self._edits[sequence.row * self._limits.width + at] = mine
         blocks += new
         self.tell(sequence, had)
         return True
@@ -104,7 +103,7 @@ class BlockTables:
         """Hands back the blocks that none of its tokens still to be computed looks at."""
         seen = self._unseen(sequence.computed)
         if seen > sequence.first_block:
-            blocks, at = sequence.blocks, sequence.row * self.width
+            blocks, at = sequence.blocks, sequence.row * self._limits.width
             self.pool.release(blocks[sequence.first_block : seen])
             for i in range(sequence.first_block, seen):
                 blocks[i] = self._edits[at + i] = NULL_BLOCK
@@ -112,13 +111,14 @@ class BlockTables:
 
     def _unseen(self, position: int) -> int:
         """How many of the first blocks are out of the sight of the token there, and of all after it."""
-        return 0 if self._window is None else max(0, position - self._window + 1) // self._size
+        window = self._limits.window
+        return 0 if window is None else max(0, position - window + 1) // self._limits.block_size
 
     # --- blocks that others can share -------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others share its blocks that are computed and full of tokens known here."""
-        full = min(sequence.computed, len(sequence.tokens)) // self._size
+        full = min(sequence.computed, len(sequence.tokens)) // self._limits.block_size
         if full <= sequence.published:
             return
         if self._limits.enable_prefix_caching and sequence.generation == self.pool.generation:
@@ -132,11 +132,11 @@ class BlockTables:
         if sequence.request.params.skip_reading_prefix_cache:
             return []
         last = min(sequence.length, sequence.scored) - 1 if sequence.scores else sequence.length - 1
-        return self.pool.find(self._key(sequence, i) for i in range(last // self._size))
+        return self.pool.find(self._key(sequence, i) for i in range(last // self._limits.block_size))
 
     def _key(self, sequence: Sequence, i: int) -> bytes:
         """The key of its block, made when it is asked for."""
-        size, keys = self._size, sequence.keys
+        size, keys = self._limits.block_size, sequence.keys
         while len(keys) <= i:
             parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "", sequence.rope_length)
             keys.append(self.pool.chain(parent, sequence.tokens[len(keys) * size : (len(keys) + 1) * size]))

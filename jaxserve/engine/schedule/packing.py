@@ -14,7 +14,8 @@ from functools import cache
 
 import numpy as np
 
-from jaxserve.engine.schedule.buckets import Buckets, fitting
+from jaxserve.engine.buckets import Buckets, fitting
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.sequence import Need, Sequence
 
@@ -94,8 +95,8 @@ class Packed:
 class Batcher:
     """Keeps each row's sampling numbers, set when a sequence takes the row."""
 
-    def __init__(self, buckets: Buckets, *, width: int, block_size: int, num_blocks: int) -> None:
-        self.buckets, self.width, self.block_size, self.num_blocks = buckets, width, block_size, num_blocks
+    def __init__(self, limits: Limits, buckets: Buckets) -> None:
+        self.limits, self.buckets = limits, buckets
         self._numbers = np.zeros((buckets.rows, len(NUMBERS)), np.int32)
 
     def pack(self, plan: StepPlan) -> Packed:
@@ -107,7 +108,7 @@ class Batcher:
         if decode:
             layout = decode_layout(fitting(self.buckets.decode, len(slices)))
         else:
-            layout = mixed_layout(fitting(self.buckets.mixed, plan.tokens), self.buckets, self.block_size)
+            layout = mixed_layout(fitting(self.buckets.mixed, plan.tokens), self.buckets, self.limits.block_size)
         vector = np.zeros(layout.size, np.int32)
         parts = {name: vector[at] for name, at in places(layout).items()}
         entries = parts["entries"].reshape(layout.entries, len(ENTRY))
@@ -186,8 +187,8 @@ class Batcher:
         cells = np.fromiter(plan.edits.keys(), np.int32, len(plan.edits))
         blocks = np.fromiter(plan.edits.values(), np.int32, len(plan.edits))
         if cells.size:
-            _within("block table cell", cells, 0, self.buckets.rows * self.width)
-            _within("block", blocks, 0, self.num_blocks)
+            _within("block table cell", cells, 0, self.buckets.rows * self.limits.width)
+            _within("block", blocks, 0, self.limits.num_blocks)
         parts["cells"][:] = -1
         fits = cells.size <= parts["cells"].size
         if fits:
@@ -199,13 +200,13 @@ class Batcher:
             for i in range(0, cells.size, EDITS_AT_ONCE)
         ]
         for copies in in_turns(plan.copies):
-            _within("block", np.array(copies), 1, self.num_blocks)
+            _within("block", np.array(copies), 1, self.limits.num_blocks)
             edits.append(edit_vector(cells[:0], blocks[:0], copies))
         return edits
 
     def _check(self, rows: Ints, lengths: Ints) -> None:
         _within("row", rows, 0, self.buckets.rows)
-        _within("length", lengths, 1, self.width * self.block_size + 1)
+        _within("length", lengths, 1, self.limits.width * self.limits.block_size + 1)
 
 
 def padding(layout: Layout, buckets: Buckets) -> Ints:

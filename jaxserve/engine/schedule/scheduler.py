@@ -17,7 +17,7 @@ and whoever is planned stays planned.
 import random
 from bisect import bisect_left, insort
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import admission, commit
 from jaxserve.engine.schedule.block_pool import BlockPool
 from jaxserve.engine.schedule.block_tables import BlockTables

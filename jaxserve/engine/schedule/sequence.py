@@ -9,7 +9,7 @@ epoch     raised when the sequence leaves its row: results that a step in flight
 
 from enum import IntEnum
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.sampling.control_row import needs_controls
 from jaxserve.types.request import Request
 

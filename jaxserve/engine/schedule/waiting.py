@@ -7,7 +7,7 @@ tails by memmove costs 20 us with 100,000 waiting.
 
 from bisect import bisect_left, insort
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.sequence import Sequence, order_of
 from jaxserve.errors import OverloadedError
 

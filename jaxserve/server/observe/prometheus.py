@@ -19,7 +19,7 @@ from jaxserve.server.observe.histogram import Histogram
 from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics
 
 if TYPE_CHECKING:
-    from jaxserve.config import Limits
+    from jaxserve.engine.capacity import Limits
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))

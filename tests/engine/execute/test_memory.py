@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much an engine holds: the arithmetic against numbers worked out by hand, on devices that are not there."""
+"""What an engine can hold: the arithmetic against numbers worked out by hand, on devices that are not here."""
 
 import json
 import os
@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.engine.execute import loading, sizing
+from jaxserve.engine import capacity
+from jaxserve.engine.capacity import GIB, SLACK, Capacity
+from jaxserve.engine.execute import loading, memory
 from jaxserve.engine.execute.loading import Opened, shapes_of
-from jaxserve.engine.execute.runner import Shape
-from jaxserve.engine.execute.sizing import GIB, SLACK, Sized
+from jaxserve.engine.execute.runner import Runner
 from jaxserve.models.rope import angles
 from jaxserve.models.spec import Dynamic, LongRope, ModelSpec, Rope, Yarn
 from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
@@ -26,11 +28,11 @@ from tests.models import tiny
 BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 8 * 4
 
 
-def sized(spec: ModelSpec = FULL, **config: Any) -> tuple[Sized, list[str]]:
-    lines: list[str] = []
+def sized(spec: ModelSpec = FULL, **config: Any) -> tuple[Capacity, list[str]]:
     given: dict[str, Any] = dict(model="tiny", block_size=BLOCK)
     settings, model = EngineConfig(**given | config), Opened(spec, shapes_of(params_of(spec)), None)
-    return sizing.sized(settings, model, sizing.memory(settings, model), lines.append), lines
+    found = memory.sized(settings, model, memory.available(settings, model))
+    return found, found.lines()
 
 
 # --- on a CPU -------------------------------------------------------------------------------------------------------
@@ -46,9 +48,13 @@ def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatc
     got, lines = sized()
     assert (got.limits.max_num_seqs, got.limits.max_num_batched_tokens) == (32, 512)
     assert got.limits.max_model_len == FULL.max_positions == 64
-    assert got.limits.num_blocks == got.shape.num_blocks == 1 + 32 * 64 // BLOCK
-    assert got.shape.width == 8 and got.shape.buckets.score_rows == 64
-    assert lines == ["per device: weights 0.00 GiB, KV cache 0.00 GiB: 256 blocks of 8 = 2,048 tokens, 32.0 x 64"]
+    assert got.limits.num_blocks == 1 + 32 * 64 // BLOCK
+    assert got.limits.width == 8 and got.buckets.score_rows == 64
+    weights, cache = capacity.size(got.memory.weights), capacity.size(257 * BLOCK_BYTES)
+    assert lines == [
+        f"memory per device, on a CPU: weights {weights}, KV cache {cache}",
+        "KV cache: 256 blocks of 8 = 2,048 tokens: 32.0 sequences of 64 at once",
+    ]
 
 
 def test_a_cpu_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +63,8 @@ def test_a_cpu_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = 10 * 4096 // 4 // BLOCK_BYTES
     assert blocks == 5
     got, lines = sized()
-    assert got.limits.num_blocks == blocks and got.limits.max_model_len == 4 * BLOCK and got.shape.width == 4
-    assert lines[0] == "max_model_len is 32, not the model's 64: the KV cache holds no more"
+    assert got.limits.num_blocks == blocks and got.limits.max_model_len == 4 * BLOCK and got.limits.width == 4
+    assert lines[-1] == "max_model_len is 32, not the model's 64: the KV cache is too small"
 
 
 def test_no_cpu_cache_is_above_4_gib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,20 +81,23 @@ def test_blocks_and_bytes_that_are_given() -> None:
     assert sized(kv_cache_memory_bytes=40 * BLOCK_BYTES + 7)[0].limits.num_blocks == 40
 
 
-def test_a_length_that_nobody_asked_for_is_fitted_and_said() -> None:
+def test_a_length_that_is_not_configured_is_fitted_and_logged() -> None:
     got, lines = sized(num_blocks=6)
-    assert got.limits.max_model_len == 5 * BLOCK and got.shape.width == 5
+    assert got.limits.max_model_len == 5 * BLOCK and got.limits.width == 5
     assert any("max_model_len is 40, not the model's 64" in line for line in lines)
 
 
 @pytest.mark.parametrize(
     "config, match",
     [
-        (dict(max_model_len=65), "max_model_len is 65, the model takes 64"),
-        (dict(max_model_len=1), "need 2 at least"),
-        (dict(max_model_len=41, num_blocks=6), "41 tokens does not fit into the KV cache: 40 tokens"),
-        (dict(kv_cache_memory_bytes=BLOCK_BYTES), "does not fit into the KV cache: 0 tokens"),
-        (dict(kv_cache_memory_bytes=1), "does not fit into the KV cache: 0 tokens"),
+        (dict(max_model_len=65), "max_model_len is 65, and the model takes 64"),
+        (dict(max_model_len=1), "give 2 or more"),
+        (
+            dict(max_model_len=41, num_blocks=6),
+            "num_blocks is 6: the KV cache holds 40 tokens, too few for a sequence of 41",
+        ),
+        (dict(kv_cache_memory_bytes=BLOCK_BYTES), "holds 0 tokens, too few"),
+        (dict(kv_cache_memory_bytes=1), "holds 0 tokens, too few"),
         (dict(max_num_seqs=8, max_num_batched_tokens=7), "max_num_batched_tokens is 7, below max_num_seqs 8"),
     ],
 )
@@ -138,54 +147,64 @@ def test_the_budget(monkeypatch: pytest.MonkeyPatch, fraction: str | None, utili
     if fraction:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
     devices = [FakeDevice(80 * GIB, used * GIB, float(fraction or 0.75)) for used in (3, 16, 5)]
-    most, used = sizing.budget(devices, utilization)
+    most, used = memory.budget(devices, utilization)
     assert (most / GIB, used) == (pytest.approx(usable), 16 * GIB)  # of the one that has least left
 
 
 @dataclass
 class FakeRunner:
-    """Of a model whose largest step takes 1 GiB. No memory is taken to find out: there is nothing here that could."""
+    """Of a model whose largest step takes 1 GiB."""
 
-    spec: ModelSpec
-    params: Any
-    shape: Shape
-    mesh: Any = None
-    store: Any = None
+    capacity: Capacity
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: Opened, capacity: Capacity, store: Any) -> "FakeRunner":
+        return cls(capacity)
 
     def largest_step(self) -> int:
+        assert (self.capacity.limits.num_blocks, self.capacity.limits.width) == (2, 8)
         return GIB
 
-    def state_bytes(self) -> int:
-        return GIB // 4
 
-
-def on_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, **config: Any) -> tuple[Sized, list[str]]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, **config: Any) -> tuple[Capacity, list[str]]:
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    monkeypatch.setattr(sizing, "Runner", FakeRunner)
-    monkeypatch.setattr(sizing, "devices_of", lambda model: [device])
+    monkeypatch.setattr(memory, "Runner", FakeRunner)
+    monkeypatch.setattr(memory, "devices_of", lambda model: [device])
     return sized(**config)
 
 
 def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     got, lines = on_gpu(monkeypatch, FakeDevice(16 * GIB, 3 * GIB), gpu_memory_utilization=0.5)
-    left = 8 * GIB - 3 * GIB - GIB - GIB // 4 - SLACK
+    assert got.state == sum(memory.shard_bytes(leaf) for leaf in state_of(got))
+    left = 8 * GIB - 3 * GIB - GIB - got.state - SLACK
     assert got.limits.num_blocks == left // BLOCK_BYTES
     assert (got.limits.max_num_seqs, got.limits.max_num_batched_tokens) == (256, 2048)
+    weights, other, state = (
+        capacity.size(count) for count in (got.memory.weights, 3 * GIB - got.memory.weights, got.state)
+    )
     assert lines[0] == (
-        "memory per device: 8.00 GiB to use, in use 3.00 GiB, largest step 1.00 GiB, state 0.25 GiB, "
-        "slack 0.25 GiB: 3.50 GiB for the KV cache"
+        f"memory per device, 8.00 GiB usable: weights {weights}, in use already {other}, state {state}, "
+        f"largest step 1.00 GiB, slack 256.00 MiB, KV cache {capacity.size(got.limits.num_blocks * BLOCK_BYTES)}"
     )
 
 
-def test_a_device_that_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def state_of(sizes: Capacity) -> list[Any]:
+    """What a runner of this capacity makes beside the KV cache."""
+    runner = Runner(FULL, shapes_of(params_of(FULL)), sizes)
+    return jax.tree.leaves((runner.tables, runner.last, runner.controls))
+
+
+def test_a_device_that_does_not_report_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice(16 * GIB, 3 * GIB)
     monkeypatch.setattr(FakeDevice, "memory_stats", lambda self: None)
-    with pytest.raises(ConfigError, match="does not tell how much memory"):
+    with pytest.raises(ConfigError, match="does not report how much memory"):
         on_gpu(monkeypatch, device)
 
 
 def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="leaves no memory for a KV cache"):
+    with pytest.raises(
+        ConfigError, match=r"no memory is left for a KV cache: of 3\.00 GiB per device 3\.2\d GiB are taken"
+    ):
         on_gpu(monkeypatch, FakeDevice(4 * GIB, 2 * GIB))
 
 
@@ -193,9 +212,9 @@ def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_window_is_that_of_the_layer_that_sees_furthest() -> None:
-    assert sizing.window_of(WINDOWED) == 20
-    assert sizing.window_of(FULL) is None  # one layer sees everything
-    assert sizing.window_of(tiny.SPECS["mla"]) is None
+    assert capacity.window_of(WINDOWED) == 20
+    assert capacity.window_of(FULL) is None  # one layer sees everything
+    assert capacity.window_of(tiny.SPECS["mla"]) is None
     assert sized(WINDOWED, num_blocks=9)[0].limits.window == 20
 
 
@@ -203,7 +222,7 @@ def test_blocks_that_left_the_window_are_not_needed() -> None:
     """A window of 20, a step of 4 and what lies beside them in blocks: 5 blocks hold any length."""
     got, lines = sized(WINDOWED, num_blocks=6, max_model_len=60, max_num_seqs=1, max_num_batched_tokens=4)
     assert got.limits.max_model_len == 60 and not any("max_model_len" in line for line in lines)
-    with pytest.raises(ConfigError, match="does not fit"):
+    with pytest.raises(ConfigError, match=r"num_blocks is 5: .*; give 6 or more"):
         sized(WINDOWED, num_blocks=5, max_model_len=60, max_num_seqs=1, max_num_batched_tokens=4)
 
 
@@ -226,7 +245,7 @@ def with_scaling(scaling: Any) -> ModelSpec:
 def test_equal_keys_are_equal_angles(scaling: Any) -> None:
     """Sequences share cached blocks if their keys agree: then, and only then, must their positions turn alike."""
     spec = with_scaling(scaling)
-    key = sizing.rope_key_of(spec)
+    key = capacity.rope_key_of(spec)
     assert (key is not None) == spec.needs_rope_length
     rope = spec.layers[0].attention.rope
     assert rope is not None
@@ -275,7 +294,8 @@ def test_what_ends_a_text(
 
 def test_ids_that_the_model_does_not_have_end_nothing(tmp_path: Path) -> None:
     known = opened(folder_of(tmp_path, dict(eos_token_id=[3, FULL.vocab_size, -1]), None))
-    got = sizing.sized(EngineConfig(model="tiny", num_blocks=9), known, None, lambda line: None)
+    config = EngineConfig(model="tiny", num_blocks=9)
+    got = memory.sized(config, known, memory.available(config, known))
     assert got.limits.eos_token_ids == {3}
 
 

@@ -17,17 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.config import EngineConfig
+from jaxserve.engine.capacity import Memory, resolve
 from jaxserve.engine.execute import program_store, programs
 from jaxserve.engine.execute.program_store import Store
-from jaxserve.engine.execute.runner import Runner, Shape
-from jaxserve.engine.schedule.buckets import Buckets
+from jaxserve.engine.execute.runner import Runner
 from jaxserve.models import param_layout
 from pallas_kernels import dispatch
 from tests.fast import XLA_FLAGS
 from tests.models import tiny
 from tests.server import live
 
-SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num_blocks=5, width=2, top_n=3)
+SPEC = tiny.SPECS["mla"]
+CONFIG = EngineConfig(
+    model="tiny",
+    max_num_seqs=1,
+    max_num_batched_tokens=8,
+    max_model_len=16,
+    block_size=8,
+    num_blocks=5,
+    max_logprobs=3,
+)
+CAPACITY = resolve(CONFIG, SPEC, Memory(on_cpu=True, dtype="float32"))
 
 SCRIPT = """
 import json, sys
@@ -65,8 +76,7 @@ def forgetful() -> Generator[None]:
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    spec = tiny.SPECS["mla"]
-    return Runner(spec, param_layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+    return Runner(SPEC, param_layout.to_engine_layout(SPEC, tiny.public_params(SPEC)), CAPACITY)
 
 
 @pytest.fixture

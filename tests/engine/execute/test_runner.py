@@ -1,27 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runner by itself: padding changes nothing, programs are shared, memory is given back."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from jaxserve.config import EngineConfig
+from jaxserve.engine.capacity import Memory, resolve
 from jaxserve.engine.execute import programs
-from jaxserve.engine.execute.runner import Runner, Shape, settle
+from jaxserve.engine.execute.runner import Runner, settle
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from tests.models import tiny
 
-SHAPE = Shape(buckets=Buckets(rows=1, tokens=8, score_rows=1), block_size=8, num_blocks=5, width=2, top_n=3)
+SPEC = tiny.SPECS["mla"]
+CONFIG = EngineConfig(
+    model="tiny",
+    max_num_seqs=1,
+    max_num_batched_tokens=8,
+    max_model_len=16,
+    block_size=8,
+    num_blocks=5,
+    max_logprobs=3,
+)
+CAPACITY = resolve(CONFIG, SPEC, Memory(on_cpu=True, dtype="float32"))
 
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    spec = tiny.SPECS["mla"]
-    runner = Runner(spec, param_layout.to_engine_layout(spec, tiny.public_params(spec)), SHAPE)
+    runner = Runner(SPEC, param_layout.to_engine_layout(SPEC, tiny.public_params(SPEC)), CAPACITY)
     runner.allocate()
     return runner
 
@@ -48,9 +59,9 @@ def test_padding_changes_nothing(runner: Runner) -> None:
 
 def test_programs_are_shared_by_equal_runners(runner: Runner) -> None:
     key = (1, Need.GREEDY)
-    twin = Runner(runner.spec, runner.params, SHAPE)
+    twin = Runner(runner.spec, runner.params, CAPACITY)
     assert programs.compiled(twin.program(key)) is programs.compiled(runner.program(key))
-    other = Runner(runner.spec, runner.params, Shape(**{**vars(SHAPE), "top_n": 2}))
+    other = Runner(runner.spec, runner.params, replace(CAPACITY, limits=replace(CAPACITY.limits, max_logprobs=2)))
     assert programs.compiled(other.program(key)) is not programs.compiled(runner.program(key))
 
 
@@ -69,7 +80,7 @@ def test_the_end_of_a_process_waits_for_its_steps(runner: Runner) -> None:
     def slow(vector: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 40, lambda _, x: jax.numpy.sin(x @ x), vector)
 
-    busy = Runner(runner.spec, runner.params, SHAPE)
+    busy = Runner(runner.spec, runner.params, CAPACITY)
     big = jax.numpy.ones((1000, 1000), jax.numpy.float32)
     busy.last = slow(big)
     assert not busy.last.is_ready()
@@ -86,7 +97,7 @@ def test_devices_do_not_share_programs(runner: Runner) -> None:
     """Equal shapes elsewhere are other programs, whatever jax's default device is."""
     device = jax.devices()[2]
     with jax.default_device(device):
-        other = Runner(runner.spec, jax.device_put(runner.params, device), SHAPE)
+        other = Runner(runner.spec, jax.device_put(runner.params, device), CAPACITY)
     other.allocate()
     key = (1, Need.GREEDY)
     assert programs.compiled(other.program(key)) is not programs.compiled(runner.program(key))
@@ -109,7 +120,7 @@ def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pyte
 
 def test_programs_are_compiled_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
     """And the state that is made then is what they were compiled for: nothing is moved or compiled on the way."""
-    late = Runner(runner.spec, runner.params, SHAPE)
+    late = Runner(runner.spec, runner.params, CAPACITY)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in state_of(late))
     monkeypatch.setattr(programs, "compile_all", lambda wanted, **_: [programs.compiled(one) for one in wanted])
     late.warm()

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import admission
 from jaxserve.errors import RequestError
 from jaxserve.types.request import Request

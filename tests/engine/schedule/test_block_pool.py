@@ -188,7 +188,7 @@ def filled(pool: BlockPool, count: int, *, extra: str = "") -> tuple[list[int], 
     blocks = pool.allocate(count)
     assert blocks is not None
     key = pool.root(extra)
-    keys = [key := pool.chain(key, range(index, index + pool.block_size)) for index in range(count)]
+    keys = [key := pool.chain(key, range(index, index + 4)) for index in range(count)]
     for block, key in zip(blocks, keys, strict=True):
         pool.publish(block, key)
     return blocks, keys

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing: block moves in turns against moving them one by one, edits that do not fit, ids that would reach others."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.config import Limits
+from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.buckets import Buckets
 from jaxserve.engine.schedule.packing import Batcher
 from jaxserve.engine.schedule.plan import Slice, StepPlan
 from jaxserve.engine.schedule.sequence import Need, Sequence
@@ -18,7 +19,7 @@ from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 
 BLOCKS, BLOCK = 50, 4
-BUCKETS = Buckets(rows=4, tokens=16, score_rows=8)
+BUCKETS = Buckets.of(rows=4, tokens=16, score_rows=8)
 LIMITS = Limits(
     vocab_size=50,
     max_model_len=40,
@@ -32,7 +33,7 @@ LIMITS = Limits(
 
 
 def batcher() -> Batcher:
-    return Batcher(BUCKETS, width=10, block_size=BLOCK, num_blocks=BLOCKS)
+    return Batcher(LIMITS, BUCKETS)
 
 
 def sequence(row: int, prompt: list[int], **params: Any) -> Sequence:
@@ -137,7 +138,7 @@ def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
 
 
 def test_edits_that_do_not_fit_go_in_vectors_of_their_own() -> None:
-    wide = Batcher(BUCKETS, width=2000, block_size=BLOCK, num_blocks=9000)
+    wide = Batcher(replace(LIMITS, max_model_len=2000 * BLOCK, num_blocks=9000), BUCKETS)
     edits = {cell: 1 + cell for cell in range(5000)}
     packed = wide.pack(plan([Slice(sequence(0, [1]), 0, 1, True)], edits=edits, copies=[(3, 4)]))
     assert set(parts(packed)["cells"]) == {-1}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import Limits
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import EngineError, OverloadedError, RequestError
 from jaxserve.frontend.prepare import Intake
 from jaxserve.server import params

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder of shapes: every size has its step, no step is far above the sizes it holds, few are compiled."""
+"""The sizes that are compiled: each size has a bucket, no bucket is far above the sizes it holds, and there are few."""
 
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.schedule.buckets import Buckets, fitting, ladder
+from jaxserve.engine.buckets import Buckets, fitting, ladder
 
 sizes = st.integers(1, 5000)
 
@@ -16,8 +16,8 @@ def test_the_ladder_written_out() -> None:
     assert ladder(1) == (1,)
     assert ladder(33) == (1, 2, 4, 8, 16, 32, 33)
     assert ladder(100) == (1, 2, 4, 8, 16, 32, 64, 96, 100)
-    assert Buckets(8, 512, 1).mixed == (64, 96, 128, 192, 256, 384, 512)
-    assert Buckets(8, 100, 1).mixed == (64, 96, 100) and Buckets(8, 16, 1).mixed == (16,)
+    assert Buckets.of(8, 512, 1).mixed == (64, 96, 128, 192, 256, 384, 512)
+    assert Buckets.of(8, 100, 1).mixed == (64, 96, 100) and Buckets.of(8, 16, 1).mixed == (16,)
 
 
 @given(sizes)
@@ -37,7 +37,7 @@ def test_fitting_is_the_smallest_that_holds(top: int, data: st.DataObject) -> No
 
 @given(st.integers(1, 600), st.integers(0, 4096), st.integers(1, 512))
 def test_whatever_a_step_is_made_of_has_a_bucket(rows: int, more: int, score_rows: int) -> None:
-    buckets = Buckets(rows, rows + more, score_rows)
+    buckets = Buckets.of(rows, rows + more, score_rows)
     assert buckets.decode[-1] == rows and buckets.mixed[-1] == rows + more
     assert fitting(buckets.mixed, 1) == buckets.mixed[0] >= min(64, rows + more)
     for heads in (buckets.heads, buckets.scoring_heads):

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How big everything in an engine is: `resolve` works it out from the settings, the model and the devices' memory.
+
+Plain arithmetic: no device is asked, nothing is compiled, jax is not imported. The engine, `jaxserve check` and the
+checks before a start all call it. What the engine learns later, such as the memory that the largest compiled step
+takes, it puts into `Memory` and calls `resolve` again.
+
+On an accelerator: usable memory - what is in use there, weights included - state - the largest step's temporaries -
+slack = KV cache. On a CPU the KV cache is what all rows can use, at most 4 GiB and a quarter of the free memory.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+from jaxserve.config import ConfigError, EngineConfig, too_few_tokens
+from jaxserve.engine.buckets import Buckets
+from jaxserve.models.mesh_fit import Fit
+from jaxserve.models.spec import Attention, Dynamic, LongRope, Mlp, ModelSpec
+from jaxserve.sampling import control_row
+
+GIB = 2**30
+CPU_CACHE = 4 * GIB
+SLACK = 256 * 2**20  # for libraries and the allocator
+WHOLE = Fit()  # a model on one device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an engine accepts: the numbers that requests are checked against, wherever the engine runs."""
+
+    vocab_size: int  # the width of the logits
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int  # slots in a KV block
+    num_blocks: int  # with the null block
+    max_logprobs: int
+    eos_token_ids: frozenset[int] = frozenset()
+    window: int | None = None  # no layer sees further back
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    priority: bool = False
+    # What the rotary angles depend on, given a sequence's length; sequences with equal keys may share blocks.
+    rope_key: Callable[[int], int] | None = None
+
+    @property
+    def width(self) -> int:
+        """Blocks of the longest sequence: a row of the block tables."""
+        return -(-self.max_model_len // self.block_size)
+
+    def blocks_for(self, tokens: int) -> int:
+        """The most blocks that a sequence of this length holds at any one time."""
+        if self.window is not None:
+            # A window, the chunk that is being computed, and the parts of blocks at either end.
+            tokens = min(tokens, self.window + self.max_num_batched_tokens + 2 * self.block_size)
+        return -(-tokens // self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What `resolve` must know of the devices, in bytes of each."""
+
+    on_cpu: bool
+    dtype: str  # of parameters and KV
+    fitted: Fit = WHOLE
+    weights: int = 0
+    usable: int | None = None  # by this process; None: unknown, the KV cache has the size that all rows can use
+    used: int = 0  # of that, once the weights are loaded
+    step: int | None = None  # temporaries of the largest step; estimated where None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """Sizes of all that an engine holds and computes; bytes are of each device."""
+
+    limits: Limits
+    buckets: Buckets
+    memory: Memory
+    wanted_len: int  # max_model_len as configured, or the model's
+    insisted: bool  # it is configured, and must not be shortened
+    fixed: tuple[str, int] | None  # the setting that fixes the KV cache's size
+    block_bytes: int
+    state: int  # block tables, last tokens, sampling controls
+    step: int  # temporaries of the largest step
+
+    @property
+    def blocks(self) -> int:
+        """That sequences can use: all but the null block."""
+        return max(self.limits.num_blocks - 1, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Slots of those blocks."""
+        return self.blocks * self.limits.block_size
+
+    @property
+    def held(self) -> int:
+        """The most blocks that a sequence of the wanted length holds."""
+        return self.limits.blocks_for(self.wanted_len)
+
+    @property
+    def fits(self) -> bool:
+        return self.blocks >= (self.held if self.insisted else 1)
+
+    @property
+    def longest(self) -> int:
+        """What the KV cache holds of the wanted length."""
+        return self.wanted_len if self.blocks >= self.held else self.tokens
+
+    @property
+    def concurrency(self) -> float:
+        """How many sequences of the longest kind fit into the KV cache at once."""
+        return self.blocks / min(self.held, max(self.blocks, 1))
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.limits.num_blocks * self.block_bytes
+
+    def smallest(self) -> Self:
+        """The same with the smallest KV cache: a step's temporaries do not depend on its size."""
+        return replace(self, limits=replace(self.limits, num_blocks=2, max_model_len=self.wanted_len))
+
+    def checked(self) -> Self:
+        """Raises a ConfigError if no engine can run with it."""
+        if not self.fits:
+            raise self.misfit()
+        return self
+
+    def misfit(self) -> ConfigError:
+        """What to say where it does not fit."""
+        longest = self.wanted_len if self.insisted else 2
+        too_few = f"the KV cache holds {self.tokens:,} tokens, too few for a sequence of {longest:,}"
+        if self.fixed is not None:
+            name, given = self.fixed
+            needed = 1 + self.limits.blocks_for(longest)
+            hint = f"give {needed if name == 'num_blocks' else _flag_size(needed * self.block_bytes)} or more"
+            if self.insisted and self.blocks:
+                hint += f", or max_model_len {self.tokens} or less"
+            return ConfigError(f"{name} is {given}: {too_few}", hint)
+        if self.blocks:
+            return ConfigError(too_few, "lower max_model_len, or give the KV cache more memory")
+        taken = self.memory.used + self.state + self.step + SLACK
+        problem = f"no memory is left for a KV cache: of {size(self.memory.usable or 0)} per device {size(taken)}"
+        return ConfigError(f"{problem} are taken", "use more devices, or a higher gpu_memory_utilization")
+
+    # --- for people -------------------------------------------------------------------------------------------------
+
+    def parts(self) -> list[tuple[str, int, str]]:
+        """What takes memory: its name, bytes, and the setting that it grows with."""
+        memory, limits = self.memory, self.limits
+        found = [("weights", memory.weights, "")]
+        if memory.usable is not None and not memory.on_cpu:
+            other = max(memory.used - memory.weights, 0)
+            about = ", about" if memory.step is None else ""
+            found += [("in use already", other, "")] if other else []
+            found += [
+                ("state", self.state, f"max_num_seqs {limits.max_num_seqs}"),
+                (f"largest step{about}", self.step, f"max_num_batched_tokens {limits.max_num_batched_tokens}"),
+                ("slack", SLACK, ""),
+            ]
+        return [*found, ("KV cache", self.cache_bytes if self.blocks else 0, "")]
+
+    def usable(self) -> str:
+        memory = self.memory
+        if memory.on_cpu:
+            return "per device, on a CPU"
+        return "per device" if memory.usable is None else f"per device, {size(memory.usable)} usable"
+
+    def cache_lines(self) -> list[str]:
+        """What the KV cache holds."""
+        if not self.blocks:
+            return []
+        longest = self.longest
+        blocks = f"{self.blocks:,} blocks of {self.limits.block_size} = {self.tokens:,} tokens"
+        lines = [f"{blocks}: {self.concurrency:.1f} sequences of {longest:,} at once"]
+        if longest < self.wanted_len and not self.insisted:
+            lines.append(
+                f"max_model_len is {longest:,}, not the model's {self.wanted_len:,}: the KV cache is too small"
+            )
+        return lines
+
+    def lines(self) -> list[str]:
+        """All of it, for a log."""
+        return [
+            f"memory {self.usable()}: {', '.join(f'{name} {size(count)}' for name, count, _ in self.parts())}",
+            *(f"KV cache: {line}" if i == 0 else line for i, line in enumerate(self.cache_lines())),
+        ]
+
+
+def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
+    """Settings that contradict each other or the model are a ConfigError; one that does not fit is not, see `fits`."""
+    rows, tokens = step_sizes(config, on_cpu=memory.on_cpu)
+    longest = _wanted_length(config, spec)
+    limits = Limits(
+        vocab_size=spec.vocab_size,
+        max_model_len=longest,
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+        block_size=config.block_size,
+        num_blocks=2,
+        max_logprobs=spec.vocab_size if config.max_logprobs == -1 else min(spec.vocab_size, config.max_logprobs),
+        window=window_of(spec),
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        priority=config.scheduling_policy == "priority",
+        rope_key=rope_key_of(spec),
+    )
+    item = item_bytes(memory.dtype)
+    buckets = Buckets.of(rows, tokens)
+    found = Capacity(
+        limits=limits,
+        buckets=buckets,
+        memory=memory,
+        wanted_len=longest,
+        insisted=config.max_model_len is not None,
+        fixed=_fixed(config),
+        block_bytes=sum(map(memory.fitted.slot_values, spec.layers)) * config.block_size * item,
+        state=_state_bytes(limits),
+        step=_step_estimate(spec, buckets, shards=memory.fitted.shards, item=item)
+        if memory.step is None
+        else memory.step,
+    )
+    return _with_blocks(found, _num_blocks(found))
+
+
+def step_sizes(config: EngineConfig, *, on_cpu: bool) -> tuple[int, int]:
+    """How many sequences run at once, and how many tokens a step computes at most."""
+    rows = config.max_num_seqs or (32 if on_cpu else 256)
+    tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
+    if tokens < rows:
+        raise too_few_tokens(tokens, rows)
+    return rows, tokens
+
+
+def _wanted_length(config: EngineConfig, spec: ModelSpec) -> int:
+    longest = config.max_model_len or spec.max_positions
+    if longest > spec.max_positions:
+        problem = f"max_model_len is {longest}, and the model takes {spec.max_positions}"
+        raise ConfigError(problem, f"give at most {spec.max_positions}")
+    if longest < 2:
+        raise ConfigError(f"max_model_len is {longest}", "give 2 or more: a prompt and its answer need that")
+    return longest
+
+
+def _fixed(config: EngineConfig) -> tuple[str, int] | None:
+    if config.num_blocks is not None:
+        return "num_blocks", config.num_blocks
+    size = config.kv_cache_memory_bytes
+    return None if size is None else ("kv_cache_memory_bytes", size)
+
+
+def _num_blocks(sizes: Capacity) -> int:
+    memory, per_block = sizes.memory, sizes.block_bytes
+    if sizes.fixed is not None:
+        name, given = sizes.fixed
+        return given if name == "num_blocks" else given // per_block
+    wanted = 1 + sizes.limits.max_num_seqs * sizes.held
+    if memory.usable is None:
+        return wanted
+    free = memory.usable - memory.used
+    if memory.on_cpu:
+        return max(2, min(wanted, min(CPU_CACHE, max(free, 0) // 4) // per_block))
+    return max(0, free - sizes.state - sizes.step - SLACK) // per_block
+
+
+def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
+    """With so many blocks, and a length that they hold unless the configured one must be kept."""
+    found = replace(sizes, limits=replace(sizes.limits, num_blocks=blocks))
+    if found.blocks >= found.held or found.insisted or not found.blocks:
+        return found
+    return replace(found, limits=replace(found.limits, max_model_len=found.tokens))
+
+
+def _state_bytes(limits: Limits) -> int:
+    """Block tables, last tokens and sampling controls: all are integers or floats of 4 bytes."""
+    controls = limits.vocab_size + control_row.row_size(limits.vocab_size) - 1  # of the row itself there is no copy
+    return 4 * limits.max_num_seqs * (limits.width + 1 + controls)
+
+
+def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int) -> int:
+    """About what the largest programs hold at once: a layer's activations, or logits and their copy for sampling."""
+    widest = 0
+    for mlp in (layer.mlp for layer in spec.layers):
+        width = mlp.width if isinstance(mlp, Mlp) else mlp.width * mlp.router.top_k
+        widest = max(widest, 6 * spec.hidden + 3 * width // shards)
+    logits = 2 * 4 * max(buckets.rows, buckets.score_rows) * spec.vocab_size
+    return max(buckets.tokens * widest * item, logits)
+
+
+def window_of(spec: ModelSpec) -> int | None:
+    """How far back the layer sees that sees furthest; None if one sees everything."""
+    windows = [layer.attention.window if isinstance(layer.attention, Attention) else None for layer in spec.layers]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
+def rope_key_of(spec: ModelSpec) -> Callable[[int], int] | None:
+    """What the rotary angles depend on: lengths with equal keys give equal angles. None if they depend on nothing."""
+    scalings = [layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None]
+    for scaling in scalings:
+        if isinstance(scaling, Dynamic):
+            return lambda length: max(length, scaling.original)
+        if isinstance(scaling, LongRope):
+            return lambda length: scaling.original + (length > scaling.original)
+    return None
+
+
+def item_bytes(dtype: str) -> int:
+    """Of a number: 2 for bfloat16, 1 for float8_e4m3fn."""
+    return int(re.findall(r"\d+", dtype)[0]) // 8
+
+
+def size(count: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
+def _flag_size(count: int) -> str:
+    """In whole MiB where it is that much, in a form that a flag takes."""
+    return f"{-(-count // 2**20)}MiB" if count >= 2**20 else str(count)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the devices have and what a model's weights take of it: the measured side of capacity.py, which computes.
+
+`available` asks before the weights are read, so that programs can be compiled meanwhile. `sized` then compiles the
+largest programs where the size of the KV cache depends on their temporaries.
+"""
+
+import contextlib
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from jaxserve.config import ConfigError, EngineConfig
+from jaxserve.engine import capacity
+from jaxserve.engine.capacity import Capacity, Memory
+from jaxserve.engine.execute.loading import Opened
+from jaxserve.engine.execute.program_store import Store
+from jaxserve.engine.execute.runner import Runner
+from jaxserve.models.decoder import Params
+from jaxserve.models.mesh_fit import fit
+from jaxserve.models.spec import ModelSpec
+from jaxserve.parallel import mesh
+
+MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax's own variable: the share of a GPU's memory that it takes
+
+
+def available(config: EngineConfig, model: Opened) -> Memory:
+    """For this model on its devices; what is free is asked only if the KV cache's size depends on it."""
+    devices = devices_of(model)
+    on_cpu = devices[0].platform == "cpu"
+    memory = of_weights(model.spec, model.shapes, model.mesh, on_cpu=on_cpu)
+    coming = memory.weights if model.plan is not None else 0
+    if config.num_blocks is not None or config.kv_cache_memory_bytes is not None:
+        return memory
+    if on_cpu:
+        return replace(memory, usable=free_on_cpu(coming), used=coming)
+    usable, used = budget(devices, config.gpu_memory_utilization)
+    return replace(memory, usable=usable, used=used + coming)
+
+
+def of_weights(spec: ModelSpec, shapes: Params, on: Any, *, on_cpu: bool) -> Memory:
+    """What is known without asking a device: the weights, and how the model is divided among the mesh `on`."""
+    with jax.set_mesh(on) if on is not None else contextlib.nullcontext():
+        fitted = fit(spec, *mesh.shards())
+    dtype = shapes["embed"]["weight"].dtype
+    return Memory(
+        on_cpu=on_cpu, dtype=dtype.name, fitted=fitted, weights=sum(map(shard_bytes, jax.tree.leaves(shapes)))
+    )
+
+
+def free_on_cpu(coming: int = 0) -> int:
+    """Free bytes of this machine; where it does not say, enough for a KV cache of full size beside what is `coming`."""
+    if not hasattr(os, "sysconf"):
+        return 4 * capacity.CPU_CACHE + coming
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def sized(config: EngineConfig, model: Opened, memory: Memory, store: Store | None = None) -> Capacity:
+    """What an engine of this memory can hold. A ConfigError if that is less than it must."""
+    found = capacity.resolve(config, model.spec, memory)
+    if memory.usable is not None and not memory.on_cpu:
+        probe = Runner.of(config, model, found.smallest(), store)
+        found = capacity.resolve(config, model.spec, replace(memory, step=probe.largest_step()))
+    ends = frozenset(token for token in model.eos_token_ids if 0 <= token < model.spec.vocab_size)
+    return replace(found.checked(), limits=replace(found.limits, eos_token_ids=ends))
+
+
+def reserve_memory(config: EngineConfig) -> None:
+    """Makes jax take as much of a GPU as the engine may use. Has no effect if the program has used a device before, or
+    has set the variable itself.
+    """
+    os.environ.setdefault(MEMORY_SHARE, str(config.gpu_memory_utilization))
+
+
+def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
+    """Bytes that may be used of the device with the least left, and bytes in use there."""
+
+    def of(device: Any) -> tuple[int, int]:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            problem = f"{device} does not report how much memory it has"
+            raise ConfigError(problem, "give num_blocks or kv_cache_memory_bytes")
+        limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
+        # jax takes a share of the memory for itself; the utilization is of the whole.
+        share = float(os.environ.get(MEMORY_SHARE, "0.75"))
+        return int(min(limit, limit / share * utilization)), used
+
+    return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])
+
+
+def devices_of(model: Opened) -> list[Any]:
+    if model.mesh is not None:
+        return list(model.mesh.devices.flat)
+    return list(model.shapes["embed"]["weight"].sharding.device_set)
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Of an array or the shape of one, on each device."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
