@@ -85,11 +85,9 @@ def _call(name: str, words: Sequence[str]) -> int | None:
     command = kind.of(parser, given) if hasattr(kind, "of") else kind(**given)
     try:
         return command.run()
-    except UsageError:
-        raise
-    except JaxserveError as error:  # in the words of fields, that programs use
-        problem, hint = parser.in_flags_words(error.problem), parser.in_flags_words(error.hint)
-        raise JaxserveError(problem, hint) from error
+    except JaxserveError as error:  # which names settings as programs do
+        kind = UsageError if isinstance(error, UsageError) else JaxserveError
+        raise kind(parser.in_flags_words(error.problem), parser.in_flags_words(error.hint)) from error
 
 
 def _kind(name: str) -> Any:

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve check` against what an engine really takes, and against published sizes."""
+"""`jaxserve check` against what an engine takes, and against published sizes."""
 
 import json
+import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from jaxserve.cli.with_jax import memory_plan
 from jaxserve.config import EngineConfig
+from jaxserve.engine.capacity import Capacity, size
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.execute import loading, memory
+from jaxserve.engine.execute.loading import Opened
+from jaxserve.engine.execute.runner import Runner
+from jaxserve.models import kv_cache
 from tests.cli.conftest import Command, one_error
 from tests.golden import load as golden
 
@@ -33,18 +43,83 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# Families, layouts and flags, on a CPU and on accelerators of so many GiB.
+SAME: list[tuple[str, int | None, dict[str, Any]]] = [
+    ("llama-gqa-tied", None, {}),
+    ("llama-rope-dynamic", None, dict(max_model_len=40, dtype="bfloat16")),
+    ("mistral-window", None, dict(num_blocks=9, max_num_batched_tokens=32, block_size=8)),
+    ("gemma2", None, dict(kv_cache_memory_bytes=2**18, max_num_seqs=5, max_logprobs=-1)),
+    ("deepseek-v3", None, dict(tensor_parallel_size=2, max_num_seqs=3)),
+    ("qwen3-moe", None, dict(expert_parallel_size=2, logprobs_mode="processed_logprobs")),
+    ("mistral-window", 1, dict(max_num_seqs=8, max_num_batched_tokens=16)),
+    ("deepseek-v3", 2, dict(tensor_parallel_size=4, block_size=32)),
+    ("qwen2-moe", 4, dict(tensor_parallel_size=2, expert_parallel_size=2, dtype="float16")),
+    ("llama-gqa-tied", 8, dict(num_blocks=100, max_model_len=64)),
+]
+
+
+class Probe:
+    """In a runner's place: its compiler counts what `check` estimates."""
+
+    def __init__(self, plan: Capacity) -> None:
+        self.plan = plan
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: Opened, capacity: Capacity, store: object) -> "Probe":
+        return cls(capacity)
+
+    def largest_step(self) -> int:
+        return self.plan.step
+
+
+@pytest.mark.parametrize(("case", "gib", "flags"), SAME)
+def test_check_and_engine_agree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str, gib: int | None, flags: dict[str, Any]
+) -> None:
+    """Each on its own way to the arithmetic: check from described devices, the engine from those that it asks."""
+    folder = golden.write_checkpoint(case, tmp_path / "tiny")
+    config = EngineConfig(model=str(folder), gpu_memory_utilization=0.5, **flags)
+    monkeypatch.setattr(memory, "free_on_cpu", lambda coming=0: 10**7)
+    if gib is not None:
+        device = type("Gpu", (), {"platform": "gpu", "memory_stats": lambda self: {"bytes_limit": gib * 2**29}})()
+        monkeypatch.setenv(memory.MEMORY_SHARE, "0.5")
+        monkeypatch.setattr(memory, "devices_of", lambda model: [device])
+        monkeypatch.setattr(memory, "Runner", Probe)
+    model = loading.open_folder(config, loading.on_mesh(config, None))
+    engine = memory.sized(config, model, memory.available(config, model))
+    check = memory_plan.planned(config, memory_plan.read(config), None if gib is None else gib * 2**30)
+    assert check.fits and check.block_bytes == sum(map(memory.shard_bytes, pools_of(model, config.block_size)))
+    assert plain(check) == plain(engine)
+    assert check.cache_lines() == engine.cache_lines()
+    if check.fixed is None or gib is None:
+        assert [size for _, size, _ in check.parts()] == [size for _, size, _ in engine.parts()]
+
+
+def plain(found: Capacity) -> Capacity:
+    """Without what only one of the two can know: what ends a text, and what a compiler or a device reports."""
+    limits = replace(found.limits, eos_token_ids=frozenset(), rope_key=None)
+    same = dict(usable=None, used=0) if found.fixed is not None else {}
+    return replace(found, limits=limits, memory=replace(found.memory, step=None, **same))
+
+
+def pools_of(model: Opened, block_size: int) -> list[Any]:
+    with jax.set_mesh(model.mesh) if model.mesh is not None else nullcontext():
+        dtype = model.shapes["embed"]["weight"].dtype
+        return jax.tree.leaves(kv_cache.abstract_cache(model.spec, blocks=1, block_size=block_size, dtype=dtype))
+
+
 @pytest.mark.parametrize("words", [[], ["--max-num-seqs", "3", "--block-size", "8"], ["--num-blocks", "20"]])
 def test_the_plan_is_what_the_engine_does(command: Command, tmp_path: Path, words: list[str]) -> None:
     model = golden.write_checkpoint("mistral-full", tmp_path / "tiny")
     said = command("check", model, "--json", *words)
     assert (said.code, said.err) == (0, "")
-    plan = json.loads(said.out)["plan"]
+    plan, table = json.loads(said.out)["plan"], command("check", model, *words).out
     options: dict[str, Any] = {
         name[2:].replace("-", "_"): int(value) for name, value in zip(words[::2], words[1::2], strict=True)
     }
-    engine = Engine(
-        EngineConfig(model=str(model), warmup=False, compilation_cache_dir="", skip_tokenizer_init=True, **options)
-    )
+    logged: list[str] = []
+    config = EngineConfig(model=str(model), warmup=False, compilation_cache_dir="", skip_tokenizer_init=True, **options)
+    engine = Engine(config, report=logged.append)
     limits = engine.limits
     assert plan["blocks"] == limits.num_blocks - 1
     assert plan["served_len"] == limits.max_model_len
@@ -52,9 +127,18 @@ def test_the_plan_is_what_the_engine_does(command: Command, tmp_path: Path, word
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
     )
-    assert plan["state"] == engine.runner.state_bytes()
+    assert plan["state"] == sum(leaf.nbytes for leaf in jax.tree.leaves(state_of(engine.runner)))
+    assert logged == engine.capacity.lines()
+    for line in engine.capacity.cache_lines():
+        assert f"  {line}\n" in table
+    for name, count, _ in engine.capacity.parts():
+        assert re.search(rf"^  {name} +{re.escape(size(count))}$", table, re.MULTILINE)
     assert plan["dtype"] == "float32"
     engine.runner.free()
+
+
+def state_of(runner: Runner) -> tuple[Any, ...]:
+    return runner.tables, runner.last, runner.controls
 
 
 def test_a_published_model(command: Command, llama: Path) -> None:
@@ -77,9 +161,14 @@ def test_a_published_model(command: Command, llama: Path) -> None:
 def test_what_does_not_fit(command: Command, llama: Path) -> None:
     said = command("check", llama, "--memory", "16GiB")
     assert said.code == 1 and "weights" in said.out
-    assert said.err.startswith("error: it does not fit: ") and "--tensor-parallel-size 2 would do" in said.err
+    assert (
+        said.err.startswith("error: no memory is left for a KV cache: of 14.40 GiB per device ")
+        and "--tensor-parallel-size 2 would do" in said.err
+    )
     said = command("check", llama, "--memory", "24GiB", "--max-model-len", "128K")
-    assert said.code == 1 and "131,072 tokens does not fit into 4" in said.err
+    assert said.code == 1 and re.search(
+        r"the KV cache holds 4\d,\d+ tokens, too few for a sequence of 131,072", said.err
+    )
     said = command("check", llama, "--memory", "24GiB")
     assert said.code == 0 and "not the model's 131,072" in said.out
     one_error(command("check", llama, "--memory", "24GiB", "--max-model-len", "1M"), 2, "the model takes 131072")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a configuration to a model on its devices: where its files are, what ends its texts, its parameters.
+"""Loads the configured model onto its devices: finds its files, its end-of-text tokens, and reads its parameters.
 
-Opened first: all that is known without reading weights, which is all that compilers need. Then read, by a thread of
-its own for an accelerator.
+`open_folder` finds all that is known without reading weights, which is all that compilers need. `read` reads them; for
+an accelerator, `reading` does so in a thread.
 """
 
 import contextlib
@@ -34,29 +34,29 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 @dataclass(frozen=True)
 class Opened:
-    """A model but for its parameters: those who hold them may replace them, and then nobody else keeps the old ones."""
+    """A model without its parameters. If their holder replaces them, the old ones are freed."""
 
     spec: ModelSpec
-    shapes: Params  # of the parameters in engine layout, and where they lie
+    shapes: Params  # of the parameters in engine layout, with shardings
     mesh: Any
     folder: Path | None = None
     eos_token_ids: frozenset[int] = frozenset()
-    sampling_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what generation_config.json says
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])  # from generation_config.json
     plan: Plan | None = None  # of what is still to be read
 
 
 def on_mesh(config: EngineConfig, given: Any) -> Any:
-    """The mesh to run on: the one given, or what the configuration asks for; None for a single device."""
+    """The mesh to run on: the given one, or that of the configured sizes; None for a single device."""
     tensor, expert = config.tensor_parallel_size, config.expert_parallel_size
     if given is not None:
         if tensor * expert > 1:
-            raise ConfigError("a mesh is given and so are parallel sizes", "give one of them")
+            raise ConfigError("both a mesh and parallel sizes are given", "give one of them")
         return given
     return mesh.make_mesh(tensor=tensor, expert=expert) if tensor * expert > 1 else None
 
 
 def open_folder(config: EngineConfig, on: Any) -> Opened:
-    """The configured model, downloaded if need be."""
+    """The configured model, downloaded if necessary."""
     cache = Path(config.download_dir).expanduser() if config.download_dir else None
     folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, check=load.open_spec)
     plan = load.open_model(folder)
@@ -87,8 +87,8 @@ def read(opened: Opened, told: Told | None = None) -> Params:
 
 @contextlib.contextmanager
 def reading(opened: Opened, params: Params | None = None, told: Told | None = None) -> Generator[Future[Params]]:
-    """The same by a thread, which ends with the block: after a fault or Ctrl-C the rest is not read. Or `params`, where
-    they are there."""
+    """`read` in a thread that ends with the block: after an error or Ctrl-C the rest is not read. If `params` are given,
+    they are the result, and nothing is read."""
     if params is not None or not reads_beside(opened):
         yield done(read(opened, told) if params is None else params)
         return
@@ -108,13 +108,13 @@ def reading(opened: Opened, params: Params | None = None, told: Told | None = No
 
 
 def reads_beside(opened: Opened) -> bool:
-    """Whether programs are compiled meanwhile. Not on a CPU, whose cores and memory both would want: on two cores a
-    model of 1.2 billion parameters took 16 to 22 seconds to start instead of 15 to 18."""
+    """Whether programs are compiled while weights are read. Not on a CPU, where both compete for cores and memory: on
+    two cores a model of 1.2 billion parameters took 16 to 22 seconds to start instead of 15 to 18."""
     return _device(opened).platform != "cpu"
 
 
 def done(params: Params) -> Future[Params]:
-    """As if they had been read."""
+    """A future that has these parameters already."""
     future: Future[Params] = Future()
     future.set_result(params)
     return future
@@ -125,12 +125,12 @@ def _device(opened: Opened) -> Any:
 
 
 def _on(mesh: Any, device: Any) -> Any:
-    """For this thread: others have a context of their own."""
+    """For this thread: each has its own context."""
     return jax.set_mesh(mesh) if mesh is not None else jax.default_device(device)
 
 
 def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on: Any) -> tuple[Opened, Params]:
-    """Parameters that a program holds already, in engine or public layout. What else there is comes from the folder."""
+    """Parameters that a program already holds, in engine or public layout. The rest comes from the folder, if any."""
     folder = Path(config.model).expanduser()
     known = folder if (folder / "config.json").is_file() else None
     if spec is None:
@@ -148,21 +148,20 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
 
 
 def shapes_of(arrays: Any) -> Any:
-    """What compilers need to know of them."""
+    """Shapes, dtypes and shardings: what compilers need."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays)
 
 
 def _only_device(params: Params) -> Any:
-    """The device that they lie on; None where they are on the host."""
+    """The device that holds them; None if they are on the host."""
     devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     if len(devices) > 1:
-        raise ConfigError(f"the parameters lie on {len(devices)} devices, and no mesh is given", "give mesh=")
+        raise ConfigError(f"the parameters are on {len(devices)} devices, and no mesh is given", "give mesh=")
     return next(iter(devices), None)
 
 
 def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, device: Any = None) -> Params:
-    """Engine layout where it has to lie: on the mesh, or on the one device. Leaves that lie there as they have to are
-    taken as they are."""
+    """In engine layout, on the mesh or on the one device. Leaves that are there already are not copied."""
     with jax.set_mesh(on):
         given = _leaves(params)
         dtype = dtype or getattr(given.get(("embed", "weight")), "dtype", jnp.dtype(jnp.float32))
@@ -185,14 +184,16 @@ def _leaves(params: object) -> dict[param_layout.Path, Any]:
     for path, leaf in found.items():
         if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "give arrays of floating point numbers")
+            raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "give floating-point arrays")
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise JaxserveError(f"{param_layout.dotted(path)} is deleted or was donated", "give arrays that are there")
+            raise JaxserveError(
+                f"{param_layout.dotted(path)} is deleted or was donated", "give arrays that still exist"
+            )
     return found
 
 
 def _check_not_engine(spec: ModelSpec, given: Set[param_layout.Path], targets: Mapping[param_layout.Path, Any]) -> None:
-    """Raises if the paths are nearly those of engine layout: what is wrong is then said in its words."""
+    """Raises if the paths are nearly those of engine layout, with an error in terms of that layout."""
     public = {part.path for path, leaf in targets.items() for part in param_layout.parts_of(path, leaf.shape, spec)}
     if not given & (targets.keys() - public):
         return
@@ -213,7 +214,7 @@ def _placed(path: param_layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, wh
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """All tokens that end a text, from the generation config and the model's."""
+    """All tokens that end a text, from the generation config and the model's config."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executables of the engine's programs on disk: the next start neither traces nor compiles them.
+"""Stores executables of the engine's programs on disk: the next start neither traces nor compiles them.
 
-jax's own cache asks for the lowered program first, and tracing and lowering are most of a warm start: of the demo's
-12.5 s on two cores it took 7. Here the key is what a program is made from: its function, static arguments and shapes,
-the devices, this code, the libraries and every setting of jax. If in doubt the keys differ, and it is compiled.
+jax's own cache needs the lowered program first, and tracing and lowering are most of a warm start: 7 of the demo's
+12.5 s on two cores. Here the key is what a program is made from: its function, static arguments and shapes, the
+devices, this code, the libraries and every setting of jax. In case of doubt the keys differ, and it is compiled.
 
-Files are unpickled, and what they hold is run: only those of this user or root that nobody else may write are read.
+Files are unpickled and their content is run: only files of this user or root that no other user may write are read.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ import jaxserve
 import pallas_kernels
 
 SUFFIX, PARTIAL = ".executable", ".partial"
-DAYS = 30  # a file that no start has read for so long goes
-_FORM = 1  # of the files
+DAYS = 30  # a file that no start has read for so long is deleted
+_FORM = 1  # version of the file format
 
 
 def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
-    """None where nothing is to be kept, or cannot be."""
+    """None if storing is turned off or not possible."""
     if not folder or jax.process_count() > 1:  # processes that run together compile together
         return None
     if jax.config.jax_compilation_cache_dir is not None or not _certain():
@@ -48,14 +48,14 @@ def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
     except OSError:
         usable = False
     if not usable:
-        report(f"compiled programs are not kept: {place} cannot be written (see compilation_cache_dir)")
+        report(f"compiled programs are not stored: {place} is not writable (see compilation_cache_dir)")
         return None
     return Store(place)
 
 
 def _certain() -> bool:
-    """Whether it can be told what programs are made from: not where files changed under a process that runs, nor where
-    XLA takes its flags from a file."""
+    """Whether the key can cover what programs are made from: not if source files changed since they were imported, nor
+    if XLA reads its flags from a file."""
     flags = os.environ.get("XLA_FLAGS", "").strip()
     return sources() == LOADED and (not flags or flags.startswith("--"))
 
@@ -66,24 +66,24 @@ class Store:
         self._prune()
 
     def place(self, program: str) -> Path:
-        """Where it is kept, as things stand: ask before it is compiled, and again before it is kept."""
+        """Its file under the present settings, which may change: ask before it is compiled, and again before `save`."""
         return self.folder / f"{hashlib.sha256(f'{environment()}\n{program}'.encode()).hexdigest()}{SUFFIX}"
 
     def load(self, file: Path, devices: Sequence[Any]) -> Any:
-        """The executable on these devices; None if there is none, or none that can be used."""
+        """The executable on these devices; None if there is none that can be used."""
         try:
             with file.open("rb") as opened:
                 if not _trusted(os.fstat(opened.fileno())):
                     return None
                 content = opened.read()
-        except OSError:  # none, or not ours
+        except OSError:  # absent, or not readable
             return None
         try:
             payload, in_tree, out_tree = pickle.loads(content)
             found = serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )
-        except Exception:  # half a file, another form, a library that refuses it: as if it were not there
+        except Exception:  # truncated, of another format, or refused by a library: the same as absent
             with contextlib.suppress(OSError):
                 file.unlink()
             return None
@@ -92,10 +92,10 @@ class Store:
         return found
 
     def save(self, file: Path, executable: Any) -> None:
-        """Whole or not at all; where that cannot be, the next start compiles."""
+        """Atomically. If that fails, the next start compiles."""
         if jax.config.jax_compilation_cache_dir is not None:
-            # What comes from jax's own cache cannot be written down again: on a CPU it lacks its functions then, and
-            # fails when it is run (NOT_FOUND).
+            # An executable from jax's own cache cannot be serialized again: on a CPU it then lacks its functions, and
+            # running it fails (NOT_FOUND).
             return
         partial = ""
         try:
@@ -104,7 +104,7 @@ class Store:
             with os.fdopen(handle, "wb") as opened:
                 opened.write(content)
             os.replace(partial, file)
-        except Exception:  # some executables cannot be written down, and disks are full
+        except Exception:  # the executable cannot be serialized, or the disk is full
             with contextlib.suppress(OSError):
                 os.unlink(partial)
 
@@ -114,7 +114,7 @@ class Store:
                 if file.stat().st_mtime < time.time() - DAYS * 86400:
                     file.unlink()
             except OSError:
-                continue  # another process was faster
+                continue  # another process has deleted it
 
 
 def _trusted(file: os.stat_result) -> bool:
@@ -122,8 +122,8 @@ def _trusted(file: os.stat_result) -> bool:
 
 
 def environment() -> str:
-    """All that two starts must have in common beside the program itself."""
-    # Read now: a program may change settings between two engines, some of them for this thread alone.
+    """All that two starts must have in common apart from the program itself."""
+    # Not cached: a program may change settings between two engines, some of them for this thread alone.
     known = sorted(jax.config.values.items())
     settings = {name: getattr(jax.config, name, value) for name, value in known if "cache" not in name}
     flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "NPROC")}
@@ -133,25 +133,25 @@ def environment() -> str:
 
 @functools.cache
 def _machine() -> tuple[object, ...]:
-    """Libraries, and what compilers look at of the hardware."""
+    """Versions of libraries, and the hardware properties that compilers use."""
     versions = (jax.__version__, jaxlib.version.__version__, flax.__version__, np.__version__)
     devices = [(device.id, device.device_kind) for device in jax.devices()]
     return (versions, platform.python_version(), jax.devices()[0].client.platform_version, devices, _processor())
 
 
 def _processor() -> str:
-    """Its model and what it can do."""
+    """Its model and features."""
     try:
-        told = Path("/proc/cpuinfo").read_text()
+        content = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return f"{platform.machine()} {platform.processor()}"
-    first = told.split("\n\n")[0]
+    first = content.split("\n\n")[0]
     named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", first, re.MULTILINE)
     return f"{platform.machine()} {named}"
 
 
 def sources(*roots: Path) -> str:
-    """A digest of the code that programs are traced from, as it lies there now."""
+    """A digest of the code that programs are traced from, as it is on disk now."""
     digest = hashlib.sha256()
     for root in roots or (Path(package.__file__ or "").parent for package in (jaxserve, pallas_kernels)):
         for file in sorted((*root.rglob("*.py"), *root.glob("*.json"))):
@@ -159,4 +159,4 @@ def sources(*roots: Path) -> str:
     return digest.hexdigest()
 
 
-LOADED = sources()  # as it lay there when it was imported
+LOADED = sources()  # as it was when this module was imported

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only holder of device arrays: parameters, KV cache, block tables, last tokens, sampling controls.
+"""Holds all device arrays: parameters, KV cache, block tables, last tokens, sampling controls. Nothing else does.
 
     warm(progress)        compiles every program that a step can need; nothing is compiled after it
-    launch(packed)        hands one step to the devices and returns at once
-    read(handle)          waits for it
+    launch(packed)        dispatches one step to the devices and returns without waiting
+    read(handle)          waits for its result
 
-State is donated to each program and taken back from it, so that nothing is allocated after `warm` but small results.
+State is donated to each program and returned by it, so that after `warm` only small results are allocated.
 """
 
 import atexit
@@ -48,14 +48,14 @@ class Handle:
     """A step that was launched."""
 
     packed: Packed
-    result: Any = None  # on its way to the host, as are embeddings; None where no logits are wanted
+    result: Any = None  # being copied to the host, as are embeddings; None if the step needs no logits
     embeddings: Any = None
-    hidden: Any = None  # to wait for, where nothing else is wanted
+    hidden: Any = None  # to wait for if the step has no other result
 
 
 SETTLING = 0.02  # seconds
 
-# Of a program: a bucket of `model`, of `head`, of `embed`, or another's name.
+# Of a program: a bucket of `model`, `head` or `embed`, or the name of another.
 type Key = Layout | tuple[int, Need] | tuple[str, int] | str
 
 
@@ -64,10 +64,10 @@ _RUNNERS: "WeakSet[Runner]" = WeakSet()
 
 @atexit.register
 def settle() -> None:
-    """Threads of jax that have copied a result to the host then want Python's lock, and abort a process that is about
-    to end: steps still under way are waited for, and the lock is given away once."""
+    """jax's threads take Python's lock after copying a result to the host, which aborts a process that is exiting: so
+    wait for steps in flight, and release the lock once."""
     for runner in _RUNNERS:
-        with suppress(Exception):  # it was freed, or its device has failed
+        with suppress(Exception):  # its arrays are freed, or its device has failed
             jax.block_until_ready(runner.last)
     time.sleep(SETTLING)
 
@@ -190,7 +190,7 @@ class Runner:
             self.exercise()
 
     def exercise(self) -> None:
-        """Runs every program once, over padding alone: a device loads code, and captures graphs, at the first run."""
+        """Runs every program once, on padding alone: a device loads code and captures graphs at the first run."""
         nothing = np.full(packing.EDIT_SIZE, -1, np.int32)
         self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
         hidden = entries = None
