@@ -87,8 +87,10 @@ def read(opened: Opened, told: Told | None = None) -> Params:
 
 @contextlib.contextmanager
 def reading(opened: Opened, params: Params | None = None, told: Told | None = None) -> Generator[Future[Params]]:
-    """`read` in a thread that ends with the block: after an error or Ctrl-C the rest is not read. If `params` are given,
-    they are the result, and nothing is read."""
+    """`read` in a thread that ends with the block: after an error or Ctrl-C the rest is not read.
+
+    If `params` are given, they are the result, and nothing is read.
+    """
     if params is not None or not reads_beside(opened):
         yield done(read(opened, told) if params is None else params)
         return
