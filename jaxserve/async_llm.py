@@ -20,7 +20,7 @@ from jaxserve.host.thread import Worker
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types.checks import number
+from jaxserve.types.checks import Number
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import SamplingParams
@@ -58,7 +58,7 @@ class AsyncLLM:
         came while the consumer was busy comes as one. Who leaves the loop early aborts the request.
         """
         self._worker.check_alive()
-        deadline = None if timeout is None else time.monotonic() + number("timeout", timeout, above=0)
+        deadline = None if timeout is None else time.monotonic() + Number(above=0)("timeout", timeout)
         job = self._intake.ready(prompt, sampling_params, request_id=request_id, priority=priority, deadline=deadline)
         async with aclosing(self._front.outputs(job)) as outputs:
             async for output in outputs:

@@ -86,20 +86,21 @@ SETTINGS = {
 # vLLM's short flags of settings above.
 SHORT_FLAGS = {"-q": "quantization", "-pp": "pipeline_parallel_size", "-dp": "data_parallel_size"}
 
-REQUEST_FIELDS = {
+# Fields of request bodies: of completions and chats, of completions alone, of everything that is made of messages, of
+# chats alone, of embeddings, of one message.
+GENERATION_FIELDS = {
     **_planned("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     **_planned("guided_decoding_backend", "guided_whitespace_pattern", "logits_processors", "logprob_token_ids"),
     **_planned("thinking_token_budget", "repetition_detection", "routed_experts_prompt_start", "session_id"),
-    **_planned("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "suffix", "prompt_embeds"),
-    # Of chats: tools, reasoning and media.
-    **_planned("tools", "functions", "function_call", "reasoning_effort", "verbosity", "audio", "prediction"),
-    **_planned("web_search_options", "moderation", "prompt_cache_retention", "documents", "media_io_kwargs"),
-    **_planned("mm_processor_kwargs"),
-    # Of embeddings.
-    **_planned("messages", "embed_dtype", "endianness", "use_activation"),
+    **_planned("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
 }
-
-# Fields of one message of a chat.
+COMPLETION_FIELDS = _planned("suffix", "prompt_embeds")
+CONVERSATION_FIELDS = _planned("tools", "documents", "media_io_kwargs", "mm_processor_kwargs")
+CHAT_FIELDS = {
+    **_planned("functions", "function_call", "reasoning_effort", "verbosity", "audio", "prediction"),
+    **_planned("web_search_options", "moderation", "prompt_cache_retention"),
+}
+EMBEDDING_FIELDS = _planned("messages", "embed_dtype", "endianness", "use_activation")
 MESSAGE_FIELDS = _planned(
     *("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id", "reasoning"),
     "reasoning_content",

@@ -16,7 +16,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS, SamplingParams
+from jaxserve.types.parameters import Acts
+from jaxserve.types.sampling_params import (
+    BAD_WORD_TOKENS,
+    FIELDS,
+    MAX_BAD_WORDS,
+    MAX_BIASES,
+    MAX_STOP_IDS,
+    SamplingParams,
+)
 
 type Vector = npt.NDArray[np.int32]
 
@@ -32,6 +40,8 @@ NO_TOKEN = -2  # in the recent tokens: before the first generated one; equals no
 
 # Repetition penalties beyond these would turn logits into infinities, and these already settle what is sampled.
 _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 1e-6, 1e6
+
+_CONTROLS = tuple((each.name, each.off) for each in FIELDS if each.acts is Acts.CONTROL)
 
 
 def mask_words(vocab_size: int) -> int:
@@ -61,9 +71,8 @@ def row_size(vocab_size: int) -> int:
 
 
 def needs_controls(params: SamplingParams, bad_words: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a request needs a row of controls at all."""
-    masks = params.allowed_token_ids is not None or params.min_tokens > 0 or bool(bad_words)
-    return masks or params.penalized or bool(params.logit_bias)
+    """Whether a request needs a row of controls. `bad_words` are token ids."""
+    return bool(bad_words) or any(getattr(params, name) != off for name, off in _CONTROLS)
 
 
 def pack_row(

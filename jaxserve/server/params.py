@@ -8,7 +8,7 @@ request leaves open is as the model's generation_config.json says, and else as O
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from jaxserve.engine.capacity import Limits
     from jaxserve.frontend.prepare import Intake, Ready
 
-FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-AS_SENT = (
-    *("n", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop"),
-    *("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
-    "spaces_between_special_tokens",
-)
 TIMEOUT_HEADER = "X-Request-Timeout"
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
 
@@ -82,17 +76,16 @@ def deadline(request: web.Request) -> float | None:
 def sampling_params(
     body: Sampling, intake: "Intake", *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
-    defaults = intake.default_params()
-    values: dict[str, Any] = {name: getattr(defaults, name) for name in FROM_MODEL}
-    values |= body.given(*FROM_MODEL, *AS_SENT)
-    return SamplingParams(
-        **values,
-        max_tokens=max_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        detokenize=intake.tokenizer is not None,
-        output_kind=RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
-    )
+    """From the body, else the model's own defaults. The arguments are what bodies spell in different ways."""
+    values: dict[str, Any] = {
+        **body.sampling,
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "detokenize": intake.tokenizer is not None,
+        "output_kind": RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
+    }
+    return replace(intake.default_params(), **values)
 
 
 @dataclass(frozen=True, kw_only=True)

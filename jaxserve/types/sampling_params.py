@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How to continue a prompt: SamplingParams and BeamSearchParams. Names, defaults and ranges are vLLM's.
 
-What depends on a model (ids within its vocabulary, lengths) is checked when a request meets an engine.
+SamplingParams is the one declaration of every sampling parameter: checks, request bodies, defaults that come with a
+model, the numbers that a device gets and the documentation follow from `FIELDS`. What depends on a model (ids within
+its vocabulary, lengths) is checked when a request meets an engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,19 @@ from enum import Enum
 from typing import Self, cast
 
 from jaxserve.errors import RequestError
-from jaxserve.types.checks import boolean, check_names, integer, is_decimal, items, number, refused, token_ids
+from jaxserve.types.checks import (
+    INT32_MAX,
+    Biases,
+    Boolean,
+    Choice,
+    Integer,
+    Number,
+    Strings,
+    TokenIds,
+    TopTokens,
+    check_names,
+)
+from jaxserve.types.parameters import Acts, declared, parameter
 
 MAX_SAMPLES = 16384
 MAX_STOP_IDS = 128
@@ -22,40 +36,159 @@ GREEDY_TEMPERATURE = 1e-5
 
 
 class RequestOutputKind(Enum):
-    CUMULATIVE = 0  # every output holds all so far
+    CUMULATIVE = 0  # every output holds everything so far
     DELTA = 1  # every output holds what is new
     FINAL_ONLY = 2  # one output, at the end
+
+
+def _settled(temperature: float) -> float:
+    return 0.0 if temperature < GREEDY_TEMPERATURE else max(temperature, MIN_TEMPERATURE)
+
+
+def _without_repeats(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(texts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to continue a prompt. Every value is checked here; a bad one is a RequestError that names it."""
 
-    n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: Sequence[int] | None = None
-    skip_reading_prefix_cache: bool | None = None
+    n: int = parameter(1, Integer(1, MAX_SAMPLES), "How many completions to generate for the prompt.", embeds=False)
+    presence_penalty: float = parameter(
+        0.0,
+        Number(low=-2, high=2),
+        "Subtracted from the logits of tokens that were generated at least once.",
+        acts=Acts.CONTROL,
+        embeds=False,
+    )
+    frequency_penalty: float = parameter(
+        0.0,
+        Number(low=-2, high=2),
+        "Subtracted from the logits of generated tokens once for each time they occurred.",
+        acts=Acts.CONTROL,
+        embeds=False,
+    )
+    repetition_penalty: float = parameter(
+        1.0,
+        Number(above=0),
+        "Divides positive logits of tokens in the prompt or the completion, and multiplies negative ones.",
+        acts=Acts.CONTROL,
+        from_model=True,
+    )
+    temperature: float = parameter(
+        1.0,
+        Number(low=0, high=2),
+        "Divides the logits: higher is more random, 0 always takes the likeliest token.",
+        acts=Acts.ROW,
+        dtype="float32",
+        off=0.0,
+        then=_settled,
+        from_model=True,
+    )
+    top_p: float = parameter(
+        1.0,
+        Number(above=0, high=1),
+        "Sample only from the likeliest tokens whose probabilities add up to this; 1 for all.",
+        acts=Acts.ROW,
+        dtype="float32",
+        from_model=True,
+    )
+    top_k: int = parameter(
+        0,
+        Integer(-1, INT32_MAX),
+        "Sample only from this many of the likeliest tokens; 0 or -1 for all.",
+        acts=Acts.ROW,
+        dtype="int32",
+        then=lambda top_k: max(top_k, 0),
+        from_model=True,
+    )
+    min_p: float = parameter(
+        0.0,
+        Number(low=0, high=1),
+        "Sample only from tokens at least this likely relative to the likeliest one; 0 for all.",
+        acts=Acts.ROW,
+        dtype="float32",
+        from_model=True,
+    )
+    seed: int | None = parameter(
+        None,
+        Integer(-(2**63), 2**64 - 1),
+        "Makes sampling repeatable; without it, or with -1, the engine picks one.",
+        optional=True,
+        then=lambda seed: None if seed == -1 else seed,
+    )
+    stop: str | Sequence[str] | None = parameter(
+        None,
+        Strings(alone=True),
+        "Strings that end the completion.",
+        acts=Acts.TEXT,
+        then=_without_repeats,
+        embeds=False,
+    )
+    stop_token_ids: Sequence[int] | None = parameter(
+        None, TokenIds(most=MAX_STOP_IDS), "Tokens that end the completion.", embeds=False
+    )
+    bad_words: Sequence[str] | None = parameter(
+        None, Strings(most=MAX_BAD_WORDS), "Strings that are never generated.", acts=Acts.CONTROL, embeds=False
+    )
+    ignore_eos: bool = parameter(False, Boolean(), "Continue after the model's end-of-text token.")
+    max_tokens: int | None = parameter(
+        16,
+        Integer(1, INT32_MAX),
+        "How many tokens to generate at most; None for as many as the context holds.",
+        optional=True,
+        sent=False,
+    )
+    min_tokens: int = parameter(
+        0,
+        Integer(0, INT32_MAX),
+        "How many tokens to generate before a stop token or the end of the text is allowed.",
+        acts=Acts.CONTROL,
+        embeds=False,
+    )
+    logprobs: int | None = parameter(
+        None,
+        TopTokens(),
+        "Return the log-probability of each token and of this many of the likeliest ones; -1 for all.",
+        optional=True,
+        sent=False,
+        embeds=False,
+    )
+    prompt_logprobs: int | None = parameter(
+        None, TopTokens(), "The same for the tokens of the prompt.", optional=True, embeds=False
+    )
+    detokenize: bool = parameter(True, Boolean(), "Return text, not only token ids.", acts=Acts.TEXT, sent=False)
+    skip_special_tokens: bool = parameter(True, Boolean(), "Leave special tokens out of the text.", acts=Acts.TEXT)
+    spaces_between_special_tokens: bool = parameter(
+        True, Boolean(), "Put spaces between special tokens in the text.", acts=Acts.TEXT
+    )
+    include_stop_str_in_output: bool = parameter(
+        False, Boolean(), "Keep the stop string or stop token at the end of the text.", acts=Acts.TEXT
+    )
+    output_kind: RequestOutputKind = parameter(  # noqa: RUF009 - what is shared is an Enum member
+        RequestOutputKind.CUMULATIVE,
+        Choice(RequestOutputKind),
+        "What each output holds: everything so far, only what is new; or only one output, at the end.",
+        sent=False,
+    )
+    logit_bias: Mapping[int, float] | None = parameter(
+        None,
+        Biases(most=MAX_BIASES, low=-100, high=100),
+        "Added to the logits of the given tokens, clipped to -100 to 100.",
+        acts=Acts.CONTROL,
+        optional=True,
+        embeds=False,
+    )
+    allowed_token_ids: Sequence[int] | None = parameter(
+        None, TokenIds(least=1), "Sample only from these tokens.", acts=Acts.CONTROL, optional=True, embeds=False
+    )
+    skip_reading_prefix_cache: bool | None = parameter(
+        None,
+        Boolean(),
+        "Compute the whole prompt even if its beginning is cached.",
+        optional=True,
+        sent=False,
+    )
 
     def __new__(cls, *args: object, **given: object) -> Self:
         check_names(cls, given)
@@ -64,92 +197,21 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        put = self._put
-        put("n", integer("n", self.n, low=1, high=MAX_SAMPLES))
-        for name in ("presence_penalty", "frequency_penalty"):
-            put(name, number(name, getattr(self, name), low=-2, high=2))
-        put("repetition_penalty", number("repetition_penalty", self.repetition_penalty, above=0))
-        put("temperature", number("temperature", self.temperature, low=0, high=2))
-        put("top_p", number("top_p", self.top_p, above=0, high=1))
-        top_k = integer("top_k", self.top_k, low=-1, high=2**31 - 1)
-        put("top_k", max(top_k, 0))
-        put("min_p", number("min_p", self.min_p, low=0, high=1))
-        if self.seed is not None:
-            seed = integer("seed", self.seed, low=-(2**63), high=2**64 - 1)
-            put("seed", None if seed == -1 else seed)
-        self._check_stops()
-        self._check_ids()
-        self._check_lengths()
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"):
-            boolean(name, getattr(self, name))
-        boolean("include_stop_str_in_output", self.include_stop_str_in_output)
-        if self.skip_reading_prefix_cache is not None:
-            boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
-        if not isinstance(self.output_kind, RequestOutputKind):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise refused("output_kind", self.output_kind, "a RequestOutputKind")
-        if self.temperature < GREEDY_TEMPERATURE:
-            if self.n > 1:
-                raise RequestError("n", f"n is {self.n} with greedy sampling: all samples would be equal", "give n=1")
-            for name, off in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-                put(name, off)
-        put("temperature", max(self.temperature, MIN_TEMPERATURE) if self.temperature else 0.0)
-
-    def _put(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else items("stop", self.stop)
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise refused("stop", text, "strings that are not empty")
-        if stop and not self.detokenize:
-            raise RequestError("stop", "stop strings need the text, and detokenize is false", "give stop_token_ids")
-        self._put("stop", tuple(dict.fromkeys(stop)))
-        words = (self.bad_words,) if isinstance(self.bad_words, str) else items("bad_words", self.bad_words)
-        for text in words:
-            if not isinstance(text, str) or not text:
-                raise refused("bad_words", text, "strings that are not empty")
-        if len(words) > MAX_BAD_WORDS:
-            raise RequestError("bad_words", f"bad_words has {len(words)} entries", f"give at most {MAX_BAD_WORDS}")
-        self._put("bad_words", tuple(words))
-
-    def _check_ids(self) -> None:
-        ids = token_ids("stop_token_ids", self.stop_token_ids)
-        if len(ids) > MAX_STOP_IDS:
-            problem = f"stop_token_ids has {len(ids)} entries"
-            raise RequestError("stop_token_ids", problem, f"give at most {MAX_STOP_IDS}")
-        self._put("stop_token_ids", ids)
-        if self.allowed_token_ids is not None:
-            allowed = token_ids("allowed_token_ids", self.allowed_token_ids)
-            if not allowed:
-                raise RequestError("allowed_token_ids", "allowed_token_ids is empty", "allow at least one token")
-            self._put("allowed_token_ids", allowed)
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise refused("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
-            if len(self.logit_bias) > MAX_BIASES:
-                problem = f"logit_bias has {len(self.logit_bias)} entries"
-                raise RequestError("logit_bias", problem, f"give at most {MAX_BIASES}")
-            pairs: dict[int, float] = {}
-            for key, value in self.logit_bias.items():
-                token = int(key) if isinstance(key, str) and is_decimal(key) else key
-                [token] = token_ids("logit_bias", [token])
-                pairs[token] = min(max(number("logit_bias", value), -100.0), 100.0)
-            self._put("logit_bias", pairs or None)
-
-    def _check_lengths(self) -> None:
-        if self.max_tokens is not None:
-            self._put("max_tokens", integer("max_tokens", self.max_tokens, low=1, high=2**31 - 1))
-        self._put("min_tokens", integer("min_tokens", self.min_tokens, low=0, high=2**31 - 1))
+        put = object.__setattr__
+        for each in FIELDS:
+            put(self, each.name, each.check(getattr(self, each.name)))
+        if self.stop and not self.detokenize:
+            raise RequestError("stop", "stop strings need the text, but detokenize is false", "give stop_token_ids")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}"
             raise RequestError("min_tokens", problem, "lower it")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is False:
-                self._put(name, None)
-            elif value is not None:
-                self._put(name, 1 if value is True else integer(name, value, low=-1, high=2**31 - 1))
+        if self.greedy:
+            if self.n > 1:
+                problem = f"n is {self.n} with greedy sampling: all samples would be equal"
+                raise RequestError("n", problem, "give n=1, or a temperature above 0")
+            for each in FIELDS:
+                if each.acts is Acts.ROW:
+                    put(self, each.name, each.off)
 
     @property
     def greedy(self) -> bool:
@@ -164,9 +226,12 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
 
 
+FIELDS = declared(SamplingParams)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """Keep the `beam_width` likeliest continuations; return them all, best first."""
+    """Keep the `beam_width` likeliest continuations and return them all, best first."""
 
     beam_width: int
     max_tokens: int
@@ -180,11 +245,11 @@ class BeamSearchParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        integer("beam_width", self.beam_width, low=1, high=MAX_SAMPLES)
-        integer("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
-        number("length_penalty", self.length_penalty, low=-100, high=100)
-        boolean("ignore_eos", self.ignore_eos)
-        boolean("include_stop_str_in_output", self.include_stop_str_in_output)
-        if number("temperature", self.temperature, low=0, high=2) != 0:
-            problem = f"temperature is {self.temperature}: beams are ranked by the model's own log-probabilities"
+        Integer(1, MAX_SAMPLES)("beam_width", self.beam_width)
+        Integer(1, INT32_MAX)("max_tokens", self.max_tokens)
+        Number(low=-100, high=100)("length_penalty", self.length_penalty)
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            Boolean()(name, getattr(self, name))
+        if Number(low=0, high=2)("temperature", self.temperature) != 0:
+            problem = f"temperature is {self.temperature}, but beams are ranked by the model's own log-probabilities"
             raise RequestError("temperature", problem, "leave it at 0")

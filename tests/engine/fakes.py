@@ -22,10 +22,11 @@ import numpy as np
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.packing import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.engine.schedule.scheduler import Scheduler
 from jaxserve.engine.schedule.sequence import Need, Sequence, Status, order_of, stops_of
+from jaxserve.sampling.columns import COLUMNS
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -69,7 +70,7 @@ def embedded(drawn: int) -> list[int]:
 
 def way(position: int, numbers: list[int], output: list[int]) -> bytes:
     """How a row samples; a greedy one does not look at most of its numbers."""
-    used = numbers if numbers[NUMBERS.index("temperature")] else numbers[:1]
+    used = numbers if numbers[COLUMNS.index("temperature")] else numbers[:1]
     return struct.pack(f"<q{len(used)}q{len(output)}q", position, *used, *output)
 
 
@@ -205,8 +206,8 @@ class FakeDevice:
         return result
 
     def _sample(self, row: int, position: int, numbers: list[int], seen: Ints, digests: Digests) -> int:
-        own = self.controls.get(row) if numbers[NUMBERS.index("controlled")] else None
-        assert own is not None or not numbers[NUMBERS.index("controlled")]
+        own = self.controls.get(row) if numbers[COLUMNS.index("controlled")] else None
+        assert own is not None or not numbers[COLUMNS.index("controlled")]
         drawn = draw(seen, digests, way(position, numbers, own.output if own else []))
         token = pick(drawn, self.limits.vocab_size, own.stops if own and position < own.min_end else frozenset())
         if own:
@@ -292,7 +293,7 @@ class Oracle:
         controlled = params.min_tokens > 0 or params.penalized
         seed = ((params.seed or 0) % 2**32 ^ (params.seed or 0) >> 32) + index
         floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
-        numbers = [int(controlled), floats[0], params.top_k, *floats[1:], (seed + 2**31) % 2**32 - 2**31]
+        numbers = [int(controlled), (seed + 2**31) % 2**32 - 2**31, *floats[:2], params.top_k, floats[2]]
         tokens = list(prompt)
         while answer.reason is None:
             told = way(len(tokens), numbers, answer.tokens if controlled else [])

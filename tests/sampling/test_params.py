@@ -151,7 +151,7 @@ def test_flags_are_true_or_false(name: str, value: Any) -> None:
 
 def test_the_refusal_names_value_and_range() -> None:
     text = str(refused("top_p", top_p=1.5))
-    assert "1.5" in text and "above 0 to 1" in text
+    assert "1.5" in text and "above 0 and at most 1" in text
     text = str(refused("n", n=99999))
     assert "99999" in text and "from 1 to 16384" in text
     text = str(refused("temperature", temperature=-1))

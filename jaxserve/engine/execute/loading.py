@@ -26,10 +26,9 @@ from jaxserve.models import hf, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
+from jaxserve.types.sampling_params import FIELDS
 
 type Told = Callable[[str, int, int], object]  # what is under way, how much of it is done, of how much
-
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -237,5 +236,5 @@ def _sampling_defaults(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     raw = hf.read_json(file)
-    given = {name: raw.get(name) for name in SAMPLING_DEFAULTS}
+    given = {each.name: raw.get(each.name) for each in FIELDS if each.from_model}
     return {name: value for name, value in given.items() if value is not None}

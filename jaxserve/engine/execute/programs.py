@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.packing import FIXED, GIVEN, NUMBERS, POSITION, ROW, SAMPLES, TOKEN, Layout
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Layout
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
@@ -40,6 +40,7 @@ from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from jaxserve.sampling import controls as sampling_controls
+from jaxserve.sampling.columns import COLUMNS, OF_PARAMS
 from jaxserve.sampling.controls import Controls
 from pallas_kernels import dispatch, sampling
 
@@ -164,14 +165,14 @@ def _pick(
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
     rows, positions, given = entries[:, ROW], entries[:, POSITION], entries[:, GIVEN]
     samples = entries[:, SAMPLES] > 0
-    numbers: dict[str, jax.Array] = dict(zip(NUMBERS, entries[:, FIXED:].T, strict=True))
+    columns: dict[str, jax.Array] = dict(zip(COLUMNS, entries[:, FIXED:].T, strict=True))
     edited = logits
     if controls is not None:
-        active = samples & (numbers["controlled"] > 0)
+        active = samples & (columns["controlled"] > 0)
         edited = sampling_controls.apply(controls, logits, rows=rows, active=active, positions=positions)
     out = sampling.sample(
         edited,
-        _params(numbers, samples, positions),
+        _sampled_by(columns, samples, positions),
         mode=("greedy", "random", "filtered")[min(need, Need.FILTERED)],
         logprobs="processed" if processed and need >= Need.SCORED else None,
         top_n=top_n if processed else 0,
@@ -180,30 +181,25 @@ def _pick(
     last = last.at[jnp.where(samples, rows, last.shape[0])].set(tokens, mode="drop")
     if controls is not None:
         controls = sampling_controls.update(controls, rows=rows, active=active, tokens=tokens)
-    columns = [tokens, out.valid.astype(jnp.int32)]
+    result = [tokens, out.valid.astype(jnp.int32)]
     if need >= Need.SCORED:
         likely = sampling.token_logprobs(logits, tokens, top_n=top_n)
         if out.logprobs is not None:  # prompts are always scored by the model's own distribution
             likely = jax.tree.map(
                 lambda raw, own: jnp.where(samples.reshape(-1, *(1,) * (raw.ndim - 1)), own, raw), likely, out.logprobs
             )
-        columns += [_bits(likely.logprobs), likely.ranks, *likely.top_tokens.T, *_bits(likely.top_logprobs).T]
-    return jnp.stack(columns, axis=1), last, controls
+        result += [_bits(likely.logprobs), likely.ranks, *likely.top_tokens.T, *_bits(likely.top_logprobs).T]
+    return jnp.stack(result, axis=1), last, controls
 
 
-def _params(numbers: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.SamplingParams:
-    def floats(name: str, otherwise: float) -> jax.Array:
-        # Padding has zeros, which are no numbers for all of these.
-        return jnp.where(samples, jax.lax.bitcast_convert_type(numbers[name], jnp.float32), otherwise)
+def _sampled_by(columns: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.SamplingParams:
+    """Entries that sample nothing get values without effect: padding is zeros, which some parameters cannot be."""
 
-    return sampling.SamplingParams(
-        temperature=floats("temperature", 0.0),
-        top_k=numbers["top_k"],
-        top_p=floats("top_p", 1.0),
-        min_p=floats("min_p", 0.0),
-        seed=jax.lax.bitcast_convert_type(numbers["seed"], jnp.uint32),
-        position=positions,
-    )
+    def column(name: str, dtype: str) -> jax.Array:
+        return jax.lax.bitcast_convert_type(columns[name], jnp.dtype(dtype))
+
+    given = {each.name: jnp.where(samples, column(each.name, each.dtype), each.off) for each in OF_PARAMS}
+    return sampling.SamplingParams(**given, seed=column("seed", "uint32"), position=positions)
 
 
 def _bits(values: jax.Array) -> jax.Array:

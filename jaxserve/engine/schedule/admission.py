@@ -14,16 +14,13 @@ import numpy as np
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
+from jaxserve.types.checks import Biases, TokenIds, TopTokens
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, FIELDS, MAX_BAD_WORDS
 
 MAX_SALT = 128
-PLAIN = SamplingParams()
-# What nothing can come of where nothing is generated. Those that a model's own defaults may hold are let be.
-OF_TEXTS = (
-    *("n", "logprobs", "prompt_logprobs", "min_tokens", "stop", "stop_token_ids", "bad_words", "logit_bias"),
-    *("allowed_token_ids", "presence_penalty", "frequency_penalty"),
-)
+_TOKEN_IDS = tuple(each.name for each in FIELDS if isinstance(each.kind, TokenIds | Biases))
+_TOP_TOKENS = tuple(each.name for each in FIELDS if isinstance(each.kind, TopTokens))
 
 
 def check(request: Request, limits: Limits) -> None:
@@ -36,11 +33,11 @@ def check(request: Request, limits: Limits) -> None:
     if params.n > limits.max_num_seqs:
         problem = f"n is {params.n}, the engine runs {limits.max_num_seqs} sequences at once"
         raise RequestError("n", problem, f"give at most {limits.max_num_seqs}")
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+    for name in _TOKEN_IDS:
         _check_ids(name, getattr(params, name) or (), limits)
     _check_bad_words(request.bad_word_ids, limits)
     most = limits.vocab_size if limits.max_logprobs == -1 else limits.max_logprobs
-    for name in ("logprobs", "prompt_logprobs"):
+    for name in _TOP_TOKENS:
         value = getattr(params, name)
         if value is not None and (limits.vocab_size if value == -1 else value) > most:
             asked = f"{value} (all {limits.vocab_size})" if value == -1 else str(value)
@@ -78,11 +75,11 @@ def _check_kinds(request: Request) -> None:
 
 
 def _check_embeds(request: Request) -> None:
-    params = request.params
-    for name in OF_TEXTS:
-        if getattr(params, name) != getattr(PLAIN, name):
-            problem = f"{name} is {_shown(getattr(params, name))}, and nothing is generated for an embedding"
-            raise RequestError(name, problem, "leave it out")
+    for each in FIELDS:
+        value = getattr(request.params, each.name)
+        if value != each.default and not each.embeds:
+            problem = f"{each.name} is {_shown(value)}, but an embedding generates nothing"
+            raise RequestError(each.name, problem, "remove it")
     if request.score_only:
         raise RequestError("embed", "embed and score_only are both set", "ask for one of them")
 

@@ -18,11 +18,12 @@ from jaxserve.engine.buckets import Buckets, fitting
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.sequence import Need, Sequence
+from jaxserve.sampling import columns
+from jaxserve.sampling.columns import COLUMNS
 
 type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
-NUMBERS = ("controlled", "temperature", "top_k", "top_p", "min_p", "seed")  # the same for a row's whole life
-ENTRY = ("token", "row", "position", "given", "samples", *NUMBERS)
+ENTRY = ("token", "row", "position", "given", "samples", *COLUMNS)
 TOKEN, ROW, POSITION, GIVEN, SAMPLES, FIXED = range(6)
 SPARE_EDITS = 8
 EDITS_AT_ONCE, COPIES_AT_ONCE = 2048, 64  # by the program that does nothing else
@@ -93,15 +94,16 @@ class Packed:
 
 
 class Batcher:
-    """Keeps each row's sampling numbers, set when a sequence takes the row."""
+    """Packs steps. Keeps each row's sampling columns, which are set when a sequence takes the row."""
 
     def __init__(self, limits: Limits, buckets: Buckets) -> None:
         self.limits, self.buckets = limits, buckets
-        self._numbers = np.zeros((buckets.rows, len(NUMBERS)), np.int32)
+        self._columns = np.zeros((buckets.rows, len(COLUMNS)), np.int32)
 
     def pack(self, plan: StepPlan) -> Packed:
         for sequence in plan.arrivals:
-            self._numbers[sequence.row] = sampling_numbers(sequence)
+            params, controlled = sequence.request.params, sequence.controlled
+            self._columns[sequence.row] = columns.pack(params, controlled=controlled, seed=sequence.seed)
         slices = plan.slices
         # Sorted by their count of tokens, with none last: if the last has one, all have.
         decode = slices[-1].count == 1 and plan.entries == len(slices)
@@ -140,7 +142,7 @@ class Batcher:
         used[:, ROW] = rows
         used[:, POSITION] = lengths
         used[:, SAMPLES] = [s.samples for s in slices]
-        used[:, FIXED:] = self._numbers[rows]
+        used[:, FIXED:] = self._columns[rows]
         for i, s in enumerate(slices):
             if s.score_to > s.score_from:
                 used[i, GIVEN] = s.sequence.tokens[s.score_from]
@@ -180,7 +182,7 @@ class Batcher:
         if table:
             used = entries[: len(table)]
             used[:, :FIXED] = table
-            used[:, FIXED:] = self._numbers[used[:, ROW]]
+            used[:, FIXED:] = self._columns[used[:, ROW]]
 
     def _fill_edits(self, plan: StepPlan, parts: dict[str, Ints]) -> list[Ints]:
         """Block table edits into the vector if they fit, else into vectors of their own; copies always."""
@@ -221,13 +223,6 @@ def padding(layout: Layout, buckets: Buckets) -> Ints:
     entries[:, ROW] = buckets.rows  # beyond the last: nothing is kept of it
     entries[:, GIVEN] = -1
     return vector
-
-
-def sampling_numbers(sequence: Sequence) -> list[int]:
-    params = sequence.request.params
-    floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
-    seed = sequence.seed - 2**32 if sequence.seed >= 2**31 else sequence.seed
-    return [int(sequence.controlled), floats[0], params.top_k, floats[1], floats[2], seed]
 
 
 def edit_vector(cells: Ints, blocks: Ints, copies: list[tuple[int, int]]) -> Ints:

@@ -10,6 +10,7 @@ epoch     raised when the sequence leaves its row: results that a step in flight
 from enum import IntEnum
 
 from jaxserve.engine.capacity import Limits
+from jaxserve.sampling import columns
 from jaxserve.sampling.control_row import needs_controls
 from jaxserve.types.request import Request
 
@@ -126,8 +127,7 @@ def sampling_need(request: Request, *, controlled: bool) -> Need:
         return Need.SCORED
     if params.greedy:
         return Need.GREEDY
-    filtered = params.top_k or params.top_p < 1 or params.min_p
-    return Need.FILTERED if filtered else Need.RANDOM
+    return Need.FILTERED if columns.filters(params) else Need.RANDOM
 
 
 def scoring_need(prompt_logprobs: int) -> Need:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all request bodies have in common: strict values, no unknown fields, and errors that name the field.
+"""The base of all request bodies: strict values, no unknown fields, and errors that name the field.
 
-Fields of other servers that this one does not have are declared too, as NotYet: sent with a value they are refused
-by name, never ignored.
+Fields of other servers that this one does not support are declared too: with a value other than null (or false) they
+are refused by name, never ignored.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,50 +17,59 @@ from pydantic_core import ErrorDetails
 from jaxserve.errors import one_line
 from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.protocol import bounds
+from jaxserve.unsupported import Reason
 
 MAX_NAME = 1024  # characters
 MAX_CALL_ID = 64
 MAX_MODEL_NAME = 4096
 
 Name = Annotated[str, Field(max_length=MAX_NAME)]
-NEVER = "Not supported yet: false or null alone is taken."
-NotYet = Annotated[None, Field(description="Not supported yet: null alone is taken.")]
-NeverTrue = Annotated[Literal[False] | None, Field(description=NEVER)]
+_NOT_YET = Reason("is not supported yet", "remove it")
+NeverTrue = Annotated[Literal[False] | None, Field(description="Not supported yet; must be false or null."), _NOT_YET]
 
 
-class Part(BaseModel):
-    """A part of a body: an object of its own."""
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Annotates a field with what is expected of its value, for errors."""
+
+    words: str
+
+
+class Strict(BaseModel):
+    """A body, or an object within one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
 
 
-class Body(Part):
+class Body(Strict):
     """A whole body."""
 
-    model: Annotated[str | None, Field(max_length=MAX_MODEL_NAME, description="One of /v1/models; or none.")] = None
+    model: Annotated[
+        str | None, Field(max_length=MAX_MODEL_NAME, description="A name that /v1/models lists; may be left out.")
+    ] = None
 
 
 def parse[B: BaseModel](kind: type[B], raw: bytes, *, allow_unknown: bool = False) -> B:
-    """The body as an object; an ApiError that says what is wrong with it."""
+    """The body as an object, or an ApiError that says what is wrong with it."""
     unknown = bounds.check(raw, kind.model_fields)
     if unknown is not None and not allow_unknown:
         raise _unknown(one_line(unknown, limit=80), unknown, kind)
     try:
         return kind.model_validate_json(raw, extra="ignore" if allow_unknown else None)
     except ValidationError as error:
-        raise told(error, kind) from None
+        raise as_api_error(error, kind) from None
 
 
-def told(error: ValidationError, kind: type[BaseModel]) -> ApiError:
-    """The most telling fault, in a sentence or two."""
+def as_api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+    """The most specific fault, in a sentence or two."""
     faults = error.errors(include_url=False, include_input=False, include_context=True)
     fault = min(faults, key=lambda fault: (_FIRST.get(fault["type"], 4), len(fault["loc"])))
     if fault["type"] == "json_invalid":
         reason = one_line(str(fault.get("ctx", {}).get("error", "")), limit=120)
-        return bad_request(None, f"the body is no valid JSON: {reason}", "send one JSON object in UTF-8")
+        return bad_request(None, f"the body is not valid JSON: {reason}", "send one JSON object in UTF-8")
     if fault["type"] == "model_type" and not fault["loc"]:
-        return bad_request(None, "the body is no JSON object", 'send an object: {"model": …}')
-    if fault["type"] == "value_error":  # of a validator of ours, whose text says it all
+        return bad_request(None, "the body is not a JSON object", 'send an object: {"model": …}')
+    if fault["type"] == "value_error":  # from a validator below, whose text has problem and hint
         problem, _, hint = str(fault.get("ctx", {}).get("error", "")).partition("; ")
         name = problem.split(" ", 1)[0]
         return bad_request(name if name.split(".")[0] in kind.model_fields else None, problem, hint)
@@ -67,20 +77,18 @@ def told(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     if fault["type"] == "extra_forbidden":
         return _unknown(path, str(fault["loc"][-1]), model)
     if fault["type"] == "missing":
-        return bad_request(path, f"{path} is missing", "give one")
-    wanted = (field.description if field is not None else None) or ""
-    if fault["type"] == "none_required" or wanted == NEVER:
-        return bad_request(path, f"{path} is not supported yet", "leave it out")
-    several = len({each["loc"] for each in faults if each["loc"][:1] == fault["loc"][:1]}) > 1
-    if wanted and (several or fault["type"] == "literal_error"):
-        wanted = f"be {wanted[:1].lower()}{wanted[1:]}"
-    else:
-        wanted = _wanted(fault)
-    return ApiError(400, f"{path} must {wanted.rstrip('.')}.", param=path)
+        return bad_request(path, f"{path} is missing", "add it")
+    notes = field.metadata if field is not None else []
+    if reason := next((note for note in notes if isinstance(note, Reason)), None):
+        return bad_request(path, *reason.about(path))
+    expected = next((note.words for note in notes if isinstance(note, Expected)), None)
+    # Not about an element: what is wrong with that one is more specific.
+    wanted = _wanted(fault) if expected is None or path.endswith("]") else f"be {expected}"
+    return ApiError(400, f"{path} must {wanted}.", param=path)
 
 
-# Of several faults the first of these kinds: a value that is refused by name, a name that is misspelled, which is
-# often why another is missing.
+# Of several faults the first of these kinds is reported: a value that is refused by name, then a misspelled name,
+# which is often why another is missing.
 _FIRST = {"json_invalid": 0, "none_required": 1, "literal_error": 2, "extra_forbidden": 3, "missing": 5}
 
 
@@ -91,9 +99,9 @@ def _unknown(path: str, name: str, model: type[BaseModel]) -> ApiError:
 
 
 def _place(kind: type[BaseModel], fault: ErrorDetails) -> tuple[type[BaseModel], str, FieldInfo | None]:
-    """Where a fault is: the model, the way there as clients write it, the field.
+    """Where a fault is: the model, the path as clients write it, the field.
 
-    pydantic's own way there also names the members of unions that it tried, and keys; those are no fields.
+    pydantic's own path also has the members of unions that it tried, and keys of objects that are not fields.
     """
     model, path, field = kind, "", None
     for place, step in enumerate(fault["loc"]):
@@ -110,7 +118,7 @@ def _place(kind: type[BaseModel], fault: ErrorDetails) -> tuple[type[BaseModel],
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models within an annotation."""
+    """The models in an annotation."""
     annotation = getattr(annotation, "__value__", annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -119,7 +127,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _wanted(fault: ErrorDetails) -> str:
-    """What was expected there."""
+    """What was expected, from pydantic's kind of fault."""
     context: dict[str, Any] = fault.get("ctx", {})
     match fault["type"]:
         case "int_type":

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jaxserve.server.protocol.base import Body, Name, NotYet, Part
+from jaxserve.server.protocol.base import Body, Expected, Name, NeverTrue, Strict
+from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Sampling
+from jaxserve.unsupported import CHAT_FIELDS, CONVERSATION_FIELDS, MESSAGE_FIELDS
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -14,7 +16,7 @@ MAX_TEMPLATE_VALUES = 64
 
 
 class ContentPart(BaseModel):
-    """Text; that all other kinds are refused by name is the tokenizer's doing."""
+    """A part of a message. The tokenizer refuses all types but text, by name."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -22,32 +24,24 @@ class ContentPart(BaseModel):
     text: str | None = None
 
 
-class Message(Part):
-    """What is null alone comes back from clients that send an answer of ours again."""
+class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
+    """The unsupported fields come back as null from clients that send one of our responses again."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Annotated[
         str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None,
-        Field(description="a string, or a list of parts of type text"),
+        Expected("a string, or a list of parts of type text"),
     ] = None
     name: Name | None = None
-    refusal: NotYet = None
-    annotations: NotYet = None
-    audio: NotYet = None
-    function_call: NotYet = None
-    tool_calls: NotYet = None
-    tool_call_id: NotYet = None
-    reasoning: NotYet = None
-    reasoning_content: NotYet = None
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
-            raise ValueError(f"messages need content, and one of {self.role!r} has none; give a string")
+            raise ValueError(f"messages require content, but one of {self.role!r} has none; give a string")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates know messages."""
+        """The form that chat templates take."""
         content = self.content
         if content is not None and not isinstance(content, str):
             content = [{"type": part.type, "text": part.text} for part in content]
@@ -55,18 +49,14 @@ class Message(Part):
         return plain if self.name is None else {**plain, "name": self.name}
 
 
-class Conversation(Body):
-    """What a chat template makes a prompt of."""
+class Conversation(with_unsupported(Body, CONVERSATION_FIELDS)):
+    """Messages, and how a chat template turns them into a prompt."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template: Annotated[str | None, Field(description="If the server trusts requests with it.")] = None
+    chat_template: Annotated[str | None, Field(description="Requires --trust-request-chat-template.")] = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, Field(max_length=MAX_TEMPLATE_VALUES)] = None
-    tools: NotYet = None
-    documents: NotYet = None
-    media_io_kwargs: NotYet = None
-    mm_processor_kwargs: NotYet = None
 
     @model_validator(mode="after")
     def _check_end(self) -> Self:
@@ -81,34 +71,38 @@ class Conversation(Body):
         return not self.continue_final_message and self.add_generation_prompt is not False
 
 
-class ChatRequest(Sampling, Conversation):
-    max_tokens: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
+class ChatRequest(with_unsupported(Sampling, CHAT_FIELDS), Conversation):
+    max_tokens: Annotated[int | None, Field(ge=1, le=2**31 - 1, description="See max_completion_tokens.")] = None
     max_completion_tokens: Annotated[
         int | None,
-        Field(ge=1, le=2**31 - 1, description="Comes before max_tokens; the rest of the context if neither."),
+        Field(
+            ge=1,
+            le=2**31 - 1,
+            description="How many tokens to generate at most; overrides max_tokens. Default: the rest of the context.",
+        ),
     ] = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=-1, le=2**31 - 1, description="With logprobs; -1 for all.")] = None
+    logprobs: Annotated[bool | None, Field(description="Return the log-probability of each token.")] = None
+    top_logprobs: Annotated[
+        int | None,
+        Field(ge=-1, le=2**31 - 1, description="How many of the likeliest tokens to add to logprobs; -1 for all."),
+    ] = None
     return_prompt_text: bool | None = None
-    parallel_tool_calls: Annotated[bool | None, Field(description="Without effect: there are no tools.")] = None
-    tool_choice: Annotated[Literal["none"] | None, Field(description='"none"; others are not supported yet')] = None
-    modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1, description='["text"]')] = None
-    include_reasoning: Annotated[Literal[True] | None, Field(description="true; false is not supported yet")] = None
-    functions: NotYet = None
-    function_call: NotYet = None
-    reasoning_effort: NotYet = None
-    verbosity: NotYet = None
-    audio: NotYet = None
-    prediction: NotYet = None
-    web_search_options: NotYet = None
-    moderation: NotYet = None
-    prompt_cache_retention: NotYet = None
-    return_assistant_tokens_mask: Annotated[
-        Literal[False] | None, Field(description="false; true is not supported yet")
+    parallel_tool_calls: Annotated[bool | None, Field(description="Without effect: tools are not supported yet.")] = (
+        None
+    )
+    tool_choice: Annotated[
+        Literal["none"] | None, Field(description="Other values are not supported yet."), Expected('"none"')
     ] = None
+    modalities: Annotated[
+        list[Literal["text"]] | None, Field(max_length=1, description="Text only."), Expected('["text"]')
+    ] = None
+    include_reasoning: Annotated[
+        Literal[True] | None, Field(description="false is not supported yet."), Expected("true")
+    ] = None
+    return_assistant_tokens_mask: NeverTrue = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is given and logprobs is not true; set logprobs")
+            raise ValueError("top_logprobs requires logprobs=true; set logprobs")
         return self

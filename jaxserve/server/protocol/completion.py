@@ -5,8 +5,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from jaxserve.server.protocol.base import NotYet
+from jaxserve.server.protocol.base import Expected
+from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Sampling
+from jaxserve.unsupported import COMPLETION_FIELDS
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 4096
@@ -18,29 +20,39 @@ Prompts = (
     | Ids
     | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 )
-FORMS = "a string, a list of token ids, or a list of either, of up to"
-PROMPTS = f"{FORMS} {MAX_PROMPTS} prompts"
 
 
-class CompletionRequest(Sampling):
-    prompt: Annotated[Prompts, Field(description=PROMPTS)]
-    max_tokens: Annotated[int | None, Field(ge=0, le=2**31 - 1, description="16 if not given.")] = None
-    logprobs: Annotated[int | None, Field(ge=0, le=2**31 - 1, description="How many of the likeliest tokens.")] = None
-    best_of: Annotated[int | None, Field(ge=1, le=1, description="More are not supported.")] = None
-    suffix: NotYet = None
-    prompt_embeds: NotYet = None
+def one_or_many(most: int, what: str) -> Expected:
+    return Expected(f"a string, a list of token ids, or a list of up to {most} {what} that are either")
+
+
+class CompletionRequest(with_unsupported(Sampling, COMPLETION_FIELDS)):
+    prompt: Annotated[Prompts, one_or_many(MAX_PROMPTS, "prompts")]
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=0, le=2**31 - 1, description="How many tokens to generate at most, 16 if not given; 0 with echo."),
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=2**31 - 1,
+            description="Return the log-probability of each token and of this many of the likeliest ones.",
+        ),
+    ] = None
+    best_of: Annotated[int | None, Field(ge=1, le=1, description="More than 1 is not supported.")] = None
 
     @model_validator(mode="after")
     def _check_scoring(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens is 0, which asks for nothing without echo; raise it, or set echo")
+            raise ValueError("max_tokens is 0, which requires echo; raise it, or set echo")
         if self.max_tokens == 0 and (self.n or 1) > 1:
-            raise ValueError("n is above 1 with max_tokens 0: all would be the same; give n=1")
+            raise ValueError("n is above 1 with max_tokens 0, which makes all choices equal; give n=1")
         return self
 
 
 def as_list(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
-    """All prompts of a body. A list of ids is one."""
+    """All prompts of a body. A list of token ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], int):

@@ -1,139 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fields that completions and chats share: OpenAI's, and those that vLLM added to them.
 
-Ranges that SamplingParams or a model's limits have are theirs to check; here are types, and how much is taken at all.
+Sampling parameters are not written here: they follow from their declaration.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxserve.server.protocol.base import MAX_CALL_ID, Body, Name, NeverTrue, NotYet, Part
-from jaxserve.server.protocol.bounds import MAX_VALUES
-from jaxserve.types.sampling_params import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_IDS
+from jaxserve.server.protocol.base import MAX_CALL_ID, Body, Expected, Name, NeverTrue, Strict
+from jaxserve.server.protocol.generated import with_parameters, with_unsupported
+from jaxserve.types.sampling_params import FIELDS
+from jaxserve.unsupported import GENERATION_FIELDS
 
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 1024
 MAX_METADATA = 16
-
-Text = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # its range is checked where it is known
+SENT = tuple(each.name for each in FIELDS if each.sent)
 
 
-class StreamOptions(Part):
-    include_usage: Annotated[bool | None, Field(description="A last chunk with the usage.")] = None
-    continuous_usage_stats: Annotated[bool | None, Field(description="With include_usage: on every chunk.")] = None
+class StreamOptions(Strict):
+    include_usage: Annotated[bool | None, Field(description="Send the usage in a last chunk.")] = None
+    continuous_usage_stats: Annotated[
+        bool | None, Field(description="Send the usage in every chunk; requires include_usage.")
+    ] = None
     include_obfuscation: NeverTrue = None
 
 
-class TextFormat(Part):
-    type: Annotated[Literal["text"], Field(description='"text"; others are not supported yet')]
+class TextFormat(Strict):
+    type: Annotated[Literal["text"], Field(description="Other types are not supported yet."), Expected('"text"')]
 
 
 class Ordered(Body):
-    """What OpenAI's clients may send and nothing here depends on; how a request is named and ranked; its prompts."""
+    """A body with prompts: how they are encoded, how the request is named and ranked, and OpenAI's fields that are
+    accepted without effect."""
 
     user: Name | None = None
     metadata: Annotated[dict[Name, Name] | None, Field(max_length=MAX_METADATA)] = None
     store: NeverTrue = None
-    service_tier: Annotated[Literal["auto", "default"] | None, Field(description='"auto" or "default"')] = None
+    service_tier: Annotated[
+        Literal["auto", "default"] | None, Field(description="Without effect."), Expected('"auto" or "default"')
+    ] = None
     prompt_cache_key: Name | None = None
     safety_identifier: Name | None = None
     priority: Annotated[
-        int | None, Field(ge=-(2**63), lt=2**63, description="Lower goes first, if the engine ranks.")
+        int | None,
+        Field(ge=-(2**63), lt=2**63, description="Lower is served first; requires the scheduling policy priority."),
     ] = None
     request_id: Annotated[
-        str | None, Field(max_length=MAX_CALL_ID, description="Part of the answer's id, unless X-Request-Id is sent.")
+        str | None, Field(max_length=MAX_CALL_ID, description="Part of the response's id, unless X-Request-Id is sent.")
     ] = None
 
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[
-        int | None, Field(ge=-1, le=2**31 - 1, description="Keep so many of the prompt's tokens; -1: all that fit.")
+        int | None,
+        Field(ge=-1, le=2**31 - 1, description="Truncate the prompt to this many tokens; -1: to all that fit."),
     ] = None
     truncation_side: Annotated[
-        Literal["left", "right"] | None, Field(description='"left" (the default) or "right": which end is cut off')
+        Literal["left", "right"] | None,
+        Field(description="Which end of the prompt is cut off; left if not given."),
+        Expected('"left" or "right"'),
     ] = None
     cache_salt: Annotated[
-        str | None, Field(min_length=1, max_length=128, description="Cached prompts are shared within one salt alone.")
+        str | None,
+        Field(
+            min_length=1,
+            max_length=128,
+            description="Cached prompts are shared only between requests of the same salt.",
+        ),
     ] = None
 
     @model_validator(mode="after")
     def _check_request_id(self) -> Self:
         if self.request_id is not None and not self.request_id.isprintable():
-            raise ValueError("request_id has characters that do not print; leave them out")
+            raise ValueError("request_id has characters that are not printable; remove them")
         return self
 
 
-class Sampling(Ordered):
-    n: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Count | None = None
-    min_p: float | None = None
-    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, Field(max_length=MAX_BIASES)] = None
-    allowed_token_ids: Annotated[list[TokenId] | None, Field(fail_fast=True, max_length=MAX_VALUES)] = None
-    bad_words: Annotated[list[Text] | None, Field(fail_fast=True, max_length=MAX_BAD_WORDS)] = None
-    stop: Annotated[
-        Text | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS)] | None,
-        Field(description=f"A string or a list of up to {MAX_STOPS} strings, of up to {MAX_STOP_LENGTH} characters."),
-    ] = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(fail_fast=True, max_length=MAX_STOP_IDS)] = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Count | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    prompt_logprobs: Annotated[int | None, Field(ge=-1, le=2**31 - 1)] = None
+class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIELDS)):
+    if TYPE_CHECKING:  # the sampling parameters that are read here by name
+        n: int | None
+        prompt_logprobs: int | None
+        skip_special_tokens: bool | None
+        spaces_between_special_tokens: bool | None
+
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Tokens to a chunk, after the first one.")
+        int | None, Field(ge=1, le=2**31 - 1, description="Tokens per chunk, after the first chunk.")
     ] = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: Annotated[
-        TextFormat | None, Field(description='{"type": "text"}; others are not supported yet')
+        TextFormat | None,
+        Field(description="Other types than text are not supported yet."),
+        Expected('{"type": "text"}'),
     ] = None
     use_beam_search: NeverTrue = None
     length_penalty: Annotated[
-        float | None, Field(ge=1, le=1, description="Ranks beams alone, which are not supported yet.")
+        float | None, Field(ge=1, le=1, description="Without effect: beam search is not supported yet.")
     ] = None
 
-    structured_outputs: NotYet = None
-    guided_json: NotYet = None
-    guided_regex: NotYet = None
-    guided_choice: NotYet = None
-    guided_grammar: NotYet = None
-    guided_decoding_backend: NotYet = None
-    guided_whitespace_pattern: NotYet = None
-    logits_processors: NotYet = None
-    logprob_token_ids: NotYet = None
-    thinking_token_budget: NotYet = None
-    repetition_detection: NotYet = None
-    routed_experts_prompt_start: NotYet = None
     return_token_offsets: NeverTrue = None
-    session_id: NotYet = None
-    kv_transfer_params: NotYet = None
-    ec_transfer_params: NotYet = None
-    vllm_xargs: NotYet = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is given and stream is not true; leave it out, or stream")
+            raise ValueError("stream_options requires stream=true; set stream, or remove stream_options")
         options = self.stream_options
         if options is not None and options.continuous_usage_stats and not options.include_usage:
-            raise ValueError("stream_options.continuous_usage_stats needs include_usage; set it")
+            raise ValueError("stream_options.continuous_usage_stats requires include_usage; set include_usage")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs is not given out in a stream; leave it out, or do not stream")
+            raise ValueError("prompt_logprobs cannot be streamed; remove it, or set stream to false")
         return self
 
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those of the fields that have a value, by name."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that have a value."""
+        return {name: value for name in SENT if (value := getattr(self, name)) is not None}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.server.errors import ApiError, bad_request, sentence
-from jaxserve.server.protocol.base import Part, parse
+from jaxserve.server.protocol.base import Strict, parse
 from jaxserve.server.routes.status import reply
 from jaxserve.server.routes.table import Query, Route
 from jaxserve.server.state import SERVING, Serving
@@ -22,7 +22,7 @@ from jaxserve.server.state import SERVING, Serving
 MAX_IDS = 4096
 
 
-class ProfileRequest(Part):
+class ProfileRequest(Strict):
     model_config = ConfigDict(title="ProfileRequest")
 
     folder: Annotated[
@@ -30,11 +30,11 @@ class ProfileRequest(Part):
     ] = None
 
 
-class NoFields(Part):
+class NoFields(Strict):
     model_config = ConfigDict(title="NoFields")
 
 
-class AbortRequest(Part):
+class AbortRequest(Strict):
     model_config = ConfigDict(title="AbortRequest")
 
     request_ids: Annotated[

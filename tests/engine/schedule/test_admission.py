@@ -53,7 +53,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
             dict(embed=True),
             {name: value},
             name,
-            f"{name} is .*, and nothing is generated for an embedding; leave it out",
+            f"{name} is .*, but an embedding generates nothing; remove it",
         )
         for name, value in dict(
             n=2,

@@ -15,6 +15,7 @@ from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import Batcher
 from jaxserve.engine.schedule.plan import Slice, StepPlan
 from jaxserve.engine.schedule.sequence import Need, Sequence
+from jaxserve.sampling.columns import COLUMNS
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 
@@ -77,7 +78,7 @@ def test_a_decoding_step_written_out() -> None:
     assert given["rope_lengths"] == [100 + 3 + 16, 100 + 4, 100 + 3 + 16, 0]
     assert given["starts"] == [0, 1, 2, 3, 4] and given["distribution"] == [3, 3]
     assert given["cells"] == [12] + [-1] * 11 and given["blocks"][0] == 9
-    numbers = [[0, 0, 0, bits(1), 0, 0], [0, bits(1), 0, bits(0.5), 0, -1], [0, bits(1), 0, bits(1), 0, 0]]
+    numbers = [[0, 0, 0, bits(1), 0, 0], [0, -1, bits(1), bits(0.5), 0, 0], [0, 0, bits(1), bits(1), 0, 0]]
     entries = np.reshape(given["entries"], (4, len(packing.ENTRY))).tolist()
     assert entries[0] == [0, 2, 3, -1, 1, *numbers[0]]
     assert entries[1] == [1, 0, 2, -1, 1, *numbers[1]]
@@ -123,7 +124,7 @@ def test_embeddings_are_entries_that_sample_nothing() -> None:
 def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
     packer = batcher()
     first, later = sequence(1, [1], temperature=2, top_k=3), sequence(1, [1], temperature=0, min_tokens=1)
-    at = packing.FIXED + packing.NUMBERS.index("top_k")
+    at = packing.FIXED + COLUMNS.index("top_k")
     told: list[int] = []
     for tenant, arrivals in ((first, [first]), (first, []), (later, [later])):
         step = plan([Slice(tenant, 0, 1, True)])
