@@ -15,7 +15,7 @@ from jaxserve.flags.setting import Setting
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a model to the Orbax format that loads fastest."""
+    """Convert a model to Orbax format, which loads fastest."""
 
     source: Annotated[
         str, Setting("Model folder, or Hugging Face Hub ID such as org/name.", given_as="word", metavar="SRC")

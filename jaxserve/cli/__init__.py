@@ -33,8 +33,8 @@ COMMANDS = {
     "bench latency": Command(".with_jax.bench_offline", "BenchLatency", "Measure offline batch latency."),
     "check": Command(".with_jax.check", "Check", "Describe a model and check whether it fits, without loading it."),
     "profile": Command(".with_jax.profile", "Profile", "Record a trace for Perfetto or XProf."),
-    "convert": Command("convert.command", "Convert", "Convert a model to the Orbax format that loads fastest."),
-    "version": Command(".version", "Version", "Print the versions of jaxserve, Python and its dependencies."),
+    "convert": Command("convert.command", "Convert", "Convert a model to Orbax format, which loads fastest."),
+    "version": Command(".version", "Version", "Print the versions of jaxserve, its dependencies and Python."),
     "devices": Command(".with_jax.devices", "Devices", "List the devices that JAX sees and the kernel backend."),
     "inspect": Command(".inspect", "Inspect", "List the tensors of a safetensors checkpoint."),
     "completion": Command(".completion", "Completion", "Print a shell completion script for bash, zsh or fish."),
@@ -119,6 +119,8 @@ def _unknown(words: Sequence[str]) -> tuple[str, str]:
     word = next(iter(words[1:] if bench else words), None)
     if word is None:
         return f"missing {'benchmark' if bench else 'command'}", f"choose one of {', '.join(names)}"
+    if word.startswith("-"):
+        return f"unknown option {word}", f"see jaxserve {'bench ' * bench}--help"
     close = get_close_matches(word, [*names, *([] if bench else ALIASES)], n=1)
-    problem = f"unknown {'option' if word.startswith('-') else 'command'} {word}"
-    return problem, f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+    return f"unknown {'benchmark' if bench else 'command'} {word}", hint

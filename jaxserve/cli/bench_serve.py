@@ -72,9 +72,9 @@ class BenchServe:
     json: Annotated[
         Path | None, Setting("Write the results as JSON to this file; - for standard output, instead of the table.")
     ] = None
-    save_result: Annotated[bool, Setting("Write the results to a file named after time and model, as vLLM does.")] = (
-        False
-    )
+    save_result: Annotated[
+        bool, Setting("Write the results to a file named after the time and the model, as vLLM does.")
+    ] = False
     result_dir: Annotated[Path, Setting("Folder for --save-result.")] = Path()
 
     def __post_init__(self) -> None:

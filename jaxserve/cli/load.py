@@ -3,7 +3,7 @@
 
     jobs --- at a rate, with limited concurrency ---> streamed requests ---> one Sample each ---> summary
 
-Events are timestamped when they are read, and inspected as bytes: with hundreds of streams, a JSON parser would dominate
+Events are timestamped when they are read, and inspected as bytes: with hundreds of streams, JSON parsing would dominate
 the measured time.
 """
 

@@ -18,7 +18,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Version:
-    """Print the versions of jaxserve, Python and its dependencies."""
+    """Print the versions of jaxserve, its dependencies and Python."""
 
     json: Annotated[bool, Setting("Print one JSON object instead of a table.")] = False
 

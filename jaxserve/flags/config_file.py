@@ -45,7 +45,7 @@ def _content(path: Path) -> dict[object, object]:
     except OSError as error:
         raise UsageError(f"cannot read the configuration file {path}: {error.strerror}", "check --config") from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
-        where = " ".join(str(error).split())
+        where = " ".join(str(error).split()).replace(' in "<unicode string>", line', " at line")
         raise UsageError(f"{path} is not valid YAML: {where}", _FORM) from None
     if content is None:
         return {}

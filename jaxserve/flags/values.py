@@ -50,7 +50,7 @@ def from_data(flag: Flag, value: Any) -> Any:
     """The same for a value from a YAML file, which has a type already."""
     if value is None:
         if not flag.optional:
-            _refuse(flag, value, "give a value, or remove the line")
+            raise UsageError(f"{flag.shown} has no value", "give one, or remove the line")
         return None
     if flag.many:
         items = cast("list[Any]", value) if isinstance(value, list) else [value]
@@ -119,7 +119,7 @@ def _fault_of_list(flag: Flag, value: Any) -> tuple[str, str] | None:
         return f"{flag.name} is of type {type(value).__name__}", "use a list of strings"
     entries = cast("tuple[object, ...]", value)
     if not all(isinstance(entry, str) and entry for entry in entries):
-        return f"{flag.name} has an entry that is empty or not a string", "correct it, or remove it"
+        return f"{flag.name} has an entry that is empty or not a string", "correct or remove it"
     if not flag.secret and any(str(entry).startswith('["') for entry in entries):
         return f"{flag.name} has an entry that is a JSON list", "separate the entries with spaces, without brackets"
     return None
@@ -154,17 +154,16 @@ def _expected(flag: Flag) -> str:
     noun = "a power of two" if bounds.power_of_two else _NOUNS.get(flag.base, "a string")
     if bounds.unit:
         noun += f" of {bounds.unit}"
-    if bounds.above is not None:
-        noun += f" above {bounds.above:g}"
-    if bounds.low is not None:
-        noun += f" from {bounds.low}" if bounds.high is not None else f" of at least {bounds.low}"
-    if bounds.high == math.inf:
-        return f"use {noun}, or inf"
+    high = None if bounds.high == math.inf else bounds.high
+    if bounds.low is not None and high is not None:
+        noun += f" from {bounds.low} to {high}"
+    elif bounds.low is not None:
+        noun += f" of at least {bounds.low}"
+    elif bounds.above is not None:
+        noun += f" above {bounds.above}" + (f" and at most {high}" if high is not None else "")
     if bounds.below is not None:
-        noun += f" and below {bounds.below:g}"
-    if bounds.high is not None:
-        noun += f" to {bounds.high}" if bounds.low is not None else f" and at most {bounds.high:g}"
-    return f"use {noun}"
+        noun += f" and below {bounds.below}"
+    return f"use {noun}, or inf" if bounds.high == math.inf else f"use {noun}"
 
 
 def changed(flags: Sequence[Flag], given: Mapping[str, Any]) -> str:

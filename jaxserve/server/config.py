@@ -39,7 +39,7 @@ class ServerConfig:
     served_model_name: Annotated[
         tuple[str, ...],
         Setting(
-            "Model names that requests may use; responses show the first (default: the name given to load it).",
+            "Model names that requests may use; responses show the first (default: the path or ID of the model).",
             "Server",
             common=True,
         ),

@@ -213,7 +213,7 @@ class Ranges:
         ({"switch": 1}, "switch is 1", "use true or false"),
         ({"color": "blue"}, "color is 'blue'", "choose one of red, green"),
         ({"names": "a"}, "names is of type str", "use a list of strings"),
-        ({"keys": ("sk-1", 5)}, "keys has an entry that is empty or not a string", "correct it, or remove it"),
+        ({"keys": ("sk-1", 5)}, "keys has an entry that is empty or not a string", "correct or remove it"),
         ({"names": ('["a"]',)}, "names has an entry that is a JSON list", "separate the entries with spaces"),
     ],
 )

@@ -27,7 +27,7 @@ class Check:
     memory: Annotated[
         int | None,
         Setting(
-            "Memory of each accelerator, such as 80GiB (default: that of this machine's accelerators, or of its CPU).",
+            "Memory of each accelerator, such as 80GiB (default: this machine's GPU; without one, plan for the CPU).",
             "Check",
             low=1,
             high=2**60,

@@ -22,7 +22,10 @@ class Profile:
     """Trace a running server, or, with a model, an offline run."""
 
     out: Annotated[
-        Path, Setting("Folder for the trace. For a server: its --profile-dir, as a folder of this machine.", GROUP)
+        Path,
+        Setting(
+            "Folder for the trace. For a server, its --profile-dir, which this machine must be able to read.", GROUP
+        ),
     ]
     url: Annotated[
         str | None, Setting(f"URL of the server, with or without /v1 (default without a model: {DEFAULT_URL}).", GROUP)
