@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve convert` and `python -m convert`: a model from the hub or a folder into the converted form."""
+"""`jaxserve convert` and `python -m convert`: converts a model from a folder or the Hub to the Orbax format."""
 
 import json
 import shutil
@@ -10,36 +10,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from jaxserve.errors import CheckpointError
-from jaxserve.flags.parsing import Arg
+from jaxserve.flags.setting import Setting
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a model in the form that starts fastest, and that JAX programs can restore with Orbax."""
+    """Convert a model to Orbax format, which loads fastest."""
 
-    source: Annotated[str, Arg(positional=True, metavar="SRC")]
-    """A model folder, or a hub model such as org/name."""
-
-    destination: Annotated[Path, Arg(positional=True, metavar="DST")]
-    """The folder to make."""
-
-    revision: str | None = None
-    """A branch, tag or commit of the hub model."""
-
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Store parameters as this, and not in the checkpoint's own dtypes."""
-
-    offline: bool = False
-    """Use the hub's cache alone."""
-
-    overwrite: bool = False
-    """Replace DST if it holds a converted model."""
+    source: Annotated[
+        str, Setting("Model folder, or Hugging Face Hub ID such as org/name.", given_as="word", metavar="SRC")
+    ]
+    destination: Annotated[Path, Setting("Folder to create.", given_as="word", metavar="DST")]
+    revision: Annotated[str | None, Setting("Branch, tag or commit of the Hub model.", empty=True)] = None
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        Setting("Data type to store parameters in (default: the checkpoint's)."),
+    ] = None
+    offline: Annotated[bool, Setting("Use only the local Hugging Face cache.")] = False
+    overwrite: Annotated[bool, Setting("Replace DST if it contains a converted model.")] = False
 
     def run(self) -> None:
         from convert.files import hub, output
 
         started = time.monotonic()
-        # What DST is comes first, then the config, and jax only when both are right.
+        # DST is checked first, then the config; jax starts only when both are right.
         output.check(self.destination, overwrite=self.overwrite, ours=_ours)
         folder = hub.fetch(self.source, revision=self.revision, offline=self.offline, check=_check)
         size, count = self._convert(folder)
@@ -49,16 +43,16 @@ class Convert:
     def _convert(self, folder: Path) -> tuple[int, int]:
         import jax
 
-        cast(Any, jax.config).update("jax_platforms", "cpu")  # nothing is computed; a GPU may be in use
+        cast(Any, jax.config).update("jax_platforms", "cpu")  # no computation is needed, and a GPU may be in use
         from convert import load, orbax
         from convert.files import output, progress
 
         plan = load.open_model(folder)
         with output.folder(self.destination, overwrite=self.overwrite, ours=_ours) as made:
             output.check_room(self.destination, plan.size(self.dtype))
-            with progress.bar("converting", plan.bytes) as told:
+            with progress.bar("converting", plan.bytes) as progressed:
                 source = {"name": self.source, "revision": _commit(self.source, folder)}
-                orbax.write(plan, made, source=source, dtype=self.dtype, progress=told)
+                orbax.write(plan, made, source=source, dtype=self.dtype, progress=progressed)
             with output.explained(self.destination):
                 _copy_along(folder, made)
             written = orbax.plan(made)  # as a reader will see it
@@ -78,7 +72,7 @@ def _ours(folder: Path) -> bool:
 
 
 def _check(folder: Path) -> None:
-    """Called once the config is here, and the weights are not."""
+    """Called when the config is downloaded and the weights are not."""
     from jaxserve.models import registry
 
     if not _ours(folder):
@@ -90,7 +84,7 @@ def _commit(source: str, folder: Path) -> str | None:
 
 
 def _copy_along(folder: Path, made: Path) -> None:
-    """Config, tokenizer and chat templates as they are; never code, and no weights."""
+    """Copies config, tokenizer and chat templates unchanged; never code or weights."""
     from convert.files.hub import SMALL, TEMPLATE
 
     templates = (str(path.relative_to(folder)) for path in folder.glob("*/*.jinja"))
@@ -98,6 +92,6 @@ def _copy_along(folder: Path, made: Path) -> None:
         if not (folder / name).is_file():
             continue
         if (folder / name).stat().st_size > 10**9:
-            raise CheckpointError(f"{name} of the source has over 1 GB", "check the file")
+            raise CheckpointError(f"{name} of the source is larger than 1 GB", "check the file")
         (made / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, made / name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command of ours ends: every way out as an exit code, every fault as one line.
+"""How a command ends: every outcome as an exit code, every error as one line.
 
-0 done · 1 a fault, `error: what was wrong  hint: what to do` · 2 wrong usage, said alike ·
-130 Ctrl-C · 141 the reader of its output left
+0 success · 1 an error, `error: PROBLEM  hint: REMEDY` · 2 wrong usage, in the same form ·
+130 Ctrl-C · 141 the reader closed the command's output
 """
 
 import io
@@ -15,12 +15,12 @@ from typing import TextIO, cast
 
 from jaxserve.errors import JaxserveError, UsageError, one_line
 
-DEBUG = "JAXSERVE_DEBUG"  # set for processes that a command starts, when it runs with --debug
+DEBUG = "JAXSERVE_DEBUG"  # set for the child processes of a command that runs with --debug
 
 
 def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
-    """Runs a command of this process and gives its exit code: what it returns, where that is a number."""
-    # transformers warns that models need PyTorch; ours do not.
+    """Runs a command and returns its exit code: what the command returns, if that is a number."""
+    # transformers warns that models need PyTorch; jaxserve's do not.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -29,12 +29,12 @@ def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
     try:
         code = command()
         out = cast("TextIO | None", sys.stdout)
-        if out is not None:  # it was open when we were started
-            out.flush()  # so that a closed pipe shows up here, not at exit
+        if out is not None:  # it is None if it was closed at startup
+            out.flush()  # so that a closed pipe raises here, not at exit
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (`head`, a pager) left. Python flushes once more at exit; give it a sink.
+        # The reader (`head`, a pager) is gone. Python flushes again at exit: redirect that to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -46,11 +46,11 @@ def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
 
 
 def error_line(error: BaseException) -> str:
-    """What a user is told of an error."""
+    """The line that a user sees for an error."""
     if isinstance(error, JaxserveError):
         return f"error: {error.problem}  hint: {error.hint}"
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
-        return f"error: {one_line(error.strerror + place, limit=2000)}  hint: --debug shows where"
+        return f"error: {one_line(error.strerror + place, limit=2000)}  hint: run with --debug for the traceback"
     problem = one_line(f"{type(error).__name__}: {error}", limit=2000)
-    return f"error: {problem}  hint: this is a fault of jaxserve; --debug shows where, and a report is welcome"
+    return f"error: {problem}  hint: this is a bug in jaxserve; please report it with the traceback that --debug shows"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `jaxserve` command: which command is meant, and every way out as an exit code (jaxserve/exit_codes.py).
+"""The `jaxserve` command: finds the command that is meant and runs it; every outcome is an exit code (exit_codes.py).
 
-A command is a dataclass whose fields are its flags (jaxserve/flags/parsing.py), in a file of its own that is imported
-when it is called; those files import heavy packages inside `run`, so that `--help` stays quick.
+A command is a dataclass whose fields are its flags (jaxserve/flags), in its own file that is imported when the command
+is called. Those files import heavy packages inside `run`, so that `--help` stays quick.
 """
 
 import importlib
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from jaxserve import exit_codes
-from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.errors import UsageError
 
 if TYPE_CHECKING:
-    from jaxserve.flags.parsing import Parser
+    from jaxserve.flags.parser import Parser
 
 
 class Command(NamedTuple):
@@ -25,19 +25,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "run": Command(".run", "Run", "Serve a model over HTTP, as OpenAI does; the demo if none is named."),
-    "chat": Command(".chat", "Chat", "Talk to a running server in the terminal."),
-    "complete": Command(".chat", "Complete", "Have a running server continue a text."),
-    "bench serve": Command(".bench_serve", "BenchServe", "Load a running server, and measure."),
-    "bench throughput": Command(".with_jax.bench_offline", "BenchThroughput", "Tokens per second, no server."),
-    "bench latency": Command(".with_jax.bench_offline", "BenchLatency", "Seconds of a batch, no server."),
-    "check": Command(".with_jax.check", "Check", "What a model is and whether it fits, without loading it."),
-    "profile": Command(".with_jax.profile", "Profile", "Trace a server, or a run of its own, for Perfetto or XProf."),
-    "convert": Command("convert.command", "Convert", "Write a model in the form that starts fastest, with Orbax."),
-    "version": Command(".version", "Version", "Print the versions of jaxserve, Python and the packages below."),
-    "devices": Command(".with_jax.devices", "Devices", "List the devices that jax sees, and how kernels run there."),
+    "run": Command(".run", "Run", "Serve a model over an OpenAI-compatible API (default: demo model)."),
+    "chat": Command(".chat", "Chat", "Chat with a running server in the terminal."),
+    "complete": Command(".chat", "Complete", "Complete a text with a running server."),
+    "bench serve": Command(".bench_serve", "BenchServe", "Load-test a running server."),
+    "bench throughput": Command(".with_jax.bench_offline", "BenchThroughput", "Measure offline throughput."),
+    "bench latency": Command(".with_jax.bench_offline", "BenchLatency", "Measure offline batch latency."),
+    "check": Command(".with_jax.check", "Check", "Describe a model and check whether it fits, without loading it."),
+    "profile": Command(".with_jax.profile", "Profile", "Record a trace for Perfetto or XProf."),
+    "convert": Command("convert.command", "Convert", "Convert a model to Orbax format, which loads fastest."),
+    "version": Command(".version", "Version", "Print the versions of jaxserve, its dependencies and Python."),
+    "devices": Command(".with_jax.devices", "Devices", "List the devices that JAX sees and the kernel backend."),
     "inspect": Command(".inspect", "Inspect", "List the tensors of a safetensors checkpoint."),
-    "completion": Command(".completion", "Completion", "Print a completion script for bash, zsh or fish."),
+    "completion": Command(".completion", "Completion", "Print a shell completion script for bash, zsh or fish."),
 }
 ALIASES = {"serve": "run"}
 
@@ -71,23 +71,9 @@ def _dispatch(words: Sequence[str], *, debug: bool) -> int | None:
 
 
 def _call(name: str, words: Sequence[str]) -> int | None:
-    """Parses the rest by the command's fields, and runs it."""
-    from jaxserve.flags.parsing import HelpRequested
+    from jaxserve.flags import command
 
-    kind, parser = _kind(name), parser_of(name)
-    try:
-        given = parser.parse(words)
-    except HelpRequested as wanted:
-        from jaxserve.flags.help import topic_help
-
-        own = wanted.topic is None and hasattr(kind, "help")
-        _show(kind.help(parser) if own else topic_help(parser, wanted.topic))
-    command = kind.of(parser, given) if hasattr(kind, "of") else kind(**given)
-    try:
-        return command.run()
-    except JaxserveError as error:  # which names settings as programs do
-        kind = UsageError if isinstance(error, UsageError) else JaxserveError
-        raise kind(parser.in_flags_words(error.problem), parser.in_flags_words(error.hint)) from error
+    return command.run(_kind(name), words, prog=f"jaxserve {name}", about=COMMANDS[name].about)
 
 
 def _kind(name: str) -> Any:
@@ -96,12 +82,10 @@ def _kind(name: str) -> Any:
 
 
 def parser_of(name: str) -> "Parser":
-    """A command with flags from elsewhere has `parser`, and `of` to be made of what was given; its `help` may choose
-    what is shown. All others are made of their fields."""
-    from jaxserve.flags.parsing import Parser, flags_of
+    """The command line of a command."""
+    from jaxserve.flags import command
 
-    kind, prog, about = _kind(name), f"jaxserve {name}", COMMANDS[name].about
-    return kind.parser(prog, about) if hasattr(kind, "parser") else Parser(prog, flags_of(kind), about=about)
+    return command.parser_of(_kind(name), f"jaxserve {name}", COMMANDS[name].about)
 
 
 def _show(text: str) -> NoReturn:
@@ -118,9 +102,9 @@ def _overview(prefix: str = "") -> str:
         "commands:",
         *(f"  {name:<18}{command.about}" for name, command in shown.items()),
         "",
-        "options of all commands:",
-        "  -h, --help        flags of a command",
-        "  --debug           the traceback of an error",
+        "options of every command:",
+        "  -h, --help        Show the options of a command.",
+        "  --debug           Show the traceback of an error.",
     ]
     return "\n".join(lines)
 
@@ -134,7 +118,9 @@ def _unknown(words: Sequence[str]) -> tuple[str, str]:
         names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
     word = next(iter(words[1:] if bench else words), None)
     if word is None:
-        return f"no {'benchmark' if bench else 'command'} is given", f"one of {', '.join(names)}"
+        return f"missing {'benchmark' if bench else 'command'}", f"choose one of {', '.join(names)}"
+    if word.startswith("-"):
+        return f"unknown option {word}", f"see jaxserve {'bench ' * bench}--help"
     close = get_close_matches(word, [*names, *([] if bench else ALIASES)], n=1)
-    problem = f"unknown {'option' if word.startswith('-') else 'command'} {word}"
-    return problem, f"did you mean {close[0]}?" if close else f"one of {', '.join(names)}"
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+    return f"unknown {'benchmark' if bench else 'command'} {word}", hint

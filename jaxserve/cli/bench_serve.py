@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve bench serve`: load on a running server, and vLLM's table of what it bore."""
+"""`jaxserve bench serve`: load-tests a server and prints vLLM's result table."""
 
 import asyncio
 import json as json_module
+import math
 import random
 import sys
 import time
@@ -11,15 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jaxserve.cli import settings
+from jaxserve.cli import figures
 from jaxserve.cli.client import DEFAULT_URL, Client, ServerError, key_of_environment
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags.parsing import Arg
+from jaxserve.flags.setting import Setting
 
 if TYPE_CHECKING:
     from jaxserve.cli.load import Job, Sample
 
-# Common words, most of them one token in most vocabularies: prompts where a server does not tokenize for us.
+# Common words, mostly one token each: prompts for servers that have no /tokenize.
 WORDS = (
     "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all "
     "were when we there can an your which their said if do will each about how up out them then she many some so these "
@@ -28,69 +29,58 @@ WORDS = (
 )
 
 
-SLOWEST, LONGEST = 1e-6, 1e9  # requests a second; seconds
-
-
 @dataclass(frozen=True, kw_only=True)
 class BenchServe:
-    """Load a running server, and measure."""
+    """Load-test a running server."""
 
-    url: Annotated[str, Arg(options=("--base-url",))] = DEFAULT_URL
-    """The server, with /v1 or without."""
-    model: str | None = None
-    """The model's name at the server; its first if not given."""
-    api_key: str | None = field(default=None, repr=False)
-    """The server's key; JAXSERVE_API_KEY or OPENAI_API_KEY if not given."""
-    endpoint: Literal["/v1/completions", "/v1/chat/completions"] = "/v1/completions"
-    """What is asked for."""
-    dataset_name: Literal["random"] = "random"
-    """What the prompts are: tokens drawn at random, so that no two begin alike."""
-    num_prompts: int = 1000
-    """How many requests."""
-    random_input_len: int = 1024
-    """Tokens in a prompt."""
-    random_output_len: int = 128
-    """Tokens in an answer, at most."""
-    random_prefix_len: int = 0
-    """Tokens, before those, with which all prompts begin."""
-    random_range_ratio: float = 0.0
-    """Lengths differ by up to this share, either way."""
-    max_concurrency: int | None = None
-    """How many requests at once; no limit if not given."""
-    request_rate: float = float("inf")
-    """Requests per second, at random times; inf for all at once."""
-    ignore_eos: bool = False
-    """Have every answer reach its length."""
-    temperature: float = 0.0
-    """Of the sampling."""
-    seed: int = 0
-    """Of prompts and times."""
-    num_warmups: int = 1
-    """Requests before those that count."""
-    timeout: float = 24 * 3600.0
-    """Seconds after which a request has failed."""
-    json: Path | None = None
-    """Write the figures into this file; - for standard output, in place of the table."""
-    save_result: bool = False
-    """Write the figures into a file named after time and model, as vLLM does."""
-    result_dir: Path = Path()
-    """Where --save-result writes."""
+    url: Annotated[str, Setting("URL of the server, with or without /v1.", spellings=("--base-url",))] = DEFAULT_URL
+    model: Annotated[str | None, Setting("Model name (default: the first model of the server).")] = None
+    api_key: Annotated[str | None, Setting("API key of the server (default: JAXSERVE_API_KEY or OPENAI_API_KEY).")] = (
+        field(default=None, repr=False)
+    )
+    endpoint: Annotated[
+        Literal["/v1/completions", "/v1/chat/completions"], Setting("Endpoint to send requests to.")
+    ] = "/v1/completions"
+    dataset_name: Annotated[
+        Literal["random"], Setting("Source of prompts: random tokens, so that no two share a prefix.")
+    ] = "random"
+    num_prompts: Annotated[int, Setting("Number of requests.", low=1)] = 1000
+    random_input_len: Annotated[int, Setting("Tokens per prompt.", low=1)] = 1024
+    random_output_len: Annotated[int, Setting("Maximum number of tokens to generate per request.", low=1)] = 128
+    random_prefix_len: Annotated[int, Setting("Tokens of a common prefix, added to every prompt.", low=0)] = 0
+    random_range_ratio: Annotated[
+        float, Setting("Vary lengths by up to this fraction in both directions.", low=0, below=1)
+    ] = 0.0
+    max_concurrency: Annotated[
+        int | None, Setting("Maximum number of concurrent requests (default: no limit).", low=1)
+    ] = None
+    request_rate: Annotated[
+        float,
+        Setting(
+            "Average number of requests per second, sent at random times; inf sends all at once.",
+            low=1e-6,
+            high=math.inf,
+        ),
+    ] = math.inf
+    ignore_eos: Annotated[bool, Setting("Ignore EOS; always generate the full length.")] = False
+    temperature: Annotated[float, Setting("Sampling temperature.", low=0)] = 0.0
+    seed: Annotated[int, Setting("Seed for prompts and request times.")] = 0
+    num_warmups: Annotated[int, Setting("Number of warmup requests, which are not measured.", low=0)] = 1
+    timeout: Annotated[
+        float, Setting("Time after which a request counts as failed.", above=0, high=10**9, unit="seconds")
+    ] = 24 * 3600.0
+    json: Annotated[
+        Path | None, Setting("Write the results as JSON to this file; - for standard output, instead of the table.")
+    ] = None
+    save_result: Annotated[
+        bool, Setting("Write the results to a file named after the time and the model, as vLLM does.")
+    ] = False
+    result_dir: Annotated[Path, Setting("Folder for --save-result.")] = Path()
 
     def __post_init__(self) -> None:
-        for name, low in (("num_prompts", 1), ("random_input_len", 1), ("random_output_len", 1), ("num_warmups", 0)):
-            if getattr(self, name) < low:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", f"give {low} or more")
-        if self.random_prefix_len < 0 or (self.max_concurrency is not None and self.max_concurrency < 1):
-            raise UsageError("--random-prefix-len or --max-concurrency is too small", "give a positive number")
-        if not self.request_rate >= SLOWEST:
-            raise UsageError(f"--request-rate is {self.request_rate}", "give a number above 0, or inf")
-        if not 0 <= self.random_range_ratio < 1:
-            raise UsageError(f"--random-range-ratio is {self.random_range_ratio}", "give a number from 0 to below 1")
-        if not 0 < self.timeout <= LONGEST:
-            raise UsageError(f"--timeout is {self.timeout}", "give a number of seconds")
-        settings.check_place(self.json)
+        figures.check(self.json)
         if self.save_result and not self.result_dir.is_dir():
-            raise UsageError(f"there is no folder {self.result_dir}", "make it, or name another with --result-dir")
+            raise UsageError(f"no such folder: {self.result_dir}", "create it, or name another with --result-dir")
 
     def run(self) -> int:
         from jaxserve.cli import load
@@ -104,7 +94,7 @@ class BenchServe:
         async def measured() -> load.Outcome:
             warm = await load.run(client.root, jobs[self.num_prompts :], api_key=key, timeout=self.timeout)
             if warm.samples and all(sample.error for sample in warm.samples):
-                raise JaxserveError(f"the first request failed: {warm.samples[0].error}", "see the server's log")
+                raise JaxserveError(f"the first request failed: {warm.samples[0].error}", "see the server log")
             return await load.run(
                 client.root,
                 jobs[: self.num_prompts],
@@ -118,12 +108,12 @@ class BenchServe:
 
         outcome = asyncio.run(measured())
         shown.close()
-        figures = load.summary(outcome)
-        self._report(model, figures, [sample.error for sample in outcome.samples if sample.error])
-        return 0 if figures["completed"] else 1
+        results = load.summary(outcome)
+        self._report(model, results, [sample.error for sample in outcome.samples if sample.error])
+        return 0 if results["completed"] else 1
 
     def jobs(self, model: str, pool: "Sequence[int] | None") -> "list[Job]":
-        """The same for the same seed, those for warming up last. `pool` are token ids to draw from, else prompts are
+        """The requests, warmup last; equal for equal seeds. `pool` has token IDs to draw from; without one prompts are
         words."""
         from jaxserve.cli.load import Job
 
@@ -147,15 +137,15 @@ class BenchServe:
             jobs.append(Job(self.endpoint, body, len(prompt)))
         return jobs
 
-    def _report(self, model: str, figures: dict[str, float], errors: Sequence[str]) -> None:
+    def _report(self, model: str, results: dict[str, float], errors: Sequence[str]) -> None:
         asked = {name: value for name, value in asdict(self).items() if name not in ("api_key", "json")}
-        asked |= {"request_rate": str(self.request_rate) if self.request_rate == float("inf") else self.request_rate}
+        asked |= {"request_rate": str(self.request_rate) if self.request_rate == math.inf else self.request_rate}
         asked |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
-        result = json_module.dumps({**asked, **figures, "errors": list(errors)})
+        result = json_module.dumps({**asked, **results, "errors": list(errors)})
         if str(self.json) == "-":
             print(result)
         else:
-            print(table(figures, rate=self.request_rate, concurrency=self.max_concurrency))
+            print(table(results, rate=self.request_rate, concurrency=self.max_concurrency))
         for error in list(dict.fromkeys(errors))[:3]:
             print(f"failed: {error}", file=sys.stderr)
         files = [self.json] if self.json is not None and str(self.json) != "-" else list[Path]()
@@ -167,7 +157,7 @@ class BenchServe:
 
 
 def _pool(client: Client, model: str, seed: int) -> list[int] | None:
-    """Ids of plain tokens, from the server's tokenizer; None if it has no such route."""
+    """IDs of plain tokens, from the server's tokenizer; None if it has no /tokenize."""
     try:
         found = client.post("/tokenize", {"model": model, "prompt": WORDS, "add_special_tokens": False})
         ids = sorted({int(token) for token in found["tokens"]})
@@ -199,7 +189,7 @@ _TIMES = (
 
 
 def table(figures: dict[str, float], *, rate: float, concurrency: int | None) -> str:
-    """The rows of `vllm bench serve`, in its words."""
+    """The table of `vllm bench serve`."""
 
     def row(name: str, value: Any) -> str:
         return f"{name:<40} {value:<10}"
@@ -211,7 +201,7 @@ def table(figures: dict[str, float], *, rate: float, concurrency: int | None) ->
     lines += [row(name, number(key, form)) for name, key, form in _ROWS[:2]]
     if concurrency is not None:
         lines.append(row("Maximum request concurrency:", concurrency))
-    if rate != float("inf"):
+    if rate != math.inf:
         lines.append(row("Request rate configured (RPS):", f"{rate:.2f}"))
     lines += [row(name, number(key, form)) for name, key, form in _ROWS[2:]]
     for title, name in _TIMES:
@@ -222,7 +212,7 @@ def table(figures: dict[str, float], *, rate: float, concurrency: int | None) ->
 
 
 class _Bar:
-    """How many requests are done, on a terminal alone."""
+    """A progress bar, on terminals only."""
 
     def __init__(self, count: int) -> None:
         from tqdm import tqdm

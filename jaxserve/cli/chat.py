@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve chat` and `jaxserve complete`: a running server in the terminal.
+"""`jaxserve chat` and `jaxserve complete`: use a running server from the terminal.
 
-A text with -q, or from a pipe, is answered once; else there is a prompt. Ctrl-C stops an answer, Ctrl-D ends.
+A text from -q or a pipe is answered once; otherwise there is a prompt. Ctrl-C stops an answer, Ctrl-D quits.
 """
 
 import importlib
@@ -17,33 +17,35 @@ from jaxserve import exit_codes
 from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
 from jaxserve.cli.terminal import safe
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags.parsing import Arg
+from jaxserve.flags.setting import Setting
 
-HELP = "/reset forgets the conversation, /system TEXT begins a new one, /retry answers again, /exit or Ctrl-D ends"
+HELP = "/reset clears the conversation, /system TEXT starts a new one, /retry answers again, /exit or Ctrl-D quits"
 
 type Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Talk(ABC):
-    url: str = DEFAULT_URL
-    """The server, with /v1 or without."""
-    model_name: Annotated[str | None, Arg(options=("--model",))] = None
-    """The model; the server's first if not given."""
-    api_key: str | None = field(default=None, repr=False)
-    """The server's key; JAXSERVE_API_KEY or OPENAI_API_KEY if not given."""
-    quick: Annotated[str | None, Arg(options=("-q",))] = None
-    """Answer this alone, and end."""
-    stats: bool = False
-    """After each answer: seconds to the first token, tokens, tokens per second."""
-    max_tokens: int | None = None
-    """The longest answer, in tokens; the server's default if not given."""
-    temperature: float | None = None
-    """0 takes the likeliest token always; the model's own default if not given."""
-    top_p: float | None = None
-    """Sample from the likeliest tokens that have this probability together."""
-    seed: int | None = None
-    """The same seed gives the same answer."""
+    url: Annotated[str, Setting("URL of the server, with or without /v1.")] = DEFAULT_URL
+    model_name: Annotated[
+        str | None, Setting("Model name (default: the first model of the server).", spellings=("--model",))
+    ] = None
+    api_key: Annotated[str | None, Setting("API key of the server (default: JAXSERVE_API_KEY or OPENAI_API_KEY).")] = (
+        field(default=None, repr=False)
+    )
+    quick: Annotated[str | None, Setting("Answer this text and exit.", spellings=("-q",), empty=True)] = None
+    stats: Annotated[bool, Setting("After each answer, print time to first token, tokens and tokens per second.")] = (
+        False
+    )
+    max_tokens: Annotated[int | None, Setting("Maximum number of tokens to generate (default: the server's).")] = None
+    temperature: Annotated[
+        float | None, Setting("Sampling temperature; 0 always takes the most likely token (default: the model's).")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Setting("Sample from the most likely tokens whose probabilities add up to this (default: the model's)."),
+    ] = None
+    seed: Annotated[int | None, Setting("Sampling seed, for reproducible answers.")] = None
 
     def run(self) -> int | None:
         client = Client(self.url, api_key=self.api_key or key_of_environment())
@@ -66,7 +68,7 @@ class Talk(ABC):
                 print()
                 return
             except KeyboardInterrupt:
-                print("\nCtrl-D ends", file=sys.stderr)
+                print("\nPress Ctrl-D to quit", file=sys.stderr)
                 continue
             if text.strip() in ("/exit", "/quit"):
                 return
@@ -82,11 +84,11 @@ class Talk(ABC):
 
     @abstractmethod
     def turn(self, session: "Session", text: str) -> None:
-        """What a line at the terminal brings about."""
+        """Handles a line typed at the prompt."""
 
     @abstractmethod
     def request(self, session: "Session", text: str) -> tuple[str, dict[str, Any]]:
-        """Path and body that ask for the answer to a text."""
+        """Path and body of the request for a text."""
 
     def sampling(self) -> dict[str, Any]:
         names = ("max_tokens", "temperature", "top_p", "seed")
@@ -95,10 +97,9 @@ class Talk(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Talk):
-    """Talk to a running server."""
+    """Chat with a running server."""
 
-    system_prompt: str | None = None
-    """What the model is told before the conversation."""
+    system_prompt: Annotated[str | None, Setting("System prompt of the conversation.", empty=True)] = None
 
     def request(self, session: "Session", text: str) -> tuple[str, dict[str, Any]]:
         if not session.messages and self.system_prompt is not None:
@@ -119,7 +120,7 @@ class Chat(Talk):
             session.messages[:] = [{"role": "system", "content": rest}]
         elif command == "/retry":
             if len(session.messages) < 2:
-                raise JaxserveError("there is no answer yet", "ask something first")
+                raise JaxserveError("there is no answer to retry", "send a message first")
             asked = session.messages[-2]["content"]
             del session.messages[-2:]
             session.say(asked)
@@ -131,13 +132,13 @@ class Chat(Talk):
 
 @dataclass(frozen=True, kw_only=True)
 class Complete(Talk):
-    """Have a running server continue a text."""
+    """Complete a text with a running server."""
 
     def request(self, session: "Session", text: str) -> tuple[str, dict[str, Any]]:
         return "/v1/completions", {"prompt": text}
 
     def help_line(self) -> str:
-        return "Each line is continued; /exit or Ctrl-D ends"
+        return "Each line is completed; /exit or Ctrl-D quits"
 
     def turn(self, session: "Session", text: str) -> None:
         if text:
@@ -153,11 +154,11 @@ class Session:
 
     def once(self, text: str) -> None:
         if not text.strip():
-            raise UsageError("there is nothing to answer", "give -q TEXT, or a text through a pipe")
+            raise UsageError("the text is empty", "give one with -q TEXT, or on standard input")
         self.say(text)
 
     def say(self, text: str) -> None:
-        """Prints the answer as it comes. What was said before an interruption is part of the conversation."""
+        """Prints the answer as it arrives. An interrupted answer stays in the conversation."""
         path, body = self.talk.request(self, text)
         body |= {"model": self.model, "stream_options": {"include_usage": True}, **self.talk.sampling()}
         began, times, said, usage = time.monotonic(), list[float](), "", dict[str, Any]()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small client of servers that speak OpenAI's API: one request at a time, answers whole or as they come.
+"""A small client for OpenAI-compatible servers: one request at a time, with whole or streamed responses.
 
-Standard library alone, so that a command that talks to a server starts at once.
+It uses only the standard library, so that commands that talk to a server start at once.
 """
 
 import http.client
@@ -16,26 +16,26 @@ from urllib.parse import urlsplit
 from jaxserve.errors import JaxserveError, UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
-LOG = "see the server's log"
+LOG = "see the server log"
 HINTS = {
     400: "change the request",
-    401: "give --api-key",
-    403: "give --api-key, or have the server allow this host",
+    401: "set --api-key",
+    403: "set --api-key, or allow this host on the server",
     404: "check --url and --model-name",
-    413: "send less",
-    429: "it has too much to do: try again later",
-    503: "it is loading, ending or has too much to do: try again later",
+    413: "send a smaller request",
+    429: "the server is overloaded; try again later",
+    503: "the server is starting, stopping or overloaded; try again later",
 }
 
 
 def key_of_environment() -> str | None:
-    """The key to send where none is given."""
+    """The default API key."""
     own = os.environ.get("JAXSERVE_API_KEY", "").partition(",")[0].strip()
     return own or os.environ.get("OPENAI_API_KEY") or None
 
 
 class ServerError(JaxserveError):
-    """What a server refused, or failed at."""
+    """A request that the server rejected or failed."""
 
     def __init__(self, problem: str, hint: str, *, status: int | None = None) -> None:
         super().__init__(problem, hint)
@@ -44,8 +44,8 @@ class ServerError(JaxserveError):
 
 class Client:
     def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float = 600) -> None:
-        """`url` is that of the server, with /v1 or without; `timeout` seconds without a byte end a request."""
-        wrong = UsageError(f"{url!r} is no URL of a server", f"give one such as {DEFAULT_URL}")
+        """`url` may end in /v1. A request fails after `timeout` seconds without data."""
+        wrong = UsageError(f"{url!r} is not a server URL", f"use a URL such as {DEFAULT_URL}")
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             self._host, self._port = parts.hostname or "", parts.port
@@ -57,7 +57,7 @@ class Client:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self.root = f"{parts.scheme}://{parts.netloc}{self._path}"
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise UsageError("the API key has characters that no header can carry", "check --api-key")
+            raise UsageError("the API key contains characters that an HTTP header cannot", "check --api-key")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def get(self, path: str) -> Any:
@@ -65,12 +65,12 @@ class Client:
             return self._content(response)
 
     def post(self, path: str, body: Any = None) -> Any:
-        """The answer, as JSON where it is JSON; None where it is empty."""
+        """The decoded JSON response; None if it is empty."""
         with self._asked("POST", path, body) as response:
             return self._content(response)
 
     def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
-        """The events of a streamed answer. Closing the generator ends the request."""
+        """The events of a streamed response. Closing the generator ends the request."""
         with self._asked("POST", path, {**body, "stream": True}) as response:
             while line := self._read(response.readline):
                 name, _, data = line.strip().partition(b":")
@@ -83,15 +83,15 @@ class Client:
                     problem, hint = _told(_message(event) or "error", LOG)
                     raise ServerError(f"the server says: {problem}", hint)
                 yield cast("dict[str, Any]", event)
-            raise ServerError("the answer broke off", LOG)
+            raise ServerError("the response ended early", LOG)
 
     def model(self) -> str:
-        """The first model that the server has."""
+        """The first model of the server."""
         found: Any = self.get("/v1/models")
         try:
             return str(found["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise ServerError(f"{self.root} names no model", "give --model-name") from None
+            raise ServerError(f"{self.root} lists no models", "set --model-name") from None
 
     @contextmanager
     def _asked(self, method: str, path: str, body: Any) -> Generator[http.client.HTTPResponse]:
@@ -104,7 +104,7 @@ class Client:
             if response.status >= 400:
                 said = _message(self._parsed(self._read(response.read), strict=False))
                 problem, hint = _told(said, HINTS.get(response.status, LOG))
-                nothing = f"{path} answers {response.status} {response.reason}"
+                nothing = f"{path} returned {response.status} {response.reason}"
                 raise ServerError(f"the server says: {problem}" if said else nothing, hint, status=response.status)
             yield response
         finally:
@@ -114,12 +114,14 @@ class Client:
         try:
             return read()
         except ConnectionRefusedError:
-            hint = "start a server with `jaxserve run`, or give the --url of one"
-            raise ServerError(f"nothing answers at {self.root}", hint) from None
+            hint = "start a server with `jaxserve run`, or set --url"
+            raise ServerError(f"cannot connect to {self.root}", hint) from None
         except TimeoutError:
-            raise ServerError(f"{self.root} is silent for {self._timeout:g} s", LOG) from None
+            raise ServerError(f"no data from {self.root} for {self._timeout:g} s", LOG) from None
         except ssl.SSLError as error:
-            raise ServerError(f"no secure connection to {self.root}: {error.reason or error}", "check --url") from None
+            raise ServerError(
+                f"the TLS connection to {self.root} failed: {error.reason or error}", "check --url"
+            ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = str(error) or type(error).__name__
             raise ServerError(f"the connection to {self.root} failed: {why}", "check --url") from None
@@ -134,7 +136,7 @@ class Client:
         except (ValueError, RecursionError):
             if not strict:
                 return None
-            raise ServerError(f"{self.root} answers with something else than JSON", "check --url") from None
+            raise ServerError(f"the response from {self.root} is not JSON", "check --url") from None
 
 
 def _answer(connection: http.client.HTTPConnection, method: str, path: str, data: bytes | None, headers: Any) -> Any:
@@ -152,7 +154,7 @@ def _message(content: Any) -> str:
 
 
 def _told(message: str, usual: str) -> tuple[str, str]:
-    """Problem and hint. Of several sentences the last says what to do, better than a status can."""
+    """Problem and hint. If there are several sentences, the last one says what to do, more precisely than a status."""
     problem, end, hint = message.rstrip(" .").rpartition(". ")
-    quoted = hint.count("`") % 2 or hint.count('"') % 2  # the end of a sentence in what is quoted
+    quoted = hint.count("`") % 2 or hint.count('"') % 2  # that sentence end is inside a quotation
     return (problem, hint) if end and problem and hint and not quoted else (message, usual)

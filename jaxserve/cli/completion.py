@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve completion`: a script that completes commands, flags and their choices in a shell.
+"""`jaxserve completion`: prints a script that completes commands, flags and choices in a shell.
 
 bash   eval "$(jaxserve completion bash)"
 zsh    eval "$(jaxserve completion zsh)"
@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jaxserve.flags.parsing import Arg, Flag
+from jaxserve.flags.setting import Flag, Setting
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Print a completion script."""
+    """Print a shell completion script."""
 
-    shell: Annotated[Literal["bash", "zsh", "fish"], Arg(positional=True, unknown="there is no completion for {}")]
-    """The shell."""
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"],
+        Setting("Shell to complete in: bash, zsh or fish.", given_as="word", unknown_choice="no completion for {}"),
+    ]
 
     def run(self) -> None:
         from jaxserve import cli
@@ -31,13 +33,13 @@ class Completion:
 
 
 def _options(flags: list[Flag]) -> list[str]:
-    named = [flag for flag in flags if not flag.positional]
+    named = [flag for flag in flags if flag.is_option]
     found = [option for flag in named for option in flag.options]
     return [*found, *(flag.negative for flag in named if flag.negative and flag.default is True), "--help"]
 
 
 def _bash(flags: Mapping[str, list[Flag]], *, zsh: bool) -> str:
-    """One function for both: zsh runs bash's completions."""
+    """One function for both: zsh can run bash completions."""
     first = " ".join(dict.fromkeys(name.split()[0] for name in flags))
     benches = " ".join(name.split()[1] for name in flags if " " in name)
     lines = ["autoload -U +X compinit && compinit", "autoload -U +X bashcompinit && bashcompinit"] if zsh else []
@@ -52,12 +54,12 @@ def _bash(flags: Mapping[str, list[Flag]], *, zsh: bool) -> str:
     ]
     for name, own in flags.items():
         for flag in own:
-            if flag.choices and not flag.positional:
+            if flag.choices and flag.is_option:
                 patterns = "|".join(f"'{name} {option}'" for option in flag.options)
                 lines.append(f'    {patterns}) words="{" ".join(flag.choices)}";;')
     lines += ['    *) case "$command" in']
     for name, own in flags.items():
-        places = [choice for flag in own if flag.positional for choice in flag.choices]
+        places = [choice for flag in own if not flag.is_option for choice in flag.choices]
         lines.append(f"      '{name}') words=\"{' '.join([*places, *_options(own)])}\";;")
     lines += [
         "    esac;;",
@@ -76,13 +78,13 @@ def _fish(flags: Mapping[str, list[Flag]], abouts: Mapping[str, str]) -> str:
         first, _, second = name.partition(" ")
         at, word = (f"__fish_seen_subcommand_from {first}", second) if second else ("__fish_use_subcommand", first)
         lines.append(f"complete -c jaxserve -n '{at}' -f -a {word} -d {_quoted(abouts[name])}")
-    lines.append("complete -c jaxserve -n __fish_use_subcommand -f -a bench -d 'Measure'")
+    lines.append("complete -c jaxserve -n __fish_use_subcommand -f -a bench -d 'Run a benchmark.'")
     for name, own in flags.items():
         here = " && ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
         if " " not in name:  # `bench serve` is no `serve`
             here += " && not __fish_seen_subcommand_from bench"
         for flag in own:
-            if flag.positional:
+            if not flag.is_option:
                 if flag.choices:
                     lines.append(f"complete -c jaxserve -n '{here}' -f -a '{' '.join(flag.choices)}'")
                 continue

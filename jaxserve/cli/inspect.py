@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve inspect`: list a checkpoint's tensors. Reads headers alone: 100 GB take a moment."""
+"""`jaxserve inspect`: lists the tensors of a checkpoint. Only headers are read, so 100 GB take a moment."""
 
 import json as json_module
 import math
@@ -11,18 +11,15 @@ from typing import Annotated
 
 from convert.files.safetensors import TensorInfo, read_checkpoint
 from jaxserve.errors import one_line
-from jaxserve.flags.parsing import Arg
+from jaxserve.flags.setting import Setting
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """List the tensors of a safetensors checkpoint: dtype, shape, bytes and file of each."""
+    """List the tensors of a safetensors checkpoint."""
 
-    path: Annotated[Path, Arg(positional=True)]
-    """A .safetensors file, or a model folder."""
-
-    json: bool = False
-    """Print one JSON object instead of a table."""
+    path: Annotated[Path, Setting("A .safetensors file or a model folder.", given_as="word")]
+    json: Annotated[bool, Setting("Print one JSON object instead of a table.")] = False
 
     def run(self) -> None:
         tensors = read_checkpoint(self.path)
@@ -54,5 +51,5 @@ def _print_table(tensors: Mapping[str, TensorInfo], *, parameters: Mapping[str, 
         print(f"{one_line(name):60} {info.dtype:8} {shape:>16} {size:>14,}  {file}")
     files = len({info.file for info in tensors.values()})
     counts = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(parameters.items()))
-    print(f"{len(tensors):,} tensors in {files} files, {total:,} bytes")
+    print(f"{len(tensors):,} tensors in {files} file{'s' * (files != 1)}, {total:,} bytes")
     print(f"parameters: {counts or 'none'}")

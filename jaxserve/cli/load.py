@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load on a server that speaks OpenAI's API, and when each of its answers' tokens came. Knows nothing of flags.
+"""Load generator: sends requests to an OpenAI-compatible server and records when tokens arrive. Independent of flags.
 
-    jobs --- at a rate, so many at once ---> streamed requests ---> one Sample each ---> summary
+    jobs --- at a rate, with limited concurrency ---> streamed requests ---> one Sample each ---> summary
 
-An event is stamped when it is read and looked at as bytes: at hundreds of streams a JSON parser would be what is timed.
+Events are timestamped when they are read, and inspected as bytes: with hundreds of streams, JSON parsing would dominate
+the measured time.
 """
 
 import asyncio
@@ -24,19 +25,19 @@ NEVER = 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request: where it goes, and its body."""
+    """A request: path and body."""
 
     path: str
     body: dict[str, Any]
-    prompt_tokens: int  # where the server does not tell
+    prompt_tokens: int  # used if the server does not report it
 
 
 @dataclass(slots=True)
 class Sample:
-    """What became of one job. Times are of time.perf_counter, in seconds."""
+    """The result of one job. Times are those of time.perf_counter, in seconds."""
 
     began: float = 0.0
-    stamps: list[float] = field(default_factory=list[float])  # of each event that brought text
+    stamps: list[float] = field(default_factory=list[float])  # of each event with text
     prompt_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
@@ -78,8 +79,8 @@ async def run(
     keep_alive: bool = True,
     done: Callable[[Sample], None] | None = None,
 ) -> Outcome:
-    """Sends every job: `rate` a second at random times (all at once if infinite), `concurrency` at a time. Without
-    `keep_alive` each has a connection of its own: some servers close one after a stream and do not say so."""
+    """Sends all jobs, `rate` per second at random times (all at once if infinite), at most `concurrency` at a time.
+    Without `keep_alive` each job opens a new connection: some servers close one after a stream without notice."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     slots = asyncio.Semaphore(concurrency or len(jobs) or 1)
     draw, going, most = random.Random(seed), 0, 0
@@ -132,7 +133,7 @@ async def _send(session: aiohttp.ClientSession, root: str, job: Job) -> Sample:
 
 
 async def _read(response: aiohttp.ClientResponse, sample: Sample) -> None:
-    """Stamps the events of a stream."""
+    """Timestamps the events of a stream."""
     rest, ended = b"", False
     async for chunk in response.content.iter_any():
         now = time.perf_counter()
@@ -144,19 +145,19 @@ async def _read(response: aiohttp.ClientResponse, sample: Sample) -> None:
             elif data.startswith(b"{"):
                 ended |= _event(data.replace(b'": ', b'":'), now, sample)
     if not ended and sample.error is None:
-        sample.error = "the answer broke off"
+        sample.error = "the response ended early"
 
 
 def _event(data: bytes, now: float, sample: Sample) -> bool:
-    """Whether the answer is complete with it: not every server says [DONE]."""
-    # Within a string a quote has a backslash before it: these are keys, never a model's text.
+    """Whether this event completes the response: not every server sends [DONE]."""
+    # Quotes inside a string are escaped, so these matches are keys, never generated text.
     if data.startswith(b'{"error"'):
         sample.error = one_line(_message(data.decode(errors="replace")))
         return False
     if b'"usage":{' in data:
         usage = json.loads(data)["usage"]
         sample.prompt_tokens, sample.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    # A chat's first event names the role, its last the reason; neither need bring text.
+    # The first event of a chat has the role, the last one the finish reason; both may have no text.
     if any(key + b'"' in data and key + b'""' not in data for key in (b'"content":', b'"text":')):
         sample.stamps.append(now)
     return b'"finish_reason":"' in data
@@ -174,7 +175,7 @@ def _message(said: str) -> str:
 
 
 def summary(outcome: Outcome) -> dict[str, float]:
-    """The figures that vLLM's benchmark gives, with its names; of requests that failed nothing is counted."""
+    """The results of vLLM's benchmark, by its names; failed requests count only as failed."""
     good = [sample for sample in outcome.samples if sample.error is None and sample.stamps]
     read, written = sum(s.prompt_tokens for s in good), sum(s.output_tokens for s in good)
     seconds = max(outcome.seconds, 1e-9)
@@ -196,7 +197,7 @@ def summary(outcome: Outcome) -> dict[str, float]:
 
 
 def spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, deviation and percentiles in milliseconds; zeros where nothing was measured."""
+    """Mean, median, standard deviation and percentiles in milliseconds; zeros if there are no measurements."""
     values = sorted(second * 1000 for second in seconds)
     found = {
         f"mean_{name}_ms": statistics.fmean(values) if values else 0.0,
@@ -207,7 +208,7 @@ def spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Of values in order, with those between two taken in proportion."""
+    """The percentile of sorted values, interpolated linearly."""
     if not values:
         return 0.0
     place = (len(values) - 1) * share / 100

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve run`, also `serve`: settings from flags and a file, what can be checked at once, and the server.
+"""`jaxserve run`, also `serve`: settings from flags and a file, the checks that need no engine, and the server.
 
 Nothing here or below imports jax: the engine is another process.
 """
@@ -9,70 +9,52 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jaxserve import __version__
-from jaxserve.cli import settings
+from jaxserve import __version__, demo
 from jaxserve.config import EngineConfig
 from jaxserve.errors import one_line
-from jaxserve.flags.parsing import Flag, Parser
+from jaxserve.flags import config_file, values
+from jaxserve.flags.parser import Parser
+from jaxserve.flags.setting import Setting, build
 from jaxserve.server.config import ServerConfig
 
-CONFIG = Flag(
-    name="config",
-    base=Path,
-    default=None,
-    metavar="FILE",
-    group="Model",
-    help="A YAML file with settings, one `flag: value` on each line; flags go before it.",
-)
 DEMO = "demo"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Serve a model over HTTP."""
 
+    config: Annotated[
+        Path | None,
+        Setting(
+            "YAML file of settings, one `flag: value` per line; command-line flags override it.",
+            "Model",
+            metavar="FILE",
+            common=True,
+        ),
+    ] = None
     engine: EngineConfig
     server: ServerConfig
-    title: str  # the model, for people
-    settings: str  # what differs from the defaults
-
-    @staticmethod
-    def parser(prog: str, about: str) -> Parser:
-        model, *engine = settings.engine_flags(positional_model=True)
-        flags = [model, *engine, *settings.server_flags()]
-        flags.insert(2, CONFIG)
-        return Parser(prog, flags, about=about, refused=settings.refused())
-
-    @staticmethod
-    def help(parser: Parser) -> str:
-        from jaxserve.flags.help import help_text
-
-        groups = ", ".join(dict.fromkeys(flag.group for flag in parser.flags))
-        few = help_text(parser, names=[settings.FIRST, *settings.COMMON])
-        return f"{few}\n\nmore: --help=all, --help=FLAG, --help=GROUP with one of {groups}"
+    settings: str  # those that differ from the defaults
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Run":
-        given = settings.named_model(given)
-        file = given.pop("config", None)
-        chosen = {**(settings.from_file(file, parser) if file else {}), **given}
-        told = settings.told(parser.flags, chosen)
-        if not settings.names_model(chosen):
-            from jaxserve import demo
-
-            chosen["model"] = str(demo.FOLDER)
-            chosen.setdefault("served_model_name", (DEMO,))
-        server = settings.made(parser, lambda: settings.split(ServerConfig, chosen).with_environment(os.environ))
-        engine = settings.made(parser, lambda: settings.split(EngineConfig, chosen))
-        return cls(engine, server, server.served_model_name[0] if server.served_model_name else engine.model, told)
+        file: Path | None = given.get("config")
+        chosen = {**(config_file.read(file, parser) if file else {}), **given}
+        settings = values.changed(parser.flags, {**chosen, "config": None})
+        if "model" not in chosen:
+            chosen = {"served_model_name": (DEMO,), **chosen, "model": str(demo.FOLDER)}
+        server = build(ServerConfig, chosen).with_environment(os.environ)
+        return cls(config=file, engine=build(EngineConfig, chosen), server=server, settings=settings)
 
     def run(self) -> int:
         from jaxserve.cli import preflight
 
         preflight.check(self.engine, self.server)
-        print(f"jaxserve {__version__}  model {one_line(self.title)}", file=sys.stderr)
+        name = next(iter(self.server.served_model_name), self.engine.model)
+        print(f"jaxserve {__version__}  model {one_line(name)}", file=sys.stderr)
         if self.settings:
             print(f"settings: {one_line(self.settings, limit=2000)}", file=sys.stderr)
         from jaxserve.server import lifecycle

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that others wrote, on a terminal that obeys what it is shown."""
+"""Makes untrusted text safe to print on a terminal, which would obey its control characters."""
 
-# Besides line ends and tabs: controls (C0, DEL, C1), and marks that turn the direction of what follows.
+# Control characters (C0, DEL, C1) except newline and tab, and marks that change the text direction.
 _CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS if chr(code) not in "\n\t"}
 
 
 def safe(text: str) -> str:
-    """The same with control characters written out."""
+    """The text with control characters escaped."""
     return text.translate(_ESCAPES)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve version`: what a bug report needs, read from package metadata without importing any."""
+"""`jaxserve version`: versions for bug reports, read from package metadata without importing the packages."""
 
 import json as json_module
 import platform
 from dataclasses import dataclass
+from typing import Annotated
 
 from jaxserve import __version__
+from jaxserve.flags.setting import Setting
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "transformers", "safetensors", "orbax-checkpoint", "numpy"),
@@ -16,10 +18,9 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Version:
-    """Print the versions of jaxserve, Python and the packages underneath."""
+    """Print the versions of jaxserve, its dependencies and Python."""
 
-    json: bool = False
-    """Print one JSON object instead of a table."""
+    json: Annotated[bool, Setting("Print one JSON object instead of a table.")] = False
 
     def run(self) -> None:
         versions = {"jaxserve": __version__, "python": platform.python_version()}
@@ -32,7 +33,7 @@ class Version:
 
 
 def _installed(name: str) -> str | None:
-    from importlib import metadata  # 20 ms that --help need not wait for
+    from importlib import metadata  # takes 20 ms, which --help should not wait for
 
     try:
         return metadata.version(name)

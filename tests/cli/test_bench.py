@@ -33,7 +33,10 @@ def test_table_and_json(command: Command, server: FakeServer, tmp_path: Path) ->
     assert [rows[name] for name in ("Successful requests", "Failed requests", "Maximum request concurrency")] == [
         *("6", "0", "2")
     ]
-    assert (rows["Total input tokens"], rows["Total generated tokens"]) == ("66", "24")  # 11 and 4, as the server says
+    assert (rows["Total input tokens"], rows["Total generated tokens"]) == (
+        "66",
+        "24",
+    )  # 11 and 4, as reported by the server
     figures = json.loads(file.read_text())
     for row, name in (
         ("Request throughput (req/s)", "request_throughput"),
@@ -89,7 +92,7 @@ def test_failures_are_told(command: Command, server: FakeServer) -> None:
     said = command(*words, "--num-warmups", "0")
     assert said.code == 1 and said.err == "failed: 503 The server is loading the model.\n"
     assert re.search(r"Failed requests: +3", said.out) and "nan" not in said.out
-    for fault, text in (("cut", "the answer broke off"), ("late", "the engine failed")):
+    for fault, text in (("cut", "the response ended early"), ("late", "the engine failed")):
         server.faults[COMPLETIONS] = fault
         assert command(*words, "--num-warmups", "0").err == f"failed: {text}\n"
 
@@ -101,7 +104,7 @@ def test_keys_and_wrong_flags(command: Command, server: FakeServer) -> None:
     assert command(*words, "--api-key", KEY).code == 0
     for flag, value in (("--num-prompts", "0"), ("--request-rate", "0"), ("--random-range-ratio", "1")):
         one_error(command("bench", "serve", flag, value), 2, f"{flag} is {value}")
-    one_error(command("bench"), 2, "no benchmark", "serve, throughput, latency")
+    one_error(command("bench"), 2, "missing benchmark", "serve, throughput, latency")
     one_error(command("bench", "throughputt"), 2, "did you mean throughput?")
 
 

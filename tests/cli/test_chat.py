@@ -38,7 +38,7 @@ def test_complete_from_a_pipe(command: Command, server: FakeServer) -> None:
 
 
 def test_an_empty_pipe(command: Command, server: FakeServer) -> None:
-    one_error(command("chat", "--url", server.url), 2, "nothing to answer")
+    one_error(command("chat", "--url", server.url), 2, "the text is empty")
 
 
 @pytest.mark.parametrize("source", ["flag", "environment"])
@@ -53,7 +53,7 @@ def test_keys(command: Command, server: FakeServer, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("fault", "part"),
-    [(503, "loading"), (404, "says"), ("late", "the engine failed"), ("cut", "broke off"), ("junk", "broke off")],
+    [(503, "loading"), (404, "says"), ("late", "the engine failed"), ("cut", "ended early"), ("junk", "ended early")],
 )
 def test_faults_of_the_server(command: Command, server: FakeServer, fault: int | str, part: str) -> None:
     server.faults[CHAT] = fault
@@ -73,10 +73,10 @@ def test_faults_of_the_server(command: Command, server: FakeServer, fault: int |
         ),
         (400, "n is 9.5. At most 4. Lower it.", "n is 9.5. At most 4", "Lower it"),
         (400, "n is 9.5.", "n is 9.5.", "change the request"),
-        (403, "This host is not allowed.", "This host is not allowed.", "give --api-key, or"),
+        (403, "This host is not allowed.", "This host is not allowed.", "set --api-key, or"),
         (404, 'There is no "a. b".', 'There is no "a. b".', "check --url"),
         (404, "The model `a. b. c` does not exist.", "The model `a. b. c` does not exist.", "check --url"),
-        (500, "It broke.", "It broke.", "see the server's log"),
+        (500, "It broke.", "It broke.", "see the server log"),
     ],
 )
 def test_a_server_that_says_what_to_do_has_the_last_word(
@@ -88,10 +88,10 @@ def test_a_server_that_says_what_to_do_has_the_last_word(
 
 
 def test_nobody_there(command: Command) -> None:
-    one_error(command("chat", "--url", "http://127.0.0.1:9", "-q", "Hi"), 1, "nothing answers", "jaxserve run")
-    one_error(command("chat", "--url", "ftp://x", "-q", "Hi"), 2, "no URL")
-    one_error(command("chat", "--url", "http://x:y", "-q", "Hi"), 2, "no URL")
-    one_error(command("chat", "--url", "http://x", "-q", "Hi", "--api-key", "k\r\nX: y"), 2, "no header")
+    one_error(command("chat", "--url", "http://127.0.0.1:9", "-q", "Hi"), 1, "cannot connect", "jaxserve run")
+    one_error(command("chat", "--url", "ftp://x", "-q", "Hi"), 2, "not a server URL")
+    one_error(command("chat", "--url", "http://x:y", "-q", "Hi"), 2, "not a server URL")
+    one_error(command("chat", "--url", "http://x", "-q", "Hi", "--api-key", "k\r\nX: y"), 2, "an HTTP header cannot")
 
 
 def test_what_a_model_says_cannot_drive_the_terminal(command: Command, server: FakeServer) -> None:

@@ -42,5 +42,5 @@ def test_others_take_it(command: Command, shell: str) -> None:
 
 
 def test_wrong_use(command: Command) -> None:
-    one_error(command("completion", "tcsh"), 2, "error: there is no completion for 'tcsh'", "bash, zsh, fish")
+    one_error(command("completion", "tcsh"), 2, "error: no completion for 'tcsh'", "bash, zsh, fish")
     one_error(command("completion"), 2, "SHELL is missing")

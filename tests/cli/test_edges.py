@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines at the edges: empty names, odd addresses, keys given twice, places that are none. One error each."""
+"""Command lines at the edges: empty names, odd addresses, repeated keys, unwritable files. One error each."""
 
 import subprocess
 import sysconfig
@@ -28,8 +28,8 @@ def test_an_empty_name_is_no_wish_for_the_demo(command: Command, words: tuple[st
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://[x]:80", "http://h:99999", "ftp://h"])
 def test_addresses_that_are_none(command: Command, url: str) -> None:
-    one_error(command("chat", "--url", url, "-q", "hi"), 2, "is no URL of a server")
-    one_error(command("bench", "serve", "--url", url), 2, "is no URL of a server")
+    one_error(command("chat", "--url", url, "-q", "hi"), 2, "is not a server URL")
+    one_error(command("bench", "serve", "--url", url), 2, "is not a server URL")
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_addresses_that_are_none(command: Command, url: str) -> None:
     [
         (("--timeout", "inf"), "--timeout is inf"),
         (("--request-rate", "1e-320"), "--request-rate is 1e-320"),
-        (("--json", "none/there.json"), "no place for a file"),
-        (("--save-result", "--result-dir", "none"), "there is no folder none"),
+        (("--json", "none/there.json"), "cannot write to none/there.json"),
+        (("--save-result", "--result-dir", "none"), "no such folder: none"),
     ],
 )
 def test_load_that_cannot_be(command: Command, words: tuple[str, ...], told: str) -> None:
@@ -46,14 +46,14 @@ def test_load_that_cannot_be(command: Command, words: tuple[str, ...], told: str
 
 
 def test_figures_need_a_place_before_they_are_measured(command: Command) -> None:
-    one_error(command("bench", "latency", "--json", "none/there.json"), 2, "no place for a file")
+    one_error(command("bench", "latency", "--json", "none/there.json"), 2, "cannot write to none/there.json")
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("port: 1\nport: 2\n", "port is given twice"),
-        ('port: !!int ""\n', "is not YAML"),
+        ('port: !!int ""\n', "is not valid YAML"),
         ('model: ""\n', "--model is empty"),
         ("allowed-origins: '[\"https://x\"]'\n", "--allowed-origins has an entry that is a JSON list"),
     ],
@@ -77,9 +77,9 @@ def test_help_on_a_flag_by_any_of_its_names(command: Command, topic: str) -> Non
 
 
 def test_values_that_begin_with_a_dash(command: Command) -> None:
-    one_error(command("chat", "-q", "- hi"), 2, "-q needs a value", "-q=VALUE for one that begins with a dash")
+    one_error(command("chat", "-q", "- hi"), 2, "-q needs a value", "use -q TEXT, or -q=VALUE if it begins with a dash")
 
 
 def test_without_an_output(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", f"{JAXSERVE} version >&-"], capture_output=True, text=True, cwd=tmp_path)
-    assert "fault of jaxserve" not in done.stderr
+    assert "bug in jaxserve" not in done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words to values: every kind of field, every spelling, and what is said of wrong ones."""
+"""From arguments to values: every kind of field, every spelling, and the errors for wrong ones."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,37 +9,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import UsageError
-from jaxserve.flags.help import help_text, topic_help
-from jaxserve.flags.parsing import Arg, HelpRequested, Parser, field_docs, flags_of
+from jaxserve.flags import reference, values
+from jaxserve.flags.help import help_text
+from jaxserve.flags.parser import HelpRequested, Parser
+from jaxserve.flags.setting import Setting, build, flags_of
+from jaxserve.server.config import ServerConfig
 
 type Color = Literal["red", "green"]
 
 
 @dataclass(frozen=True)
 class Base:
-    max_len: int | None = None
-    """How long; see some_share."""
+    max_len: Annotated[int | None, Setting("How long; see some_share.")] = None
 
 
 @dataclass(frozen=True)
 class Settings(Base):
-    place: Annotated[Path | None, Arg(positional=True)] = None
-    """Where."""
-    some_share: float = 0.5
-    """How much."""
-    name: Annotated[str, Arg(options=("-n", "--called"))] = "x"
-    """What it is called."""
-    color: Color = "red"
-    """Which."""
-    warm: bool = True
-    no_ui: bool = False
-    keys: tuple[str, ...] = field(default=(), repr=False)
-    """Which
-    ones."""
+    place: Annotated[Path | None, Setting("Where.", given_as="word")] = None
+    some_share: Annotated[float, Setting("How much.")] = 0.5
+    name: Annotated[str, Setting("What it is called.", spellings=("-n", "--called"))] = "x"
+    color: Annotated[Color, Setting("Which.", "Looks")] = "red"
+    warm: Annotated[bool, Setting("Whether.")] = True
+    no_ui: Annotated[bool, Setting("Whether not.")] = False
+    keys: Annotated[tuple[str, ...], Setting("Which ones.")] = field(default=(), repr=False)
+    computed: int = 0  # not a flag
 
 
-PARSER = Parser("prog", flags_of(Settings), about="About.", refused={"--old": ("--old is not supported", "leave it")})
+PARSER = Parser("prog", flags_of(Settings), about="About.")
 
 
 @pytest.mark.parametrize(
@@ -112,12 +110,13 @@ def test_no_line_is_more_than_a_fault(words: list[str]) -> None:
         (["--color", "blue"], "--color is 'blue'", "red, green"),
         (["--warm=5"], "--warm is '5'", "true or false"),
         (["--no-warm=true"], "--no-warm takes no value", "--warm=true"),
-        (["a", "b"], "'b' is one word too many", "PLACE"),
+        (["a", "b"], "unexpected argument 'b'", "prog takes one PLACE"),
         (["--max-lne", "5"], "unknown option --max-lne", "did you mean --max-len?"),
         (["--no-wram"], "unknown option --no-wram", "did you mean --no-warm?"),
         (["--xyzzy"], "unknown option --xyzzy", "see prog --help"),
         (["-q"], "unknown option -q", ""),
-        (["--old", "x"], "--old is not supported", "leave it"),
+        (["--computed", "1"], "unknown option --computed", "see prog --help"),
+        (["--quantization", "x"], "unknown option --quantization", ""),  # refused where there is an engine
         (["--keys"], "--keys needs a value", "--keys TEXT ..."),
     ],
 )
@@ -131,7 +130,7 @@ def test_what_is_wrong(words: list[str], problem: str, hint: str) -> None:
 def test_what_must_be_given() -> None:
     @dataclass
     class Needs:
-        source: Annotated[str, Arg(positional=True, metavar="SRC")]
+        source: Annotated[str, Setting("Where from.", given_as="word", metavar="SRC")]
 
     with pytest.raises(UsageError, match="SRC is missing"):
         Parser("prog", flags_of(Needs)).parse([])
@@ -139,28 +138,21 @@ def test_what_must_be_given() -> None:
 
 def test_values_of_files() -> None:
     flags = {flag.name: flag for flag in PARSER.flags}
-    assert flags["max_len"].from_data("4K") == 4096
-    assert flags["max_len"].from_data(None) is None
-    assert flags["keys"].from_data("a") == ("a",)
-    assert flags["keys"].from_data(["a", "b"]) == ("a", "b")
-    assert flags["some_share"].from_data(1) == 1
-    assert flags["place"].from_data("x") == Path("x")
+    assert values.from_data(flags["max_len"], "4K") == 4096
+    assert values.from_data(flags["max_len"], None) is None
+    assert values.from_data(flags["keys"], "a") == ("a",)
+    assert values.from_data(flags["keys"], ["a", "b"]) == ("a", "b")
+    assert values.from_data(flags["some_share"], 1) == 1
+    assert values.from_data(flags["place"], "x") == Path("x")
     for name, value in (("max_len", True), ("max_len", [1]), ("warm", 1), ("name", 5), ("name", None), ("color", "x")):
         with pytest.raises(UsageError, match=name.replace("_", "-")):
-            flags[name].from_data(value)
+            values.from_data(flags[name], value)
 
 
 def test_what_is_secret_is_not_shown() -> None:
     with pytest.raises(UsageError) as caught:
-        next(flag for flag in PARSER.flags if flag.name == "keys").from_data(123456)
+        values.from_data(next(flag for flag in PARSER.flags if flag.name == "keys"), 123456)
     assert "123456" not in str(caught.value)
-
-
-def test_docs_of_fields() -> None:
-    docs = field_docs(Settings)
-    assert docs["max_len"] == "How long; see some_share."
-    assert docs["keys"] == "Which ones."
-    assert "warm" not in docs
 
 
 def test_help() -> None:
@@ -168,13 +160,89 @@ def test_help() -> None:
         PARSER.parse(["--help"])
     with pytest.raises(HelpRequested) as caught:
         PARSER.parse(["a", "-h=max-len"])
-    text = topic_help(PARSER, caught.value.topic)
+    text = help_text(PARSER, caught.value.topic)
     assert "--max-len N" in text and "--color" not in text
     whole = help_text(PARSER)
     assert "usage: prog [PLACE] [options]" in whole and "About." in whole
     assert "-n, --name, --called TEXT" in whole
     assert "--[no-]warm" in whole and "--no-ui" in whole
     assert "see --some-share." in whole  # fields are called by their flags
+    assert "How much (default: 0.5)." in whole
     assert max(map(len, whole.splitlines())) <= 110
+    assert "--color" in help_text(PARSER, "looks") and "--max-len" not in help_text(PARSER, "looks")
     with pytest.raises(UsageError, match="no help on 'x'"):
-        topic_help(PARSER, "x")
+        help_text(PARSER, "x")
+
+
+# --- values, in Python ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    count: Annotated[int, Setting("Count.", low=1, high=9)] = 1
+    least: Annotated[int, Setting("Least.", low=1, unit="tokens")] = 1
+    size: Annotated[int, Setting("Size.", low=8, high=64, power_of_two=True)] = 8
+    share: Annotated[float, Setting("Share.", above=0, high=1)] = 1.0
+    ratio: Annotated[float, Setting("Ratio.", low=0, below=1)] = 0.0
+    rate: Annotated[float, Setting("Rate.", above=0, high=float("inf"), unit="seconds")] = 1.0
+    text: Annotated[str, Setting("Text.")] = "x"
+    blank: Annotated[str, Setting("Blank.", empty=True)] = ""
+    switch: Annotated[bool, Setting("Switch.")] = False
+    color: Annotated[Color, Setting("Color.")] = "red"
+    names: Annotated[tuple[str, ...], Setting("Names.")] = ()
+    keys: Annotated[tuple[str, ...], Setting("Keys.")] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        values.check(self, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem", "hint"),
+    [
+        ({"count": 0}, "count is 0", "use a whole number from 1 to 9"),
+        ({"count": True}, "count is True", "use a whole number from 1 to 9"),
+        ({"count": "1"}, "count is '1'", "use a whole number from 1 to 9"),
+        ({"least": 0}, "least is 0", "use a whole number of tokens of at least 1"),
+        ({"size": 24}, "size is 24", "use a power of two from 8 to 64"),
+        ({"share": 0}, "share is 0", "use a number above 0 and at most 1"),
+        ({"share": float("nan")}, "share is nan", "use a number above 0 and at most 1"),
+        ({"ratio": 1}, "ratio is 1", "use a number of at least 0 and below 1"),
+        ({"rate": 0}, "rate is 0", "use a number of seconds above 0, or inf"),
+        ({"text": ""}, "text is empty", "give a value, or leave it out"),
+        ({"text": 5}, "text is 5", "use a string"),
+        ({"switch": 1}, "switch is 1", "use true or false"),
+        ({"color": "blue"}, "color is 'blue'", "choose one of red, green"),
+        ({"names": "a"}, "names is of type str", "use a list of strings"),
+        ({"keys": ("sk-1", 5)}, "keys has an entry that is empty or not a string", "correct or remove it"),
+        ({"names": ('["a"]',)}, "names has an entry that is a JSON list", "separate the entries with spaces"),
+    ],
+)
+def test_wrong_values_in_python(wrong: dict[str, Any], problem: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Ranges(**wrong)
+    assert caught.value.problem == problem
+    assert caught.value.hint.startswith(hint)
+
+
+def test_right_values_in_python() -> None:
+    found = Ranges(count=9, size=64, share=0.1, rate=float("inf"), **{"names": ["a"]})
+    assert found.names == ("a",)
+
+
+def test_python_and_the_command_line_say_the_same() -> None:
+    for kind, name, value in ((EngineConfig, "block_size", 7), (ServerConfig, "body_timeout", -1.0)):
+        parser = Parser("prog", flags_of(kind))
+        given = parser.parse([f"--{name}={value}", *(["m"] if kind is EngineConfig else [])])
+        for make in (lambda kind=kind, given=given: build(kind, given), lambda kind=kind, given=given: kind(**given)):
+            with pytest.raises(ConfigError, match=f"^{name} is {value}; use a ") as caught:
+                make()
+            option = "--" + name.replace("_", "-")
+            assert parser.in_flags_words(caught.value.problem) == f"{option} is {value}"
+
+
+def test_markdown() -> None:
+    text = reference.markdown(PARSER)
+    assert "### Looks\n\n| flag | default | meaning |\n|---|---|---|\n" in text
+    assert "| `--color` | `red` | Which. One of `red`, `green`. |" in text
+    assert "| `PLACE` |  | Where. |" in text and "| `-n`, `--name`, `--called` | `x` |" in text
+    assert "| `--[no-]warm` | `on` | Whether. |" in text

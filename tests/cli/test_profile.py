@@ -13,7 +13,7 @@ from tests.golden import load as golden
 
 def test_a_server(command: Command, server: FakeServer, tmp_path: Path) -> None:
     words = ("profile", "--url", server.url, "--seconds", "0.05", "--out", tmp_path)
-    one_error(command(*words), 1, "no trace has come", "--profile-dir")
+    one_error(command(*words), 1, "no trace appeared", "--profile-dir")
     assert [path for path, _ in server.asked] == ["/start_profile", "/stop_profile"]
     name = server.bodies("/start_profile")[0]["folder"]
     assert "/" not in name
@@ -40,5 +40,5 @@ def test_a_run_of_its_own(command: Command, tmp_path: Path) -> None:
 def test_wrong_use(command: Command) -> None:
     one_error(command("profile", "--seconds", "1"), 2, "--out is missing")
     one_error(command("profile", "m", "--url", "x", "--out", "y"), 2, "--url and a model")
-    one_error(command("profile", "--out", "y", "--max-model-len", "5"), 2, "--max-model-len is of a run with a model")
+    one_error(command("profile", "--out", "y", "--max-model-len", "5"), 2, "--max-model-len requires a model")
     one_error(command("profile", "--out", "y", "--seconds", "0"), 2, "--seconds is 0")

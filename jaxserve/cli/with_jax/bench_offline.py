@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve bench throughput` and `jaxserve bench latency`: the engine in this process, no server, random prompts."""
+"""`jaxserve bench throughput` and `jaxserve bench latency`: an engine in this process with random prompts."""
 
 import json as json_module
 import random
@@ -7,12 +7,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from jaxserve.cli import settings
+from jaxserve import demo
+from jaxserve.cli import figures
 from jaxserve.config import EngineConfig
-from jaxserve.errors import UsageError
-from jaxserve.flags.parsing import Parser
+from jaxserve.flags.parser import Parser
+from jaxserve.flags.setting import Setting, build
+
+GROUP = "Benchmark"
 
 
 def random_prompts(count: int, length: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:
@@ -21,7 +24,7 @@ def random_prompts(count: int, length: int, vocabulary: int, *, seed: int = 0) -
 
 
 def opened(engine: EngineConfig) -> Any:
-    """The engine in this process, without tokenizer: prompts are ids."""
+    """The engine in this process, without a tokenizer: prompts are token IDs."""
     from jaxserve.llm import LLM
 
     values: dict[str, Any] = {field.name: getattr(engine, field.name) for field in fields(engine)}
@@ -32,51 +35,29 @@ def opened(engine: EngineConfig) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class Offline:
     engine: EngineConfig
-    json: Path | None = None
-    """Write the figures into this file too; - for standard output."""
-
-    @classmethod
-    def parser(cls, prog: str, about: str) -> Parser:
-        return settings.parser_beside_engine(cls, "Benchmark", prog, about)
+    json: Annotated[
+        Path | None, Setting("Also write the results as JSON to this file; - for standard output.", GROUP)
+    ] = None
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> Self:
-        given = settings.named_model(given)
-        if not settings.names_model(given):
-            from jaxserve import demo
+        return build(cls, {"model": str(demo.FOLDER), **given})
 
-            given["model"] = str(demo.FOLDER)
-        names = {field.name for field in fields(cls)}
-        engine = settings.made(parser, lambda: settings.split(EngineConfig, given))
-        made = cls(engine=engine, **{name: value for name, value in given.items() if name in names})
-        settings.check_place(made.json)
-        for name, low in made.least().items():
-            if getattr(made, name) < low:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(made, name)}", f"give {low} or more")
-        return made
+    def __post_init__(self) -> None:
+        figures.check(self.json)
 
-    def least(self) -> dict[str, int]:
-        """The smallest values of the numbers."""
-        return {}
-
-    def write(self, figures: Mapping[str, Any]) -> None:
+    def write(self, results: Mapping[str, Any]) -> None:
         if self.json is not None:
-            settings.write(self.json, json_module.dumps(figures))
+            figures.write(self.json, json_module.dumps(results))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchThroughput(Offline):
-    """Tokens per second of many prompts."""
+    """Measure offline throughput."""
 
-    num_prompts: int = 1000
-    """How many prompts."""
-    input_len: int = 1024
-    """Tokens in a prompt."""
-    output_len: int = 128
-    """Tokens in an answer."""
-
-    def least(self) -> dict[str, int]:
-        return dict.fromkeys(("num_prompts", "input_len", "output_len"), 1)
+    num_prompts: Annotated[int, Setting("Number of prompts.", GROUP, low=1)] = 1000
+    input_len: Annotated[int, Setting("Tokens per prompt.", GROUP, low=1)] = 1024
+    output_len: Annotated[int, Setting("Tokens to generate per prompt.", GROUP, low=1)] = 128
 
     def run(self) -> None:
         llm = opened(self.engine)
@@ -108,21 +89,13 @@ class BenchThroughput(Offline):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLatency(Offline):
-    """Seconds that one batch takes."""
+    """Measure offline batch latency."""
 
-    batch_size: int = 8
-    """Prompts that run together."""
-    input_len: int = 32
-    """Tokens in a prompt."""
-    output_len: int = 128
-    """Tokens in an answer."""
-    num_iters_warmup: int = 10
-    """Runs before those that count."""
-    num_iters: int = 30
-    """Runs that count."""
-
-    def least(self) -> dict[str, int]:
-        return {**dict.fromkeys(("batch_size", "input_len", "output_len", "num_iters"), 1), "num_iters_warmup": 0}
+    batch_size: Annotated[int, Setting("Number of prompts in the batch.", GROUP, low=1)] = 8
+    input_len: Annotated[int, Setting("Tokens per prompt.", GROUP, low=1)] = 32
+    output_len: Annotated[int, Setting("Tokens to generate per prompt.", GROUP, low=1)] = 128
+    num_iters_warmup: Annotated[int, Setting("Number of warmup runs, which are not measured.", GROUP, low=0)] = 10
+    num_iters: Annotated[int, Setting("Number of measured runs.", GROUP, low=1)] = 30
 
     def run(self) -> None:
         llm = opened(self.engine)

@@ -11,52 +11,38 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from jaxserve.cli import settings
+from jaxserve import demo
 from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Described, alternatives, planned, read
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.capacity import SLACK, Capacity, size
-from jaxserve.errors import JaxserveError, UsageError, one_line
-from jaxserve.flags.parsing import Flag, Parser
+from jaxserve.errors import JaxserveError, one_line
+from jaxserve.flags.parser import Parser
+from jaxserve.flags.setting import Setting, build
 from jaxserve.models.spec import Attention
 
-MEMORY = Flag(
-    name="memory",
-    base=int,
-    optional=True,
-    default=None,
-    metavar="SIZE",
-    group="Check",
-    help="Memory of each accelerator, such as 80GiB (default: this machine's accelerators, or else its CPU).",
-)
-JSON = Flag(name="json", base=bool, default=False, group="Check", help="Print one JSON object instead of a table.")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
-    """What a model is and whether it fits."""
+    """Describe a model and check whether it fits."""
 
+    memory: Annotated[
+        int | None,
+        Setting(
+            "Memory of each accelerator, such as 80GiB (default: this machine's GPU; without one, plan for the CPU).",
+            "Check",
+            low=1,
+            high=2**60,
+            unit="bytes",
+        ),
+    ] = None
+    json: Annotated[bool, Setting("Print one JSON object instead of a table.", "Check")] = False
     engine: EngineConfig
-    memory: int | None
-    json: bool
-
-    @staticmethod
-    def parser(prog: str, about: str) -> Parser:
-        flags = settings.engine_flags(positional_model=True)
-        return Parser(prog, [flags[0], MEMORY, JSON, *flags[1:]], about=about, refused=settings.refused())
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Check":
-        given = settings.named_model(given)
-        if not settings.names_model(given):
-            from jaxserve import demo
-
-            given["model"] = str(demo.FOLDER)
-        engine = settings.made(parser, lambda: settings.split(EngineConfig, given))
-        if (given.get("memory") or 1) < 1:
-            raise UsageError(f"--memory is {given['memory']}", "give the memory of each accelerator, such as 80GiB")
-        return cls(engine, given.get("memory"), given.get("json", False))
+        return build(cls, {"model": str(demo.FOLDER), **given})
 
     def run(self) -> None:
         _on_cpu()

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve devices`: what jax sees on this machine, and how the kernels would run on it."""
+"""`jaxserve devices`: the devices that JAX sees, and which kernel backend runs on them."""
 
 import json as json_module
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from jaxserve.errors import JaxserveError
+from jaxserve.flags.setting import Setting
 
 
 @dataclass(frozen=True)
 class Devices:
-    """List the devices that jax sees and say how kernels would run on them."""
+    """List the devices that JAX sees and the kernel backend."""
 
-    json: bool = False
-    """Print one JSON object instead of a table."""
+    json: Annotated[bool, Setting("Print one JSON object instead of a table.")] = False
 
     def run(self) -> None:
         import jax
@@ -21,11 +21,11 @@ class Devices:
         from pallas_kernels import dispatch
 
         try:
-            devices = cast(Any, jax).devices()  # its stub says half of the type
+            devices = cast(Any, jax).devices()  # its stub is only partly typed
         except (RuntimeError, AssertionError) as error:
             # What jax raises when a platform in JAX_PLATFORMS fails to start, and when its plugin is not installed.
-            why = str(error) or "a platform that JAX_PLATFORMS names is not installed"
-            raise JaxserveError(f"jax finds no device ({why})", "check JAX_PLATFORMS") from None
+            why = str(error) or "a platform in JAX_PLATFORMS is not installed"
+            raise JaxserveError(f"JAX found no device ({why})", "check JAX_PLATFORMS") from None
         rows = [_row(device) for device in devices]
         kernels = dispatch.implementation()
         if self.json:
@@ -39,7 +39,7 @@ class Devices:
 
 
 def _row(device: Any) -> dict[str, Any]:
-    # None on platforms that keep no such books, as the CPU.
+    # None on platforms without memory statistics, such as the CPU.
     stats: dict[str, Any] = device.memory_stats() or {}
     return {
         "id": device.id,

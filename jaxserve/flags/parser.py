@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of a list of flags, parsed by argparse. A fault is a UsageError: one line, with a suggestion.
+
+    --max-model-len 8k   --max_model_len=8192   --[no-]warmup   --api-key A B   -tp 2
+
+Only what was given is in the result, so that configuration files and defaults can fill in the rest.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jaxserve import unsupported
+from jaxserve.errors import UsageError
+from jaxserve.flags import values
+from jaxserve.flags.setting import Flag
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+_NEGATIVE = re.compile(r"-[\d.]")  # a number, not an option
+
+
+class HelpRequested(Exception):
+    """--help, or --help=TOPIC."""
+
+    def __init__(self, topic: str | None) -> None:
+        self.topic = topic
+        super().__init__(topic)
+
+
+class Parser:
+    """The flags of one command. Options of vLLM that jaxserve does not have are refused with a reason."""
+
+    def __init__(self, prog: str, flags: Sequence[Flag], *, about: str = "") -> None:
+        self.prog, self.flags, self.about = prog, tuple(flags), about
+        self._words = [flag for flag in flags if flag.is_word]
+        self._known: dict[str, tuple[Flag, bool]] = {}
+        for flag in flags:
+            if flag.is_option:
+                self._known |= {name: (flag, True) for name in flag.options}
+                if flag.negative:
+                    self._known[flag.negative] = (flag, False)
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The values given, by name of the field."""
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        options = list(self._normalized(arguments[:end]))
+        namespace, words = _argparser(self.prog, self.flags).parse_known_args(options)
+        found: dict[str, Any] = vars(namespace)
+        found |= {flag.name: tuple(found[flag.name]) for flag in self.flags if flag.many and flag.name in found}
+        self._place([*words, *arguments[end + 1 :]], found)
+        for flag in self.flags:
+            if flag.own and flag.default is MISSING and flag.name not in found:
+                raise UsageError(f"{flag.shown} is missing", f"see {self.prog} --help")
+        return found
+
+    def _normalized(self, arguments: Sequence[str]) -> Iterator[str]:
+        """The arguments as argparse takes them, with dashes for underscores and --no-x for --x=false. What it would
+        report less clearly is reported here: unknown options and missing values."""
+        for argument, following in zip_longest(arguments, arguments[1:]):
+            if not _is_option(argument):
+                yield argument
+                continue
+            name, equals, value = argument.partition("=")
+            if name in ("-h", "--help"):
+                raise HelpRequested(value or None)
+            flag, positive = self.look_up(name)
+            if flag.negative is not None:
+                if equals and not positive:
+                    raise UsageError(f"{name} takes no value", f"use {flag.option}={value}")
+                yes = values.from_text(flag, value) if equals else positive
+                yield flag.option if yes else flag.negative
+            elif not equals and (following is None or _is_option(following)):
+                dashed = f", or {name}=VALUE if it begins with a dash" if following else ""
+                raise UsageError(f"{name} needs a value", f"use {name} {flag.value_form}{dashed}")
+            else:
+                yield _dashed(name) + equals + value
+
+    def _place(self, words: Sequence[str], found: dict[str, Any]) -> None:
+        """Adds the positional arguments."""
+        if len(words) > len(self._words):
+            takes = " and ".join(flag.metavar for flag in self._words)
+            takes = f"one {takes}" if len(self._words) == 1 else takes or "options only"
+            problem = f"unexpected argument {words[len(self._words)]!r}"
+            raise UsageError(problem, f"{self.prog} takes {takes}; see {self.prog} --help")
+        for flag, word in zip(self._words, words, strict=False):
+            value = values.from_text(flag, word)
+            if found.setdefault(flag.name, value) != value:
+                problem = f"{flag.metavar} is given twice: {word} and {flag.option} {found[flag.name]}"
+                raise UsageError(problem, "give one of them")
+
+    def look_up(self, name: str) -> tuple[Flag, bool]:
+        """The flag that an option names, and whether it says yes. Underscores may stand for dashes."""
+        spelled = _dashed(name)
+        if spelled in self._known:
+            return self._known[spelled]
+        if not all(flag.own for flag in self.flags):
+            self._refuse_unsupported(spelled)
+        raise UsageError(f"unknown option {name}", self._did_you_mean(spelled))
+
+    def _refuse_unsupported(self, option: str) -> None:
+        name = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
+        if reason := unsupported.SETTINGS.get(name) if option.startswith("--") else None:
+            raise UsageError(*reason.about(option))
+        if option in unsupported.SHORT_FLAGS:
+            name = unsupported.SHORT_FLAGS[option]
+            raise UsageError(*unsupported.SETTINGS[name].about(f"{option} (--{name.replace('_', '-')})"))
+
+    def _did_you_mean(self, option: str) -> str:
+        from difflib import get_close_matches
+
+        close = get_close_matches(option, [*self._known, "--help"], n=1)
+        return f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
+
+    def in_flags_words(self, text: str) -> str:
+        """A message about fields, with the names of their flags."""
+        for flag in self.flags:
+            if "_" in flag.name and flag.is_option:
+                # Not within a path or a flag.
+                text = re.sub(rf"(?<![\w/.-]){flag.name}(?![\w/-]|\.\w)", flag.option, text)
+            else:
+                text = re.sub(rf"^{flag.name}(?= is )", flag.shown, text)
+        return text
+
+
+def _argparser(prog: str, flags: Sequence[Flag]) -> "ArgumentParser":
+    """Of the options. Positional arguments are what it leaves over: it cannot mix optional ones with options."""
+    from argparse import SUPPRESS, ArgumentParser
+
+    class Strict(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message, f"see {prog} --help")
+
+    parser = Strict(prog, add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    parser._negative_number_matcher = _NEGATIVE  # pyright: ignore[reportPrivateUsage]
+    for flag in flags:
+        if not flag.is_option:
+            continue
+        if flag.negative:
+            parser.add_argument(*flag.options, dest=flag.name, action="store_const", const=True)
+            parser.add_argument(flag.negative, dest=flag.name, action="store_const", const=False)
+            continue
+        read = partial(values.from_text, flag)
+        if flag.many:
+            parser.add_argument(*flag.options, dest=flag.name, type=read, nargs="+", action="extend")
+        else:
+            parser.add_argument(*flag.options, dest=flag.name, type=read)
+    return parser
+
+
+def _dashed(name: str) -> str:
+    return "--" + name[2:].replace("_", "-") if name.startswith("--") else name
+
+
+def _is_option(word: str) -> bool:
+    return len(word) > 1 and word[0] == "-" and not _NEGATIVE.match(word)
