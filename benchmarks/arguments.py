@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark may be told, as types for argparse: a wrong value is one line and exit status 2, before any work."""
+"""Types for the benchmarks' argparse options: a wrong value gives one line and exit status 2, before any work."""
 
 import argparse
 import math

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server costs: `python -m benchmarks.server [--json FILE] [--streams 1,32,256]`.
+"""Measures what the server costs: `python -m benchmarks.server [--json FILE] [--streams 1,32,256]`.
 
-The demo model, once in an engine alone and once behind `jaxserve run` with the same settings, both up all the time and
-used in turns. Each round every stream asks for the same number of tokens, all streams at once; the server's clients
-read event streams from raw sockets in one thread. Told are the medians over the rounds: how much of the engine's output
-tokens per second the server keeps, and by how much its first token and its gaps between tokens are later, at p50 and
-p99. On a machine with few cores engine, server and clients share them, and XLA would use them all: the ratio says what
-is lost there, not on a server with cores to spare. Aim: 0.85 at 256 streams.
+The demo model runs in a bare engine and behind `jaxserve run` with the same settings; both stay up and take turns. In
+each round every stream asks for the same number of tokens, all streams at once; the server's clients read event streams
+from raw sockets in one thread. The results are medians over the rounds: the share of the engine's output tokens per
+second that the server keeps, and how much later the first token and each following token arrive, at p50 and p99. On a
+machine with few cores, engine, server and clients share them and XLA alone would use them all, so the ratio shows the
+loss there, not on a server with idle cores. Target: 0.85 at 256 streams.
 """
 
 import argparse
@@ -200,9 +200,9 @@ def main() -> None:
         if row.streams == AIM_STREAMS:
             print(f"aim at {AIM_STREAMS} streams: {AIM} of the engine's tokens per second; kept {row.kept:.2f}")
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "prompt": options.prompt}
-        told |= {"new": options.new, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "prompt": options.prompt}
+        content |= {"new": options.new, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load on any server that speaks OpenAI's API: `python -m benchmarks.serving --url URL [--json FILE]`.
+"""Load-tests any OpenAI-compatible server: `python -m benchmarks.serving --url URL [--json FILE]`.
 
-    --concurrency 1,8,32   closed loop: so many requests at once, the next when one has ended
-    --rate 2,8             open loop: so many a second, at random times (Poisson), however slow the server is
-    --mix                  fixed (every length the same), sharegpt (lengths as people's chats have them), shared
-                           (16 prompts each begin with the same words, 94 % of them, as with a long system prompt)
+    --concurrency 1,8,32   closed loop: this many requests at once, the next one when one ends
+    --rate 2,8             open loop: this many per second at random times (Poisson), however slow the server is
+    --mix                  fixed (all lengths equal), sharegpt (lengths like those of real chats), shared (16 prompts
+                           each share a prefix of 94 % of their length, as with a long system prompt)
 
-The same seed asks for the same work of every server. Prompts are words, so that all routes and tokenizers take them.
-Told per load: output tokens per second, time to the first token (TTFT), time per token after it (TPOT), gaps between
-events (ITL), the whole (E2E), each at p50, p90 and p99; failures; and goodput: requests a second that met both
-deadlines. Answers end where the model ends them, after few tokens maybe: where speeds are compared, --ignore-eos.
+The same seed asks every server for the same work. Prompts are words, so that all routes and tokenizers accept them.
+Results per load: output tokens per second; time to first token (TTFT), time per output token after it (TPOT), gaps
+between events (ITL) and total time (E2E), each at p50, p90 and p99; failures; and goodput, the requests per second that
+met both deadlines. By default the model may end an answer after few tokens: use --ignore-eos to compare speeds.
 """
 
 import argparse
@@ -146,9 +146,9 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
 
 
 def faults(outcome: Outcome) -> dict[str, int]:
-    """What failed requests were told, and how many of them; the most frequent first."""
-    told = Counter(sample.error or "an answer without a token" for sample in outcome.samples if _failed(sample))
-    return dict(told.most_common())
+    """Why requests failed and how many of them, most frequent first."""
+    reasons = Counter(sample.error or "an answer without a token" for sample in outcome.samples if _failed(sample))
+    return dict(reasons.most_common())
 
 
 def _failed(sample: Sample) -> bool:
@@ -215,13 +215,13 @@ def main() -> None:
         rows.append((name, figures(outcome, deadlines)))
         failed[name] = faults(outcome)
     print(table(rows))
-    for name, told in failed.items():
-        for problem, count in list(told.items())[:3]:
+    for name, reasons in failed.items():
+        for problem, count in list(reasons.items())[:3]:
             print(f"{name}: {count} failed: {problem}", file=sys.stderr)
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "settings": {**vars(options), "api_key": None}}
-        told["settings"]["json"] = str(options.json)
-        options.json.write_text(json.dumps(told | {"loads": dict(rows), "failures": failed}, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "settings": {**vars(options), "api_key": None}}
+        content["settings"]["json"] = str(options.json)
+        options.json.write_text(json.dumps(content | {"loads": dict(rows), "failures": failed}, indent=1) + "\n")
     if not any(one["completed"] for _, one in rows):
         sys.exit("error: no request was answered")
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a server stays as it is: `python -m benchmarks.soak [--minutes 30] [--json FILE] [--url URL --pid PID]`.
+"""Checks that a server stays healthy: `python -m benchmarks.soak [--minutes 30] [--json FILE] [--url URL --pid PID]`.
 
-`jaxserve run` of the demo model, with few blocks, under the traffic of traffic.py, in rounds. After each round all
-clients leave, and the server must be at rest: no rows, no blocks in use, no connections. Then memory, descriptors and
-threads of both its processes are read. Round N of a seed asks the same each time, so that a bad one can be run again.
+`jaxserve run` serves the demo model with few blocks under the traffic of traffic.py, in rounds. After each round all
+clients leave, and the server must be idle: no rows, no blocks in use, no connections. Then the memory, descriptors and
+threads of both its processes are recorded. Round N of a seed always asks for the same, so a failing round can be run
+again.
 
-Ends with 1 where, after the warm-up, memory grows by more than 1 MB for 10 000 requests, descriptors or threads became
-more, a program was compiled, blocks were lost, an answer was wrong, or a greedy request did not say what it says alone.
-An allocator takes memory in steps of up to 10 MB, now and then; a leak grows all the time. So what is judged is the
-median growth over all stretches of 2500 requests, from 20 000 requests on, and all of the growth where it is large.
+Ends with status 1 if, after the warm-up, memory grows by more than 1 MB per 10 000 requests, descriptors or threads
+increase, a program is compiled, blocks are lost, an answer is wrong, or a greedy request gives a different answer than
+it gives alone. An allocator takes memory in occasional steps of up to 10 MB, while a leak grows all the time.
+Therefore the verdict is on the median growth over all stretches of 2500 requests, from request 20 000 on, and on the
+total growth where it is large.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's map of the code equals the tree."""
+"""The README's examples run, and every module says what it owns: there is no separate map of the code to go stale."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -12,105 +13,41 @@ from jaxserve.engine.execute import program_store
 from tests.golden import load as golden
 
 ROOT = Path(__file__).parents[1]
-HEADING = "## Map of the code"
-CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")  # every file of these is on the map
-OURS = (*CODE, "tests")  # of tests, every folder
+CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")
+LEAST = 3  # words of a first sentence beside those of the module's name
 
 
-def read_map(readme: str) -> list[str]:
-    """The paths on the map: folders end in a slash and hold the deeper lines that follow."""
-    found: list[str] = []
-    folders: list[str] = []
-    for line in readme.partition(HEADING)[2].partition("\n## ")[0].splitlines():
-        if not line.startswith("    "):
-            continue
-        name, *about = line.split(maxsplit=1)
-        depth = (len(line) - len(line.lstrip()) - 4) // 2
-        assert about, f"{name} has no description"
-        assert depth <= len(folders), f"{name} is indented too far"
-        del folders[depth:]
-        found.append("".join(folders) + name)
-        if name.endswith("/"):
-            folders.append(name)
-    return found
+def complaint(name: str, source: str) -> str | None:
+    """What is wrong with a module's docstring; `name` is dotted."""
+    about = ast.get_docstring(ast.parse(source))
+    if not about:
+        return f"{name} has no docstring"
+    first = re.split(r"(?<=\.)\s|\n\n", about, maxsplit=1)[0]
+    if first[-1] not in ".:":
+        return f"{name}: the docstring does not begin with a sentence: {first!r}"
+    words = set(re.findall(r"[\w-]+", first.lower())) - set(re.split(r"[._]", name.lower())) - {"a", "an", "the", "of"}
+    return None if len(words) >= LEAST else f"{name}: the docstring says too little: {first!r}"
 
 
-def tree(root: Path) -> set[str]:
-    """What a complete map lists."""
-    found: set[str] = set()
-    for package in OURS:
-        for path in (root / package).rglob("*"):
-            if path.suffix not in (".py", ".json") or "results" in path.parts:
-                continue
-            relative = path.relative_to(root)
-            found |= {f"{folder}/" for folder in map(str, relative.parents) if folder != "."}
-            if package in CODE:
-                found.add(str(relative))
-    return found
+def test_every_module_says_what_it_owns() -> None:
+    files = [path for package in CODE for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(files) > 200
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    assert [wrong for path, name in names.items() if (wrong := complaint(name, path.read_text()))] == []
 
 
-def differences(root: Path, readme: str) -> list[str]:
-    listed = read_map(readme)
-    inside = {path for path in listed if path.split("/")[0] in OURS}
-    twice = {path for path in listed if listed.count(path) > 1}
-    wanted = tree(root)
-    return sorted(
-        [f"{path} is on the map twice" for path in twice]
-        + [f"{path} is on the map only" for path in listed if not _exists(root, path)]
-        + [f"{path} is missing from the map" for path in wanted - inside]
-    )
-
-
-def _exists(root: Path, path: str) -> bool:
-    return (root / path).is_dir() if path.endswith("/") else (root / path).is_file()
-
-
-def test_map_equals_the_tree() -> None:
-    assert differences(ROOT, (ROOT / "README.md").read_text()) == []
-
-
-SMALL = f"""# x
-{HEADING}
-
-    jaxserve/        the server
-      __init__.py    nothing
-      cli/           the command
-        main.py      all of it
-    tests/           mirror
-    Makefile         make
-
-## Next
-    other.py         not on the map
-"""
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    for path in ("jaxserve/__init__.py", "jaxserve/cli/main.py", "tests/test_x.py", "Makefile"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    return tmp_path
-
-
-def test_right_map_passes(small: Path) -> None:
-    (small / "jaxserve/__pycache__").mkdir()
-    (small / "jaxserve/__pycache__/x.pyc").touch()
-    assert differences(small, SMALL) == []
-
-
-def test_wrong_maps_fail(small: Path) -> None:
-    (small / "jaxserve/cli/new.py").touch()
-    (small / "tests/kernels").mkdir()
-    (small / "tests/kernels/test_y.py").touch()
-    (small / "Makefile").unlink()
-    assert differences(small, SMALL.replace("    tests/", "    tests/  again\n    tests/")) == [
-        "Makefile is on the map only",
-        "jaxserve/cli/new.py is missing from the map",
-        "tests/ is on the map twice",
-        "tests/kernels/ is missing from the map",
-    ]
-    with pytest.raises(AssertionError, match="no description"):
-        read_map(SMALL.replace("all of it", ""))
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ('"""Gives each sequence its blocks.\n\nMore."""', None),
+        ("x = 1", "has no docstring"),
+        ('"""The block pool."""', "says too little"),
+        ('"""Gives each sequence its blocks"""', "does not begin with a sentence"),
+    ],
+)
+def test_docstrings_that_say_nothing_are_found(source: str, wrong: str | None) -> None:
+    found = complaint("jaxserve.engine.block_pool", source)
+    assert found is None if wrong is None else wrong in str(found)
 
 
 def run_example(number: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ COMMANDS = ("jaxserve", "python", "make", "curl", "docker", "pip", ".ci/run", "e
 
 def commands() -> list[str]:
     """The lines of indented blocks that begin with one, without what is said of them."""
-    text = (ROOT / "README.md").read_text().partition("## Map of the code")[0]
+    text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return [re.split(r"  +|\s#\s", line)[0].strip() for line in lines if line.split()[0] in COMMANDS]
 
