@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's examples run, and every module says what it owns: there is no separate map of the code to go stale."""
+"""READMEs are true: examples run, links lead somewhere, generated parts are current. Modules say what they own."""
 
 import ast
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from jaxserve import LLM, SamplingParams, demo
 from jaxserve.engine.execute import program_store
+from tests import readmes
 from tests.golden import load as golden
 
 ROOT = Path(__file__).parents[1]
 CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")
+DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 LEAST = 3  # words of a first sentence beside those of the module's name
 
 
@@ -50,36 +54,104 @@ def test_docstrings_that_say_nothing_are_found(source: str, wrong: str | None) -
     assert found is None if wrong is None else wrong in str(found)
 
 
-def run_example(number: int) -> dict[str, Any]:
-    """As a reader would paste it."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3
+def test_the_first_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_generated_parts_are_current() -> None:
+    stale = [name for name in readmes.READMES if readmes.renewed(readmes.read(name)) != readmes.read(name)]
+    assert not stale, "run python -m tests.readmes"
+
+
+def test_links_lead_somewhere() -> None:
+    for name in readmes.READMES:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", readmes.read(name)):
+            assert link.startswith("https://") or (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
+
+
+def test_named_functions_exist() -> None:
+    """`folder/file.py:name`, from jaxserve/ or from the root."""
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", "".join(map(readmes.read, readmes.READMES)))
+    assert named
+    for path, name in named:
+        file = next(file for file in (ROOT / "jaxserve" / path, ROOT / path) if file.exists())
+        inside = ast.parse(file.read_text()).body
+        for part in name.split("."):
+            found = [node for node in inside if isinstance(node, DEFINITIONS) and node.name == part]
+            assert found, f"{path} has no {name}"
+            inside = found[0].body
+
+
+def test_the_table_of_folders_is_complete() -> None:
+    rows = re.findall(r"^\| (`\w+[/.].*?) \|", readmes.read("jaxserve/README.md"), re.MULTILINE)
+    named = set(re.findall(r"`([\w/.]+)`", " ".join(rows)))
+    here = {path.name + "/" * path.is_dir() for path in (ROOT / "jaxserve").iterdir() if path.name != "__pycache__"}
+    assert {path for path in here if path.endswith("/")} <= named <= here
+
+
+def test_pictures_are_small() -> None:
+    assert all(path.stat().st_size < 300_000 for path in (ROOT / "benchmarks" / "pictures").iterdir())
+
+
+def run_example(readme: str, *, mentions: str) -> dict[str, Any]:
+    """The names that the README's one example with this word defines, run as a reader would paste it."""
+    [example] = [each for each in readmes.examples(readme) if mentions in each]
     names: dict[str, Any] = {}
-    exec(compile(examples[number], "README.md", "exec"), names)
+    exec(compile(example, readme, "exec"), names)
     return names
 
 
-def test_the_example_of_generation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden.write_checkpoint("qwen3", tmp_path / "my-model")
+def test_every_example_is_run() -> None:
+    counts = {name: len(readmes.examples(name)) for name in readmes.READMES}
+    assert {name: count for name, count in counts.items() if count} == {"README.md": 4, "convert/README.md": 1}
+
+
+@pytest.fixture
+def my_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where examples look for it. Compiled programs are stored nowhere, as a user may decide."""
     monkeypatch.chdir(tmp_path)
-    # Compiled programs go where the user has decided, here: nowhere.
     monkeypatch.setattr(program_store, "open_store", lambda *_: None)
-    names = run_example(0)
-    batch = names["batch"]
+    return tmp_path / "my-model"
+
+
+def test_the_example_of_python_runs(my_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    my_model.symlink_to(demo.FOLDER)
+    run_example("README.md", mentions='"What is 7 + 5?"], params')
+    assert "Once upon a time" in capsys.readouterr().out
+
+
+def test_the_example_of_a_pipeline_runs(my_model: Path) -> None:
+    golden.write_checkpoint("qwen3", my_model)
+    names = run_example("README.md", mentions="generate_arrays")
+    llm, rollout = names["llm"], names["rollout"]
+    assert rollout.tokens.shape == rollout.logprobs.shape == (2, 2, 8)
+    assert len(names["scores"]) == 4
+    [output] = llm.generate([[1, 5, 9]], SamplingParams(temperature=0, max_tokens=4, detokenize=False))
+    assert output.outputs[0].policy_version == 2
+    # The gradient went to every weight, and what the engine now scores with is what the trainer holds.
+    ids = [1, 5, 9, *output.outputs[0].token_ids]
+    params = names["to_engine_layout"](names["spec"], names["weights"])
+    dense = jax.nn.log_softmax(names["forward"](names["spec"], params, np.array([ids], np.int32)))
+    expected = np.take_along_axis(np.asarray(dense)[0, :-1], np.array(ids)[1:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(llm.score([ids])[0], expected, atol=1e-4)
+
+
+def test_arrays_are_what_generate_and_score_give(my_model: Path) -> None:
+    golden.write_checkpoint("qwen3", my_model)
+    llm = LLM("my-model", skip_tokenizer_init=True, max_num_seqs=4, max_num_batched_tokens=64, warmup=False)
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=8)
+    batch = llm.generate_arrays([[1, 5, 9], [2, 7]], params)
     assert batch.tokens.shape == batch.logprobs.shape == (2, 1, 8)
-    # Row by row what `generate` gave before it for the same seed; the log-probabilities are those that `score` gives.
-    first = names["llm"].generate([[1, 5, 9], [2, 7]], names["params"])
-    for row, output in enumerate(first):
+    for row, output in enumerate(llm.generate([[1, 5, 9], [2, 7]], params)):
         made = output.outputs[0].token_ids
         assert np.asarray(batch.tokens)[row, 0, : len(made)].tolist() == made
-        [scores] = names["llm"].score([*output.prompt_token_ids, *made])
+        [scores] = llm.score([*output.prompt_token_ids, *made])
         np.testing.assert_allclose(np.asarray(batch.logprobs)[row, 0, : len(made)], scores[-len(made) :], atol=1e-4)
 
 
-def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden.write_checkpoint("qwen3", tmp_path / "my-model")
-    monkeypatch.chdir(tmp_path)
-    names = run_example(1)
+def test_the_example_of_a_model_runs(my_model: Path) -> None:
+    golden.write_checkpoint("qwen3", my_model)
+    names = run_example("convert/README.md", mentions="load_model")
     assert names["logits"].shape == (1, 5, names["spec"].vocab_size)
     grad = names["grads"]["layers"][0]["attention"]["q"]["kernel"]
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0
@@ -87,7 +159,7 @@ def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_example_of_kernels_runs() -> None:
     """Its rows are those of a pool in which only the new tokens are not zero."""
-    names = run_example(2)
+    names = run_example("README.md", mentions="pallas_kernels")
     out = np.asarray(names["out"])
     assert out.shape == (6, 8, 64)
     # The decode row sees 39 zero keys and one of ones, whose logit is 64 / sqrt(64).
