@@ -17,7 +17,7 @@ def whole(text: str, *, least: int = 1) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise _wrong(f"{text!r} is no whole number") from None
+        raise _wrong(f"{text!r} is not a whole number") from None
     if value < least:
         raise _wrong(f"{value} is below {least}")
     return value
@@ -31,9 +31,9 @@ def positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise _wrong(f"{text!r} is no number") from None
+        raise _wrong(f"{text!r} is not a number") from None
     if not 0 < value < math.inf:
-        raise _wrong(f"{text} is not above 0 and finite")
+        raise _wrong(f"{text} must be positive and finite")
     return value
 
 
@@ -47,12 +47,12 @@ def several[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def some[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """Comma-separated, one at least, none twice."""
+    """Comma-separated, at least one, no duplicates."""
 
     def read(text: str) -> list[T]:
         values = several(kind)(text)
         if not values or len(set(values)) < len(values):
-            raise _wrong(f"{text!r} names nothing" if not values else f"{text!r} names one twice")
+            raise _wrong(f"{text!r} names none" if not values else f"{text!r} has duplicates")
         return values
 
     return read
@@ -61,19 +61,19 @@ def some[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 def file_to_write(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
-        raise _wrong(f"there is no folder {path.parent}")
+        raise _wrong(f"folder {path.parent} does not exist")
     return path
 
 
 def python(text: str) -> str:
     if not os.access(text, os.X_OK) or Path(text).is_dir():
-        raise _wrong(f"{text} is no Python that can be run")
+        raise _wrong(f"{text} is not an executable Python")
     return text
 
 
 def url(text: str) -> str:
-    """Of a server, without the /v1 that clients are given."""
+    """A server's URL, without the /v1 that clients use."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise _wrong(f"{text!r} is no URL: it looks like http://127.0.0.1:8000")
+        raise _wrong(f"{text!r} is not a URL such as http://127.0.0.1:8000")
     return text.rstrip("/").removesuffix("/v1")

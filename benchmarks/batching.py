@@ -153,7 +153,7 @@ def measure(
 def _check(name: str, requests: Sequence[Asked], answer: Answer) -> None:
     wanted = [one.new for one in requests[: len(answer.tokens)]]
     if [len(tokens) for tokens in answer.tokens] != wanted:
-        raise SystemExit(f"error: {name} gave other numbers of tokens than were asked for")
+        raise SystemExit(f"error: {name} returned a different number of tokens than requested")
 
 
 def _row(load: str, count: int, rounds: Sequence[dict[str, Answer]]) -> Row:
@@ -239,12 +239,10 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
         default=",".join(map(str, FULL.counts)),
         help="chats at once",
     )
-    parser.add_argument("--rounds", type=arguments.whole, default=3, help="that count")
-    parser.add_argument(
-        "--seconds", type=arguments.positive, default=20.0, help="after which a turn of transformers ends"
-    )
+    parser.add_argument("--rounds", type=arguments.whole, default=3, help="timed rounds")
+    parser.add_argument("--seconds", type=arguments.positive, default=20.0, help="limit of a turn of transformers")
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json and NAME.md")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes: whether it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
     return parser.parse_args(given)
 
 

@@ -68,7 +68,7 @@ def model_folder(name: str, place: Path) -> Path:
     if name != "110m":
         folder = Path(name).resolve()
         if not (folder / "config.json").is_file():
-            raise SystemExit(f"error: there is no model in {name}  hint: {', '.join(MODELS)} or a model's folder")
+            raise SystemExit(f"error: {name} holds no model  hint: {', '.join(MODELS)} or a model's folder")
         return folder
     shape = offline.Shape()
     folder = offline.make_checkpoint(place / "llama-110m", shape, seed=0)
@@ -188,9 +188,9 @@ def main() -> None:
     parser.add_argument("--streams", type=arguments.some(whole), default="1,8,32", help="chats at once")
     parser.add_argument("--prompt", type=whole, default=64, help="words in a prompt, or their median")
     parser.add_argument("--new", type=whole, default=64, help="tokens in an answer, or their median")
-    parser.add_argument("--max-model-len", type=whole, default=1024, help="tokens of a chat that servers have room for")
-    parser.add_argument("--each", type=whole, default=2, help="requests of a stream in a round")
-    parser.add_argument("--rounds", type=whole, default=3, help="that count, after one that warms up")
+    parser.add_argument("--max-model-len", type=whole, default=1024, help="context length of the servers")
+    parser.add_argument("--each", type=whole, default=2, help="requests per stream and round")
+    parser.add_argument("--rounds", type=whole, default=3, help="timed rounds, after a warm-up")
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json, .md and .svg")
     options = parser.parse_args()
     work = Work(mix=options.mix, prompt=options.prompt, new=options.new, longest=512)

@@ -165,8 +165,8 @@ def row_of(rows: int, steps: list[Step]) -> Row:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_host", description="The host's share of a step.")
-    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--tiny", action="store_true", help="as little as shows that it works")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")

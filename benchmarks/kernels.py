@@ -143,8 +143,8 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Twins against dense attention.")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="time for each row")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="seconds per row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

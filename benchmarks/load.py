@@ -177,8 +177,8 @@ def convert(source: Path, place: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description="Loading against reading.")
     parser.add_argument("--gb", type=arguments.positive, default=1.0, help="size of the checkpoint")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--dir", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--dir", type=Path, help="parent of the temporary folder")
     parser.add_argument("--rounds", type=arguments.whole, default=9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

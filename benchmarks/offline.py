@@ -72,7 +72,7 @@ class Side:
         answer = self._line()
         if [len(tokens) for tokens in answer["tokens"]] != [new] * len(prompts):
             raise SystemExit(
-                f"error: {self.process.args} gave other than {new} tokens for each of {len(prompts)} prompts"
+                f"error: {self.process.args} did not return {new} tokens for each of {len(prompts)} prompts"
             )
         return answer
 
@@ -81,7 +81,7 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             self.close()
-            raise SystemExit(f"error: {self.process.args} ended with code {self.process.returncode}; it may say why")
+            raise SystemExit(f"error: {self.process.args} ended with code {self.process.returncode}; see its output")
         return json.loads(line)
 
     def close(self) -> None:
@@ -199,9 +199,9 @@ def main() -> None:
     parser.add_argument(
         "--peer", type=arguments.python, metavar="PYTHON", help="a Python that has torch and transformers"
     )
-    parser.add_argument("--concurrency", default="1,8,32", help="numbers of prompts")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--tiny", action="store_true", help="a toy model: whether it runs, not how fast")
+    parser.add_argument("--concurrency", default="1,8,32", help="prompts at once")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to check that it runs")
     parser.add_argument("--rounds", type=arguments.whole, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -72,7 +72,7 @@ class Server:
         self.process = subprocess.Popen(command, cwd=_ROOT)
         while not self._healthy():
             if self.process.poll() is not None:
-                raise SystemExit("error: the server ended; it may say why")
+                raise SystemExit("error: the server ended; see its output")
             time.sleep(0.2)
 
     def _healthy(self) -> bool:
@@ -112,7 +112,7 @@ class Alone:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("error: the engine ended; it may say why")
+            raise SystemExit("error: the engine ended; see its output")
         return json.loads(line)
 
     def close(self) -> None:
@@ -179,11 +179,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description="What the server costs.")
-    parser.add_argument("--streams", default="1,32,256", help="numbers of streams")
+    parser.add_argument("--streams", default="1,32,256", help="streams at once")
     parser.add_argument("--prompt", type=arguments.whole, default=32, help="tokens in a prompt")
-    parser.add_argument("--new", type=arguments.whole, default=128, help="tokens that each stream asks for")
+    parser.add_argument("--new", type=arguments.whole, default=128, help="tokens per stream")
     parser.add_argument("--rounds", type=arguments.whole, default=5)
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]
     config = settings(demo.FOLDER, max(counts), options.prompt + options.new)

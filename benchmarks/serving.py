@@ -93,7 +93,7 @@ def prompts(work: Work, count: int) -> list[tuple[str, int]]:
                     prefix = text(round(SHARED * work.prompt))
                 words, new = [*prefix, *text(work.prompt - len(prefix))], work.new
             case _:
-                raise SystemExit(f"error: there is no mix {work.mix!r}  hint: one of {', '.join(MIXES)}")
+                raise SystemExit(f"error: unknown mix {work.mix!r}  hint: one of {', '.join(MIXES)}")
         made.append((" ".join(words), new))
     return made
 
@@ -167,28 +167,32 @@ def main() -> None:
     )
     counts, rates = arguments.some(arguments.whole), arguments.several(arguments.positive)
     parser.add_argument("--url", type=arguments.url, default="http://127.0.0.1:8000", help="the server")
-    parser.add_argument("--model", default="", help="as the server calls it; its first if not given")
-    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route to ask")
-    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and beginnings vary, see above")
+    parser.add_argument("--model", default="", help="the model's name; default: the server's first")
+    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route")
+    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and prefixes vary, see above")
     parser.add_argument(
         "--prompt", type=arguments.whole, default=Work.prompt, help="words in a prompt, or their median"
     )
     parser.add_argument("--new", type=arguments.whole, default=Work.new, help="tokens in an answer, or their median")
-    parser.add_argument("--concurrency", type=counts, default="1,8,32", help="requests at once, a load for each number")
-    parser.add_argument("--rate", type=rates, default="", help="requests a second, in place of --concurrency")
+    parser.add_argument("--concurrency", type=counts, default="1,8,32", help="requests at once; one load per number")
+    parser.add_argument("--rate", type=rates, default="", help="requests per second, instead of --concurrency")
     parser.add_argument(
-        "--requests", type=arguments.whole_or_none, default=0, help="of each load; four for each at once if 0"
+        "--requests", type=arguments.whole_or_none, default=0, help="per load; 0: four times the concurrency"
     )
-    parser.add_argument("--seed", type=arguments.whole_or_none, default=0, help="of prompts, lengths and times")
+    parser.add_argument("--seed", type=arguments.whole_or_none, default=0, help="seed of prompts, lengths and times")
     parser.add_argument(
-        "--ttft-ms", type=arguments.positive, default=Deadlines.ttft_ms, help="deadline that counts for goodput"
+        "--ttft-ms", type=arguments.positive, default=Deadlines.ttft_ms, help="TTFT deadline for goodput"
     )
-    parser.add_argument("--tpot-ms", type=arguments.positive, default=Deadlines.tpot_ms, help="the other")
-    parser.add_argument("--ignore-eos", action="store_true", help="have each answer reach its length")
-    parser.add_argument("--no-keep-alive", action="store_true", help="a connection for each request")
-    parser.add_argument("--timeout", type=arguments.positive, default=600.0, help="seconds until a request has failed")
+    parser.add_argument(
+        "--tpot-ms", type=arguments.positive, default=Deadlines.tpot_ms, help="TPOT deadline for goodput"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="always generate the full length")
+    parser.add_argument("--no-keep-alive", action="store_true", help="a new connection per request")
+    parser.add_argument(
+        "--timeout", type=arguments.positive, default=600.0, help="seconds after which a request has failed"
+    )
     parser.add_argument("--api-key", help="the server's key")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
     extra = (("ignore_eos", True),) if options.ignore_eos else ()
     model = options.model or model_of(options.url, options.api_key)

@@ -160,7 +160,9 @@ def child_of(pid: int) -> int:
         if int(parent) == pid:
             found.append(int(stat.parent.name))
     if len(found) != 1:
-        raise SystemExit(f"error: process {pid} has {len(found)} children and a server has one: give the server's")
+        raise SystemExit(
+            f"error: process {pid} has {len(found)} child processes, but a server has one: give the server's pid"
+        )
     return found[0]
 
 
@@ -235,15 +237,17 @@ def report(soak: Soak) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Whether a server stays as it is.")
     parser.add_argument("--minutes", type=arguments.positive, default=30)
-    parser.add_argument("--url", help="of a server that runs, with nobody else's requests; needs --pid")
-    parser.add_argument("--pid", type=int, help="its process, on this machine")
-    parser.add_argument("--clients", type=arguments.whole, default=24, help="how many there are at once")
-    parser.add_argument("--round", type=arguments.whole, default=500, help="requests in a round")
+    parser.add_argument("--url", help="a running server without other clients; needs --pid")
+    parser.add_argument("--pid", type=int, help="the server's process on this machine")
+    parser.add_argument("--clients", type=arguments.whole, default=24, help="concurrent clients")
+    parser.add_argument("--round", type=arguments.whole, default=500, help="requests per round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write what was seen there too")
+    parser.add_argument(
+        "--json", type=arguments.file_to_write, metavar="FILE", help="also write the observations to FILE"
+    )
     options = parser.parse_args()
     if (options.url is None) != (options.pid is None):
-        parser.error("--url and --pid are of one server: give both or none")
+        parser.error("--url and --pid belong together: give both or neither")
     own = Server(CONFIG) if options.url is None else None
     try:
         url = f"http://127.0.0.1:{own.port}" if own else str(options.url)

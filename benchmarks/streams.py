@@ -69,5 +69,5 @@ def _read(stream: _Stream, now: float) -> bool:
     ended = DONE in stream.tail + data
     stream.tail = data[-len(DONE) :]
     if not data and not ended:
-        raise SystemExit("error: a stream ended before its time")
+        raise SystemExit("error: a stream ended early")
     return ended

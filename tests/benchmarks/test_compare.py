@@ -53,7 +53,7 @@ def test_prompts_share_their_beginnings_sixteen_at_a_time() -> None:
 
 
 def test_an_unknown_mix_is_told() -> None:
-    with pytest.raises(SystemExit, match="no mix 'x'"):
+    with pytest.raises(SystemExit, match="unknown mix 'x'"):
         serving.prompts(Work(mix="x"), 1)
 
 
@@ -208,11 +208,11 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "problem"),
     [
-        ("", "names nothing"),
+        ("", "names none"),
         ("jaxserve,x", "there is no server 'x'; there are jaxserve,"),
         ("jaxserve,vllm", "vllm needs an environment, vllm=FOLDER"),
         ("jaxserve,transformers=/nonexistent", "there is no virtual environment in /nonexistent"),
-        ("jaxserve,jaxserve", "names one twice"),
+        ("jaxserve,jaxserve", "has duplicates"),
     ],
 )
 def test_servers_that_cannot_be_are_told_before_any_is_started(named: str, problem: str) -> None:
@@ -229,7 +229,7 @@ def test_what_went_wrong_is_told() -> None:
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"jaxserve did not start: .*no folder"):
+    with pytest.raises(SystemExit, match=r"jaxserve did not start: .*does not exist"):
         compare.Side("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
 
 
