@@ -6,7 +6,7 @@ them: `python -m benchmarks.report` writes those.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jaxserve import unsupported
@@ -45,9 +45,14 @@ def routes() -> str:
 
 
 def refused_fields() -> str:
-    names = ", ".join(f"`{name}`" for name in unsupported.REQUEST_FIELDS)
-    of_messages = ", ".join(f"`{name}`" for name in unsupported.MESSAGE_FIELDS)
-    return f"{names}; in messages: {of_messages}.\n"
+    """Of every list of request fields in unsupported.py."""
+    lists: dict[str, Mapping[str, object]] = {
+        name.removesuffix("_FIELDS").lower(): fields
+        for name, fields in vars(unsupported).items()
+        if name.endswith("_FIELDS")
+    }
+    rows = [f"| {kind} | {', '.join(f'`{name}`' for name in fields)} |" for kind, fields in lists.items()]
+    return "\n".join(["| in | fields |", "|---|---|", *rows]) + "\n"
 
 
 GENERATED: dict[str, Callable[[], str]] = {"routes": routes, "unsupported": refused_fields}
