@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured and not tested: `python -m benchmarks.NAME`."""
+"""Programs that measure jaxserve, run as `python -m benchmarks.NAME`; README.md lists them and their results."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument types of the benchmarks, for argparse: a wrong value is one line and exit status 2, before any work."""
+"""Types for the benchmarks' argparse options: a wrong value gives one line and exit status 2, before any work."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ def positive(text: str) -> float:
     except ValueError:
         raise _wrong(f"{text!r} is not a number") from None
     if not 0 < value < math.inf:
-        raise _wrong(f"{text} is not a finite number above 0")
+        raise _wrong(f"{text} must be positive and finite")
     return value
 
 
@@ -47,12 +47,12 @@ def several[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def some[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """Comma-separated, at least one, without repetition."""
+    """Comma-separated, at least one, no duplicates."""
 
     def read(text: str) -> list[T]:
         values = several(kind)(text)
         if not values or len(set(values)) < len(values):
-            raise _wrong(f"{text!r} is an empty list" if not values else f"{text!r} contains a duplicate")
+            raise _wrong(f"{text!r} names none" if not values else f"{text!r} has duplicates")
         return values
 
     return read
@@ -61,18 +61,18 @@ def some[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 def file_to_write(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
-        raise _wrong(f"no such folder: {path.parent}")
+        raise _wrong(f"folder {path.parent} does not exist")
     return path
 
 
 def python(text: str) -> str:
     if not os.access(text, os.X_OK) or Path(text).is_dir():
-        raise _wrong(f"{text} is not a Python executable")
+        raise _wrong(f"{text} is not an executable Python")
     return text
 
 
 def url(text: str) -> str:
-    """The URL of a server, without the /v1 of OpenAI clients."""
+    """A server's URL, without the /v1 that clients use."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise _wrong(f"{text!r} is not a URL such as http://127.0.0.1:8000")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What continuous batching and paged KV memory give: `python -m benchmarks.batching --peer PYTHON [--out NAME]`.
+"""Measures continuous batching and KV memory: `python -m benchmarks.batching --peer PYTHON [--out NAME]`.
 
-    chats    N requests at once, N = 1 ... 256, prompts and answers as unequal as people's chats have them
+    chats    N requests at once, N = 1 ... 256, with prompts and answers as uneven as real chats
     offline  1000 requests of about 100 tokens
-    memory   KV memory in blocks against reservations of the longest length (kv_memory.py); needs no peer
+    memory   KV memory in blocks against reserving the maximum length (kv_memory.py); needs no peer
 
-The requests of the first two are done by jaxserve's LLM in this process, and by transformers' `generate` in the Python
-that --peer names (one with torch and transformers; without it only jaxserve is timed), sequentially and in static
-batches of 16, in order of arrival: a batch is padded to its longest prompt and runs until its longest answer is done.
-All generate greedily in float32 and past end tokens; only tokens that were asked for count. Loading and compiling are
-not timed. The three take turns, round by round; told are medians, the spread between the quartiles, and the median of
-the ratios round by round. As transformers may take long, its turn ends after --seconds, with the request or batch in
-hand: how many were timed is told, the first of requests that are drawn at random.
+jaxserve's LLM in this process serves the first two, and so does transformers' `generate` in the Python that --peer
+names (one with torch and transformers; without it only jaxserve is timed): one request at a time, and in static batches
+of 16 in order of arrival, each padded to its longest prompt and run until its longest answer is done. All generate
+greedily in float32 and ignore end tokens; only requested tokens count. Loading and compiling are not timed. The three
+take turns, round by round; the results are medians, the spread between the quartiles, and the median of the ratios
+round by round. Because transformers may take long, its turn ends after --seconds, when the current request or batch is
+done; the results say how many requests were timed. They are the first ones of a random order.
 """
 
 import argparse
@@ -79,8 +79,8 @@ class Theirs(offline.Side):
         asked = {"prompts": [one.prompt for one in requests], "max_tokens": [one.new for one in requests]}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
-        told = self._line()
-        return Answer(told["seconds"], told["tokens"])
+        content = self._line()
+        return Answer(content["seconds"], content["tokens"])
 
 
 class Ours:
@@ -153,7 +153,7 @@ def measure(
 def _check(name: str, requests: Sequence[Asked], answer: Answer) -> None:
     wanted = [one.new for one in requests[: len(answer.tokens)]]
     if [len(tokens) for tokens in answer.tokens] != wanted:
-        raise SystemExit(f"error: {name} gave other numbers of tokens than were asked for")
+        raise SystemExit(f"error: {name} returned a different number of tokens than requested")
 
 
 def _row(load: str, count: int, rounds: Sequence[dict[str, Answer]]) -> Row:
@@ -221,7 +221,7 @@ def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Sizes) 
     finally:
         if theirs is not None:
             theirs.close()
-    return rows, theirs and theirs.told
+    return rows, theirs and theirs.versions
 
 
 def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
@@ -239,12 +239,10 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
         default=",".join(map(str, FULL.counts)),
         help="chats at once",
     )
-    parser.add_argument("--rounds", type=arguments.whole, default=3, help="that count")
-    parser.add_argument(
-        "--seconds", type=arguments.positive, default=20.0, help="after which a turn of transformers ends"
-    )
+    parser.add_argument("--rounds", type=arguments.whole, default=3, help="timed rounds")
+    parser.add_argument("--seconds", type=arguments.positive, default=20.0, help="limit of a turn of transformers")
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json and NAME.md")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes: whether it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
     return parser.parse_args(given)
 
 
@@ -252,8 +250,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options = arguments_of(given)
     jax.config.update("jax_platforms", "cpu")
     sizes = TINY if options.tiny else replace(FULL, counts=tuple(options.requests))
-    told: dict[str, Any] = {"model": "tiny" if options.tiny else options.model, "parts": options.parts}
-    told |= {"rounds": options.rounds, "seconds": options.seconds, "sizes": asdict(sizes)}
+    content: dict[str, Any] = {"model": "tiny" if options.tiny else options.model, "parts": options.parts}
+    content |= {"rounds": options.rounds, "seconds": options.seconds, "sizes": asdict(sizes)}
     shown: list[str] = []
     with tempfile.TemporaryDirectory() as place:
         if options.tiny:
@@ -262,8 +260,8 @@ def main(given: Sequence[str] | None = None) -> None:
             folder = compare.model_folder(options.model, Path(place))
         vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
         if set(options.parts) != {"memory"}:
-            rows, told["peer"] = speeds(folder, vocab, options, sizes)
-            told["rows"] = [asdict(row) for row in rows]
+            rows, content["peer"] = speeds(folder, vocab, options, sizes)
+            content["rows"] = [asdict(row) for row in rows]
             shown.append(table(rows))
         if "memory" in options.parts:
             requests = chats(sizes.memory, vocab, sizes.memory_requests)
@@ -275,12 +273,12 @@ def main(given: Sequence[str] | None = None) -> None:
                 tokens=sizes.tokens,
                 reservations=sizes.reservations,
             )
-            told["memory"] = asdict(memory)
+            content["memory"] = asdict(memory)
             shown.append(kv_memory.table(memory))
     print(facts.processor(), *shown, sep="\n\n")
     if options.out:
-        told = facts.collect() | {"processor": facts.processor()} | told
-        options.out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor()} | content
+        options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         options.out.with_suffix(".md").write_text("\n\n".join(shown) + "\n")
 
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""jaxserve beside other servers on this machine: `python -m benchmarks.compare --servers jaxserve,vllm=VENV,...`.
+"""Compares jaxserve with other servers: `python -m benchmarks.compare --servers jaxserve,vllm=VENV,...`.
 
-All serve one model in float32 (`--model`: demo, 110m, or a folder), are up all the time and get the same chats over
-HTTP, in turns: round by round each load goes to one server after the other, who is first changes. So what else the
-machine does meets all alike. Told are medians over the rounds, how far they lie apart, and of the ratios round by
-round to each peer the median and the ends. After Ctrl-C, or if a server dies, the finished rounds are told. Before
-anything is timed greedy answers are compared with the first server's: servers that say different things cannot be
-compared. `--out NAME` writes NAME.json, NAME.md and NAME.svg.
+All servers run on this machine at the same time, serve one model in float32 (`--model`: demo, 110m, or a folder) and
+get the same chats over HTTP. They take turns: in each round every load goes to one server after another, and the first
+server changes from round to round, so that other work on the machine affects all of them alike. The results are
+medians over the rounds with their spread, and for each peer the median and range of the ratios round by round. After
+Ctrl-C, or if a server dies, the results cover the finished rounds. Before timing, greedy answers are compared with
+those of the first server, because servers that compute different things cannot be compared. `--out NAME` writes
+NAME.json, NAME.md and NAME.svg.
 
-How the servers are started and what their environments need: peers/servers.py. Aims, at 1, 8 and 32 streams of the
-fixed mix: 1.2 times vllm's output tokens per second, 2 times those of transformers, TTFT no later; with shared prefixes
-3 times jaxserve-uncached.
+peers/servers.py starts the servers and lists what their environments need. Targets, at 1, 8 and 32 streams of the
+fixed mix: 1.2 times vLLM's output tokens per second, 2 times transformers', and a TTFT no longer than theirs; with
+shared prefixes 3 times jaxserve-uncached.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def model_folder(name: str, place: Path) -> Path:
     if name != "110m":
         folder = Path(name).resolve()
         if not (folder / "config.json").is_file():
-            raise SystemExit(f"error: there is no model in {name}  hint: {', '.join(MODELS)} or a model's folder")
+            raise SystemExit(f"error: {name} holds no model  hint: {', '.join(MODELS)} or a model's folder")
         return folder
     shape = offline.Shape()
     folder = offline.make_checkpoint(place / "llama-110m", shape, seed=0)
@@ -187,9 +188,9 @@ def main() -> None:
     parser.add_argument("--streams", type=arguments.some(whole), default="1,8,32", help="chats at once")
     parser.add_argument("--prompt", type=whole, default=64, help="words in a prompt, or their median")
     parser.add_argument("--new", type=whole, default=64, help="tokens in an answer, or their median")
-    parser.add_argument("--max-model-len", type=whole, default=1024, help="tokens of a chat that servers have room for")
-    parser.add_argument("--each", type=whole, default=2, help="requests of a stream in a round")
-    parser.add_argument("--rounds", type=whole, default=3, help="that count, after one that warms up")
+    parser.add_argument("--max-model-len", type=whole, default=1024, help="context length of the servers")
+    parser.add_argument("--each", type=whole, default=2, help="requests per stream and round")
+    parser.add_argument("--rounds", type=whole, default=3, help="timed rounds, after a warm-up")
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json, .md and .svg")
     options = parser.parse_args()
     work = Work(mix=options.mix, prompt=options.prompt, new=options.new, longest=512)
@@ -219,9 +220,9 @@ def main() -> None:
     if ended:
         print(f"of {options.rounds} rounds {len(rounds)} were finished")
     rows = rows_of(rounds, list(options.servers), options.streams)
-    told = "greedy answers that are word for word those of " + servers[0].name + ": "
-    told += ", ".join(f"{name} {share:.0%}" for name, share in same.items() if name != servers[0].name)
-    print(facts.processor(), markdown(rows), told, sep="\n")
+    agreed = "greedy answers identical to those of " + servers[0].name + ": "
+    agreed += ", ".join(f"{name} {share:.0%}" for name, share in same.items() if name != servers[0].name)
+    print(facts.processor(), markdown(rows), agreed, sep="\n")
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name not in ("out", "servers")}
         settings |= {"servers": list(options.servers), "rounds": len(rounds)}
@@ -229,7 +230,7 @@ def main() -> None:
         content |= {"settings": settings, "same": same}
         content["rows"] = [asdict(row) for row in rows]
         options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(f"{markdown(rows)}\n\n{told}\n")
+        options.out.with_suffix(".md").write_text(f"{markdown(rows)}\n\n{agreed}\n")
         groups = {
             f"{count} at once": [row for row in rows if row.streams == count] for count in {r.streams for r in rows}
         }

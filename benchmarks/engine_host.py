@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine's own work costs the host: `python -m benchmarks.engine_host [--json FILE] [--tiny]`.
+"""Measures the host time of an engine step: `python -m benchmarks.engine_host [--json FILE] [--tiny]`.
 
-The engine is real but for its runner: in its place is one that computes nothing, in no time. So what is measured of
-`Engine.step` is Python: which rows compute what (schedule), the plan as one vector (pack), tokens taken, blocks handed
-on, updates made (commit). Every row decodes, with the prefix cache on and blocks of 16, one step in flight.
+The engine is real except for its runner, which is replaced by one that computes nothing and takes no time. What remains
+of `Engine.step` is Python: scheduling, packing the plan into one vector, accepting tokens, handing on blocks, producing
+updates. Every row decodes, with the prefix cache on, blocks of 16 and one step in flight.
 
-A machine that others use gives a step time with a long tail; what is told is the time that a quarter of the steps keep
-to, and the median beside it. The aim is 1.0 ms at 256 rows on a server's core, 1.5 ms on the cores this is built on.
-Then the same steady state again in an engine that has served 10,000 requests and in one that has served 10, step by
-step in turns: the host's work must not grow with what is over.
+On a shared machine step times have a long tail, so the result is the first quartile, with the median beside it. The
+target is 1.0 ms at 256 rows on a server core, 1.5 ms on the cores of the development machine. Then the same steady
+state is measured in an engine that has served 10,000 requests and in one that has served 10, alternating step by step:
+finished requests must not slow down later steps.
 """
 
 import argparse
@@ -165,8 +165,8 @@ def row_of(rows: int, steps: list[Step]) -> Row:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_host", description="The host's share of a step.")
-    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--tiny", action="store_true", help="as little as shows that it works")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
@@ -199,9 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"ratio {ratio:.3f}, aim at most {FLAT_AIM}"
     )
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "served": served, "ratio": ratio}
+        content = facts.collect() | {"processor": facts.processor(), "served": served, "ratio": ratio}
         shown = [asdict(row) for row in rows], [asdict(row) for row in after]
-        options.json.write_text(json.dumps(told | {"rows": shown[0], "after": shown[1]}, indent=1) + "\n")
+        options.json.write_text(json.dumps(content | {"rows": shown[0], "after": shown[1]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

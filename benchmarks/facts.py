@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result must say about where it came from: device, versions, commit. Nothing that names the machine."""
+"""Records where a result comes from: date, commit, device and versions, and nothing that identifies the machine."""
 
 import datetime
 import os
@@ -73,10 +73,10 @@ def nvidia_smi() -> dict[str, str]:
 def processor() -> str:
     """The CPU's model and cores, for what is measured on it."""
     try:
-        told = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        told = ""
-    model = re.search(r"^model name\s*: (.*)$", told, re.MULTILINE)
+        text = ""
+    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     return f"{model[1] if model else platform.processor()}, {os.cpu_count()} cores"
 
 

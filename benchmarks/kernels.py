@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast the kernels' plain twins are on this CPU: `python -m benchmarks.kernels [--json FILE]`.
+"""Measures the CPU implementation of paged attention: `python -m benchmarks.kernels [--json FILE]`.
 
-The twin of paged attention, which CPU users run, against dense attention over exactly the tokens that exist:
-contiguous keys and values, the same heads, no paging, no padding. Two layouts of the dense side: tokens first, as the
-pools are, in the faster of two spellings (two einsums, or `jax.nn.dot_product_attention`); and heads first, which
-XLA's CPU matmuls like best and no pool that is written token by token has. One process measures all in interleaved
-rounds; what is printed is the median of each ratio round by round, below 1 where the twin is the faster, and the
-interquartile range of the first. Aims: at most 1.5 for decode and 2.0 for prefill.
+It is compared with dense attention over exactly the tokens that exist: contiguous keys and values, the same heads, no
+paging, no padding. The dense side has two layouts: tokens first, as in the pools, in the faster of two formulations
+(two einsums, or `jax.nn.dot_product_attention`); and heads first, the fastest layout for XLA's CPU matmuls, which a
+pool that is written token by token cannot have. One process measures all of them in interleaved rounds and prints the
+median of each ratio round by round, below 1 where paged attention is faster, and the interquartile range of the first.
+Targets: at most 1.5 for decode and 2.0 for prefill.
 """
 
 import argparse
@@ -143,8 +143,8 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Twins against dense attention.")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="time for each row")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="seconds per row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -167,8 +167,8 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

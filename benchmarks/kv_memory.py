@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much KV memory requests take in blocks, and would take where each reserves its longest length in one piece.
+"""Measures the KV memory that requests take in blocks, and would take if each reserved its maximum length.
 
-A part of benchmarks.batching. An engine whose KV cache is as large as a few such reservations gets far more requests
-than it can run at once, with lengths as people's chats have them; after every step it is looked up which blocks are in
-use and which tokens lie in them. No time is measured, so the figures are the same on any machine, and the ratios
-nearly the same for any model.
+Part of benchmarks.batching. An engine whose KV cache holds only a few such reservations gets far more requests than it
+can run at once, with lengths like those of real chats. After every step the blocks in use and the tokens in them are
+counted. No time is measured, so the figures are the same on any machine, and the ratios nearly the same for any model.
 """
 
 import statistics
@@ -139,11 +138,11 @@ def table(memory: Memory) -> str:
     mb = 1e6
     return "\n".join(
         [
-            "| of a KV cache | in blocks | max_model_len reserved for each | ratio |",
+            "| KV cache | in blocks | max_model_len reserved per request | ratio |",
             "|---|---|---|---|",
-            f"| requests at once in {memory.cache_bytes / mb:.0f} MB, mean | {memory.at_once_mean:.0f} "
+            f"| concurrent requests in {memory.cache_bytes / mb:.0f} MB, mean | {memory.at_once_mean:.0f} "
             f"| {memory.at_once_reserved} | {more:.1f} x |",
-            f"| MB for those at once, mean | {memory.used_mean_bytes / mb:.1f} | {memory.reserved_mean_bytes / mb:.0f} "
+            f"| MB that they occupy, mean | {memory.used_mean_bytes / mb:.1f} | {memory.reserved_mean_bytes / mb:.0f} "
             f"| {less:.1f} x |",
             f"| slots without a token | {memory.unused_percent:.1f} % | {memory.reserved_unused_percent:.1f} % | |",
         ]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a model takes to load, against reading its files: `python -m benchmarks.load [--gb 1] [--json FILE]`.
+"""Measures loading a model against reading its files: `python -m benchmarks.load [--gb 1] [--json FILE]`.
 
-A Llama-shaped bfloat16 checkpoint is made in a temporary folder and converted. Then, in interleaved rounds of one
-process and with warm file caches, the files of each form are read into fresh memory, plainly and by one thread, and
-the model is loaded from them onto this CPU: as float32, which is the default there and twice the bytes, and as
-bfloat16. What is printed is the ratio of the medians, aim at most 2, and how far the process grew beyond the
-parameters that stay, in parts of the largest tensor, aim at most 1.1.
+A Llama-shaped bfloat16 checkpoint is created in a temporary folder and converted. Then, in interleaved rounds of one
+process with warm file caches, the files of each form are read into fresh memory by one thread, and the model is loaded
+from them onto this CPU: as float32, the default there and twice the bytes, and as bfloat16. The results are the ratio
+of the medians (target: at most 2) and the growth of the process beyond the parameters, in multiples of the largest
+tensor (target: at most 1.1).
 """
 
 import argparse
@@ -115,9 +115,9 @@ def seconds(action: Callable[[], object], memory: int = 0) -> float:
 
 
 def _memory(field: str) -> int:
-    told = re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert told
-    return int(told[1]) * 1024
+    content = re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert content
+    return int(content[1]) * 1024
 
 
 def growth(action: Callable[[], Any]) -> tuple[int, Any]:
@@ -177,12 +177,12 @@ def convert(source: Path, place: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description="Loading against reading.")
     parser.add_argument("--gb", type=arguments.positive, default=1.0, help="size of the checkpoint")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--dir", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--dir", type=Path, help="parent of the temporary folder")
     parser.add_argument("--rounds", type=arguments.whole, default=9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of PyTorch, which nobody misses here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about PyTorch, which is not needed
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory(dir=options.dir) as temporary:
         source, place = Path(temporary, "source"), Path(temporary, "converted")
@@ -207,8 +207,8 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "convert": converting}
-        options.json.write_text(json.dumps(told | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "convert": converting}
+        options.json.write_text(json.dumps(content | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head shapes that are timed and tuned: those of the models the server is for."""
+"""The head shapes that are timed and tuned, taken from the models that the server is made for."""
 
 from dataclasses import dataclass
 

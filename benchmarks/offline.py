@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline generation against transformers on this CPU: `python -m benchmarks.offline --peer PYTHON [--json FILE]`.
+"""Measures offline generation against transformers: `python -m benchmarks.offline --peer PYTHON [--json FILE]`.
 
-A Llama of 110 million random parameters is written as a Hugging Face folder. Both sides load it as float32 in a
-process of their own, transformers in the Python that --peer names (one with torch and transformers; without it only
-jaxserve is timed), and stay up. Then, in interleaved rounds, each gets the same prompts of equal length, so that none
-is padded, and generates greedily: one round warms up, the others count. What is printed are the medians of the output
-tokens per second, their interquartile range, the median of the ratio round by round, and how many of the sequences
-came out the same (two near-equal logits may fall either way, after which a sequence goes on differently). Loading
-and compiling are not timed. Aims: 2.0, 1.7 and 1.5 times as fast with 1, 8 and 32 prompts.
+A Llama with 110 million random parameters is written as a Hugging Face folder. Both sides load it as float32, each in
+its own process, transformers in the Python that --peer names (one with torch and transformers; without it only jaxserve
+is timed). Then, in interleaved rounds, both get the same prompts of equal length, so that nothing is padded, and
+generate greedily; the first round is a warm-up. The results are the medians of the output tokens per second, their
+interquartile range, the median of the ratio round by round, and how many sequences are identical (where two logits are
+nearly equal, rounding decides, and the sequences diverge from there). Loading and compiling are not timed. Targets:
+2.0, 1.7 and 1.5 times as fast with 1, 8 and 32 prompts.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Side:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.told = self._line()
+        self.versions = self._line()
 
     def generate(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         assert self.process.stdin
@@ -72,7 +72,7 @@ class Side:
         answer = self._line()
         if [len(tokens) for tokens in answer["tokens"]] != [new] * len(prompts):
             raise SystemExit(
-                f"error: {self.process.args} gave other than {new} tokens for each of {len(prompts)} prompts"
+                f"error: {self.process.args} did not return {new} tokens for each of {len(prompts)} prompts"
             )
         return answer
 
@@ -81,7 +81,7 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             self.close()
-            raise SystemExit(f"error: {self.process.args} ended with code {self.process.returncode}; it may say why")
+            raise SystemExit(f"error: {self.process.args} ended with code {self.process.returncode}; see its output")
         return json.loads(line)
 
     def close(self) -> None:
@@ -199,9 +199,9 @@ def main() -> None:
     parser.add_argument(
         "--peer", type=arguments.python, metavar="PYTHON", help="a Python that has torch and transformers"
     )
-    parser.add_argument("--concurrency", default="1,8,32", help="numbers of prompts")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--tiny", action="store_true", help="a toy model: whether it runs, not how fast")
+    parser.add_argument("--concurrency", default="1,8,32", help="prompts at once")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to check that it runs")
     parser.add_argument("--rounds", type=arguments.whole, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -216,16 +216,16 @@ def main() -> None:
         try:
             if options.peer:
                 sides.append(Side([options.peer, str(_PEER), str(folder)]))
-            print(f"{facts.processor()}; {', '.join(f'{k} {v}' for side in sides for k, v in side.told.items())}")
+            print(f"{facts.processor()}; {', '.join(f'{k} {v}' for side in sides for k, v in side.versions.items())}")
             rows = measure(sides, shape, counts=counts, rounds=options.rounds, seed=options.seed)
         finally:
             for side in sides:
                 side.close()
     print(table(rows))
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "shape": asdict(shape), "rounds": options.rounds}
-        told |= {"sides": [side.told for side in sides], "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "shape": asdict(shape), "rounds": options.rounds}
+        content |= {"sides": [side.versions for side in sides], "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

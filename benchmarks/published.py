@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of published models, as their config.json has them, and of a toy."""
+"""The shapes of published models, as in their config.json, and of a toy model."""
 
 from collections.abc import Callable
 from dataclasses import replace

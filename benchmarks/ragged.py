@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The requests of benchmarks.batching: how many, and how unequal their prompts and answers are. All from a seed."""
+"""The requests of benchmarks.batching, drawn from a seed: how many there are and how uneven their lengths."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks import serving
 from benchmarks.serving import Work
 
-LONGEST = 256  # prompt and answer, but for those that memory is looked up with
+LONGEST = 256  # prompt and answer together, except for those of the memory part
 FIRST_ID = 16  # below are tokens that mean something
 
 

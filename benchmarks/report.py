@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's performance section, from benchmarks/results: `python -m benchmarks.report [--check]`.
+"""Writes the performance tables of benchmarks/README.md and their picture from benchmarks/results.
 
-Whatever stands between its two markers in the README is replaced, so that no figure stands there that is in no file.
-Of what several files tell of one thing on one machine the newest counts. With --check nothing is written: the exit
-status is 1 if the README is not what the results give. A file of no kind known (report_kinds.py, report_gpu.py) is an
-error: a result that nobody sees is worse than none.
+    python -m benchmarks.report [--check]
+
+Everything between the two markers in that README is replaced, so that every figure there comes from a file. Where
+several files hold the same measurement of one machine, the newest counts. With --check nothing is written; the exit
+status is 1 if the README or the picture is out of date. A results file of an unknown kind (report_kinds.py,
+report_gpu.py) is an error, because nobody would see its figures.
 """
 
 import argparse
@@ -16,29 +18,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_gpu
+from benchmarks import report_gpu, report_picture
 from benchmarks.report_kinds import KINDS, MISSED, Kind
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 ABOUT = """
-Only what was measured: `python -m benchmarks.report` writes this section from the files of `benchmarks/results`, and
-each table names its file. Compared are medians of rounds in which the sides take turns; `against` is jaxserve's output
-tokens per second in times of the peer's, `its TTFT` the peer's time to the first token in times of jaxserve's: above 1
-jaxserve is ahead. Models: `demo`, the one in the package, and `110m`, a Llama of random weights; on CPUs in float32.
+`python -m benchmarks.report` writes this section from the files in [results](results); each table links to its file.
+Comparisons are medians of rounds in which the sides take turns. `vs NAME` is jaxserve's output tokens per second
+divided by the other side's, `TTFT ratio` the other side's time to first token divided by jaxserve's: above 1, jaxserve
+is ahead. The models are `demo`, the one in the package, and `110m` and `1b`, Llamas with random weights. On CPUs
+everything runs in float32.
 """.strip()
-TILES = "tuning.json"  # beside the sections of a run on a GPU; not a result
-_ROOT = Path(__file__).parents[1]
+TILES = "tuning.json"  # lies beside the sections of a GPU run and is not a result
+PICTURE = Path("pictures", "performance.svg")
+_FOLDER = Path(__file__).parent
 
 
 class ReportError(Exception):
-    """Something that the results or the README must be mended for."""
+    """The results or the README cannot be used as they are."""
 
 
 @dataclass(frozen=True)
 class Result:
-    path: Path  # from the repository's root
+    path: Path  # relative to benchmarks/
     content: dict[str, Any]
-    beside: tuple[str, ...]  # files of the same name: a plot
+    beside: tuple[str, ...]  # files of the same name, such as a plot
 
     @property
     def machine(self) -> str:
@@ -61,8 +65,8 @@ class Result:
         return f"{self.content['date'][:10]}, commit {git['commit'][:7]}{changed}"
 
 
-def read(folder: Path, root: Path) -> list[Result]:
-    """All results, the newest first."""
+def read(folder: Path, base: Path) -> list[Result]:
+    """All results in the folder, newest first, with paths relative to `base`."""
     found: list[Result] = []
     for path in sorted(folder.rglob("*.json")):
         if path.parent != folder and path.name == TILES:
@@ -70,26 +74,28 @@ def read(folder: Path, root: Path) -> list[Result]:
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
-            raise ReportError(f"{path} is not JSON: {error}; remove it or mend it") from error
+            raise ReportError(f"{path} is not JSON: {error}; fix or remove it") from error
         if not isinstance(content, dict) or not {"date", "git", "machine"} <= content.keys():
-            raise ReportError(f"{path} does not say when, where and from which commit it is; remove it")
+            raise ReportError(f"{path} lacks its date, machine or commit; remove it")
         plot = path.with_suffix(".svg")
-        found.append(Result(path.relative_to(root), content, (plot.name,) if plot.exists() else ()))
+        found.append(Result(path.relative_to(base), content, (plot.name,) if plot.exists() else ()))
     return sorted(found, key=lambda result: result.content["date"], reverse=True)
 
 
 def kind_of(result: Result) -> Kind | None:
-    """None: a section of the GPU run book."""
+    """None for a section of the GPU run book."""
     if report_gpu.is_section(result.content):
         return None
     for kind in KINDS:
         if kind.fits(result.content):
             return kind
-    raise ReportError(f"{result.path} is of no kind that is known; teach it to benchmarks/report_kinds.py or remove it")
+    raise ReportError(
+        f"{result.path} is of an unknown kind; add the kind to benchmarks/report_kinds.py or remove the file"
+    )
 
 
 def of_kind(kind: Kind, results: Sequence[Result]) -> list[str]:
-    """A table from each file that has the newest word on anything."""
+    """A table from each file that holds the newest measurement of anything."""
     seen: set[Hashable] = set()
     tables: list[tuple[str, list[str]]] = []
     for result in results:
@@ -103,7 +109,7 @@ def of_kind(kind: Kind, results: Sequence[Result]) -> list[str]:
             source = f"From {result.link}: {result.origin}, {result.machine}."
             tables.append((result.path.name, [*kind.lines(result.content, rows), "", source]))
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ReportError(f"{result.path} lacks what its kind has: {error!r}") from error
+            raise ReportError(f"{result.path} lacks fields of its kind: {error!r}") from error
     # By name: their order then does not depend on which was measured last.
     return [line for _, lines in sorted(tables) for line in ["", *lines]]
 
@@ -114,20 +120,20 @@ def on_gpus(results: Sequence[Result]) -> list[str]:
         if report_gpu.counts(result.content):
             newest.setdefault((result.machine, result.content["section"]), result)
     if not newest:
-        return ["", "No figure has been measured on a GPU yet."]
+        return ["", "Nothing has been measured on a GPU yet."]
     lines: list[str] = []
     for machine in sorted({machine for machine, _ in newest}):
         own = [result for (where, _), result in sorted(newest.items()) if where == machine]
         try:
             shown = report_gpu.lines([(one.content, f"{one.link}, {one.origin}") for one in own])
         except (KeyError, TypeError, ValueError) as error:
-            raise ReportError(f"{own[0].path.parent} lacks what the run book writes: {error!r}") from error
+            raise ReportError(f"{own[0].path.parent} lacks fields that the run book writes: {error!r}") from error
         lines += ["", f"{machine}:", "", *shown]
     return lines
 
 
 def section(results: Sequence[Result]) -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     kinds = [(result, kind_of(result)) for result in results]
     body: list[str] = []
     for kind in KINDS:
@@ -136,39 +142,47 @@ def section(results: Sequence[Result]) -> str:
             body += ["", f"### {kind.title}", *of_kind(kind, own)]
     body += ["", "### On GPUs", *on_gpus([result for result, its in kinds if its is None])]
     missed = sum(line.count(MISSED) for line in body)
-    told = f"Aims missed, and marked so: {missed}." if missed else "No aim of those measured is missed."
-    head = ["## Performance", "", textwrap.fill(ABOUT, 120), "", told]
+    summary = f"Targets missed: {missed}, each marked {MISSED}." if missed else "Every target measured so far is met."
+    head = ["## Results", "", textwrap.fill(ABOUT, 120), "", summary]
     return "\n".join([*head, *body])
 
 
+def picture(results: Sequence[Result]) -> str | None:
+    """The SVG of the results whose figures count."""
+    counted = [result for result in results if kind_of(result) is not None]
+    return report_picture.draw([(result.machine, result.content) for result in counted])
+
+
 def renewed(readme: str, text: str) -> str:
-    """The README with this between its markers."""
+    """The README with this text between its markers."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ReportError(f"the README lacks {BEGIN} or, behind it, {END}; put both where the section shall stand")
+        raise ReportError(f"the README lacks {BEGIN} or, after it, {END}; put both where the section belongs")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
-def main(arguments: Sequence[str] | None = None, *, root: Path = _ROOT) -> int:
+def main(arguments: Sequence[str] | None = None, *, folder: Path = _FOLDER) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="The README's performance section."
+        prog="python -m benchmarks.report", description="Write the tables of benchmarks/README.md and their picture."
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything is out of date")
     options = parser.parse_args(arguments)
-    readme = root / "README.md"
+    readme = folder / "README.md"
     try:
-        old = readme.read_text()
-        new = renewed(old, section(read(root / "benchmarks" / "results", root)))
+        results = read(folder / "results", folder)
+        wanted = {readme: renewed(readme.read_text(), section(results)), folder / PICTURE: picture(results)}
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.check:
-        if old != new:
-            print("error: the README's figures are not those of benchmarks/results; run python -m benchmarks.report")
-        return int(old != new)
-    if old != new:
-        readme.write_text(new)
+    stale = {path: text for path, text in wanted.items() if text and not (path.exists() and path.read_text() == text)}
+    if options.check and stale:
+        names = " and ".join(path.name for path in stale)
+        print(f"error: {names}: not what benchmarks/results gives; run python -m benchmarks.report", file=sys.stderr)
+        return 1
+    for path, text in stale.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     return 0
 
 

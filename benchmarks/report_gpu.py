@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU run book found, for the README: a line for each section, and the rows of those that time whole steps.
+"""Tables of the GPU run book's results: a line per section, and the rows of sections that time whole steps.
 
-Knows the shape of a section's file (gpu/book.py) and nothing of its kernels.
+Knows the format of a section's file (gpu/book.py), not its kernels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ SHOWN = ("machine", "engine_", "time_steps")  # sections whose rows are shown on
 COLUMNS = {
     "ms": "ms",
     "us": "us",
-    "whole_s": "s in all",
+    "whole_s": "s in total",
     "weights_s": "s for weights",
     "first_token_s": "s to first token",
     "seconds_taken": "s",
@@ -25,14 +25,14 @@ COLUMNS = {
     "decode_64_ms": "ms decode B=64",
     "prefill_ms": "ms prefill",
     "graphs": "CUDA graphs",
-    "outside": "launched outside them",
+    "outside": "launched outside graphs",
     "gbps": "GB/s",
     "tflops": "TFLOP/s",
     "idle_us": "us idle",
     "copy_pct": "% of copy rate",
     "floor_pct": "% of floor",
     "state": "state",
-    "target": "aim",
+    "target": "target",
 }
 
 
@@ -41,14 +41,14 @@ def is_section(content: Content) -> bool:
 
 
 def counts(content: Content) -> bool:
-    """Whether its figures are any: not of toy sizes, and of a GPU."""
+    """Whether its figures are performance figures: full sizes, on a GPU."""
     return content["size"] == "full" and content["machine"]["backend"] == "gpu"
 
 
 def lines(sections: Sequence[tuple[Content, str]]) -> list[str]:
-    """Of one device. Each section comes with where it is from."""
+    """The tables of one device, from its sections, each with its origin."""
     overview = table(
-        ["section", "rows", "wrong", "aims met", "not run", "from"],
+        ["section", "rows", "wrong", "targets met", "not run", "from"],
         [[f"{one['section']}: {one['about']}", *_state(one), source] for one, source in sections],
     )
     shown: list[str] = []

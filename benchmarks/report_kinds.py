@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of results that there are: how each is known, what its rows are about, and its table in the README.
+"""The kinds of benchmark results: how to recognize one, what its rows measure, and the table it becomes.
 
-Knows nothing of files. A row is about a subject: of two rows about one, the newer counts (report.py).
+Reads no files. A row has a subject; of two rows about the same subject, the newer counts (report.py).
 """
 
 import statistics
@@ -19,23 +19,23 @@ type Content = dict[str, Any]
 type Rows = Mapping[Hashable, Any]
 
 MISSED = "**missed**"
-# Of jaxserve's output tokens per second in times of a peer's, and of the peer's TTFT in times of jaxserve's.
+# Targets: jaxserve's output tokens per second divided by a peer's, and the peer's TTFT divided by jaxserve's.
 FIXED_AIMS = {"vllm": (1.2, 1.0), "transformers": (2.0, 1.0)}
 FIXED_STREAMS = (1, 8, 32)
 SHARED_AIMS = {"jaxserve-uncached": (3.0, None)}
-LOADING_AIM = 2.0  # of a warm start, in times of loading the weights
+LOADING_AIM = 2.0  # a warm start may take this many times the loading of the weights
 
 
 @dataclass(frozen=True)
 class Kind:
     title: str
     fits: Callable[[Content], bool]
-    rows: Callable[[Content], Rows]  # by what they are about
-    lines: Callable[[Content, Rows], list[str]]  # for those of the rows that count
+    rows: Callable[[Content], Rows]  # by their subject
+    lines: Callable[[Content, Rows], list[str]]  # of the rows that count
 
 
-def told(value: float, form: str, aim: float | None, *, at_most: bool = False) -> str:
-    """The value as it is shown, and whether what is shown misses the aim."""
+def judged(value: float, form: str, aim: float | None, *, at_most: bool = False) -> str:
+    """The value as shown, marked if what is shown misses the target."""
     shown = format(value, form)
     if aim is None:
         return shown
@@ -64,7 +64,7 @@ def compare_rows(content: Content) -> Rows:
 
 
 def aims(mix: str, peer: str, streams: int | None = None) -> tuple[float | None, float | None]:
-    """Of the speed and of the first token; in general where `streams` is not given."""
+    """Targets for the speed and the first token; without `streams`, those of any stream count."""
     if mix == "fixed" and streams in (None, *FIXED_STREAMS):
         return FIXED_AIMS.get(peer, (None, None))
     return SHARED_AIMS.get(peer, (None, None)) if mix == "shared" else (None, None)
@@ -79,7 +79,7 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
     heads = ["streams", f"{ours} tok/s", "TTFT p50"]
     for peer in peers:
         aim, _ = aims(mix, peer)
-        heads += [f"against {peer}" + (f" (aim {aim:g})" if aim else ""), "its TTFT"]
+        heads += [f"vs {peer}" + (f" (target {aim:g})" if aim else ""), "TTFT ratio"]
     shown: list[list[str]] = []
     for streams in dict.fromkeys(row["streams"] for row in rows.values()):
         line = [str(streams), f"{base[streams]['tokens_per_second']:,.0f}", f"{base[streams]['ttft_p50_ms']:,.0f} ms"]
@@ -88,7 +88,7 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
             found = row.get("speedup"), row.get("ttft_ratio")
             wanted = aims(mix, peer, streams)
             pairs = zip(found, wanted, strict=True)
-            faster, later = ["-" if one is None else told(one, ".2f", aim) for one, aim in pairs]
+            faster, later = ["-" if one is None else judged(one, ".2f", aim) for one, aim in pairs]
             line += [faster + (" ({:.2f} to {:.2f})".format(*row["speedups"]) if row.get("speedups") else ""), later]
         shown.append(line)
     same = ", ".join(f"{peer} {content['same'][peer]:.0%}" for peer in peers)
@@ -96,11 +96,11 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
     failed = ", ".join(f"{name} {count}" for name, count in lost.items() if count) or "none"
     sizes = f"prompts of {settings['prompt']} tokens, answers of {settings['new']}"
     return [
-        f"Model {Path(settings['model']).name}, {mix} lengths, {sizes}, {settings['rounds']} rounds:",
+        f"Model `{Path(settings['model']).name}`, {mix} lengths, {sizes}, {settings['rounds']} rounds:",
         "",
         *table(heads, shown),
         "",
-        f"Greedy answers equal word for word: {same}. Failed requests: {failed}.",
+        f"Greedy answers identical to jaxserve's: {same}. Failed requests: {failed}.",
     ]
 
 
@@ -109,7 +109,7 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
 
 def batching_rows(content: Content) -> Rows:
     model = Path(content["model"]).name
-    if model == "tiny":  # whether it runs, not how fast
+    if model == "tiny":  # a check that it runs
         return {}
     rows: dict[Hashable, Any] = {(model, row["load"], row["requests"]): row for row in content.get("rows", [])}
     if "memory" in content:
@@ -124,7 +124,7 @@ def batching_lines(content: Content, rows: Rows) -> list[str]:
     if timed:
         names = list(dict.fromkeys(name for row in timed for name in row["peers"]))
         heads = ["load", "requests", "jaxserve tok/s"]
-        heads += [cell for name in names for cell in (f"against {name} generate", "timed")]
+        heads += [cell for name in names for cell in (f"vs generate, {name}", "timed")]
         shown: list[list[str]] = []
         for row in timed:
             line = [row["load"], f"{row['requests']:,}", f"{row['tokens_per_second']:,.0f}"]
@@ -132,16 +132,16 @@ def batching_lines(content: Content, rows: Rows) -> list[str]:
                 peer = row["peers"].get(name)
                 line += ["-", "-"] if peer is None else [f"{peer['speedup']:.1f} x", _share(peer, row["asked"])]
             shown.append(line)
-        lines += [f"Model {model}, {content['rounds']} rounds:", "", *table(heads, shown)]
+        lines += [f"Model `{model}`, {content['rounds']} rounds:", "", *table(heads, shown)]
         same = [peer["same"] for row in timed for peer in row["peers"].values()]
         if same:
-            lines += ["", f"Answers that are the same token by token: {min(same):.0%} or more."]
+            lines += ["", f"At least {min(same):.0%} of the answers are identical token by token."]
     memory = next((row for row in rows.values() if "load" not in row), None)
     if memory is not None:
         found = Memory(**memory)
         lines += [""] * bool(lines)
         lines += [
-            f"KV memory, model {model}, {found.requests:,} requests with lengths of chats, max_model_len "
+            f"KV memory, model `{model}`, {found.requests:,} requests with chat-like lengths, max_model_len "
             f"{found.max_model_len:,}:",
             "",
             *kv_memory.table(found).splitlines(),
@@ -163,12 +163,16 @@ def server_lines(content: Content, rows: Rows) -> list[str]:
             str(row["streams"]),
             f"{row['engine']:,.0f}",
             f"{row['server']:,.0f}",
-            told(row["kept"], ".2f", server.AIM if row["streams"] == server.AIM_STREAMS else None),
+            judged(row["kept"], ".2f", server.AIM if row["streams"] == server.AIM_STREAMS else None),
             *(f"{row[name]:.1f} ms" for name in ("first_p50_ms", "added_first_p50_ms", "added_gap_p50_ms")),
         ]
         for row in rows.values()
     ]
-    return [f"Aim: {server.AIM} kept at {server.AIM_STREAMS} streams.", "", *table(heads, shown)]
+    return [
+        f"Target: the server keeps {server.AIM} of the engine's speed at {server.AIM_STREAMS} streams.",
+        "",
+        *table(heads, shown),
+    ]
 
 
 def startup_rows(content: Content) -> Rows:
@@ -183,19 +187,19 @@ def startup_lines(content: Content, rows: Rows) -> list[str]:
         for name, those in starts.items()
     }
     if model == "demo":
-        aim, about = startup.AIM_DEMO, f"{startup.AIM_DEMO:g} s warm"
+        aim, about = startup.AIM_DEMO, f"{startup.AIM_DEMO:g} s for a warm start"
     else:
         aim = LOADING_AIM * medians["warm"]["load"]
-        about = f"warm within {LOADING_AIM:g} x of loading, {aim:.1f} s"
+        about = f"a warm start within {LOADING_AIM:g} times its loading, {aim:.1f} s"
     shown: list[list[str]] = []
     for name, those in starts.items():
         whole = statistics.median(sum(one.values()) for one in those)
         parts = [f"{medians[name][phase]:.1f}" for phase in startup.PHASES]
-        shown.append([name, told(whole, ".1f", aim if name == "warm" else None, at_most=True), *parts])
+        shown.append([name, judged(whole, ".1f", aim if name == "warm" else None, at_most=True), *parts])
     return [
-        f"Model {model}, seconds until the first token. Aim: {about}.",
+        f"Model `{model}`, seconds until the first token. Target: {about}.",
         "",
-        *table(["start", "all", *startup.PHASES], shown),
+        *table(["start", "total", *startup.PHASES], shown),
     ]
 
 
@@ -204,15 +208,15 @@ def host_lines(content: Content, rows: Rows) -> list[str]:
     shown = [
         [
             str(row["rows"]),
-            told(row["step_us"], ",.0f", AIM_MS * 1000 if row["rows"] == AIM_ROWS else None, at_most=True),
+            judged(row["step_us"], ",.0f", AIM_MS * 1000 if row["rows"] == AIM_ROWS else None, at_most=True),
             f"{row['row_us']:.1f}",
         ]
         for row in found["rows"]
     ]
-    flat = told(found["ratio"], ".2f", FLAT_AIM, at_most=True)
+    flat = judged(found["ratio"], ".2f", FLAT_AIM, at_most=True)
     return [
-        f"Aim: {AIM_MS * 1000:,.0f} us at {AIM_ROWS} rows. After {found['served'][1]:,} requests a step takes {flat} "
-        f"times what it takes after {found['served'][0]:,} (aim: at most {FLAT_AIM}).",
+        f"Target: {AIM_MS * 1000:,.0f} us at {AIM_ROWS} rows. After {found['served'][1]:,} requests a step takes "
+        f"{flat} times as long as after {found['served'][0]:,} (target: at most {FLAT_AIM}).",
         "",
         *table(["rows", "us per step", "us per row"], shown),
     ]
@@ -223,12 +227,12 @@ def offline_lines(content: Content, rows: Rows) -> list[str]:
         [
             str(row["prompts"]),
             f"{row['ours']:,.0f}",
-            "-" if row["ratio"] is None else told(row["ratio"], ".2f", row["aim"]),
+            "-" if row["ratio"] is None else judged(row["ratio"], ".2f", row["aim"]),
             "-" if row["aim"] is None else f"{row['aim']:g}",
         ]
         for row in rows.values()
     ]
-    return table(["prompts at once", "jaxserve tok/s", "times transformers' speed", "aim"], shown)
+    return table(["prompts at once", "jaxserve tok/s", "speed relative to transformers", "target"], shown)
 
 
 def kernel_lines(content: Content, rows: Rows) -> list[str]:
@@ -239,12 +243,14 @@ def kernel_lines(content: Content, rows: Rows) -> list[str]:
             f"{row['case']}, heads of {row['heads']}": row["ratio"] for row in found if row["case"].startswith(name)
         }
         beyond = [
-            " ".join(case.split()) for case, ratio in ratios.items() if MISSED in told(ratio, ".2f", aim, at_most=True)
+            " ".join(case.split())
+            for case, ratio in ratios.items()
+            if MISSED in judged(ratio, ".2f", aim, at_most=True)
         ]
-        worst = told(max(ratios.values()), ".2f", aim, at_most=True)
+        worst = judged(max(ratios.values()), ".2f", aim, at_most=True)
         middle = f"{statistics.median(ratios.values()):.2f}"
         shown.append([name, str(len(ratios)), middle, worst, f"{aim:g}", "; ".join(beyond) or "none"])
-    heads = ["attention", "shapes", "twin's time in dense ones, median", "worst", "aim at most", "beyond it"]
+    heads = ["attention", "shapes", "time relative to dense, median", "worst", "target, at most", "above it"]
     return table(heads, shown)
 
 
@@ -253,16 +259,16 @@ def load_lines(content: Content, rows: Rows) -> list[str]:
         [
             f"{row['form']} as {row['dtype']}",
             f"{row['gb_per_s']:.1f}",
-            told(row["ratio"], ".2f", load.RATIO_AIM, at_most=True),
-            told(row["extra_in_largest"], ".2f", load.MEMORY_AIM, at_most=True),
+            judged(row["ratio"], ".2f", load.RATIO_AIM, at_most=True),
+            judged(row["extra_in_largest"], ".2f", load.MEMORY_AIM, at_most=True),
         ]
         for row in rows.values()
     ]
     heads = [
         "checkpoint",
         "GB/s",
-        f"times reading it (aim {load.RATIO_AIM:g})",
-        f"memory beside, in largest tensors (aim {load.MEMORY_AIM:g})",
+        f"time relative to reading it (target {load.RATIO_AIM:g})",
+        f"extra memory, in largest tensors (target {load.MEMORY_AIM:g})",
     ]
     return table(heads, shown)
 
@@ -273,21 +279,21 @@ def by(*names: str) -> Callable[[Content], Rows]:
 
 KINDS = (
     Kind(
-        "Beside other servers, through HTTP",
-        lambda told: "same" in told and "settings" in told,
+        "Other servers, over HTTP",
+        lambda content: "same" in content and "settings" in content,
         compare_rows,
         compare_lines,
     ),
-    Kind("Batching and KV memory", lambda told: "parts" in told, batching_rows, batching_lines),
-    Kind("Offline against transformers", lambda told: "sides" in told, by("prompts"), offline_lines),
-    Kind("What the server costs", lambda told: "kept" in first_row(told), by("streams"), server_lines),
-    Kind("Start-up", lambda told: "starts" in told, startup_rows, startup_lines),
-    Kind("The host's work in a step", lambda told: "after" in told, lambda told: {"host": told}, host_lines),
-    Kind("Loading", lambda told: "convert" in told, by("form", "dtype"), load_lines),
+    Kind("Batching and KV memory", lambda content: "parts" in content, batching_rows, batching_lines),
+    Kind("Offline against transformers", lambda content: "sides" in content, by("prompts"), offline_lines),
+    Kind("Server overhead", lambda content: "kept" in first_row(content), by("streams"), server_lines),
+    Kind("Start-up", lambda content: "starts" in content, startup_rows, startup_lines),
+    Kind("Host time per step", lambda content: "after" in content, lambda content: {"host": content}, host_lines),
+    Kind("Loading", lambda content: "convert" in content, by("form", "dtype"), load_lines),
     Kind(
-        "Attention on a CPU against dense attention",
-        lambda told: "twin_ms" in first_row(told),
-        lambda told: {"kernels": told["rows"]},
+        "Paged attention on a CPU against dense attention",
+        lambda content: "twin_ms" in first_row(content),
+        lambda content: {"kernels": content["rows"]},
         kernel_lines,
     ),
 )

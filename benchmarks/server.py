@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server costs: `python -m benchmarks.server [--json FILE] [--streams 1,32,256]`.
+"""Measures what the server costs: `python -m benchmarks.server [--json FILE] [--streams 1,32,256]`.
 
-The demo model, once in an engine alone and once behind `jaxserve run` with the same settings, both up all the time and
-used in turns. Each round every stream asks for the same number of tokens, all streams at once; the server's clients
-read event streams from raw sockets in one thread. Told are the medians over the rounds: how much of the engine's output
-tokens per second the server keeps, and by how much its first token and its gaps between tokens are later, at p50 and
-p99. On a machine with few cores engine, server and clients share them, and XLA would use them all: the ratio says what
-is lost there, not on a server with cores to spare. Aim: 0.85 at 256 streams.
+The demo model runs in a bare engine and behind `jaxserve run` with the same settings; both stay up and take turns. In
+each round every stream asks for the same number of tokens, all streams at once; the server's clients read event streams
+from raw sockets in one thread. The results are medians over the rounds: the share of the engine's output tokens per
+second that the server keeps, and how much later the first token and each following token arrive, at p50 and p99. On a
+machine with few cores, engine, server and clients share them and XLA alone would use them all, so the ratio shows the
+loss there, not on a server with idle cores. Target: 0.85 at 256 streams.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Server:
         self.process = subprocess.Popen(command, cwd=_ROOT)
         while not self._healthy():
             if self.process.poll() is not None:
-                raise SystemExit("error: the server ended; it may say why")
+                raise SystemExit("error: the server ended; see its output")
             time.sleep(0.2)
 
     def _healthy(self) -> bool:
@@ -112,7 +112,7 @@ class Alone:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("error: the engine ended; it may say why")
+            raise SystemExit("error: the engine ended; see its output")
         return json.loads(line)
 
     def close(self) -> None:
@@ -179,11 +179,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description="What the server costs.")
-    parser.add_argument("--streams", default="1,32,256", help="numbers of streams")
+    parser.add_argument("--streams", default="1,32,256", help="streams at once")
     parser.add_argument("--prompt", type=arguments.whole, default=32, help="tokens in a prompt")
-    parser.add_argument("--new", type=arguments.whole, default=128, help="tokens that each stream asks for")
+    parser.add_argument("--new", type=arguments.whole, default=128, help="tokens per stream")
     parser.add_argument("--rounds", type=arguments.whole, default=5)
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]
     config = settings(demo.FOLDER, max(counts), options.prompt + options.new)
@@ -200,9 +200,9 @@ def main() -> None:
         if row.streams == AIM_STREAMS:
             print(f"aim at {AIM_STREAMS} streams: {AIM} of the engine's tokens per second; kept {row.kept:.2f}")
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "prompt": options.prompt}
-        told |= {"new": options.new, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "prompt": options.prompt}
+        content |= {"new": options.new, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load on any server that speaks OpenAI's API: `python -m benchmarks.serving --url URL [--json FILE]`.
+"""Load-tests any OpenAI-compatible server: `python -m benchmarks.serving --url URL [--json FILE]`.
 
-    --concurrency 1,8,32   closed loop: so many requests at once, the next when one has ended
-    --rate 2,8             open loop: so many a second, at random times (Poisson), however slow the server is
-    --mix                  fixed (every length the same), sharegpt (lengths as people's chats have them), shared
-                           (16 prompts each begin with the same words, 94 % of them, as with a long system prompt)
+    --concurrency 1,8,32   closed loop: this many requests at once, the next one when one ends
+    --rate 2,8             open loop: this many per second at random times (Poisson), however slow the server is
+    --mix                  fixed (all lengths equal), sharegpt (lengths like those of real chats), shared (16 prompts
+                           each share a prefix of 94 % of their length, as with a long system prompt)
 
-The same seed asks for the same work of every server. Prompts are words, so that all routes and tokenizers take them.
-Told per load: output tokens per second, time to the first token (TTFT), time per token after it (TPOT), gaps between
-events (ITL), the whole (E2E), each at p50, p90 and p99; failures; and goodput: requests a second that met both
-deadlines. Answers end where the model ends them, after few tokens maybe: where speeds are compared, --ignore-eos.
+The same seed asks every server for the same work. Prompts are words, so that all routes and tokenizers accept them.
+Results per load: output tokens per second; time to first token (TTFT), time per output token after it (TPOT), gaps
+between events (ITL) and total time (E2E), each at p50, p90 and p99; failures; and goodput, the requests per second that
+met both deadlines. By default the model may end an answer after few tokens: use --ignore-eos to compare speeds.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def prompts(work: Work, count: int) -> list[tuple[str, int]]:
                     prefix = text(round(SHARED * work.prompt))
                 words, new = [*prefix, *text(work.prompt - len(prefix))], work.new
             case _:
-                raise SystemExit(f"error: there is no mix {work.mix!r}  hint: one of {', '.join(MIXES)}")
+                raise SystemExit(f"error: unknown mix {work.mix!r}  hint: one of {', '.join(MIXES)}")
         made.append((" ".join(words), new))
     return made
 
@@ -146,9 +146,9 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
 
 
 def faults(outcome: Outcome) -> dict[str, int]:
-    """What failed requests were told, and how many of them; the most frequent first."""
-    told = Counter(sample.error or "an answer without a token" for sample in outcome.samples if _failed(sample))
-    return dict(told.most_common())
+    """Why requests failed and how many of them, most frequent first."""
+    reasons = Counter(sample.error or "an answer without a token" for sample in outcome.samples if _failed(sample))
+    return dict(reasons.most_common())
 
 
 def _failed(sample: Sample) -> bool:
@@ -167,28 +167,32 @@ def main() -> None:
     )
     counts, rates = arguments.some(arguments.whole), arguments.several(arguments.positive)
     parser.add_argument("--url", type=arguments.url, default="http://127.0.0.1:8000", help="the server")
-    parser.add_argument("--model", default="", help="as the server calls it; its first if not given")
-    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route to ask")
-    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and beginnings vary, see above")
+    parser.add_argument("--model", default="", help="the model's name; default: the server's first")
+    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route")
+    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and prefixes vary, see above")
     parser.add_argument(
         "--prompt", type=arguments.whole, default=Work.prompt, help="words in a prompt, or their median"
     )
     parser.add_argument("--new", type=arguments.whole, default=Work.new, help="tokens in an answer, or their median")
-    parser.add_argument("--concurrency", type=counts, default="1,8,32", help="requests at once, a load for each number")
-    parser.add_argument("--rate", type=rates, default="", help="requests a second, in place of --concurrency")
+    parser.add_argument("--concurrency", type=counts, default="1,8,32", help="requests at once; one load per number")
+    parser.add_argument("--rate", type=rates, default="", help="requests per second, instead of --concurrency")
     parser.add_argument(
-        "--requests", type=arguments.whole_or_none, default=0, help="of each load; four for each at once if 0"
+        "--requests", type=arguments.whole_or_none, default=0, help="per load; 0: four times the concurrency"
     )
-    parser.add_argument("--seed", type=arguments.whole_or_none, default=0, help="of prompts, lengths and times")
+    parser.add_argument("--seed", type=arguments.whole_or_none, default=0, help="seed of prompts, lengths and times")
     parser.add_argument(
-        "--ttft-ms", type=arguments.positive, default=Deadlines.ttft_ms, help="deadline that counts for goodput"
+        "--ttft-ms", type=arguments.positive, default=Deadlines.ttft_ms, help="TTFT deadline for goodput"
     )
-    parser.add_argument("--tpot-ms", type=arguments.positive, default=Deadlines.tpot_ms, help="the other")
-    parser.add_argument("--ignore-eos", action="store_true", help="have each answer reach its length")
-    parser.add_argument("--no-keep-alive", action="store_true", help="a connection for each request")
-    parser.add_argument("--timeout", type=arguments.positive, default=600.0, help="seconds until a request has failed")
+    parser.add_argument(
+        "--tpot-ms", type=arguments.positive, default=Deadlines.tpot_ms, help="TPOT deadline for goodput"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="always generate the full length")
+    parser.add_argument("--no-keep-alive", action="store_true", help="a new connection per request")
+    parser.add_argument(
+        "--timeout", type=arguments.positive, default=600.0, help="seconds after which a request has failed"
+    )
     parser.add_argument("--api-key", help="the server's key")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
     extra = (("ignore_eos", True),) if options.ignore_eos else ()
     model = options.model or model_of(options.url, options.api_key)
@@ -215,13 +219,13 @@ def main() -> None:
         rows.append((name, figures(outcome, deadlines)))
         failed[name] = faults(outcome)
     print(table(rows))
-    for name, told in failed.items():
-        for problem, count in list(told.items())[:3]:
+    for name, reasons in failed.items():
+        for problem, count in list(reasons.items())[:3]:
             print(f"{name}: {count} failed: {problem}", file=sys.stderr)
     if options.json:
-        told = facts.collect() | {"processor": facts.processor(), "settings": {**vars(options), "api_key": None}}
-        told["settings"]["json"] = str(options.json)
-        options.json.write_text(json.dumps(told | {"loads": dict(rows), "failures": failed}, indent=1) + "\n")
+        content = facts.collect() | {"processor": facts.processor(), "settings": {**vars(options), "api_key": None}}
+        content["settings"]["json"] = str(options.json)
+        options.json.write_text(json.dumps(content | {"loads": dict(rows), "failures": failed}, indent=1) + "\n")
     if not any(one["completed"] for _, one in rows):
         sys.exit("error: no request was answered")
 

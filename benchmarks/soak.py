@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a server stays as it is: `python -m benchmarks.soak [--minutes 30] [--json FILE] [--url URL --pid PID]`.
+"""Checks that a server stays healthy: `python -m benchmarks.soak [--minutes 30] [--json FILE] [--url URL --pid PID]`.
 
-`jaxserve run` of the demo model, with few blocks, under the traffic of traffic.py, in rounds. After each round all
-clients leave, and the server must be at rest: no rows, no blocks in use, no connections. Then memory, descriptors and
-threads of both its processes are read. Round N of a seed asks the same each time, so that a bad one can be run again.
+`jaxserve run` serves the demo model with few blocks under the traffic of traffic.py, in rounds. After each round all
+clients leave, and the server must be idle: no rows, no blocks in use, no connections. Then the memory, descriptors and
+threads of both its processes are recorded. Round N of a seed always asks for the same, so a failing round can be run
+again.
 
-Ends with 1 where, after the warm-up, memory grows by more than 1 MB for 10 000 requests, descriptors or threads became
-more, a program was compiled, blocks were lost, an answer was wrong, or a greedy request did not say what it says alone.
-An allocator takes memory in steps of up to 10 MB, now and then; a leak grows all the time. So what is judged is the
-median growth over all stretches of 2500 requests, from 20 000 requests on, and all of the growth where it is large.
+Ends with status 1 if, after the warm-up, memory grows by more than 1 MB per 10 000 requests, descriptors or threads
+increase, a program is compiled, blocks are lost, an answer is wrong, or a greedy request gives a different answer than
+it gives alone. An allocator takes memory in occasional steps of up to 10 MB, while a leak grows all the time.
+Therefore the verdict is on the median growth over all stretches of 2500 requests, from request 20 000 on, and on the
+total growth where it is large.
 """
 
 import argparse
@@ -158,7 +160,9 @@ def child_of(pid: int) -> int:
         if int(parent) == pid:
             found.append(int(stat.parent.name))
     if len(found) != 1:
-        raise SystemExit(f"error: process {pid} has {len(found)} children and a server has one: give the server's")
+        raise SystemExit(
+            f"error: process {pid} has {len(found)} child processes, but a server has one: give the server's pid"
+        )
     return found[0]
 
 
@@ -233,15 +237,17 @@ def report(soak: Soak) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Whether a server stays as it is.")
     parser.add_argument("--minutes", type=arguments.positive, default=30)
-    parser.add_argument("--url", help="of a server that runs, with nobody else's requests; needs --pid")
-    parser.add_argument("--pid", type=int, help="its process, on this machine")
-    parser.add_argument("--clients", type=arguments.whole, default=24, help="how many there are at once")
-    parser.add_argument("--round", type=arguments.whole, default=500, help="requests in a round")
+    parser.add_argument("--url", help="a running server without other clients; needs --pid")
+    parser.add_argument("--pid", type=int, help="the server's process on this machine")
+    parser.add_argument("--clients", type=arguments.whole, default=24, help="concurrent clients")
+    parser.add_argument("--round", type=arguments.whole, default=500, help="requests per round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write what was seen there too")
+    parser.add_argument(
+        "--json", type=arguments.file_to_write, metavar="FILE", help="also write the observations to FILE"
+    )
     options = parser.parse_args()
     if (options.url is None) != (options.pid is None):
-        parser.error("--url and --pid are of one server: give both or none")
+        parser.error("--url and --pid belong together: give both or neither")
     own = Server(CONFIG) if options.url is None else None
     try:
         url = f"http://127.0.0.1:{own.port}" if own else str(options.url)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a start takes: `python -m benchmarks.startup [--model demo|1b|FOLDER] [--rounds 3] [--json FILE]`.
+"""Measures a start of the server: `python -m benchmarks.startup [--model demo|1b|FOLDER] [--rounds 3] [--json FILE]`.
 
-`jaxserve run` is started with an empty folder for compiled programs (cold) and again with the full one (warm), until
-/health says 200 and one token was answered. Where the time goes is told by what the server says while it starts:
-before the port answers (Python and the server's libraries), before the model is opened (jax), loading, compiling, and
-the rest up to the first token. Medians over the rounds; for scale, the seconds that Python takes for `import jax`, and
-in which the weights' file is read. Aims: the demo warm within 5 s; a model of a billion parameters (1b: the shape of
-Llama 3.2 1B, 1.24 billion random ones, 4.9 GB) warm within twice of loading its weights. For an accelerator
-programs are compiled while weights are read: what is told as compiling is what is left of it then.
+`jaxserve run` starts with an empty folder for compiled programs (cold) and again with the filled one (warm), until
+/health returns 200 and one token has been generated. The server's own log gives the phases: until the port answers
+(Python and the server's libraries), until the model is opened (jax), loading, compiling, and the rest until the first
+token. Results are medians over the rounds; for scale, the seconds that `import jax` and reading the weights' file take.
+Targets: the demo warm within 5 s; a model with a billion parameters (1b: the shape of Llama 3.2 1B, 1.24 billion random
+parameters, 4.9 GB) warm within twice the time of loading its weights. For an accelerator, programs compile while
+weights are read; the compile phase is then only what remains.
 """
 
 import argparse
@@ -142,8 +142,8 @@ def table(rows: dict[str, list[Start]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description="What a start takes.")
     parser.add_argument("--model", default="demo", help="demo, 1b or a folder")
-    parser.add_argument("--rounds", type=arguments.whole, default=3, help="cold and warm starts; 3 if not given")
-    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--rounds", type=arguments.whole, default=3, help="cold and warm starts (default: 3)")
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("flags", nargs="*", help="further flags of `jaxserve run`, after --")
     options = parser.parse_args()
     rows: dict[str, list[Start]] = {"cold": [], "warm": []}

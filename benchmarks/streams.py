@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many event streams read by one thread, with as little of the machine as can be: raw sockets, nothing parsed.
+"""Reads many event streams in one thread with as little of the machine as possible: raw sockets, no parsing.
 
-What is measured with it is the server beside it, which a load generator that parses would starve on a small machine.
+The server under test runs beside it; a load generator that parses would starve it on a small machine.
 """
 
 import json
@@ -69,5 +69,5 @@ def _read(stream: _Stream, now: float) -> bool:
     ended = DONE in stream.tail + data
     stream.tail = data[-len(DONE) :]
     if not data and not ended:
-        raise SystemExit("error: a stream ended before its time")
+        raise SystemExit("error: a stream ended early")
     return ended

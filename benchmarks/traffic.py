@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of every kind for a server, at random but told by a seed, and what must be true of each answer.
+"""Random requests of every kind for a server, drawn from a seed, and the conditions that each answer must meet.
 
     half        one token
     a fifth     clients that leave before the end, streaming and not, at any moment
     a twentieth requests that must be refused
-    the rest    samples, log-probabilities, penalties, stops, lists of prompts, chats, vectors, tokens
+    the rest    samples, log-probabilities, penalties, stops, lists of prompts, chats, embeddings, tokens
 
-Knows nothing of measuring. The prompts are short: any model of 192 tokens and 400 ids will do, with two rows.
+Measures nothing. The prompts are short: any model with a context of 192 tokens, 400 token ids and two rows will do.
 """
 
 import asyncio

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer for models of random weights: every word is a token, so that servers which take text alone get prompts of
-a known length."""
+"""A tokenizer with one token per word for models with random weights, so that text prompts have a known length."""
 
 import json
 from pathlib import Path

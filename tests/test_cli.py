@@ -110,7 +110,7 @@ def test_inspect(model: Path, name: str) -> None:
     assert rows["s"]["shape"] == []
     table = done("inspect", model / name).splitlines()
     assert [line.split() for line in table if line.startswith("w ")] == [["w", "F16", "2x3", "12", "model.safetensors"]]
-    assert table[-2:] == ["3 tensors in 1 files, 28 bytes", "parameters: 6 F16, 4 F32"]
+    assert table[-2:] == ["3 tensors in 1 file, 28 bytes", "parameters: 6 F16, 4 F32"]
 
 
 def test_inspect_shows_strange_names_in_any_terminal(tmp_path: Path) -> None:

@@ -1,148 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's map of the code equals the tree."""
+"""READMEs are true: examples run, links lead somewhere, generated parts are current. Modules say what they own."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from jaxserve import LLM, SamplingParams, demo
 from jaxserve.engine.execute import program_store
+from tests import readmes
 from tests.golden import load as golden
 
 ROOT = Path(__file__).parents[1]
-HEADING = "## Map of the code"
-CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")  # every file of these is on the map
-OURS = (*CODE, "tests")  # of tests, every folder
+CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")
+DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+LEAST = 3  # words of a first sentence beside those of the module's name
 
 
-def read_map(readme: str) -> list[str]:
-    """The paths on the map: folders end in a slash and hold the deeper lines that follow."""
-    found: list[str] = []
-    folders: list[str] = []
-    for line in readme.partition(HEADING)[2].partition("\n## ")[0].splitlines():
-        if not line.startswith("    "):
-            continue
-        name, *about = line.split(maxsplit=1)
-        depth = (len(line) - len(line.lstrip()) - 4) // 2
-        assert about, f"{name} has no description"
-        assert depth <= len(folders), f"{name} is indented too far"
-        del folders[depth:]
-        found.append("".join(folders) + name)
-        if name.endswith("/"):
-            folders.append(name)
-    return found
+def complaint(name: str, source: str) -> str | None:
+    """What is wrong with a module's docstring; `name` is dotted."""
+    about = ast.get_docstring(ast.parse(source))
+    if not about:
+        return f"{name} has no docstring"
+    first = re.split(r"(?<=\.)\s|\n\n", about, maxsplit=1)[0]
+    if first[-1] not in ".:":
+        return f"{name}: the docstring does not begin with a sentence: {first!r}"
+    words = set(re.findall(r"[\w-]+", first.lower())) - set(re.split(r"[._]", name.lower())) - {"a", "an", "the", "of"}
+    return None if len(words) >= LEAST else f"{name}: the docstring says too little: {first!r}"
 
 
-def tree(root: Path) -> set[str]:
-    """What a complete map lists."""
-    found: set[str] = set()
-    for package in OURS:
-        for path in (root / package).rglob("*"):
-            if path.suffix not in (".py", ".json") or "results" in path.parts:
-                continue
-            relative = path.relative_to(root)
-            found |= {f"{folder}/" for folder in map(str, relative.parents) if folder != "."}
-            if package in CODE:
-                found.add(str(relative))
-    return found
+def test_every_module_says_what_it_owns() -> None:
+    files = [path for package in CODE for path in sorted((ROOT / package).rglob("*.py"))]
+    assert len(files) > 200
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    assert [wrong for path, name in names.items() if (wrong := complaint(name, path.read_text()))] == []
 
 
-def differences(root: Path, readme: str) -> list[str]:
-    listed = read_map(readme)
-    inside = {path for path in listed if path.split("/")[0] in OURS}
-    twice = {path for path in listed if listed.count(path) > 1}
-    wanted = tree(root)
-    return sorted(
-        [f"{path} is on the map twice" for path in twice]
-        + [f"{path} is on the map only" for path in listed if not _exists(root, path)]
-        + [f"{path} is missing from the map" for path in wanted - inside]
-    )
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ('"""Gives each sequence its blocks.\n\nMore."""', None),
+        ("x = 1", "has no docstring"),
+        ('"""The block pool."""', "says too little"),
+        ('"""Gives each sequence its blocks"""', "does not begin with a sentence"),
+    ],
+)
+def test_docstrings_that_say_nothing_are_found(source: str, wrong: str | None) -> None:
+    found = complaint("jaxserve.engine.block_pool", source)
+    assert found is None if wrong is None else wrong in str(found)
 
 
-def _exists(root: Path, path: str) -> bool:
-    return (root / path).is_dir() if path.endswith("/") else (root / path).is_file()
+def test_the_first_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-def test_map_equals_the_tree() -> None:
-    assert differences(ROOT, (ROOT / "README.md").read_text()) == []
+def test_generated_parts_are_current() -> None:
+    stale = [name for name in readmes.READMES if readmes.renewed(readmes.read(name)) != readmes.read(name)]
+    assert not stale, "run python -m tests.readmes"
 
 
-SMALL = f"""# x
-{HEADING}
-
-    jaxserve/        the server
-      __init__.py    nothing
-      cli/           the command
-        main.py      all of it
-    tests/           mirror
-    Makefile         make
-
-## Next
-    other.py         not on the map
-"""
+def test_links_lead_somewhere() -> None:
+    for name in readmes.READMES:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", readmes.read(name)):
+            assert link.startswith("https://") or (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    for path in ("jaxserve/__init__.py", "jaxserve/cli/main.py", "tests/test_x.py", "Makefile"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    return tmp_path
+def test_named_functions_exist() -> None:
+    """`folder/file.py:name`, from jaxserve/ or from the root."""
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", "".join(map(readmes.read, readmes.READMES)))
+    assert named
+    for path, name in named:
+        file = next(file for file in (ROOT / "jaxserve" / path, ROOT / path) if file.exists())
+        inside = ast.parse(file.read_text()).body
+        for part in name.split("."):
+            found = [node for node in inside if isinstance(node, DEFINITIONS) and node.name == part]
+            assert found, f"{path} has no {name}"
+            inside = found[0].body
 
 
-def test_right_map_passes(small: Path) -> None:
-    (small / "jaxserve/__pycache__").mkdir()
-    (small / "jaxserve/__pycache__/x.pyc").touch()
-    assert differences(small, SMALL) == []
+def test_the_table_of_folders_is_complete() -> None:
+    rows = re.findall(r"^\| (`\w+[/.].*?) \|", readmes.read("jaxserve/README.md"), re.MULTILINE)
+    named = set(re.findall(r"`([\w/.]+)`", " ".join(rows)))
+    here = {path.name + "/" * path.is_dir() for path in (ROOT / "jaxserve").iterdir() if path.name != "__pycache__"}
+    assert {path for path in here if path.endswith("/")} <= named <= here
 
 
-def test_wrong_maps_fail(small: Path) -> None:
-    (small / "jaxserve/cli/new.py").touch()
-    (small / "tests/kernels").mkdir()
-    (small / "tests/kernels/test_y.py").touch()
-    (small / "Makefile").unlink()
-    assert differences(small, SMALL.replace("    tests/", "    tests/  again\n    tests/")) == [
-        "Makefile is on the map only",
-        "jaxserve/cli/new.py is missing from the map",
-        "tests/ is on the map twice",
-        "tests/kernels/ is missing from the map",
-    ]
-    with pytest.raises(AssertionError, match="no description"):
-        read_map(SMALL.replace("all of it", ""))
+def test_pictures_are_small() -> None:
+    assert all(path.stat().st_size < 300_000 for path in (ROOT / "benchmarks" / "pictures").iterdir())
 
 
-def run_example(number: int) -> dict[str, Any]:
-    """As a reader would paste it."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3
+def run_example(readme: str, *, mentions: str) -> dict[str, Any]:
+    """The names that the README's one example with this word defines, run as a reader would paste it."""
+    [example] = [each for each in readmes.examples(readme) if mentions in each]
     names: dict[str, Any] = {}
-    exec(compile(examples[number], "README.md", "exec"), names)
+    exec(compile(example, readme, "exec"), names)
     return names
 
 
-def test_the_example_of_generation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden.write_checkpoint("qwen3", tmp_path / "my-model")
+def test_every_example_is_run() -> None:
+    counts = {name: len(readmes.examples(name)) for name in readmes.READMES}
+    assert {name: count for name, count in counts.items() if count} == {"README.md": 4, "convert/README.md": 1}
+
+
+@pytest.fixture
+def my_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where examples look for it. Compiled programs are stored nowhere, as a user may decide."""
     monkeypatch.chdir(tmp_path)
-    # Compiled programs go where the user has decided, here: nowhere.
     monkeypatch.setattr(program_store, "open_store", lambda *_: None)
-    names = run_example(0)
-    batch = names["batch"]
+    return tmp_path / "my-model"
+
+
+def test_the_example_of_python_runs(my_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    my_model.symlink_to(demo.FOLDER)
+    run_example("README.md", mentions='"What is 7 + 5?"], params')
+    assert "Once upon a time" in capsys.readouterr().out
+
+
+def test_the_example_of_a_pipeline_runs(my_model: Path) -> None:
+    golden.write_checkpoint("qwen3", my_model)
+    names = run_example("README.md", mentions="generate_arrays")
+    llm, rollout = names["llm"], names["rollout"]
+    assert rollout.tokens.shape == rollout.logprobs.shape == (2, 2, 8)
+    assert len(names["scores"]) == 4
+    [output] = llm.generate([[1, 5, 9]], SamplingParams(temperature=0, max_tokens=4, detokenize=False))
+    assert output.outputs[0].policy_version == 2
+    # The gradient went to every weight, and what the engine now scores with is what the trainer holds.
+    ids = [1, 5, 9, *output.outputs[0].token_ids]
+    params = names["to_engine_layout"](names["spec"], names["weights"])
+    dense = jax.nn.log_softmax(names["forward"](names["spec"], params, np.array([ids], np.int32)))
+    expected = np.take_along_axis(np.asarray(dense)[0, :-1], np.array(ids)[1:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(llm.score([ids])[0], expected, atol=1e-4)
+
+
+def test_arrays_are_what_generate_and_score_give(my_model: Path) -> None:
+    golden.write_checkpoint("qwen3", my_model)
+    llm = LLM("my-model", skip_tokenizer_init=True, max_num_seqs=4, max_num_batched_tokens=64, warmup=False)
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=8)
+    batch = llm.generate_arrays([[1, 5, 9], [2, 7]], params)
     assert batch.tokens.shape == batch.logprobs.shape == (2, 1, 8)
-    # Row by row what `generate` gave before it for the same seed; the log-probabilities are those that `score` gives.
-    first = names["llm"].generate([[1, 5, 9], [2, 7]], names["params"])
-    for row, output in enumerate(first):
+    for row, output in enumerate(llm.generate([[1, 5, 9], [2, 7]], params)):
         made = output.outputs[0].token_ids
         assert np.asarray(batch.tokens)[row, 0, : len(made)].tolist() == made
-        [scores] = names["llm"].score([*output.prompt_token_ids, *made])
+        [scores] = llm.score([*output.prompt_token_ids, *made])
         np.testing.assert_allclose(np.asarray(batch.logprobs)[row, 0, : len(made)], scores[-len(made) :], atol=1e-4)
 
 
-def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden.write_checkpoint("qwen3", tmp_path / "my-model")
-    monkeypatch.chdir(tmp_path)
-    names = run_example(1)
+def test_the_example_of_a_model_runs(my_model: Path) -> None:
+    golden.write_checkpoint("qwen3", my_model)
+    names = run_example("convert/README.md", mentions="load_model")
     assert names["logits"].shape == (1, 5, names["spec"].vocab_size)
     grad = names["grads"]["layers"][0]["attention"]["q"]["kernel"]
     assert np.isfinite(grad).all() and np.abs(grad).max() > 0
@@ -150,7 +159,7 @@ def test_the_example_of_a_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_example_of_kernels_runs() -> None:
     """Its rows are those of a pool in which only the new tokens are not zero."""
-    names = run_example(2)
+    names = run_example("README.md", mentions="pallas_kernels")
     out = np.asarray(names["out"])
     assert out.shape == (6, 8, 64)
     # The decode row sees 39 zero keys and one of ones, whose logit is 64 / sqrt(64).

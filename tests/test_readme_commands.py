@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command in the README is run, or is known to be covered elsewhere; a new one fails until it is either.
+"""Every command in a README is run here, or is known to be run elsewhere; a new one fails until it is either.
 
 The server is `jaxserve run` with the demo model, as a reader would start it, but on a free port and with few shapes.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve import demo
+from tests import readmes
 from tests.fast import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -31,45 +32,41 @@ ENVIRONMENT = os.environ | {
     "XLA_FLAGS": XLA_FLAGS,
     "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
 }
-COMMANDS = ("jaxserve", "python", "make", "curl", "docker", "pip", ".ci/run", "echo")
 
 
 def commands() -> list[str]:
-    """The lines of indented blocks that begin with one, without what is said of them."""
-    text = (ROOT / "README.md").read_text().partition("## Map of the code")[0]
-    lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
-    return [re.split(r"  +|\s#\s", line)[0].strip() for line in lines if line.split()[0] in COMMANDS]
+    """Of all READMEs, each once."""
+    return list(dict.fromkeys(command for name in readmes.READMES for command in readmes.commands(name)))
 
 
-# What others of our tests run, or CI does: the beginning of the command, and where.
+# Commands that other tests or CI run: how they begin, and where they are run.
 ELSEWHERE = {
     "make": "test_targets_are_there",
-    "pip install": ".ci/run: the wheel, in an environment of its own",
+    "pip install": ".ci/run installs the wheel",
     "docker build": "tests/deploy",
     ".ci/run": "CI itself",
+    "python -m pytest": "the suite itself, and test_paths_of_tests_are_there",
     "python -m benchmarks": "tests/benchmarks",
     "jaxserve run": "the fixture here",
+    "jaxserve profile MODEL": "tests/cli/test_profile.py",
 }
-# A command as the README has it, and what stands for its capitals. {url} is the server's.
+# A command as a README has it, and what is run for it. {url} is the server's, {demo} the demo model's folder.
 OFFLINE = {
     "jaxserve version [--json]": "jaxserve version --json",
     "jaxserve devices [--json]": "jaxserve devices --json",
     "jaxserve inspect PATH [--json]": "jaxserve inspect {demo} --json",
     "jaxserve check MODEL": "jaxserve check {demo} --memory 1GiB",
-    "jaxserve convert SRC DST": "jaxserve convert {demo} converted",
     "jaxserve convert SRC DST [--revision R] [--dtype bfloat16] [--offline] [--overwrite]": (
-        "jaxserve convert {demo} converted-again --dtype bfloat16 --offline --overwrite"
+        "jaxserve convert {demo} converted --dtype bfloat16 --offline --overwrite"
     ),
     "jaxserve completion bash|zsh|fish": "jaxserve completion bash",
     "jaxserve bench throughput|latency": "jaxserve bench throughput --help",  # tests/cli/test_bench.py runs them
 }
 ONLINE = {
-    "jaxserve chat [-q TEXT]": "jaxserve chat --url {url} -q Hello",
     "jaxserve complete [-q TEXT]": "jaxserve complete --url {url} -q Once",
     "jaxserve bench serve": (
         "jaxserve bench serve --url {url} --num-prompts 3 --random-input-len 8 --random-output-len 4"
     ),
-    "jaxserve profile --out DIR": "jaxserve profile --url {url} --out {traces} --seconds 0.2",
 }
 
 
@@ -121,10 +118,10 @@ def test_every_command_is_run_somewhere() -> None:
     known = [*OFFLINE, *ONLINE]
     literal = ("curl ", "jaxserve chat -q", "jaxserve profile --url")  # run as they stand, below
     found = commands()
-    assert len(found) > 25
+    assert len(found) > 30
     unknown = [command for command in found if command not in known and not command.startswith((*ELSEWHERE, *literal))]
     assert unknown == []
-    assert [command for command in known if command not in found] == [], "no longer in the README"
+    assert [command for command in known if command not in found] == [], "no longer in a README"
 
 
 @pytest.mark.parametrize("command", OFFLINE)
@@ -137,8 +134,8 @@ def test_commands_at_a_server(command: str, port: int, traces: Path, tmp_path: P
     assert run(ONLINE[command].format(url=f"http://127.0.0.1:{port}", traces=traces), tmp_path)
 
 
-def test_what_stands_in_the_readme_as_it_is(port: int, traces: Path, tmp_path: Path) -> None:
-    """But for the port, and the folder that the server may write to."""
+def test_commands_that_are_run_as_they_are(port: int, traces: Path, tmp_path: Path) -> None:
+    """Except for the port, and the folder that the server may write to."""
     for command in commands():
         here = command.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
         if command.startswith("curl "):
@@ -153,6 +150,12 @@ def test_what_stands_in_the_readme_as_it_is(port: int, traces: Path, tmp_path: P
             assert list(traces.rglob("*.xplane.pb"))
 
 
+def test_the_example_of_a_client_runs(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    [example] = [each for each in readmes.examples("README.md") if "openai" in each]
+    exec(compile(example.replace(":8000", f":{port}"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_targets_are_there() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in commands() if command.startswith("make ")} <= targets
@@ -163,3 +166,8 @@ def test_benchmarks_are_there() -> None:
         if command.startswith("python -m benchmarks"):
             path = ROOT.joinpath(*command.split()[2].split("."))
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
+
+
+def test_paths_of_tests_are_there() -> None:
+    words = [word for command in commands() if command.startswith("python -m pytest") for word in command.split()]
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))

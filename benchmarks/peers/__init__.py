@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One side of a comparison each: a child process that answers a line of JSON on stdin with one on stdout."""
+"""The sides of a comparison: child processes that answer each line of JSON on stdin with one on stdout."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine alone, timed step by step: what benchmarks.server holds the server against. In a process of its own.
+"""The bare engine, timed step by step in its own process, for benchmarks.server to compare the server with.
 
     python -m benchmarks.peers.jaxserve_engine SETTINGS
 
-SETTINGS are the fields of EngineConfig as JSON. All requests are given at once; an answer tells when each sequence's
-tokens were read, and no text is made of them.
+SETTINGS are the fields of EngineConfig as JSON. All requests arrive at once; an answer says when each sequence's tokens
+were read. No text is produced.
 """
 
 import json

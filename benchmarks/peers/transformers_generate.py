@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' `generate`, timed; run by a Python that has torch and transformers, and nothing of ours.
+"""transformers' `generate`, timed; runs in a Python that has torch and transformers and nothing of jaxserve.
 
     python transformers_generate.py FOLDER
 
-First line out: versions. Then for each line in, {"prompts": [[ids]], "max_tokens": n}, one line out,
-{"seconds": s, "tokens": [[ids]]}. The prompts are one batch; unequal ones are padded on the left. `max_tokens` may be a
-list, a number for each prompt: the batch then runs until the longest answer is done, and each is cut to its own.
-Greedy, float32, and never ended by a token; threads as torch has them by default.
+The first line of output holds the versions. Then each line of input, {"prompts": [[ids]], "max_tokens": n}, gets one
+line of output, {"seconds": s, "tokens": [[ids]]}. The prompts are one batch; uneven ones are padded on the left.
+`max_tokens` may be a list with a number per prompt: the batch then runs until the longest answer is done, and each
+answer is cut to its own length. Greedy, float32, ignoring end tokens, with torch's default number of threads.
 """
 
 import json

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama's folder as the one file that llama.cpp reads, in float32; run by a Python that has gguf and nothing of ours.
+"""Writes a Llama's folder as one float32 file for llama.cpp; runs in a Python that has gguf and nothing of jaxserve.
 
     python write_gguf.py FOLDER FILE
 
-Two tokenizers are known: byte-level BPE as the demo has it, and one with a token for each word (words.py). The latter
-becomes a unigram model whose only pieces are whole words. Before BPE llama.cpp splits text by rules of its own; for
-words with spaces between them they give what the demo's rule gives.
+Supports two tokenizers: byte-level BPE, as in the demo, and one token per word (words.py), which becomes a unigram
+model whose only pieces are whole words. llama.cpp splits text by its own rules before BPE; for words separated by
+spaces they agree with the demo's rule.
 """
 
 import json

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to run the server for good: a systemd unit, a Kubernetes manifest, a container file. Copy them and adapt."""
+"""Files for running the server in production: a systemd unit, a Kubernetes manifest, a Dockerfile. Copy and adapt."""

@@ -18,7 +18,6 @@ from jaxserve.config import ConfigError, EngineConfig, too_few_tokens
 from jaxserve.engine.buckets import Buckets
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.spec import Attention, Dynamic, LongRope, Mlp, ModelSpec
-from jaxserve.sampling import control_row
 
 GIB = 2**30
 CPU_CACHE = 4 * GIB
@@ -277,7 +276,9 @@ def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
 
 def _state_bytes(limits: Limits) -> int:
     """Block tables, last tokens and sampling controls: all are integers or floats of 4 bytes."""
-    controls = limits.vocab_size + control_row.row_size(limits.vocab_size) - 1  # of the row itself there is no copy
+    from jaxserve.sampling.control_row import row_size  # which imports numpy: `jaxserve check --help` does without
+
+    controls = limits.vocab_size + row_size(limits.vocab_size) - 1  # of the row itself there is no copy
     return 4 * limits.max_num_seqs * (limits.width + 1 + controls)
 
 

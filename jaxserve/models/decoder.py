@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one decoder. Its modules declare the parameters; those themselves travel as a plain nested dict.
+"""The one decoder that runs every architecture. Its modules declare the parameters, which travel as a nested dict.
 
     logits, cache = step(spec, params, cache, inputs)         serving, over paged KV
     logits = forward(spec, params, tokens)                    scoring and training, dense, differentiable

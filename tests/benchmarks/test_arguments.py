@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark is told wrongly is one line and exit status 2, before any work."""
+"""A wrong option of a benchmark gives one line and exit status 2, before any work."""
 
 import argparse
 import os

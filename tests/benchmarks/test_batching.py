@@ -104,7 +104,7 @@ def test_one_request_is_no_batch_and_no_peer_is_none() -> None:
 def test_answers_of_other_lengths_are_refused() -> None:
     short = Fake(1)
     short.batch = lambda requests: Answer(1.0, [[1] for _ in requests])
-    with pytest.raises(SystemExit, match="sequential gave other numbers of tokens"):
+    with pytest.raises(SystemExit, match="sequential returned a different number of tokens"):
         batching.measure(
             Fake(1), short, "chats", lambda seed, count: of_lengths(*[5] * count), counts=[1], rounds=1, seconds=99
         )

@@ -53,7 +53,7 @@ def test_prompts_share_their_beginnings_sixteen_at_a_time() -> None:
 
 
 def test_an_unknown_mix_is_told() -> None:
-    with pytest.raises(SystemExit, match="no mix 'x'"):
+    with pytest.raises(SystemExit, match="unknown mix 'x'"):
         serving.prompts(Work(mix="x"), 1)
 
 
@@ -67,7 +67,7 @@ def test_bodies_are_chats_or_prompts() -> None:
 
 
 def test_a_server_that_is_not_there_is_told() -> None:
-    with pytest.raises(SystemExit, match=r"^error: cannot connect to http://127\.0\.0\.1:1; start a server"):
+    with pytest.raises(SystemExit, match=r"^error: nothing answers at http://127\.0\.0\.1:1; start a server"):
         serving.model_of("http://127.0.0.1:1", None)
 
 
@@ -106,7 +106,7 @@ def test_goodput_counts_what_met_both_deadlines() -> None:
         Sample(began=0, stamps=[2.0, 2.1], output_tokens=2),  # begins late
         Sample(began=0, stamps=[0.1, 1.1], output_tokens=2),  # goes on slowly
         Sample(began=0, stamps=[0.1], output_tokens=1),
-        Sample(began=0, stamps=[0.1, 0.2], output_tokens=2, error="the response ended early"),
+        Sample(began=0, stamps=[0.1, 0.2], output_tokens=2, error="the answer broke off"),
     ]
     found = serving.figures(Outcome(samples, 2.0, 5), Deadlines(ttft_ms=1000, tpot_ms=100.001))
     assert found["goodput"] == 1.0 and found["failed"] == 1 and found["completed"] == 4
@@ -208,11 +208,11 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "problem"),
     [
-        ("", "is an empty list"),
+        ("", "names none"),
         ("jaxserve,x", "there is no server 'x'; there are jaxserve,"),
         ("jaxserve,vllm", "vllm needs an environment, vllm=FOLDER"),
         ("jaxserve,transformers=/nonexistent", "there is no virtual environment in /nonexistent"),
-        ("jaxserve,jaxserve", "contains a duplicate"),
+        ("jaxserve,jaxserve", "has duplicates"),
     ],
 )
 def test_servers_that_cannot_be_are_told_before_any_is_started(named: str, problem: str) -> None:
@@ -229,7 +229,7 @@ def test_what_went_wrong_is_told() -> None:
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"jaxserve did not start: .*no folder"):
+    with pytest.raises(SystemExit, match=r"jaxserve did not start: .*does not exist"):
         compare.Side("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
 
 

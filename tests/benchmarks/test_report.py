@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That the README's figures are those of the results, and how results become its section."""
+"""benchmarks/README.md and its picture show the figures of the results; how results become tables."""
 
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, report_picture
 from benchmarks.report import BEGIN, END
 
 MACHINE = {"device": "cpu", "devices": 1, "backend": "cpu"}
@@ -31,8 +32,8 @@ def compared(speeds: dict[str, float], *, mix: str = "fixed", ttft: float = 1.5,
 
 
 def section_of(root: Path, files: dict[str, dict[str, Any]]) -> str:
-    """The section for these files of benchmarks/results."""
-    folder = root / "benchmarks" / "results"
+    """The section for these files of results/."""
+    folder = root / "results"
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
@@ -45,42 +46,71 @@ def cells(text: str, begins: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_readme_is_up_to_date() -> None:
+def test_the_readme_and_the_picture_are_up_to_date() -> None:
     assert report.main(["--check"]) == 0, "run python -m benchmarks.report"
 
 
-# --- the section in the README ---------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------------------------
 
 
-def test_what_stands_between_the_markers_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_between_the_markers_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     section_of(tmp_path, {"a.json": compared({"vllm": 1.5})})
-    readme = tmp_path / "README.md"
+    readme, picture = tmp_path / "README.md", tmp_path / "pictures" / "performance.svg"
     readme.write_text(f"# before\n\n{BEGIN}\n99 times as fast\n{END}\n\nafter\n")
-    assert report.main(["--check"], root=tmp_path) == 1
-    assert "99 times" in readme.read_text() and "run python -m benchmarks.report" in capsys.readouterr().out
-    assert report.main([], root=tmp_path) == 0
-    told = readme.read_text()
-    assert told.startswith(f"# before\n\n{BEGIN}\n## Performance\n") and told.endswith(f"{END}\n\nafter\n")
-    assert "99 times" not in told and "1.50" in told
-    assert report.main(["--check"], root=tmp_path) == 0
+    assert report.main(["--check"], folder=tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "README.md and performance.svg" in said and "run python -m benchmarks.report" in said
+    assert "99 times" in readme.read_text() and not picture.exists()
+    assert report.main([], folder=tmp_path) == 0
+    text = readme.read_text()
+    assert text.startswith(f"# before\n\n{BEGIN}\n## Results\n") and text.endswith(f"{END}\n\nafter\n")
+    assert "99 times" not in text and "1.50" in text
+    assert report.main(["--check"], folder=tmp_path) == 0
+    picture.write_text("<svg/>")
+    assert report.main(["--check"], folder=tmp_path) == 1 and "error: performance.svg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("readme", ["none\n", f"{END} {BEGIN}\n", f"{BEGIN}\n"])
-def test_a_readme_without_markers_is_told(readme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_readme_without_markers_is_an_error(readme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "README.md").write_text(readme)
-    assert report.main([], root=tmp_path) == 1
+    assert report.main([], folder=tmp_path) == 1
     assert "the README lacks" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == readme
+
+
+def drawn(*files: dict[str, Any]) -> list[str]:
+    """The texts of the picture of these results, newest first."""
+    svg = report_picture.draw([(file["processor"], file) for file in files])
+    assert svg
+    return [text.text or "" for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_shows_the_newest_of_each_model_on_one_machine() -> None:
+    new, old = compared({"vllm": 2.0, "llamacpp": 0.5}), compared({"vllm": 4.0})
+    elsewhere = compared({"vllm": 8.0}) | {"processor": "Another CPU"}
+    texts = drawn(new, elsewhere, old)
+    assert texts[0] == "HTTP, demo model, 1.6 M parameters" and "8 streams" in texts
+    assert {"1,000", "500", "2,000", "vLLM", "llama.cpp"} <= {*texts} and not {"250", "125"} & {*texts}
+    assert "A CPU" in texts[-1] and "Another" not in texts[-1]
+
+
+def test_the_picture_shows_what_a_prefix_cache_gives() -> None:
+    texts = drawn(compared({"jaxserve-uncached": 4.0}, mix="shared"))
+    assert {"1,000", "250", "64 tokens", "without prefix cache"} <= {*texts}
+
+
+def test_there_is_no_picture_without_comparisons() -> None:
+    assert report_picture.draw([("A CPU", result(rows=[]))]) is None
 
 
 # --- what counts ----------------------------------------------------------------------------------------------------
 
 
 def test_every_table_says_where_it_is_from(tmp_path: Path) -> None:
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "results" / "a.svg").touch()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.svg").touch()
     text = section_of(tmp_path, {"a.json": compared({"vllm": 1.5})})
-    link = "[a.json](benchmarks/results/a.json) [svg](benchmarks/results/a.svg)"
+    link = "[a.json](results/a.json) [svg](results/a.svg)"
     assert f"From {link}: 2026-01-02, commit 0123456, A CPU." in text
     changed = compared({"vllm": 1.5}) | {"git": {"commit": "abc", "dirty": True}}
     assert "commit abc with changes" in section_of(tmp_path, {"a.json": changed})
@@ -94,7 +124,7 @@ def test_the_newest_counts_for_each_peer(tmp_path: Path) -> None:
     assert "old.json" in text and "new.json" in text
 
 
-def test_what_is_wholly_replaced_is_not_told(tmp_path: Path) -> None:
+def test_a_wholly_replaced_result_is_not_shown(tmp_path: Path) -> None:
     old, new = compared({"vllm": 1.31}), compared({"vllm": 1.43}) | {"date": "2026-01-03T00:00:00+00:00"}
     text = section_of(tmp_path, {"old.json": old, "new.json": new})
     assert "1.43" in text and "old.json" not in text
@@ -104,23 +134,23 @@ def test_machines_and_loads_stand_side_by_side(tmp_path: Path) -> None:
     here, there = compared({"vllm": 1.31}), compared({"vllm": 1.43}) | {"processor": "Another CPU"}
     shared = compared({"vllm": 1.65}, mix="shared")
     text = section_of(tmp_path, {"a.json": here, "b.json": there, "c.json": shared})
-    assert all(told in text for told in ("1.31", "1.43", "1.65", "Another CPU"))
+    assert all(shown in text for shown in ("1.31", "1.43", "1.65", "Another CPU"))
 
 
-def test_missed_aims_are_marked_and_counted(tmp_path: Path) -> None:
+def test_missed_targets_are_marked_and_counted(tmp_path: Path) -> None:
     text = section_of(tmp_path, {"a.json": compared({"vllm": 1.19, "transformers": 2.0, "llamacpp": 0.5}, ttft=0.97)})
     marked = "0.97 **missed**"
     assert cells(text, "8") == ["8", "1,000", "10 ms", "1.19 **missed**", marked, "2.00", marked, "0.50", "0.97"]
-    assert "marked so: 3." in text
-    assert "No aim" in section_of(tmp_path, {"a.json": compared({"vllm": 1.2}, ttft=1.0)})
-    assert "marked so: 1." in section_of(
+    assert "Targets missed: 3," in text
+    assert "Every target" in section_of(tmp_path, {"a.json": compared({"vllm": 1.2}, ttft=1.0)})
+    assert "Targets missed: 1," in section_of(
         tmp_path, {"a.json": compared({"jaxserve-uncached": 2.9}, mix="shared", ttft=0.5)}
     )
-    assert "No aim" in section_of(tmp_path, {"a.json": compared({"vllm": 1.0}, streams=64)})
+    assert "Every target" in section_of(tmp_path, {"a.json": compared({"vllm": 1.0}, streams=64)})
 
 
 def test_what_is_shown_decides_and_not_what_is_cut_off(tmp_path: Path) -> None:
-    assert "No aim" in section_of(tmp_path, {"a.json": compared({"vllm": 1.1999}, ttft=0.9999)})
+    assert "Every target" in section_of(tmp_path, {"a.json": compared({"vllm": 1.1999}, ttft=0.9999)})
 
 
 # --- kinds ----------------------------------------------------------------------------------------------------------
@@ -134,7 +164,7 @@ def test_start_up(warm: float, missed: bool, tmp_path: Path) -> None:
     assert cells(text, "warm")[1] == f"{warm}" + " **missed**" * missed
     assert cells(text, "cold")[1] == f"{warm}"
     other = section_of(tmp_path, {"s.json": content | {"model": "llama-1b"}})
-    assert "warm within 2 x of loading, 2.0 s" in other and "**missed**" in cells(other, "warm")[1]
+    assert "within 2 times its loading, 2.0 s" in other and "**missed**" in cells(other, "warm")[1]
 
 
 def test_the_server(tmp_path: Path) -> None:
@@ -159,18 +189,18 @@ def test_batching_and_memory(tmp_path: Path) -> None:
     content = result(model="demo", rounds=3, parts=["chats", "offline", "memory"], rows=rows, memory=memory)
     text = section_of(tmp_path, {"b.json": content})
     assert cells(text, "chats") == ["chats", "1", "5,000", "12.3 x", "all", "-", "-"]
-    assert "token by token: 97% or more" in text
+    assert "At least 97% of the answers are identical" in text
     assert cells(text, "offline") == ["offline", "1,000", "5,000", *["12.3 x", "64 of 1,000"] * 2]
     tiny = section_of(tmp_path, {"b.json": content | {"model": "tiny"}})
-    assert "chats" not in tiny, "toy sizes are no figures"
-    assert cells(text, "MB for those at once, mean")[1:] == ["60.0", "600", "10.0 x"]
+    assert "chats" not in tiny, "toy sizes are not figures"
+    assert cells(text, "MB that they occupy, mean")[1:] == ["60.0", "600", "10.0 x"]
 
 
 def test_the_host_s_work(tmp_path: Path) -> None:
     rows = [{"rows": count, "step_us": 1600.0, "row_us": 6.25} for count in (64, 256)]
     text = section_of(tmp_path, {"h.json": result(rows=rows, after=rows, ratio=1.2, served=[10, 10_000])})
     assert cells(text, "64")[1] == "1,600" and cells(text, "256")[1] == "1,600 **missed**"
-    assert "takes 1.20 **missed** times" in text
+    assert "takes 1.20 **missed** times as long" in text
 
 
 def test_offline(tmp_path: Path) -> None:
@@ -184,22 +214,20 @@ def test_offline(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "does not say when"),
-        ('{"rows": []}', "does not say when"),
-        (json.dumps(result(rows=[{"speed": 3}])), "is of no kind that is known"),
-        (json.dumps(result(settings={}, same={}, rows=[])), "lacks what its kind has"),
+        ("[]", "lacks its date"),
+        ('{"rows": []}', "lacks its date"),
+        (json.dumps(result(rows=[{"speed": 3}])), "is of an unknown kind"),
+        (json.dumps(result(settings={}, same={}, rows=[])), "lacks fields of its kind"),
     ],
 )
-def test_files_that_nobody_knows_are_told(
-    content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "benchmarks" / "results"
-    folder.mkdir(parents=True)
+def test_unusable_files_are_errors(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
     (folder / "odd.json").write_text(content)
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
-    assert report.main([], root=tmp_path) == 1
-    told = capsys.readouterr().err
-    assert "odd.json" in told and said in told
+    assert report.main([], folder=tmp_path) == 1
+    printed = capsys.readouterr().err
+    assert "odd.json" in printed and said in printed
 
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------
@@ -212,7 +240,7 @@ def gpu_section(name: str, rows: list[dict[str, Any]], **more: Any) -> dict[str,
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    said = "No figure has been measured on a GPU yet."
+    said = "Nothing has been measured on a GPU yet."
     tiny = gpu_section("machine", [], size="tiny")
     on_cpu = gpu_section("machine", [], machine=MACHINE)
     assert said in section_of(tmp_path, {"tiny/machine.json": tiny, "cpu/machine.json": on_cpu})

@@ -173,7 +173,7 @@ def test_what_does_not_fit(command: Command, llama: Path) -> None:
     assert said.code == 0 and "not the model's 131,072" in said.out
     one_error(command("check", llama, "--memory", "24GiB", "--max-model-len", "1M"), 2, "the model takes 131072")
     one_error(command("check", llama, "-tp", "3"), 1, "32 attention heads")
-    one_error(command("check", llama / "absent"), 1, "no folder")
+    one_error(command("check", llama / "absent"), 1, "does not exist")
     one_error(command("check", llama, "--memory", "much"), 2, "--memory is 'much'")
 
 

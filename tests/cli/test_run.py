@@ -296,7 +296,7 @@ def test_help(command: Command) -> None:
     ("words", "parts"),
     [
         (["--max-model-len", "129"], ("--max-model-len is 129", "at most 128")),
-        (["--max-model-len", "1"], ("--max-model-len is 1", "2 at least")),
+        (["--max-model-len", "1"], ("--max-model-len is 1", "2 or more")),
         (["--kv-cache-memory-bytes", "1KiB"], ("--kv-cache-memory-bytes is 1024", "or more")),
         (["--kv-cache-memory-bytes", "900TiB"], ("--kv-cache-memory-bytes is", "this machine has")),
         (["--num-blocks", "3", "--max-model-len", "64"], ("--num-blocks is 3", "give 5 or more", "--max-model-len 32")),

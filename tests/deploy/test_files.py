@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files people copy say only what is true: flags that exist, routes that answer, paths that are there."""
+"""The deployment files use flags, routes and paths that exist, and let a server drain before it is killed."""
 
 import json
 import re
@@ -19,7 +19,7 @@ DEPLOY = ROOT / "jaxserve" / "deploy"
 
 
 def service() -> dict[str, str]:
-    """The settings of the unit; a line that ends in a backslash goes on in the next."""
+    """The settings of the unit, with continued lines joined."""
     text = (DEPLOY / "jaxserve.service").read_text().replace("\\\n", " ")
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
 
@@ -40,22 +40,22 @@ def instructions() -> Iterator[tuple[str, str]]:
 
 
 def flags_of(words: list[str]) -> dict[str, Any]:
-    """What `jaxserve run` makes of them: a flag that is none is an error."""
+    """How `jaxserve run` parses them; an unknown flag is an error."""
     assert words[0] == "run"
     return parser_of("run").parse(words[1:])
 
 
-def test_the_unit_starts_a_server_that_may_drain() -> None:
+def test_the_unit_lets_the_server_drain() -> None:
     unit = service()
     command = shlex.split(unit["ExecStart"])
     given = flags_of(command[1:])
     assert given["model"] and given["shutdown_timeout"] < int(unit["TimeoutStopSec"])
-    # The engine's process is ended by the server, not by a signal to all.
+    # The server ends the engine's process; systemd must not signal both.
     assert unit["KillMode"] == "mixed"
     assert unit["Restart"] == "on-failure"
 
 
-def test_the_unit_may_write_where_it_writes() -> None:
+def test_the_unit_writes_only_where_it_may() -> None:
     unit = service()
     given = flags_of(shlex.split(unit["ExecStart"])[1:])
     assert unit["ProtectSystem"] == "strict"
@@ -76,7 +76,7 @@ def test_the_manifest_probes_routes_that_need_no_key() -> None:
     paths = {name: probe["httpGet"]["path"] for name, probe in probes.items()}
     assert paths == {"startup": "/health", "readiness": "/health", "liveness": "/live"}
     assert set(paths.values()) <= public
-    # One that restarts a pod must not count a drain or a long start as a fault.
+    # A probe that restarts a pod must not treat a long start as a failure.
     assert probes["startup"]["failureThreshold"] * probes["startup"]["periodSeconds"] >= 1800
 
 
@@ -88,7 +88,7 @@ def test_the_manifest_gives_a_key_and_names_its_port() -> None:
     assert service["spec"]["selector"] == manifests()[0]["spec"]["template"]["metadata"]["labels"]
 
 
-def test_the_image_copies_what_is_there_and_all_that_the_wheel_needs() -> None:
+def test_the_image_copies_existing_paths_and_all_that_the_wheel_needs() -> None:
     copied = [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
     assert all((ROOT / source).exists() for source in copied)
     project = (ROOT / "pyproject.toml").read_text()

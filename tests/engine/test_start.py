@@ -75,7 +75,7 @@ def test_a_fault_of_the_weights_ends_compiling(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(loading, "open_folder", then_shorter)
     monkeypatch.setattr(programs, "_compile_on", slow_compile)
-    with pytest.raises(JaxserveError, match="cannot be read"):
+    with pytest.raises(JaxserveError, match="cannot read"):
         start(config)
     assert not compiled, "it was not told until programs were compiled"
     go_on.set()

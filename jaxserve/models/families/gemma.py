@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma, the first."""
+"""Gemma 1: Llama with scaled embeddings and norms whose weights are offsets from 1."""
 
 import math
 
