@@ -21,6 +21,7 @@ from benchmarks.gpu.timing import Ceilings, random_pool
 from jaxserve.models import decoder, kv_cache, param_layout
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec, Moe
+from pallas_kernels.ragged import Ragged
 
 COLUMNS = ("us", "spread", "gbps", "copy_pct", "tokens_per_s", "temp_mb")
 BLOCK_SIZE = 16
@@ -45,23 +46,23 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def inputs(case: Case) -> ModelInputs:
-    """Every row decodes its last token; its blocks lie scattered."""
+    """Every row decodes its last token; its blocks are scattered over the pool."""
     width = -(-case.context // BLOCK_SIZE)
     blocks = 1 + np.random.default_rng(4).permutation(case.rows * width).reshape(case.rows, width)
     last = case.context - 1
     slots = blocks[:, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
     numbers = np.arange(case.rows)
-    arrays = dict(
-        tokens=numbers,
-        positions=np.full(case.rows, last),
-        slots=slots,
+    ragged = Ragged(
         block_tables=blocks,
         kv_lens=np.full(case.rows, case.context),
         cu_q_lens=np.arange(case.rows + 1),
         distribution=np.array([case.rows, case.rows]),
-        sampled=numbers,
+        decode_only=True,
     )
-    return ModelInputs(decode_only=True, **{name: jnp.asarray(a, jnp.int32) for name, a in arrays.items()})
+    arrays: dict[str, Any] = dict(
+        tokens=numbers, positions=np.full(case.rows, last), slots=slots, ragged=ragged, sampled=numbers
+    )
+    return ModelInputs(**jax.tree.map(lambda array: jnp.asarray(array, jnp.int32), arrays))
 
 
 def read_bytes(spec: ModelSpec, params: Any, case: Case) -> float:

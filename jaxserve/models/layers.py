@@ -52,7 +52,7 @@ def contract(
     """Sum over the last `count` axes of both; where those are cut, this is an all-reduce."""
     lead = x.ndim - count
     dtype = jnp.dtype(dtype or x.dtype)
-    if dispatch.implementation() == "reference" and not mesh.in_mesh():
+    if dispatch.implementation() == "cpu" and not mesh.in_mesh():
         return _contract_on_cpu(x, kernel, lead, count, dtype)
     pairs = tuple(range(lead, x.ndim)), tuple(range(kernel.ndim - count, kernel.ndim))
     return jax.lax.dot_general(

@@ -21,12 +21,12 @@ from benchmarks.gpu import (
     check_writes,
     command,
     poison,
-    references,
     sweep,
     timing,
 )
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.time_attention import decode_case, decode_target
+from pallas_kernels import reference
 from pallas_kernels.tuning import DecodeTiles
 
 FACTS = {"machine": {"device": "none"}}
@@ -168,16 +168,16 @@ def test_outputs_take_the_place_of_garbage() -> None:
 def test_judge_accepts_only_what_rounding_explains() -> None:
     x = np.random.default_rng(0).standard_normal(1000)
     asked: dict[str, Any] = dict(seed=5, position=7, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    best = references.judge(x, 0, **asked).token
-    assert references.judge(x, best, **asked).exact
-    scores = x - x.max() + references.gumbel(5, 7, 1000)
+    best = check_sampling.judge(x, 0, **asked).token
+    assert check_sampling.judge(x, best, **asked).exact
+    scores = x - x.max() + reference.gumbel(5, 7, 1000)
     second = int(np.argsort(scores)[-2])
-    assert not references.judge(x, second, **asked).accepted
+    assert not check_sampling.judge(x, second, **asked).accepted
     x[second] += scores[best] - scores[second] - 1e-5  # now a tie, within rounding
-    verdict = references.judge(x, second, **asked)
+    verdict = check_sampling.judge(x, second, **asked)
     assert verdict.accepted and not verdict.exact
     not_largest = best if x.argmax() == second else second
-    assert not references.judge(x, not_largest, **asked | {"top_k": 1}).accepted
+    assert not check_sampling.judge(x, not_largest, **asked | {"top_k": 1}).accepted
 
 
 # --- nothing is lost ---------------------------------------------------------------------------------------------
