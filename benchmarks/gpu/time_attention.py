@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import models
 from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page
-from benchmarks.gpu.timing import Arrays, Target, Timed
+from benchmarks.gpu.timing import Aim, Arrays, Timed
 from benchmarks.models import Heads
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
@@ -66,7 +66,7 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.dtype(dtype))
 
 
-def _decode_step(model: Heads, tiles: Tiles | None) -> timing.Step:
+def _decode_step(model: Heads, tiles: Tiles | None) -> timing.ChainStep:
     def step(q: jax.Array, fixed: Any, ragged: Ragged) -> jax.Array:
         k_pool, v_pool, scale = fixed
         return paged_attention(
@@ -122,10 +122,10 @@ def decode_case(
     )
 
 
-def decode_target(rows: int, context: int) -> Target | None:
+def decode_target(rows: int, context: int) -> Aim | None:
     if rows * context >= 256 * 1024:
-        return Target("copy_pct", 85)
-    return {(64, 1024): Target("copy_pct", 70), (8, 1024): Target("copy_pct", 50)}.get((rows, context))
+        return Aim("copy_pct", 85)
+    return {(64, 1024): Aim("copy_pct", 70), (8, 1024): Aim("copy_pct", 50)}.get((rows, context))
 
 
 def decode_cases(tiny: bool) -> list[Timed]:
@@ -203,7 +203,7 @@ def ragged_case(
         step,
         bytes=used + 2 * q_bytes,
         flops=4 * model.heads * model.dim * visible_pairs(q_lens, prefix),
-        target=Target("tflops", 300) if (tokens, rows, kv) == (8192, 1, "bfloat16") else None,
+        target=Aim("tflops", 300) if (tokens, rows, kv) == (8192, 1, "bfloat16") else None,
         facts=dict(rows=rows, tokens=tokens, prefix=prefix, kv=kv, sets=sets, heads=model.heads),
     )
 

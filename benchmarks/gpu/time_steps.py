@@ -28,7 +28,7 @@ BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     model: str
     rows: int
     context: int
@@ -38,14 +38,14 @@ class Case:
         return f"{self.model} {self.rows} x {self.context}"
 
 
-def cases(tiny: bool) -> list[Case]:
+def cases(tiny: bool) -> list[StepCase]:
     if tiny:
-        return [Case("tiny", 2, 40)]
+        return [StepCase("tiny", 2, 40)]
     sizes = ((1, 1024), (64, 1024), (64, 4096), (8, 1024))
-    return [Case(model, rows, context) for model in published.MODELS for rows, context in sizes]
+    return [StepCase(model, rows, context) for model in published.MODELS for rows, context in sizes]
 
 
-def inputs(case: Case) -> ModelInputs:
+def inputs(case: StepCase) -> ModelInputs:
     """Every row decodes its last token; its blocks are scattered over the pool."""
     width = -(-case.context // BLOCK_SIZE)
     blocks = 1 + np.random.default_rng(4).permutation(case.rows * width).reshape(case.rows, width)
@@ -65,7 +65,7 @@ def inputs(case: Case) -> ModelInputs:
     return ModelInputs(**jax.tree.map(lambda array: jnp.asarray(array, jnp.int32), arrays))
 
 
-def read_bytes(spec: ModelSpec, params: Any, case: Case) -> float:
+def read_bytes(spec: ModelSpec, params: Any, case: StepCase) -> float:
     """The weights of the experts that as many tokens choose at random, all other weights, the KV."""
     total = 0.0
     for path, leaf in param_layout.leaves(params):
@@ -81,7 +81,7 @@ def read_bytes(spec: ModelSpec, params: Any, case: Case) -> float:
     return total + per_token * case.rows * case.context
 
 
-def measure(case: Case, weights: "Weights", page: Page) -> Row:
+def measure(case: StepCase, weights: "Weights", page: Page) -> Row:
     spec, params = weights.of(case.model)
     blocks = 2 + case.rows * -(-case.context // BLOCK_SIZE)
     cache = kv_cache.allocate(spec, blocks=blocks, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)

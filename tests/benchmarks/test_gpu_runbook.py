@@ -255,7 +255,7 @@ def test_a_time_lost_in_noise_meets_no_target() -> None:
     case = decode_case(models.TINY, 2, 24)
     row = timing.achieved(case, timing.Timing(-1.5, float("inf"), 3.0), timing.Ceilings(None, None))
     assert row["us"] is None and row["noise_us"] == -1.5
-    assert timing.Target("us", 10, at_most=True).met(row) is None
+    assert timing.Aim("us", 10, at_most=True).met(row) is None
 
 
 def test_no_time_at_all(tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_slope_cancels_what_is_the_same(clock: Clock) -> None:
 
 
 def test_targets() -> None:
-    assert decode_target(64, 1024) == timing.Target("copy_pct", 70)
-    assert decode_target(256, 1024) == timing.Target("copy_pct", 85)
+    assert decode_target(64, 1024) == timing.Aim("copy_pct", 70)
+    assert decode_target(256, 1024) == timing.Aim("copy_pct", 85)
     assert decode_target(1, 1024) is None
     case = decode_case(models.LLAMA_8B, 64, 4096)
     floor_us = case.bytes / 4.3e6
@@ -312,7 +312,7 @@ def test_targets() -> None:
     assert row["met"] is False
     row = timing.achieved(case, timing.Timing(floor_us, 0.0, 0.0), timing.Ceilings(None, None))
     assert row["met"] is None and row["target"] == ">=85 copy_pct"
-    assert timing.Target("us", 10, at_most=True).met({"us": 9.0}) is True
+    assert timing.Aim("us", 10, at_most=True).met({"us": 9.0}) is True
 
 
 def test_sets_of_inputs_differ_and_exceed_the_cache() -> None:
