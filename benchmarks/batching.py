@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from benchmarks import arguments, compare, facts, kv_memory, offline
-from benchmarks.ragged import FULL, LONGEST, TINY, Asked, Sizes, chats, even
+from benchmarks.ragged import FULL, LONGEST, TINY, Asked, Scale, chats, even
 from jaxserve import LLM, SamplingParams
 
 PARTS = ("chats", "offline", "memory")
@@ -86,7 +86,7 @@ class Theirs(offline.Side):
 class Ours:
     """jaxserve, in this process."""
 
-    def __init__(self, model: str, sizes: Sizes, *, warmup: bool) -> None:
+    def __init__(self, model: str, sizes: Scale, *, warmup: bool) -> None:
         self._llm = LLM(
             model=model,
             dtype="float32",
@@ -202,7 +202,7 @@ def table(rows: Sequence[Row]) -> str:
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
-def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Sizes) -> tuple[list[Row], Any]:
+def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Scale) -> tuple[list[Row], Any]:
     """Chats and offline, and what the peer says of itself."""
     theirs = Theirs([options.peer, str(_PEER), str(folder)]) if options.peer else None
     loads: dict[str, tuple[Sequence[int], Callable[[int, int], list[Asked]]]] = {

@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks import arguments, facts, models
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged import Ragged
 
 BLOCK_SIZE = 16
 WIDTH_TOKENS = 8192  # what the block table could hold: as a server's, wider than any row here
@@ -36,7 +37,7 @@ HEADS = (models.LLAMA_8B, models.SMALL)
 class Row:
     case: str
     heads: str
-    twin_ms: float
+    twin_ms: float  # of paged attention; the name that recorded results have
     dense_ms: float  # tokens first
     ratio: float
     spread: float
@@ -106,13 +107,14 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
     k, v = (p[table[:, :per_row]].reshape(rows, -1, *shape[2:])[:, :tokens] for p in (k_pool, v_pool))
     new = tokens if prefill else 1
     q = jnp.asarray(rng.standard_normal((rows * new, heads.heads, heads.dim), np.float32))
-    described = dict(
+    ragged = Ragged(
         block_tables=jnp.asarray(table),
         kv_lens=jnp.full((rows,), tokens, jnp.int32),
         cu_q_lens=jnp.arange(rows + 1, dtype=jnp.int32) * new,
         distribution=jnp.asarray([0 if prefill else rows, rows], jnp.int32),
+        decode_only=not prefill,
     )
-    twin = jax.jit(lambda q, k, v, d: paged_attention(q, k, v, **d, decode_only=not prefill))
+    paged = jax.jit(paged_attention)
     k_heads, v_heads = (jnp.asarray(np.asarray(x).transpose(0, 2, 1, 3).copy()) for x in (k, v))
     sides = (
         (jax.jit(dense_einsum), k, v),
@@ -120,10 +122,10 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
         (jax.jit(dense_heads_first), k_heads, v_heads),
     )
     q_dense = q.reshape(rows, new, heads.heads, heads.dim)
-    got = np.asarray(twin(q, k_pool, v_pool, described))
+    got = np.asarray(paged(q, k_pool, v_pool, ragged))
     for dense, *kv in sides:
         np.testing.assert_allclose(got, np.asarray(dense(q_dense, *kv)).reshape(got.shape), atol=2e-5)
-    calls = [lambda: twin(q, k_pool, v_pool, described), *(functools.partial(d, q_dense, *kv) for d, *kv in sides)]
+    calls = [lambda: paged(q, k_pool, v_pool, ragged), *(functools.partial(d, q_dense, *kv) for d, *kv in sides)]
     rounds = interleaved(calls, seconds)
     twin_ms, *dense_ms, heads_first_ms = (statistics.median(times) for times in zip(*rounds, strict=True))
     best = 1 + dense_ms.index(min(dense_ms))
@@ -142,15 +144,17 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Twins against dense attention.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description="Paged attention on this CPU against dense attention."
+    )
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
-    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="seconds per row")
+    parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="time for each row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     print(f"jax {jax.__version__}, float32, block size {BLOCK_SIZE}, tables of {WIDTH_TOKENS} tokens")
     print(
-        f"{'case':28} {'heads':10} {'twin ms':>9} {'dense ms':>9} {'ratio':>7} {'spread':>7} "
+        f"{'case':28} {'heads':10} {'paged ms':>9} {'dense ms':>9} {'ratio':>7} {'spread':>7} "
         f"{'heads first':>12} {'aim':>5}"
     )
     rows: list[Row] = []

@@ -19,7 +19,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class Scale:
     counts: tuple[int, ...]  # of chats at once
     rows: int  # sequences at once, of jaxserve
     tokens: int  # in a step of it
@@ -34,7 +34,7 @@ class Sizes:
     reservations: int  # the KV cache is as large as so many
 
 
-FULL = Sizes(
+FULL = Scale(
     counts=(1, 8, 32, 128, 256),
     rows=256,
     tokens=512,
@@ -48,7 +48,7 @@ FULL = Sizes(
     memory_longest=2048,
     reservations=16,
 )
-TINY = Sizes(
+TINY = Scale(
     counts=(1, 2),
     rows=2,
     tokens=64,
@@ -71,7 +71,7 @@ def chats(work: Work, vocab: int, count: int) -> list[Asked]:
     return [Asked(rng.integers(FIRST_ID, vocab, length).tolist(), new) for length, new in lengths]
 
 
-def even(sizes: Sizes, vocab: int, count: int, *, seed: int) -> list[Asked]:
+def even(sizes: Scale, vocab: int, count: int, *, seed: int) -> list[Asked]:
     """Lengths anywhere between two bounds."""
     rng = np.random.default_rng((seed, count))
     prompts = rng.integers(*sizes.offline_prompt, count, endpoint=True)

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from convert import orbax
 from convert.files.reader import Array, Progress, Reader, aligned
-from convert.plan import Plan, plan
+from convert.plan import LoadPlan, plan
 from jaxserve.errors import JaxserveError
 from jaxserve.models import param_layout, registry
 from jaxserve.models.decoder import Params
 from jaxserve.models.registry import Family
 from jaxserve.models.spec import ModelSpec
 
-__all__ = ["Plan", "load", "load_model", "open_model", "open_spec", "param_dtype", "plan", "read"]
+__all__ = ["LoadPlan", "load", "load_model", "open_model", "open_spec", "param_dtype", "plan", "read"]
 
 _COMPUTED_IN = ("bfloat16", "float16", "float32")
 
@@ -39,7 +39,7 @@ def open_spec(folder: Path) -> ModelSpec:
     return orbax.read_spec(folder) if orbax.is_converted(folder) else registry.read_config(folder)[0]
 
 
-def open_model(folder: Path) -> Plan:
+def open_model(folder: Path) -> LoadPlan:
     """Locate every parameter, after all checks that need no tensor data."""
     if orbax.is_converted(folder):
         return orbax.plan(folder)
@@ -51,7 +51,7 @@ def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress:
     return read(plan(folder, spec, family), dtype=dtype, progress=progress)
 
 
-def param_dtype(plan: Plan, wanted: Any = None) -> Any:
+def param_dtype(plan: LoadPlan, wanted: Any = None) -> Any:
     """The dtype of parameters: `wanted`, or the checkpoint's dtype by default.
 
     On CPU the default is float32, because XLA computes far slower in 16 bits there.
@@ -67,7 +67,7 @@ def param_dtype(plan: Plan, wanted: Any = None) -> Any:
     return dtype
 
 
-def read(plan: Plan, *, dtype: Any, progress: Progress | None = None) -> Params:
+def read(plan: LoadPlan, *, dtype: Any, progress: Progress | None = None) -> Params:
     params: Params = {}
     with Reader(progress) as reader:
         for path, target in param_layout.leaves(param_layout.abstract_params(plan.spec, dtype)):

@@ -27,7 +27,7 @@ import numpy as np
 from convert.files import output
 from convert.files.header import BITS, TensorInfo, quote
 from convert.files.reader import Progress, Reader, aligned
-from convert.plan import Piece, Plan
+from convert.plan import LoadPlan, Piece
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import hf, param_layout
@@ -48,7 +48,7 @@ def is_converted(folder: Path) -> bool:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def plan(folder: Path) -> Plan:
+def plan(folder: Path) -> LoadPlan:
     """Locate the parameters of a converted folder and check each against the spec."""
     spec = read_spec(folder)
     params = folder / PARAMS
@@ -65,7 +65,7 @@ def plan(folder: Path) -> Plan:
         _fail(params, f"has no {quote(missing[0])}{more}, which {SPEC} requires")
     if extra := sorted(found - names):
         _fail(params, f"has {quote(extra[0])}, which is not part of the model that {SPEC} describes")
-    return Plan(spec, {path: [Piece(_stored(params, path, leaf.shape))] for path, leaf in wanted.items()})
+    return LoadPlan(spec, {path: [Piece(_stored(params, path, leaf.shape))] for path, leaf in wanted.items()})
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -125,7 +125,7 @@ def _fail(path: Path, problem: str) -> NoReturn:
 
 
 def write(
-    plan: Plan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: Progress | None = None
+    plan: LoadPlan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: Progress | None = None
 ) -> None:
     """Write parameters and spec into a folder, one tensor at a time. `dtype=None` keeps each tensor's dtype."""
     public = param_layout.abstract_public(plan.spec, dtype or jnp.float32)
@@ -146,7 +146,7 @@ def write(
 class _Leaf:
     """An array that is read only when it is written."""
 
-    plan: Plan
+    plan: LoadPlan
     reader: Reader
     path: param_layout.Path
     shape: tuple[int, ...]

@@ -57,7 +57,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """The pieces of every public tensor: one, or one per expert."""
 
     spec: ModelSpec
@@ -109,7 +109,7 @@ def layer_of(spec: ModelSpec, path: param_layout.Path) -> Layer | None:
     return spec.layers[int(path[1])] if path[0] == "layers" else None
 
 
-def plan(folder: Path, spec: ModelSpec, family: Family) -> Plan:
+def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
     """The plan of a Hugging Face folder, by the family's WEIGHTS."""
     tensors = read_checkpoint(folder)
     if spec.tied and _heads_differ(family.WEIGHTS, tensors):
@@ -118,7 +118,7 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> Plan:
     public = param_layout.leaves(param_layout.abstract_public(spec, jnp.float32))
     pieces = {path: planner.find(path, leaf) for path, leaf in public}
     planner.check_used(getattr(family, "IGNORED", ()))
-    return Plan(spec, pieces)
+    return LoadPlan(spec, pieces)
 
 
 def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> bool:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Move whole KV blocks: within a pool (copy-on-write), out to a staging buffer and back in.
+"""Copy whole KV blocks: within a pool (copy-on-write), from a pool into a staging array, and back.
 
-A pool is any array whose first axis is the block; K, V, latents and per-slot scales alike, any dtype.
+A pool is an array of any dtype whose first axis counts blocks: keys, values, latents or per-slot scales.
 
     copy_blocks(pool, sources, destinations)   pool[destinations[i]] = pool[sources[i]], in place
-    gather_blocks(pool, blocks)                staged[i] = pool[blocks[i]], zeros where the id is negative
+    gather_blocks(pool, blocks)                staged[i] = pool[blocks[i]], zeros if the id is negative
     scatter_blocks(pool, staged, blocks)       pool[blocks[i]] = staged[i], in place
 
-Ids are int32 [n], padded with negative ones, which are skipped. In one call no block is written twice, and none is
-both source and destination: blocks move in no particular order. Pools that change must be donated by the caller's
-jit, or XLA copies them first.
+Ids are int32 [n]; negative ids are padding and copy nothing. Blocks are copied in no particular order, so within one
+call no block may be written twice, nor be both source and destination. Donate a pool that changes in your jit, or XLA
+copies it first.
 """
 
 import math
@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import checks, dispatch
+from pallas_kernels.on_cpu import block_copy as on_cpu
 
 _CHUNK = 4096  # elements per program
 
@@ -37,9 +38,8 @@ def copy_blocks(pool: jax.Array, sources: jax.Array, destinations: jax.Array) ->
         both = np.intersect1d(read, written)
         checks.require(both.size == 0, f"block {both[:1]} is both source and destination of one call")
         _check_once(written)
-    if dispatch.implementation() == "reference":
-        readable = (sources >= 0) & (sources < pool.shape[0])
-        return reference_scatter(pool, reference_gather(pool, sources), jnp.where(readable, destinations, -1))
+    if dispatch.implementation() == "cpu":
+        return on_cpu.copy_blocks(pool, sources, destinations)
     return _move(pool, None, sources, destinations)
 
 
@@ -48,8 +48,8 @@ def gather_blocks(pool: jax.Array, blocks: jax.Array) -> jax.Array:
     pool, blocks = jnp.asarray(pool), jnp.asarray(blocks)
     _check(pool, blocks=blocks)
     checks.check_offsets("the staging array", (blocks.shape[0], *pool.shape[1:]), pool.dtype)
-    if dispatch.implementation() == "reference":
-        return reference_gather(pool, blocks)
+    if dispatch.implementation() == "cpu":
+        return on_cpu.gather_blocks(pool, blocks)
     return _move(None, pool, blocks, None)
 
 
@@ -58,12 +58,12 @@ def scatter_blocks(pool: jax.Array, staged: jax.Array, blocks: jax.Array) -> jax
     pool, staged, blocks = (jnp.asarray(array) for array in (pool, staged, blocks))
     _check(pool, blocks=blocks)
     checks.check_offsets("staged", staged.shape, staged.dtype)
-    checks.check_shape("staged", staged, (blocks.shape[0], *pool.shape[1:]), "one per id, shaped as the pool's blocks")
+    checks.check_shape("staged", staged, (blocks.shape[0], *pool.shape[1:]), "one block of the pool's shape per id")
     checks.require(staged.dtype == pool.dtype, f"staged is {staged.dtype} and the pool {pool.dtype}: expected the same")
     if checks.is_concrete(blocks):
         _check_once(np.asarray(blocks)[np.asarray(blocks) >= 0])
-    if dispatch.implementation() == "reference":
-        return reference_scatter(pool, staged, blocks)
+    if dispatch.implementation() == "cpu":
+        return on_cpu.scatter_blocks(pool, staged, blocks)
     return _move(pool, staged, None, blocks)
 
 
@@ -91,27 +91,12 @@ def _check_once(written: np.ndarray) -> None:
     )
 
 
-# --- reference twins --------------------------------------------------------------------------------------------
-
-
-def reference_gather(pool: jax.Array, blocks: jax.Array) -> jax.Array:
-    """`gather_blocks` in plain jax.numpy; what the CPU runs."""
-    exists = (blocks >= 0) & (blocks < pool.shape[0])
-    taken = pool[jnp.where(exists, blocks, 0)]
-    return jnp.where(exists.reshape(-1, *(1,) * (pool.ndim - 1)), taken, jnp.zeros((), pool.dtype))
-
-
-def reference_scatter(pool: jax.Array, staged: jax.Array, blocks: jax.Array) -> jax.Array:
-    """`scatter_blocks` in plain jax.numpy; what the CPU runs."""
-    return pool.at[jnp.where(blocks < 0, pool.shape[0], blocks)].set(staged, mode="drop")
-
-
 # --- kernel -----------------------------------------------------------------------------------------------------
 
 
 def _kernel(refs: dict[str, Any], out_ref: Any) -> None:
     i = pl.program_id(0)
-    source_ref = refs.get("from", out_ref)  # within one pool the source is what is written in place
+    source_ref = refs.get("from", out_ref)  # within one pool, source and destination are the same array
     source = refs["sources"][i] if "sources" in refs else i
     target = refs["targets"][i] if "targets" in refs else i
     element = pl.program_id(1) * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
@@ -129,7 +114,7 @@ def _kernel(refs: dict[str, Any], out_ref: Any) -> None:
     if "targets" in refs:
         pl.when(readable & (target >= 0) & (target < out_ref.shape[0]))(copy)
     else:
-        copy()  # every staged block is written, zeros where there is no source
+        copy()  # a staged block without a source becomes zeros
 
 
 def _move(
@@ -138,10 +123,10 @@ def _move(
     sources: jax.Array | None,
     targets: jax.Array | None,
 ) -> jax.Array:
-    """Copy blocks of `source` (None: the pool itself) into the pool (None: a new array)."""
+    """Copy blocks of `source` (None: of the pool itself) into the pool (None: into a new array)."""
     like = pool if pool is not None else source
     ids = sources if sources is not None else targets
-    assert like is not None and ids is not None  # one of each pair, at the least
+    assert like is not None and ids is not None
     size = math.prod(like.shape[1:])
     arrays = {"pool": pool, "from": source}
     inputs = {name: array.reshape(-1, size) for name, array in arrays.items() if array is not None}

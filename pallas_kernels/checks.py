@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks that every op shares, on every platform alike.
+"""Argument checks that the ops share: shapes, dtypes, and the limits of index arithmetic.
 
-Owns: the sentences users read when shapes, dtypes or ids are wrong, and the limits of index arithmetic.
-Knows nothing about kernels. A message always holds both values: what came and what was expected.
-
-Shapes and dtypes are checked at every call. Values (lengths, block ids) can only be checked when they are
-concrete arrays; under `jax.jit` they are not, so a caller that jits checks its numpy arrays first with
-`check_ragged_batch`. JAX clamps or wraps an index that is out of range, it never raises.
+Every message names both what was passed and what was expected, and is the same on every platform. Shapes and dtypes
+are checked at every call. Values, such as block ids, can be checked only outside `jax.jit`, where they are known.
 """
 
 import math
@@ -29,8 +25,8 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_rank(name: str, array: jax.Array, axes: str) -> None:
-    """`axes` names the expected axes in one string, such as "tokens heads dim"."""
+def check_rank(name: str, array: jax.Array | np.ndarray, axes: str) -> None:
+    """`axes` names the expected axes, separated by spaces: "tokens heads dim"."""
     expected = len(axes.split())
     require(
         array.ndim == expected,
@@ -38,14 +34,14 @@ def check_rank(name: str, array: jax.Array, axes: str) -> None:
     )
 
 
-def check_shape(name: str, array: jax.Array, expected: tuple[int, ...], why: str) -> None:
+def check_shape(name: str, array: jax.Array | np.ndarray, expected: tuple[int, ...], why: str) -> None:
     require(
         tuple(array.shape) == expected,
         f"{name} has shape {tuple(array.shape)}, expected {expected} ({why})",
     )
 
 
-def check_int32(name: str, array: jax.Array) -> None:
+def check_int32(name: str, array: jax.Array | np.ndarray) -> None:
     require(array.dtype == jnp.int32, f"{name} must be int32, got {array.dtype}")
 
 
@@ -59,7 +55,7 @@ def is_one_byte(dtype: jnp.dtype) -> bool:
 
 
 def check_kv_dtype(q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> None:
-    """KV is stored as the query's dtype, or in one byte (read back through scales)."""
+    """KV has the query's dtype, or a one-byte dtype with scales."""
     one_byte = ", ".join(jnp.dtype(d).name for d in ONE_BYTE_KV)
     require(
         kv_dtype == q_dtype or is_one_byte(kv_dtype),
@@ -69,7 +65,7 @@ def check_kv_dtype(q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> None:
 
 
 def check_kv_pools(k_pool: jax.Array, v_pool: jax.Array) -> None:
-    """K and V go together, block by block; their head dims may differ."""
+    """Both pools must have the same blocks, heads and dtype; their head dims may differ."""
     check_rank("k_pool", k_pool, "blocks block_size kv_heads dim")
     check_rank("v_pool", v_pool, "blocks block_size kv_heads dim")
     require(
@@ -83,7 +79,7 @@ def check_kv_pools(k_pool: jax.Array, v_pool: jax.Array) -> None:
 
 
 def check_number(name: str, value: float | None, *, positive: bool = False) -> None:
-    """A number on the host: it is compiled into the kernel."""
+    """The number is compiled into the kernel, so it must be a Python number and not an array."""
     require(
         value is None or (isinstance(value, numbers.Real) and math.isfinite(value) and (value > 0 or not positive)),
         f"{name} is {value!r}, expected a {'positive' if positive else 'finite'} number, not an array",
@@ -102,11 +98,11 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_pool(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    """Limits of one pool array `[blocks, block_size, ...]`. Call it when the pool is made; every op does too.
+    """Check the size of a pool array `[blocks, block_size, ...]`. Call it when you allocate; every op calls it too.
 
-    Slots are int32, so blocks * block_size stays below 2^31. Element offsets in the kernels are 64 bits wide
-    only for arrays above 4 GiB; below that they are signed 32 bits, which is enough for 2-byte elements and
-    wider but not for one-byte elements between 2 and 4 GiB, where an offset would wrap.
+    Slot ids are int32, so blocks * block_size must be below 2^31. Kernels use 64-bit element offsets only for arrays
+    above 4 GiB, and signed 32-bit offsets below. These reach every element of 2 bytes or more, but would wrap for
+    one-byte elements in arrays between 2 and 4 GiB.
     """
     check_block_size(shape[1])
     require(math.prod(shape) > 0, f"{name} has shape {tuple(shape)}, expected at least 1 along every axis")
@@ -119,7 +115,7 @@ def check_pool(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
 
 
 def check_offsets(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    """That every element of an array `[blocks, ...]` can be addressed, see `check_pool`."""
+    """Check that kernels can address every element of an array `[blocks, ...]`; see `check_pool`."""
     itemsize = jnp.dtype(dtype).itemsize
     size = math.prod(shape) * itemsize
     if itemsize == 1 and INT32_MAX < size <= 2**32:
@@ -132,11 +128,11 @@ def check_offsets(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> None:
 
 
 def check_kv_scale(name: str, scale: jax.Array | None, pool: jax.Array, kv_heads: int) -> None:
-    """A scale is None, one number per KV head, or one per slot and KV head `[blocks, block_size, kv_heads]`."""
+    """A scale is None, [kv_heads] (per head) or [blocks, block_size, kv_heads] (per slot and head)."""
     if scale is None:
         return
     one_byte = ", ".join(jnp.dtype(d).name for d in ONE_BYTE_KV)
-    require(is_one_byte(pool.dtype), f"{name} is given but the KV is {pool.dtype}; scales go with {one_byte}")
+    require(is_one_byte(pool.dtype), f"{name} is given but the KV is {pool.dtype}; only {one_byte} take scales")
     require(scale.dtype == jnp.float32, f"{name} must be float32, got {scale.dtype}")
     allowed = ((kv_heads,), (*pool.shape[:2], kv_heads))
     require(
@@ -146,89 +142,5 @@ def check_kv_scale(name: str, scale: jax.Array | None, pool: jax.Array, kv_heads
 
 
 def is_concrete(*arrays: jax.Array | np.ndarray) -> bool:
+    """Whether the values are known, that is, none of the arrays is being traced."""
     return not any(isinstance(a, Tracer) for a in arrays)
-
-
-def check_ragged_batch(
-    *,
-    tokens: int,
-    blocks: int,
-    block_size: int,
-    block_tables: np.ndarray,
-    kv_lens: np.ndarray,
-    cu_q_lens: np.ndarray,
-    distribution: np.ndarray,
-    decode_only: bool = False,
-) -> None:
-    """Check the values of a ragged batch on the host, before they reach the device."""
-    width = block_tables.shape[1]
-    decode_rows, rows = (int(x) for x in distribution)
-    require(
-        0 <= decode_rows <= rows <= len(kv_lens),
-        f"distribution is ({decode_rows}, {rows}), expected 0 <= decode rows <= rows <= {len(kv_lens)}",
-    )
-    if decode_only:
-        require(
-            decode_rows == rows,
-            f"distribution is ({decode_rows}, {rows}) in a decode-only step, expected both equal",
-        )
-    lens, cu = np.asarray(kv_lens)[:rows].astype(np.int64), np.asarray(cu_q_lens).astype(np.int64)
-    q_lens = np.diff(cu[: rows + 1])
-    require(int(cu[0]) == 0, f"cu_q_lens starts at {int(cu[0])}, expected 0")
-    bad = np.flatnonzero(q_lens < 0)
-    require(bad.size == 0, f"cu_q_lens falls at row {bad[:1]}: {cu[bad[:1]]} then {cu[bad[:1] + 1]}, it must not fall")
-    require(int(cu[rows]) <= tokens, f"cu_q_lens ends at {int(cu[rows])}, but q has {tokens} tokens")
-    bad = np.flatnonzero((lens < q_lens) & (lens != 0))
-    require(bad.size == 0, f"row {bad[:1]} has kv_len {lens[bad[:1]]} below its {q_lens[bad[:1]]} query tokens")
-    bad = np.flatnonzero(q_lens[:decode_rows] != 1)
-    require(bad.size == 0, f"decode row {bad[:1]} has {q_lens[bad[:1]]} query tokens, expected 1")
-    bad = np.flatnonzero(lens > width * block_size)
-    require(
-        bad.size == 0,
-        f"block_tables is too narrow: row {bad[:1]} has kv_len {lens[bad[:1]]}, "
-        f"{width} blocks of {block_size} hold {width * block_size}",
-    )
-    used = np.arange(width)[None, :] * block_size < lens[:, None]
-    ids = np.where(used, np.asarray(block_tables)[:rows], 0)
-    bad = np.argwhere((ids < 0) | (ids >= blocks))
-    if bad.size:
-        row, column = bad[0]
-        raise ValueError(
-            f"block_tables[{row}, {column}] is {ids[row, column]}, "
-            f"expected 0 to {blocks - 1}: the pool has {blocks} blocks"
-        )
-
-
-def check_ragged_call(
-    *,
-    q: jax.Array,
-    pool: jax.Array,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
-    distribution: jax.Array,
-    decode_only: bool,
-) -> None:
-    """Check the ragged description an attention op was called with: shapes, and values when they can be seen."""
-    tokens = q.shape[0]
-    check_rank("block_tables", block_tables, "rows width")
-    rows, width = block_tables.shape
-    require(rows > 0, f"block_tables has {rows} rows, expected at least 1; rows may be padding")
-    require(width > 0, f"block_tables is too narrow: {width} blocks per row, expected at least 1")
-    check_shape("kv_lens", kv_lens, (rows,), f"block_tables has {rows} rows")
-    check_shape("cu_q_lens", cu_q_lens, (rows + 1,), f"rows + 1, block_tables has {rows} rows")
-    check_shape("distribution", distribution, (2,), "decode rows, all rows")
-    described = {"block_tables": block_tables, "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "distribution": distribution}
-    for name, array in described.items():
-        check_int32(name, array)
-    require(tokens > 0, f"q has {tokens} tokens, expected at least 1")
-    if decode_only:
-        require(tokens == rows, f"q has {tokens} tokens in a decode-only step of {rows} rows, expected one each")
-    if is_concrete(*described.values()):
-        check_ragged_batch(
-            tokens=tokens,
-            blocks=pool.shape[0],
-            block_size=pool.shape[1],
-            decode_only=decode_only,
-            **{name: np.asarray(array) for name, array in described.items()},
-        )

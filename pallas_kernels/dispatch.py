@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of an op runs: the only place that knows platforms and Pallas dialects.
+"""Which implementation of an op runs; the only module that knows platforms and Pallas dialects.
 
-kernel     the Pallas kernel, compiled for the GPU (Triton dialect)
-interpret  the same kernel run by Pallas' interpreter, on any platform; slow, for tests
-reference  the twin in plain jax.numpy; what the CPU runs
+kernel     the Pallas kernel, compiled for a GPU (Triton dialect)
+interpret  the same kernel in Pallas' interpreter, on any platform; slow, for tests
+cpu        the jax.numpy code of `on_cpu`, on any platform
 
-Chosen when an op is traced, from the default device, unless `use(...)` says otherwise. The choice is part of the
-traced program: a function that was jitted under one choice keeps it.
+An op chooses when it is traced: the kernel if the default device is a GPU, else the CPU code, unless `use(...)` forces
+one. The choice is part of the traced program, so a function that was jitted under one choice keeps it.
 
-Under `jax.shard_map` the ops need `check_vma=False`: Pallas calls do not say how their outputs vary over the mesh.
+Inside `jax.shard_map` the ops need `check_vma=False`, because Pallas calls do not declare how their outputs vary over
+the mesh.
 """
 
 import contextlib
@@ -21,26 +22,26 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-type Implementation = Literal["kernel", "interpret", "reference"]
+type Implementation = Literal["kernel", "interpret", "cpu"]
 
 _forced: contextvars.ContextVar[Implementation | None] = contextvars.ContextVar("implementation", default=None)
 
 
 def implementation() -> Implementation:
-    """The implementation that an op traced now would use."""
+    """The implementation of an op that is traced now."""
     forced = _forced.get()
     if forced is not None:
         return forced
-    chosen = jax.config.jax_default_device  # set by `with jax.default_device(...)`: a device, or a platform's name
+    chosen = jax.config.jax_default_device  # set by `with jax.default_device(...)`: a device or a platform name
     platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
-    return "kernel" if platform in ("gpu", "cuda") else "reference"
+    return "kernel" if platform in ("gpu", "cuda") else "cpu"
 
 
 @contextlib.contextmanager
 def use(choice: Implementation) -> Iterator[None]:
     """Force an implementation for every op traced inside the block."""
-    if choice not in ("kernel", "interpret", "reference"):
-        raise ValueError(f"implementation is {choice!r}, expected 'kernel', 'interpret' or 'reference'")
+    if choice not in ("kernel", "interpret", "cpu"):
+        raise ValueError(f"implementation is {choice!r}, expected 'kernel', 'interpret' or 'cpu'")
     token = _forced.set(choice)
     try:
         yield
@@ -49,13 +50,13 @@ def use(choice: Implementation) -> Iterator[None]:
 
 
 def device_kind() -> str:
-    """Name of the device that is compiled for, such as "NVIDIA H200"; it keys the tile table."""
+    """Name of the device to compile for, such as "NVIDIA H200"; a key of the tile table."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
 
 
 def whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """Hand a kernel the whole array: in this dialect that is a pointer, nothing is copied."""
+    """Pass the whole array to a kernel: in this dialect that is a pointer, and nothing is copied."""
     ndim = len(array.shape)
     return pl.BlockSpec(array.shape, lambda *_: (0,) * ndim)
 
@@ -71,10 +72,10 @@ def kernel_call(
     num_stages: int,
     name: str,
 ) -> list[Any]:
-    """Run `kernel(refs: dict, *output_refs)` over the grid, every array handed over whole.
+    """Run `kernel(refs: dict, *output_refs)` over the grid; every ref is a whole array.
 
-    `aliases` maps the name of an input to the position of the output that shares its memory. The first grid
-    axis may have 2^31 - 1 programs, the other two 65535.
+    `aliases` maps the name of an input to the position of the output that shares its memory. The first axis of the
+    grid may have 2^31 - 1 programs, the other two 65535.
     """
     if any(size > limit for size, limit in zip(grid[1:], (65535, 65535), strict=False)):
         raise ValueError(f"{name}: grid {tuple(grid)} exceeds (2147483647, 65535, 65535)")
@@ -84,7 +85,7 @@ def kernel_call(
     def named(*refs: Any) -> None:
         kernel(*refs)
 
-    named.__name__ = name  # what profilers and compiler dumps show
+    named.__name__ = name  # the name in profiles and compiler dumps
     order = sorted(inputs)  # the order in which a dict is flattened
     return pl.pallas_call(
         named,

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention loop on the GPU: online softmax over paged KV, shared by every attention op (Triton dialect).
+"""The attention loop on GPUs: online softmax over paged KV, shared by paged and latent attention (Triton dialect).
 
-Owns: how query rows and KV tiles are laid out over programs, split-KV with its combine, the masks. Knows
-nothing about what a block holds: an op passes `read`, which fetches one tile of keys and values.
+It divides query rows and KV tiles among programs, applies the masks, and splits long KV (split-KV). It does not know
+what a block holds: an op passes `read`, which loads one tile of keys and values.
 
-1. `decode`  one program per (row, head group, split): rows with one query token, KV cut into `splits` ranges
-             that are reduced apart, float32 partial outputs with their log-sum-exp.
+1. `decode`  one program per (row, head group, split), for rows with one query token. The KV is cut into `splits`
+             ranges; each gives a float32 partial output and its log-sum-exp.
 2. `combine` one program per (row, head): merges the splits.
-3. `ragged`  one program per (tile of query tokens, head group): rows with any number of query tokens.
+3. `ragged`  one program per (tile of query tokens, head group), for rows with any number of query tokens.
 
-A program works on M "tile rows" = (query token, head of its group) pairs, so that the heads that share KV share
-one read of it. Head dims are cut into power-of-two parts (192 = 128 + 64), each its own matmul. Softmax runs in
+A program works on M "tile rows", pairs of a query token and a head of the group, so that heads that share KV also
+share its loads. Head dims are cut into power-of-two parts (192 = 128 + 64), each with its own matmul. Softmax runs in
 base 2 and float32; matmuls accumulate in float32.
 """
 
@@ -29,12 +29,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
 
 LOG2E = 1.4426950408889634
-# Stands for minus infinity: finite, so that NEG - NEG is 0 and never NaN.
+# Used as minus infinity; it is finite so that NEG - NEG is 0 and not NaN.
 NEG = -1e30
-MIN_TILE = 16  # smallest side of a matrix unit's tile
+MIN_TILE = 16  # smallest side of a tensor core's tile
 
 
-class Part(NamedTuple):
+class DimPart(NamedTuple):
     """A power-of-two slice of the head dim: columns [start, start + width), of which `valid` exist."""
 
     start: int
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What `read` returns for one tile of KV tokens."""
+    """Keys and values of some KV tokens, as `read` returns them."""
 
     keys: tuple[jax.Array, ...]  # [tokens, width] per key part
     values: tuple[jax.Array, ...]  # [tokens, width] per value part
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 
 
 class State(NamedTuple):
-    """Running softmax of M tile rows: maximum and sum in base 2, unnormalised output per value part."""
+    """Running softmax of M tile rows: maximum and sum in base 2, unnormalized output per value part."""
 
     maximum: jax.Array
     total: jax.Array
@@ -61,21 +61,21 @@ class State(NamedTuple):
 
 type Refs = dict[str, Any]
 # read(refs, row, head_group, tokens [N], valid [N] or None) -> Tile
-type Read = Callable[[Refs, jax.Array, jax.Array, jax.Array, jax.Array | None], Tile]
+type ReadTile = Callable[[Refs, jax.Array, jax.Array, jax.Array, jax.Array | None], Tile]
 
 
 @dataclass(frozen=True)
 class Flash:
-    """What is static about one attention call."""
+    """The static options of one attention call."""
 
     heads: int  # query heads
     group: int  # query heads that one program handles together
-    key_parts: tuple[Part, ...]
-    value_parts: tuple[Part, ...]
+    key_parts: tuple[DimPart, ...]
+    value_parts: tuple[DimPart, ...]
     scale: float
     window: int | None
     soft_cap: float | None
-    read: Read
+    read: ReadTile
 
     @property
     def head_groups(self) -> int:
@@ -86,18 +86,18 @@ class Flash:
         return sum(part.valid for part in self.value_parts)
 
 
-def split_parts(dim: int, start: int = 0) -> tuple[Part, ...]:
-    """Cut a head dim into power-of-two parts, the largest first, with a little padding in the last.
+def split_parts(dim: int, start: int = 0) -> tuple[DimPart, ...]:
+    """Cut a head dim into power-of-two parts, the largest first; the last may be padded.
 
-    Parts narrower than 32 cost more registers than they save work (112 as 64 + 32 + 16 spilled in decode), so
-    the rest is padded instead: 96 = 64 + 32, 192 = 128 + 64, but 80 = 64 + 16 of 32 and 112 = 112 of 128.
+    Parts narrower than 32 cost more registers than they save work (112 as 64 + 32 + 16 spilled in decode), so the
+    remainder is padded instead: 96 = 64 + 32, 192 = 128 + 64, but 80 = 64 + 16 of 32 and 112 = 112 of 128.
     """
     parts = []
     while dim > 0:
         width = max(32 if parts else MIN_TILE, next_power_of_two(dim))
         if width > 32 and dim < width * 7 / 8:
             width //= 2
-        parts.append(Part(start, width, min(width, dim)))
+        parts.append(DimPart(start, width, min(width, dim)))
         start, dim = start + width, dim - width
     return tuple(parts)
 
@@ -106,14 +106,16 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def part_columns(part: Part) -> tuple[jax.Array, jax.Array | None]:
-    """Column indices of a part and, where it is padded, which of them exist."""
+def part_columns(part: DimPart) -> tuple[jax.Array, jax.Array | None]:
+    """Column indices of a part and, if it is padded, the mask of columns that exist."""
     column = jnp.arange(part.width, dtype=jnp.int32)
     return part.start + column, None if part.valid == part.width else column < part.valid
 
 
-def _address(ref: Any, index: Sequence[jax.Array], part: Part, valid: jax.Array | None) -> tuple[Any, jax.Array | None]:
-    """`ref[*index, part]`, each index one id per row, and the mask of what exists of it; None for all."""
+def _address(
+    ref: Any, index: Sequence[jax.Array], part: DimPart, valid: jax.Array | None
+) -> tuple[Any, jax.Array | None]:
+    """`ref[*index, part]`, where each index has one id per row, and the mask of what exists; None means all."""
     columns, exists = part_columns(part)
     rows = index[0].shape[0]
     masks = [] if valid is None else [valid[:, None]]
@@ -125,14 +127,14 @@ def _address(ref: Any, index: Sequence[jax.Array], part: Part, valid: jax.Array 
     return ref.at[(*(i[:, None] for i in index), columns[None, :])], mask
 
 
-def load_rows(ref: Any, index: Sequence[jax.Array], part: Part, valid: jax.Array | None) -> jax.Array:
-    """Load a part of one row per index entry, [rows, width]; what does not exist reads as zero."""
+def load_rows(ref: Any, index: Sequence[jax.Array], part: DimPart, valid: jax.Array | None) -> jax.Array:
+    """Load a part of one row per index entry, [rows, width], with zeros where nothing exists."""
     where, mask = _address(ref, index, part, valid)
-    # The zero is typed: there is no cast from an integer to a one-byte float.
+    # A typed zero, as an integer cannot be cast to a one-byte float.
     return plt.load(where, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
-def store_rows(ref: Any, index: Sequence[jax.Array], part: Part, value: jax.Array, valid: jax.Array) -> None:
+def store_rows(ref: Any, index: Sequence[jax.Array], part: DimPart, value: jax.Array, valid: jax.Array) -> None:
     where, mask = _address(ref, index, part, valid)
     plt.store(where, value.astype(ref.dtype), mask=mask)
 
@@ -140,7 +142,7 @@ def store_rows(ref: Any, index: Sequence[jax.Array], part: Part, value: jax.Arra
 def locate(
     block_tables: Any, row: jax.Array, tokens: jax.Array, valid: jax.Array | None, *, block_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Block id and slot of each token of a row; block 0 where a token is not valid."""
+    """Block id and slot of each token of a row; block 0 if the token is not valid."""
     shift = block_size.bit_length() - 1  # block sizes are powers of two
     block = plt.load(
         block_tables.at[jnp.broadcast_to(row, tokens.shape), tokens >> shift],
@@ -151,15 +153,15 @@ def locate(
 
 
 def _float32_precision() -> lax.PrecisionLike:
-    """Three tf32 products keep about float32's precision on the matrix units; plain float32 dots run off them, and
-    spill. The interpreter runs on the CPU, which has no tf32."""
+    """Three tf32 products have about the precision of float32 and run on tensor cores; plain float32 products do not,
+    and spill. The interpreter runs on the CPU, which has no tf32."""
     if dispatch.implementation() == "kernel":
         return lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.Precision.HIGHEST
 
 
 def dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """Matmul with float32 accumulation; float32 operands keep their precision, unlike in plain tf32."""
+    """Matmul with float32 accumulation; float32 operands are not rounded to tf32."""
     return lax.dot_general(
         a,
         b,
@@ -192,9 +194,8 @@ def _attend(
 ) -> State:
     """Fold KV tokens [start, stop) into the state, `block_kv` at a time.
 
-    `positions` [M] holds each tile row's own position, for the causal and window masks; None when every token
-    of the range is visible to every row. With `masked` false the caller promises that no mask is needed and
-    that stop - start is a multiple of block_kv.
+    `positions` [M] are the positions of the tile rows, for the causal and window masks; None if every row sees every
+    token of the range. `masked=False` promises that no mask is needed and that stop - start is a multiple of block_kv.
     """
 
     def step(i: jax.Array, state: State) -> State:
@@ -229,7 +230,7 @@ def _attend(
 
 
 def _initial_state(flash: Flash, refs: Refs, heads: jax.Array, owns_sink: jax.Array) -> State:
-    """An empty softmax, or one that has seen the attention sink (a logit per head with no value)."""
+    """An empty softmax, or one that has folded in the attention sink (a logit per head without a value)."""
     rows = heads.shape[0]
     maximum = jnp.full((rows,), NEG, jnp.float32)
     total = jnp.zeros((rows,), jnp.float32)
@@ -242,7 +243,7 @@ def _initial_state(flash: Flash, refs: Refs, heads: jax.Array, owns_sink: jax.Ar
 
 
 def _normalised(state: State) -> tuple[jax.Array, ...]:
-    """Outputs over the softmax sum; a row that saw nothing gives zeros."""
+    """Outputs divided by the softmax sum; a row that folded in no token gives zeros."""
     inverse = 1.0 / jnp.where(state.total > 0, state.total, 1.0)
     return tuple(out * inverse[:, None] for out in state.outputs)
 
@@ -273,7 +274,7 @@ def _decode_kernel(refs: Refs, *out_refs: Any, flash: Flash, tiles: DecodeTiles,
             start=start,
             stop=stop,
             block_kv=tiles.block_kv,
-            positions=None,  # one query token at the end: the range holds what it sees and nothing else
+            positions=None,  # the one query token is the last: it sees every token of the range
             masked=True,
         )
         outputs = _normalised(state)
@@ -307,7 +308,7 @@ def _combine_kernel(refs: Refs, out_ref: Any, *, flash: Flash, splits: int, fill
         total = jnp.sum(weight)
         weight = weight / jnp.where(total > 0, total, 1.0)
         for part in flash.value_parts:
-            partial = load_rows(refs["partial"], where, part, seen)  # a split that saw nothing wrote nothing
+            partial = load_rows(refs["partial"], where, part, seen)  # a split without tokens wrote nothing
             merged = jnp.sum(partial * weight[:, None], axis=0)
             columns, exists = part_columns(part)
             plt.store(out_ref.at[row, head, columns], merged.astype(out_ref.dtype), mask=exists)
@@ -326,10 +327,10 @@ def decode(
     name: str,
     into: jax.Array | None,
 ) -> jax.Array:
-    """Attention of the decode rows [0, distribution[0]): row b's query is token b.
+    """Attention of the decode rows [0, distribution[0]); the query of row b is token b.
 
-    With `into` the result is written in place into that array and all else in it is kept; without, the output
-    has a token per row and the rows that are no decode rows get zeros.
+    With `into`, the result is written into that array in place, and its other tokens are kept. Without it, the output
+    has one token per row, and zeros for rows that are not decode rows.
     """
     q, rows = inputs["q"], inputs["kv_lens"].shape[0]
     fill = into is None
@@ -380,13 +381,13 @@ def decode(
 
 
 def _ragged_kernel(refs: Refs, out_ref: Any, *, flash: Flash, tiles: RaggedTiles, per_tile: int) -> None:
-    # Late tiles of a causal row have the most work: hand them out first.
+    # Late tiles of a causal row have the most work: start them first.
     tile = pl.num_programs(0) - 1 - pl.program_id(0)
     head_group = pl.program_id(1)
     starts, decode_rows, rows = refs["cu_q_lens"], refs["distribution"][0], refs["distribution"][1]
 
-    # Row s begins at tile cu[s] // per_tile + s, which leaves each row room for its last, partly filled tile.
-    # The tokens behind the last row count as one more row, with no KV: they get zeros.
+    # Row s begins at tile cu[s] // per_tile + s, which leaves every row room for its last, partly filled tile. The
+    # tokens after the last row are treated as another row without KV, so they get zeros.
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high) // 2
@@ -416,7 +417,7 @@ def _ragged_kernel(refs: Refs, out_ref: Any, *, flash: Flash, tiles: RaggedTiles
         stop = jnp.minimum(kv_len, first_position + per_tile)
         shared = dict(row=jnp.minimum(row, refs["kv_lens"].shape[0] - 1), head_group=head_group)
         if flash.window is None:
-            # Tokens up to the tile's first position are visible to all of it: no masks there.
+            # Every row of the tile sees the tokens up to its first position: no masks needed.
             full = jnp.maximum(first_position + 1, 0) // tiles.block_kv * tiles.block_kv
             full = jnp.minimum(full, kv_len // tiles.block_kv * tiles.block_kv)
             state = _attend(
@@ -450,9 +451,9 @@ def _ragged_kernel(refs: Refs, out_ref: Any, *, flash: Flash, tiles: RaggedTiles
 
 
 def ragged(flash: Flash, inputs: dict[str, jax.Array], *, tiles: RaggedTiles, name: str) -> jax.Array:
-    """Attention of the rows [distribution[0], distribution[1]) and zeros for the tokens behind the last row.
+    """Attention of the rows [distribution[0], distribution[1]), and zeros for the tokens after the last row.
 
-    The tokens of decode rows are left unwritten: `decode(..., into=...)` fills them.
+    The tokens of decode rows are not written: `decode(..., into=...)` does that.
     """
     q, rows = inputs["q"], inputs["kv_lens"].shape[0]
     block_rows = max(tiles.block_rows, MIN_TILE, next_power_of_two(flash.group))
@@ -482,6 +483,6 @@ def attention(
     ragged_tiles: RaggedTiles,
     name: str,
 ) -> jax.Array:
-    """Attention of a whole batch: the ragged rows, then the decode rows in place beside them."""
+    """Attention of a whole batch: first the ragged rows, then the decode rows into the same array."""
     out = None if decode_only else ragged(flash, inputs, tiles=ragged_tiles, name=f"{name}_ragged")
     return decode(flash, inputs, tiles=decode_tiles, name=f"{name}_decode", into=out)

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matmul of rows that are sorted by group, each group with a matrix of its own: the experts of a mixture.
+"""Matmul of rows sorted by group, each group with its own matrix, as a mixture of experts needs it.
 
     out[r] = rhs[g(r)] @ lhs[r],   group g owns the rows [group_offsets[g], group_offsets[g + 1])
 
     lhs            [rows, k]           float32 | bfloat16 | float16
     rhs            [groups, n, k]      lhs's dtype; output-major, as checkpoints store weights
-    group_offsets  int32 [groups + 1]  never falling, from 0 or more to rows or less
+    group_offsets  int32 [groups + 1]  non-decreasing, within 0 ... rows
     out            [rows, n]           lhs's dtype, or `out_dtype`
 
-Rows before group_offsets[0], and rows from group_offsets[groups] on, belong to no group: a device that has some of the
-experts gives the others' rows no owner. They give zeros, and their lhs may hold NaN. A group may own no rows, which
-is the rule in decode, or all of them; the weights of a group that owns none are never read. Shapes are static,
-offsets are data: under jit, offsets that break the rules give wrong rows but touch no memory outside of the arrays.
-Accumulation is float32.
+Rows before group_offsets[0] and rows from group_offsets[groups] on belong to no group; a device that holds only some
+experts leaves the rows of the others out in this way. Such rows give zeros, and their lhs may hold NaN. A group may
+own all rows or none, which is common in decode; the weights of a group without rows are never read. Shapes are static
+and offsets are data: inside jit, invalid offsets give wrong rows but touch no memory outside the arrays. Accumulation
+is float32.
 
-Differentiable in reverse, in lhs and rhs. rhs is read as it lies in both directions. The gradient that comes in is
-rounded to lhs's dtype; rows of no group, and groups of no rows, get zeros.
+Supports reverse-mode gradients with respect to lhs and rhs, without transposing rhs in memory. The incoming gradient
+is rounded to lhs's dtype. Rows of no group and groups without rows get zeros.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import checks, dispatch, tuning
 from pallas_kernels.flash import MIN_TILE, dot, next_power_of_two
+from pallas_kernels.on_cpu import grouped_matmul as on_cpu
 from pallas_kernels.tuning import MatmulTiles
 
 _PROGRAMS_WANTED = 2 * 132  # two programs on each of an H200's multiprocessors
@@ -46,8 +46,8 @@ def grouped_matmul(
     out_dtype: Any = None,
     tiles: MatmulTiles | None = None,
 ) -> jax.Array:
-    """Returns [rows, n]. The tiles are chosen from the shapes, as if every row had an owner; pass others where few
-    have, or to measure them. They hold for this product; its gradients choose their own."""
+    """Returns [rows, n]. Tiles are chosen by shape, assuming that every row belongs to a group; pass others if few do,
+    or to measure them. They apply to this product; its gradients choose their own."""
     lhs, rhs, group_offsets = (jnp.asarray(array) for array in (lhs, rhs, group_offsets))
     result = lhs.dtype if out_dtype is None else jnp.dtype(out_dtype)
     _check(lhs, rhs, group_offsets, result)
@@ -75,7 +75,7 @@ def _check(lhs: jax.Array, rhs: jax.Array, group_offsets: jax.Array, out_dtype: 
 
 
 def check_group_offsets(group_offsets: np.ndarray, *, rows: int) -> None:
-    """Check offsets on the host: within the rows, and never falling."""
+    """Check that offsets are within the rows and do not decrease."""
     offsets = group_offsets.astype(np.int64)
     checks.require(int(offsets[0]) >= 0, f"group_offsets starts at {int(offsets[0])}, expected 0 or more")
     bad = np.flatnonzero(np.diff(offsets) < 0)
@@ -93,19 +93,19 @@ def check_group_offsets(group_offsets: np.ndarray, *, rows: int) -> None:
 
 @dataclass(frozen=True)
 class _How:
-    """What is static about one product."""
+    """The static options of one product."""
 
-    transposed: bool  # contract rhs's n in place of its k
+    transposed: bool  # contract rhs's n instead of its k
     out_dtype: jnp.dtype
-    tiles: MatmulTiles | None  # None for the twin
-    implementation: dispatch.Implementation  # a gradient may be traced where another one is chosen
+    tiles: MatmulTiles | None  # None on CPUs
+    implementation: dispatch.Implementation  # kept for the gradient, which may be traced under another choice
 
 
 def _how(
     lhs: jax.Array, rhs: jax.Array, transposed: bool, out_dtype: jnp.dtype, tiles: MatmulTiles | None = None
 ) -> _How:
     implementation = dispatch.implementation()
-    if implementation == "reference":
+    if implementation == "cpu":
         return _How(transposed, out_dtype, None, implementation)
     (rows, inner), groups, width = lhs.shape, rhs.shape[0], rhs.shape[2 if transposed else 1]
     tiles = tiles or tuning.choose(
@@ -120,7 +120,7 @@ def _how(
 def _product(lhs: jax.Array, rhs: jax.Array, offsets: jax.Array, how: _How) -> jax.Array:
     with dispatch.use(how.implementation):
         if how.tiles is None:
-            return reference(lhs, rhs, offsets, transposed=how.transposed, out_dtype=how.out_dtype)
+            return on_cpu.grouped_matmul(lhs, rhs, offsets, transposed=how.transposed, out_dtype=how.out_dtype)
         return _matmul(lhs, rhs, offsets, transposed=how.transposed, out_dtype=how.out_dtype, tiles=how.tiles)
 
 
@@ -134,104 +134,18 @@ def _backward(how: _How, kept: Any, d_out: jax.Array) -> tuple[Any, Any, Any]:
     pair = (lhs, d_out) if how.transposed else (d_out, lhs)
     with dispatch.use(how.implementation):
         d_lhs = _product(d_out, rhs, offsets, _how(d_out, rhs, not how.transposed, lhs.dtype))
-        d_rhs = (reference_outer if how.tiles is None else _outer)(*pair, offsets)
+        d_rhs = (on_cpu.grouped_outer if how.tiles is None else _outer)(*pair, offsets)
     return d_lhs, d_rhs, np.zeros(offsets.shape, jax.dtypes.float0)
 
 
 _product.defvjp(_forward, _backward)
 
 
-# --- reference twin ---------------------------------------------------------------------------------------------
-
-
-def reference(
-    lhs: jax.Array, rhs: jax.Array, offsets: jax.Array, *, transposed: bool, out_dtype: jnp.dtype
-) -> jax.Array:
-    """The same in plain jax.numpy; what the CPU runs."""
-    rows, _ = lhs.shape
-    width = rhs.shape[2 if transposed else 1]
-
-    def group(g: jax.Array, begin: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
-        weight = lax.dynamic_index_in_dim(rhs, g, keepdims=False).astype(jnp.float32)
-
-        def tile(at: jax.Array, owned: jax.Array, out: jax.Array) -> jax.Array:
-            size = owned.shape[0]
-            x = lax.dynamic_slice_in_dim(lhs, at, size).astype(jnp.float32)
-            y = lax.dot_general(x, weight, (((1,), (0 if transposed else 1,)), ((), ())))
-            before = lax.dynamic_slice_in_dim(out, at, size)
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(owned[:, None], y.astype(out_dtype), before), at, 0)
-
-        return _fold_tiles(tile, begin, end, rows, rhs.shape[0], out)
-
-    return _fold_groups(group, offsets, rows, jnp.zeros((rows, width), out_dtype))
-
-
-def reference_outer(a: jax.Array, b: jax.Array, offsets: jax.Array) -> jax.Array:
-    """[groups, n, k]: the sum of a[r] b[r]^T over the rows of each group, in their dtype."""
-    rows, groups = a.shape[0], offsets.shape[0] - 1
-
-    def group(g: jax.Array, begin: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
-        def tile(at: jax.Array, owned: jax.Array, total: jax.Array) -> jax.Array:
-            x, y = (
-                jnp.where(owned[:, None], lax.dynamic_slice_in_dim(m, at, owned.shape[0]).astype(jnp.float32), 0.0)
-                for m in (a, b)
-            )
-            return total + lax.dot_general(x, y, (((0,), (0,)), ((), ())))
-
-        total = _fold_tiles(tile, begin, end, rows, groups, jnp.zeros(out.shape[1:], jnp.float32))
-        return lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), g, 0)
-
-    return _fold_groups(group, offsets, rows, jnp.zeros((groups, a.shape[1], b.shape[1]), a.dtype))
-
-
-def _fold_groups(
-    step: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
-    offsets: jax.Array,
-    rows: int,
-    carry: jax.Array,
-) -> jax.Array:
-    """carry = step(group, its first row, behind its last row, carry) for the groups that own rows."""
-    if rows == 0:
-        return carry
-    offsets = jnp.clip(offsets, 0, rows)
-    owners = offsets[1:] > offsets[:-1]
-    (group,) = jnp.nonzero(owners, size=owners.shape[0], fill_value=0)
-
-    def one(i: jax.Array, carry: jax.Array) -> jax.Array:
-        g = group[i].astype(jnp.int32)
-        return step(g, offsets[g], offsets[g + 1], carry)
-
-    return lax.fori_loop(0, jnp.sum(owners, dtype=jnp.int32), one, carry)
-
-
-def _fold_tiles(
-    step: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    begin: jax.Array,
-    end: jax.Array,
-    rows: int,
-    groups: int,
-    carry: jax.Array,
-) -> jax.Array:
-    """carry = step(first row, which of the tile's rows are its own, carry), in tiles of what a group has on average.
-
-    One loop and no second one for larger tiles: with two, XLA copies the group's weights before it multiplies them.
-    """
-    size = min(rows, 64, max(8, next_power_of_two(-(-rows // groups))))
-
-    def one(i: jax.Array, carry: jax.Array) -> jax.Array:
-        first = begin + i * size
-        at = jnp.minimum(first, rows - size)  # a slice that does not fit would be moved
-        row = at + jnp.arange(size, dtype=jnp.int32)
-        return step(at, (row >= first) & (row < end), carry)
-
-    return lax.fori_loop(0, (end - begin + size - 1) // size, one, carry)
-
-
 # --- kernels ----------------------------------------------------------------------------------------------------
 
 
 def row_tile_count(rows: int, groups: int, block_rows: int) -> int:
-    """The most tiles that `row_tiles` can need: each group, and the rows before and behind, may end in part of one."""
+    """The most tiles that `row_tiles` can need: each group, and the rows before and after them, may end in a part."""
     parts = min(rows, groups + 2)
     return (rows - parts) // block_rows + parts
 
@@ -239,8 +153,8 @@ def row_tile_count(rows: int, groups: int, block_rows: int) -> int:
 def row_tiles(offsets: jax.Array, rows: int, block_rows: int) -> jax.Array:
     """int32 [3, tiles]: group, first row and end of each tile of at most `block_rows` rows of one group.
 
-    Rows of no group have tiles too, of group -1, for somebody must write their zeros. Tiles that are not needed come
-    last; they are empty. Sums over masks in place of a scan, a search and gathers: XLA makes two kernels of them.
+    Rows of no group have tiles too, of group -1, which write their zeros. Unused tiles come last and are empty. Sums
+    over masks replace a scan, a search and gathers, because XLA compiles them into two kernels.
     """
     groups, shift = offsets.shape[0] - 1, block_rows.bit_length() - 1  # a power of two
     bounds = jnp.clip(jnp.pad(offsets, (1, 1), constant_values=(0, rows)), 0, rows)
@@ -259,7 +173,7 @@ def row_tiles(offsets: jax.Array, rows: int, block_rows: int) -> jax.Array:
 
 
 def _load(ref: Any, index: tuple[Any, ...], *masks: jax.Array | None) -> jax.Array:
-    """`ref[index]`, zero where a mask says so; a mask that is None holds everywhere."""
+    """`ref[index]`, zero where a mask is False; a mask that is None is True everywhere."""
     known = [m for m in masks if m is not None]
     if not known:
         return plt.load(ref.at[index])
@@ -272,7 +186,7 @@ def _kernel(refs: dict[str, Any], out_ref: Any, *, tiles: MatmulTiles, transpose
     lhs, rhs = refs["lhs"], refs["rhs"]
     inner_dim, width = lhs.shape[1], out_ref.shape[1]
     row_tile_total, column_tiles = refs["row_tiles"].shape[1], pl.cdiv(width, tiles.block_columns)
-    # Programs of neighbouring row tiles and the same columns run side by side: they read the same weights.
+    # Programs of neighbouring row tiles and the same columns run at the same time, as they read the same weights.
     together = max(1, _ROWS_TOGETHER // tiles.block_rows)
     program = pl.program_id(0)
     chunk = program // (together * column_tiles)
@@ -294,7 +208,7 @@ def _kernel(refs: dict[str, Any], out_ref: Any, *, tiles: MatmulTiles, transpose
 
     @pl.when((first < stop) & (group >= 0))
     def _() -> None:
-        readable = jnp.minimum(row, stop - 1)  # of the same group, so nothing else's NaN can come in
+        readable = jnp.minimum(row, stop - 1)  # stays in the group, so that no NaN of other rows comes in
 
         def step(i: jax.Array | int, total: jax.Array, *, masked: bool = False) -> jax.Array:
             inner = i * tiles.block_inner + jnp.arange(tiles.block_inner, dtype=jnp.int32)
@@ -316,13 +230,13 @@ def _kernel(refs: dict[str, Any], out_ref: Any, *, tiles: MatmulTiles, transpose
 
 
 def default_tiles(*, rows: int, groups: int, inner: int, width: int, dtype: jnp.dtype) -> MatmulTiles:
-    """Room for twice the rows of an average group, so that most groups fit one tile and are read once.
+    """Room for twice the rows of an average group, so that most groups fit in one tile and are read once.
 
-    Few rows: the weights' way from memory is all that counts, narrow tiles make enough programs to fill the GPU. Many:
-    wide tiles, for each number that is fetched is used in more products.
+    With few rows, reading the weights is what takes the time, and narrow tiles make enough programs to fill the GPU.
+    With many rows, wide tiles use each value that they load in more products.
     """
     block_rows = min(128, max(MIN_TILE, next_power_of_two(-(-2 * rows // groups))))
-    if dtype == jnp.float32:  # three products each: smaller tiles, or the registers spill
+    if dtype == jnp.float32:  # a product is three tf32 products: with larger tiles the registers spill
         tiles = MatmulTiles(min(block_rows, 64), 64, 32, num_warps=4, num_stages=3)
     elif block_rows == 128:
         tiles = MatmulTiles(128, 256, 64, num_warps=8, num_stages=3)
@@ -335,7 +249,7 @@ def default_tiles(*, rows: int, groups: int, inner: int, width: int, dtype: jnp.
     row_tile_total = row_tile_count(rows, groups, tiles.block_rows)
     while columns > 32 and row_tile_total * pl.cdiv(width, columns) < _PROGRAMS_WANTED:
         columns, depth = columns // 2, min(depth * 2, 256)
-    while depth > 32 and inner % depth:  # a masked rest costs a step; a step that fits is the better one
+    while depth > 32 and inner % depth:  # a masked remainder costs a step: prefer a depth that divides
         depth //= 2
     if inner % depth:
         depth = min(tiles.block_inner, max(MIN_TILE, next_power_of_two(inner)))
@@ -343,7 +257,7 @@ def default_tiles(*, rows: int, groups: int, inner: int, width: int, dtype: jnp.
 
 
 def tile_key(lhs: jax.Array, rhs: jax.Array, transposed: bool) -> str:
-    """What measured tiles are keyed by: the matrices, and the rows by power of two."""
+    """The key of measured tiles: the matrices, and the rows rounded up to a power of two."""
     groups, n, k = rhs.shape
     return tuning.key(
         dtype=rhs.dtype.name,
@@ -408,7 +322,7 @@ def _outer_kernel(refs: dict[str, Any], out_ref: Any, *, tiles: MatmulTiles) -> 
 
 
 def _outer(a: jax.Array, b: jax.Array, offsets: jax.Array) -> jax.Array:
-    """`reference_outer` on the GPU. Training is not what this is tuned for: one choice of tiles."""
+    """`on_cpu.grouped_outer` as a kernel, with one choice of tiles: it is not tuned for training."""
     rows, groups = a.shape[0], offsets.shape[0] - 1
     n, k = a.shape[1], b.shape[1]
     out = jax.ShapeDtypeStruct((groups, n, k), a.dtype)

@@ -5,14 +5,13 @@
 
     k_pool, v_pool  [blocks, block_size, kv_heads, dim]
     k, v            [tokens, kv_heads, dim]                     float32 | bfloat16 | float16
-    slots           int32 [tokens]    block * block_size + offset, each slot at most once; negative: skipped
-    k_scale, v_scale  for one-byte pools, float32: [kv_heads] given scales, read; or [blocks, block_size, kv_heads]
-                    one scale per slot and head, computed here from the token (absolute maximum) and written
+    slots           int32 [tokens]    block * block_size + offset, each slot at most once; negative: not written
+    k_scale, v_scale  float32, for one-byte pools: [kv_heads], which is read; or [blocks, block_size, kv_heads], one
+                    scale per slot and head, which is computed from the token's largest magnitude and written
 
-A pool of k's dtype takes the values as they are. A one-byte pool takes value / scale, clipped to the range of its
-dtype and, for int8, rounded half up; without scales only float8 can be written. `latent_write` is the same for the
-one pool of latents that MLA keeps. The pools must be donated by the caller's jit, or XLA copies them first; one
-array cannot be donated as both.
+A pool of k's dtype stores the values as they are. A one-byte pool stores value / scale, clipped to the range of its
+dtype and, for int8, rounded half up; without scales only float8 can be written. `latent_write` does the same for the
+single pool of MLA. Donate the pools in your jit, or XLA copies them first; one array cannot be donated as both.
 """
 
 from typing import Any, NamedTuple
@@ -25,10 +24,12 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.flash import next_power_of_two
+from pallas_kernels.on_cpu import kv_write as on_cpu
+from pallas_kernels.one_byte import encode, scale_of
 
 
 class Written(NamedTuple):
-    """The pools and scales after the write; the scales are None where none were given."""
+    """The pools and scales after the write; a scale is None if none was passed."""
 
     k_pool: jax.Array
     v_pool: jax.Array
@@ -37,7 +38,7 @@ class Written(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """One pool [blocks, block_size, heads, dim] with what goes into it."""
+    """One pool [blocks, block_size, heads, dim] and what is written to it."""
 
     name: str
     pool: jax.Array
@@ -105,70 +106,23 @@ def _write(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[jax.Arr
         check_slots(np.asarray(slots), slots_in_pool=streams[0].pool.shape[0] * streams[0].pool.shape[1])
     if slots.shape[0] == 0:
         return [(stream.pool, stream.scale) for stream in streams]
-    if dispatch.implementation() == "reference":
-        return [reference(*stream[1:], slots) for stream in streams]
+    if dispatch.implementation() == "cpu":
+        return [on_cpu.kv_write(*stream[1:], slots) for stream in streams]
     return _kernel_call(streams, slots)
 
 
 def check_slots(slots: np.ndarray, *, slots_in_pool: int) -> None:
-    """Check slot ids on the host: within the pool, and no slot twice."""
+    """Check that slot ids are within the pool and that none occurs twice."""
     used = slots[slots >= 0]
     checks.require(
         used.size == 0 or int(used.max()) < slots_in_pool,
-        f"slot {int(used.max(initial=0))} is outside of the pool of {slots_in_pool} slots",
+        f"slot {int(used.max(initial=0))} is outside the pool of {slots_in_pool} slots",
     )
     ids, counts = np.unique(used, return_counts=True)
     checks.require(
         ids.size == used.size,
         f"slot {ids[counts > 1][:1]} is written {counts[counts > 1][:1]} times in one call, expected once",
     )
-
-
-def _largest(dtype: jnp.dtype) -> float:
-    """Largest magnitude that a one-byte KV dtype holds (int8 symmetrically)."""
-    return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-
-
-def _encode(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """x / scale in a one-byte dtype. Casts to float8 do not saturate, so clip first."""
-    if scale is not None:
-        x = x / scale
-    x = jnp.clip(x, -_largest(dtype), _largest(dtype))
-    return (jnp.floor(x + 0.5) if dtype == jnp.int8 else x).astype(dtype)
-
-
-def _scale_of(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The scale that maps the largest magnitude along the last axis onto the dtype's; 1 for all zeros.
-
-    Also 1 where the scale would be a denormal: processors take that for zero, and 0 / 0 is NaN.
-    """
-    # Times the reciprocal: compilers turn a division by a constant into that, some do and some do not.
-    scale = jnp.max(jnp.abs(x), axis=-1) * (1.0 / _largest(dtype))
-    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
-
-
-# --- reference twin ---------------------------------------------------------------------------------------------
-
-
-def reference(
-    pool: jax.Array, new: jax.Array, scale: jax.Array | None, slots: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-    """The same in plain jax.numpy; what the CPU runs."""
-    blocks, block_size = pool.shape[:2]
-    # A negative index would wrap around; one behind the end is dropped.
-    target = jnp.where(slots < 0, blocks * block_size, slots)
-
-    def put(into: jax.Array, values: jax.Array) -> jax.Array:
-        flat = into.reshape(blocks * block_size, *into.shape[2:])
-        return flat.at[target].set(values, mode="drop", unique_indices=False).reshape(into.shape)
-
-    if not checks.is_one_byte(pool.dtype):
-        return put(pool, new), None
-    x = new.astype(jnp.float32)
-    if scale is None or scale.ndim == 1:
-        return put(pool, _encode(x, None if scale is None else scale[None, :, None], pool.dtype)), scale
-    per_slot = _scale_of(x, pool.dtype)
-    return put(pool, _encode(x, per_slot[..., None], pool.dtype)), put(scale, per_slot)
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------
@@ -194,11 +148,11 @@ def _kernel(refs: dict[str, Any], *out_refs: Any, outputs: dict[str, int], names
                 x = x.astype(jnp.float32)
                 scale = None
                 if f"{name}_scale" in outputs:
-                    scale = _scale_of(x, pool.dtype)
+                    scale = scale_of(x, pool.dtype)
                     plt.store(out_refs[outputs[f"{name}_scale"]].at[block, offset, head], scale, mask=head < heads)
                 elif f"{name}_scale" in refs:
                     scale = plt.load(refs[f"{name}_scale"].at[head], mask=head < heads, other=1.0)
-                x = _encode(x, None if scale is None else scale[:, None], pool.dtype)
+                x = encode(x, None if scale is None else scale[:, None], pool.dtype)
             plt.store(pool.at[block, offset, head[:, None], column[None, :]], x, mask=exists)
 
 

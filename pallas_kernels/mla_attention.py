@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over a paged latent cache (DeepSeek's MLA), in the absorbed form.
 
-The key projection is folded into the query and the value projection follows the op, so that every query head
-reads the same latent: keys are the whole of it, values its first `latent_dim` columns.
+The caller folds the key projection into the query and applies the value projection after the op. So every query head
+reads the same latents: a latent is the key, and its first `latent_dim` columns are the value.
 
     out[t, h] = softmax_j(scale * q[t, h] . C[row(t), j]) @ C[row(t), j, :latent_dim],   j <= position(t)
 
     q           [tokens, heads, latent_dim + rope_dim]   float32 | bfloat16 | float16
     pool        [blocks, block_size, latent_dim + rope_dim]   q's dtype, or int8 | float8_e4m3fn | float8_e5m2
-    pool_scale  float32 scalar array [1], for a one-byte pool
-    block_tables, kv_lens, cu_q_lens, distribution: as in `paged_attention`
+    pool_scale  float32 [1], for a one-byte pool
+    ragged      `Ragged`: the rows, their lengths and their blocks
 
-Returns [tokens, heads, latent_dim] in q's dtype. `scale` has no default: the model's is that of the unabsorbed
-head dim, which this op cannot know. Padding and accumulation as in `paged_attention`.
+Returns [tokens, heads, latent_dim] in q's dtype. `scale` has no default, because the model derives it from the
+head dim before absorption, which this op does not know. Padding and accumulation are those of `paged_attention`.
 """
 
 from typing import Any
@@ -20,7 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import blockwise, checks, dispatch, flash, tuning
+from pallas_kernels import checks, dispatch, flash, tuning
+from pallas_kernels.on_cpu import mla_attention as on_cpu
+from pallas_kernels.ragged import Ragged
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
 
 MAX_LATENT_DIM = 512
@@ -31,31 +33,23 @@ _PROGRAMS_WANTED = 132 * 2
 def mla_attention(
     q: jax.Array,
     pool: jax.Array,
+    ragged: Ragged,
     *,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
-    distribution: jax.Array,
     latent_dim: int,
     scale: float,
     pool_scale: jax.Array | None = None,
-    decode_only: bool = False,
     decode_tiles: DecodeTiles | None = None,
     ragged_tiles: RaggedTiles | None = None,
 ) -> jax.Array:
-    """Latent attention of a ragged batch; `decode_only` and the tiles as in `paged_attention`."""
+    """Returns [tokens, heads, latent_dim]. Tiles are chosen by shape; pass them only to measure others."""
     q, pool = jnp.asarray(q), jnp.asarray(pool)
     pool_scale = None if pool_scale is None else jnp.asarray(pool_scale)
     _check(q, pool, latent_dim, pool_scale, scale)
-    described = dict(block_tables=block_tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution)
-    batch: dict[str, jax.Array] = {name: jnp.asarray(array) for name, array in described.items()}
-    checks.check_ragged_call(q=q, pool=pool, decode_only=decode_only, **batch)
-    options: dict[str, Any] = dict(
-        latent_dim=latent_dim, scale=float(scale), pool_scale=pool_scale, decode_only=decode_only
-    )
-    if dispatch.implementation() == "reference":
-        return reference(q, pool, **batch, **options)
-    return _kernel(q, pool, batch=batch, **options, decode_tiles=decode_tiles, ragged_tiles=ragged_tiles)
+    ragged = ragged.checked(tokens=q.shape[0], blocks=pool.shape[0], block_size=pool.shape[1])
+    options: dict[str, Any] = dict(latent_dim=latent_dim, scale=float(scale), pool_scale=pool_scale)
+    if dispatch.implementation() == "cpu":
+        return on_cpu.mla_attention(q, pool, ragged, **options)
+    return _kernel(q, pool, ragged, **options, decode_tiles=decode_tiles, ragged_tiles=ragged_tiles)
 
 
 def _check(q: jax.Array, pool: jax.Array, latent_dim: int, pool_scale: jax.Array | None, scale: float) -> None:
@@ -73,60 +67,17 @@ def _check(q: jax.Array, pool: jax.Array, latent_dim: int, pool_scale: jax.Array
     checks.check_number("scale", scale)
     checks.require(q.shape[1] > 0, f"q has {q.shape[1]} heads, expected at least 1")
     checks.require(
-        pool.dtype != jnp.int8 or pool_scale is not None, "the pool is int8 and pool_scale None: int8 needs a scale"
+        pool.dtype != jnp.int8 or pool_scale is not None, "the pool is int8 and pool_scale is None: int8 needs a scale"
     )
     if pool_scale is not None:
         checks.check_kv_scale("pool_scale", pool_scale, pool, 1)
         checks.check_shape("pool_scale", pool_scale, (1,), "one number for the whole pool")
 
 
-# --- reference twin ---------------------------------------------------------------------------------------------
-
-
-def reference(
-    q: jax.Array,
-    pool: jax.Array,
-    *,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
-    distribution: jax.Array,
-    latent_dim: int,
-    scale: float,
-    pool_scale: jax.Array | None,
-    decode_only: bool,
-) -> jax.Array:
-    """The same in plain jax.numpy; what the CPU runs."""
-
-    def read(blocks: jax.Array) -> blockwise.Chunk:
-        latent = pool[blocks].astype(jnp.float32)
-        if pool_scale is not None:
-            latent = latent * pool_scale[0]
-        latent = latent.reshape(1, -1, pool.shape[2])
-        return blockwise.Chunk(latent, latent[..., :latent_dim])
-
-    return blockwise.attend(
-        q,
-        block_tables=block_tables,
-        kv_lens=kv_lens,
-        cu_q_lens=cu_q_lens,
-        distribution=distribution,
-        decode_only=decode_only,
-        kv_heads=1,
-        value_dim=latent_dim,
-        block_size=pool.shape[1],
-        scale=scale,
-        window=None,
-        soft_cap=None,
-        sinks=None,
-        read=read,
-    )
-
-
 # --- kernel -----------------------------------------------------------------------------------------------------
 
 
-def _read(*, block_size: int, key_parts: tuple[flash.Part, ...], values: int, dtype: jnp.dtype) -> flash.Read:
+def _read(*, block_size: int, key_parts: tuple[flash.DimPart, ...], values: int, dtype: jnp.dtype) -> flash.ReadTile:
     def read(
         refs: flash.Refs, row: jax.Array, head_group: jax.Array, tokens: jax.Array, valid: jax.Array | None
     ) -> flash.Tile:
@@ -139,19 +90,19 @@ def _read(*, block_size: int, key_parts: tuple[flash.Part, ...], values: int, dt
 
 
 def heads_per_program(heads: int, q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> int:
-    """More heads share one read of the latent, but their float32 outputs (512 columns) must fit the registers."""
+    """The more heads, the fewer reads of a latent, but their float32 outputs of 512 columns must fit the registers."""
     if q_dtype == jnp.float32:
         return min(heads, 16)
     return min(heads, 32 if checks.is_one_byte(kv_dtype) else 64)
 
 
 def default_decode_tiles(*, rows: int, heads: int, q_dtype: jnp.dtype, kv_dtype: jnp.dtype) -> DecodeTiles:
-    """Latents are wide (1152 bytes a token in bfloat16): small tiles, and splits until the GPU is full."""
+    """Small tiles, as latents are wide (1152 bytes per token in bfloat16), and as many splits as fill the GPU."""
     programs = rows * -(-heads // heads_per_program(heads, q_dtype, kv_dtype))
     splits = max(1, min(32, -(-_PROGRAMS_WANTED // programs)))
     if q_dtype == jnp.float32:
         return DecodeTiles(block_kv=16, splits=splits, num_warps=8, num_stages=1)
-    wide = heads > 16 or checks.is_one_byte(kv_dtype)  # four warps spill when they convert the latent too
+    wide = heads > 16 or checks.is_one_byte(kv_dtype)  # with conversion to do as well, four warps spill
     return DecodeTiles(block_kv=32, splits=splits, num_warps=8 if wide else 4, num_stages=2)
 
 
@@ -177,17 +128,16 @@ def tile_key(q: jax.Array, pool: jax.Array, rows: int) -> str:
 def _kernel(
     q: jax.Array,
     pool: jax.Array,
+    ragged: Ragged,
     *,
-    batch: dict[str, jax.Array],
     latent_dim: int,
     scale: float,
     pool_scale: jax.Array | None,
-    decode_only: bool,
     decode_tiles: DecodeTiles | None,
     ragged_tiles: RaggedTiles | None,
 ) -> jax.Array:
     heads, dim = q.shape[1:]
-    rows = batch["kv_lens"].shape[0]
+    rows = ragged.max_rows
     dtypes = {"q_dtype": q.dtype, "kv_dtype": pool.dtype}
     value_parts = flash.split_parts(latent_dim)
     key_parts = value_parts + flash.split_parts(dim - latent_dim, start=latent_dim)
@@ -201,13 +151,13 @@ def _kernel(
         soft_cap=None,
         read=_read(block_size=pool.shape[1], key_parts=key_parts, values=len(value_parts), dtype=q.dtype),
     )
-    inputs = {"q": q, "pool": pool, **batch}
+    inputs = {"q": q, "pool": pool, **ragged.arrays()}
     if pool_scale is not None:
         inputs["pool_scale"] = pool_scale
     return flash.attention(
         attention,
         inputs,
-        decode_only=decode_only,
+        decode_only=ragged.decode_only,
         decode_tiles=decode_tiles
         or tuning.choose("mla_decode", tile_key(q, pool, rows), default_decode_tiles(rows=rows, heads=heads, **dtypes)),
         ragged_tiles=ragged_tiles or tuning.choose("mla_ragged", tile_key(q, pool, 1), default_ragged_tiles(**dtypes)),

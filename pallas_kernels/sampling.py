@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample one token per row of logits, and say how likely it was.
+"""Sample one token per row of logits, and compute its log-probability.
 
     token[r] = argmax_i over the survivors of  logits[r, i] / temperature[r] + gumbel(seed[r], position[r], i)
 
     logits      [rows, vocabulary]   float32 | bfloat16 | float16; -inf excludes an entry
     parameters  `SamplingParams`, one number per row each
 
-Filters in this order, each on what the one before left: min-p drops entries below max + log(min_p) (after the
-temperature), top-k keeps the k largest with all ties at the k-th, top-p keeps the smallest set from the top whose
-mass reaches p (at least one entry; among equals at the boundary higher ids first). Temperature 0 takes the maximum,
-the lowest id among equals, and ignores the filters.
+The filters run in this order, each on the entries that the previous one kept. min-p drops entries below max +
+log(min_p), after the temperature. top-k keeps the k largest, with all ties at the k-th. top-p keeps the smallest set
+of largest entries whose mass reaches p, at least one entry; of equal entries at the boundary it keeps higher ids.
+Temperature 0 takes the maximum, the lowest id among equals, and ignores the filters.
 
-A row's result depends on its own logits and parameters and on nothing else: not on the batch, the row's place, or
-time. The noise is a hash of (seed, position, id): no key arrays, and a replayed step draws the same token.
+A row's result depends on its own logits and parameters only, not on the batch, its place in it, or time. The noise
+is a hash of (seed, position, id), so there are no key arrays and a replayed step draws the same token.
 
-`valid` is False for a row with a NaN, a +inf or no finite entry; its token is 0 and means nothing.
+`valid` is False for a row with a NaN, a +inf or no finite entry; its token is 0 and has no meaning.
 
-Log-probabilities: "raw" is log_softmax of `raw_logits` (the logits before penalties and masks; `logits` if not
-given), "processed" that of the survivors after the temperature. `ranks` counts strictly larger entries, plus one.
-The top N come best first, equals by ascending id; where fewer exist, token -1 and -inf.
+Log-probabilities: "raw" is log_softmax of `raw_logits` (the logits before penalties and masks; by default `logits`),
+"processed" is that of the survivors after the temperature. `ranks` is one plus the number of strictly larger entries.
+The top N are in descending order, equals by ascending id; missing entries have token -1 and -inf.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,11 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import checks, dispatch, row_sampler, tuning
 from pallas_kernels.flash import next_power_of_two
-from pallas_kernels.row_sampler import Params, Row, Summary, Survivors
+from pallas_kernels.on_cpu import sampling as on_cpu
+from pallas_kernels.row_sampler import LogprobMode, Mode, RowParams, SamplingCall
+from pallas_kernels.row_search import FoldStep, LogitsRow
 from pallas_kernels.tuning import SamplingTiles
 
-type Mode = Literal["greedy", "random", "filtered"]
-type LogprobMode = Literal["raw", "processed"]
-
-_TWIN_PIVOTS = 4  # on a CPU each pivot is a pass of its own
 MAX_VOCABULARY = 2**24  # counts are exact in float32 up to here
 
 
@@ -56,6 +54,8 @@ class SamplingParams(NamedTuple):
 
 
 class Logprobs(NamedTuple):
+    """Log-probabilities of one token per row, and the likeliest tokens."""
+
     logprobs: jax.Array  # float32 [rows], of the token
     ranks: jax.Array  # int32 [rows]
     top_tokens: jax.Array  # int32 [rows, top_n]
@@ -63,6 +63,8 @@ class Logprobs(NamedTuple):
 
 
 class Sampled(NamedTuple):
+    """What `sample` returns."""
+
     tokens: jax.Array  # int32 [rows]
     valid: jax.Array  # bool [rows]
     logprobs: Logprobs | None
@@ -78,8 +80,8 @@ def sample(
     raw_logits: jax.Array | None = None,
     tiles: SamplingTiles | None = None,
 ) -> Sampled:
-    """`mode` is the caller's promise of what any row asks for: "greedy" (every temperature is 0), "random" (no row
-    filters) or "filtered" (anything); the smaller modes make fewer passes over the logits.
+    """`mode` promises what the rows ask for at most: "greedy" (every temperature is 0), "random" (no filters) or
+    "filtered" (anything). "greedy" and "random" make fewer passes over the logits.
     """
     logits, params = jnp.asarray(logits), SamplingParams(*(jnp.asarray(p) for p in params))
     _check(logits, top_n)
@@ -95,14 +97,14 @@ def sample(
         checks.require(logprobs == "raw", f"raw_logits are given but logprobs is {logprobs!r}")
         checks.check_float("raw_logits", raw_logits)
         checks.check_shape("raw_logits", raw_logits, tuple(logits.shape), "the shape of logits")
-    plan = _Plan(mode=mode, logprobs=logprobs, top_n=top_n, given=False)
-    return _run(plan, logits, raw_logits, params, tiles)
+    call = SamplingCall(mode=mode, logprobs=logprobs, top_n=top_n, given=False)
+    return _run(call, logits, raw_logits, params, tiles)
 
 
 def token_logprobs(
     logits: jax.Array, tokens: jax.Array, *, top_n: int = 0, tiles: SamplingTiles | None = None
 ) -> Logprobs:
-    """Raw log-probabilities of given tokens int32 [rows], for scoring and prompt logprobs."""
+    """Raw log-probabilities of the given tokens int32 [rows], for scoring and prompt log-probabilities."""
     logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     _check(logits, top_n)
     checks.check_int32("tokens", tokens)
@@ -110,9 +112,9 @@ def token_logprobs(
     if checks.is_concrete(tokens):
         outside = [int(t) for t in np.asarray(tokens) if not 0 <= t < logits.shape[1]]
         checks.require(not outside, f"tokens hold {outside[:1]}, the vocabulary has {logits.shape[1]} entries")
-    plan = _Plan(mode="greedy", logprobs="raw", top_n=top_n, given=True)
-    result = _run(plan, logits, None, tokens, tiles).logprobs
-    assert result is not None  # the plan asks for them
+    call = SamplingCall(mode="greedy", logprobs="raw", top_n=top_n, given=True)
+    result = _run(call, logits, None, tokens, tiles).logprobs
+    assert result is not None
     return result
 
 
@@ -131,7 +133,7 @@ def _check(logits: jax.Array, top_n: int) -> None:
 
 
 def check_params(params: Mapping[str, np.ndarray], *, mode: Mode) -> None:
-    """Check the numbers on the host (numpy arrays, named as in `SamplingParams`): ranges, and the promise of `mode`."""
+    """Check the ranges of numpy arrays, named as in `SamplingParams`, and the promise of `mode`."""
     ranges = {
         "temperature": (0.0, np.finfo(np.float32).max, "0 or more, finite"),
         "top_p": (np.nextafter(np.float32(0), np.float32(1)), 1.0, "above 0, up to 1"),
@@ -149,89 +151,17 @@ def check_params(params: Mapping[str, np.ndarray], *, mode: Mode) -> None:
     )
 
 
-class _Plan(NamedTuple):
-    """What is static about one call. `given`: the tokens come from outside."""
-
-    mode: Mode
-    logprobs: LogprobMode | None
-    top_n: int
-    given: bool
-
-
 def _run(
-    plan: _Plan,
+    call: SamplingCall,
     logits: jax.Array,
     raw_logits: jax.Array | None,
     params: SamplingParams | jax.Array,
     tiles: SamplingTiles | None,
 ) -> Sampled:
-    if dispatch.implementation() == "reference":
-        return reference(plan, logits, raw_logits, params)
-    return _kernel_call(plan, logits, raw_logits, params, tiles)
-
-
-def _one_row(
-    plan: _Plan, row: Row, raw: Row | None, params: Params | jax.Array, *, pivots: int
-) -> tuple[jax.Array, jax.Array, Row, Survivors, row_sampler.Likelihood | None]:
-    """Token, validity, and the row, survivors and likelihood that its log-probabilities come from."""
-    if plan.given:
-        assert not isinstance(params, Params)
-        token, (summary, _) = params, row_sampler.summarize(row)
-        survivors = row_sampler.keep_all(summary)
-    else:
-        assert isinstance(params, Params)
-        token, summary, survivors = row_sampler.sample_row(row, params, mode=plan.mode, pivots=pivots)
-    if plan.logprobs is None:
-        return token, summary.valid, row, survivors, None
-    inverse = jnp.float32(1)
-    if plan.logprobs == "processed":
-        assert isinstance(params, Params)
-        inverse = 1.0 / jnp.where(params.temperature > 0, params.temperature, 1.0)
-    else:
-        source: Summary = summary if raw is None else row_sampler.summarize(raw)[0]
-        row, summary, survivors = raw or row, source, row_sampler.keep_all(source)
-    return token, summary.valid, row, survivors, row_sampler.likelihood(row, token, summary, survivors, inverse)
-
-
-# --- reference twin ---------------------------------------------------------------------------------------------
-
-
-def reference(
-    plan: _Plan, logits: jax.Array, raw_logits: jax.Array | None, params: SamplingParams | jax.Array
-) -> Sampled:
-    """The same in plain jax.numpy; what the CPU runs."""
-    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-
-    def as_row(x: jax.Array) -> Row:
-        def fold(step: row_sampler.Step, *initial: jax.Array, enabled: Any = True) -> tuple[jax.Array, ...]:
-            del enabled  # rows run side by side here: there is no skipping one
-            return step(tuple(jnp.full(x.shape, value, value.dtype) for value in initial), x, ids)
-
-        return Row(x.shape[0], fold, lambda token: x[token], in_lanes=False)
-
-    def one(x: jax.Array, raw: jax.Array | None, p: tuple[jax.Array, ...] | jax.Array) -> Sampled:
-        raw_row = None if raw is None else as_row(raw.astype(jnp.float32))
-        row_params = Params(*p) if isinstance(p, tuple) else p
-        token, valid, row, survivors, likely = _one_row(
-            plan, as_row(x.astype(jnp.float32)), raw_row, row_params, pivots=_TWIN_PIVOTS
-        )
-        if likely is None:
-            return Sampled(token, valid, None)
-        values = row.fold(lambda acc, x, ids: (jnp.where(survivors.keep(x, ids), x, -jnp.inf),), jnp.float32(0))[0]
-        best, top = lax.top_k(values, plan.top_n)
-        exists = best > -jnp.inf
-        return Sampled(
-            token,
-            valid,
-            Logprobs(
-                likely.logprob,
-                likely.rank,
-                jnp.where(exists, top.astype(jnp.int32), -1),
-                jnp.where(exists, likely.normalizer(best), -jnp.inf),
-            ),
-        )
-
-    return jax.vmap(one)(logits, raw_logits, params)
+    if dispatch.implementation() == "cpu":
+        tokens, valid, likely = on_cpu.sample(call, logits, raw_logits, params)
+        return Sampled(tokens, valid, None if likely is None else Logprobs(*likely))
+    return _kernel_call(call, logits, raw_logits, params, tiles)
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------
@@ -243,16 +173,16 @@ def tile_key(logits: jax.Array, mode: Mode) -> str:
 
 
 def tiles_for(logits: jax.Array, mode: Mode) -> SamplingTiles:
-    """The measured tiles, with chunks no wider than the row needs."""
+    """The measured tiles, with chunks no wider than a row."""
     tiles = tuning.choose("sampling", tile_key(logits, mode), SamplingTiles())
     return replace(tiles, block=min(tiles.block, next_power_of_two(max(logits.shape[1], 128))))
 
 
-def _memory_row(ref: Any, row: jax.Array, block: int) -> Row:
-    """A row of logits that stays in device memory and is read `block` entries at a time."""
+def _memory_row(ref: Any, row: jax.Array, block: int) -> LogitsRow:
+    """A row of logits in device memory, read `block` entries at a time."""
     size = ref.shape[1]
 
-    def fold(step: row_sampler.Step, *initial: jax.Array, enabled: Any = True) -> tuple[jax.Array, ...]:
+    def fold(step: FoldStep, *initial: jax.Array, enabled: Any = True) -> tuple[jax.Array, ...]:
         def chunk(i: jax.Array, acc: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             ids = i * block + jnp.arange(block, dtype=jnp.int32)
             x = plt.load(ref.at[row, ids], mask=ids < size, other=jnp.full((), -jnp.inf, ref.dtype))
@@ -262,15 +192,15 @@ def _memory_row(ref: Any, row: jax.Array, block: int) -> Row:
         chunks = jnp.where(enabled, jnp.int32(pl.cdiv(size, block)), 0)
         return lax.fori_loop(0, chunks, chunk, accumulators)
 
-    return Row(size, fold, lambda token: ref[row, token].astype(jnp.float32), in_lanes=True)
+    return LogitsRow(size, fold, lambda token: ref[row, token].astype(jnp.float32), in_lanes=True)
 
 
-def _kernel(refs: dict[str, Any], *out_refs: Any, plan: _Plan, tiles: SamplingTiles) -> None:
+def _kernel(refs: dict[str, Any], *out_refs: Any, call: SamplingCall, tiles: SamplingTiles) -> None:
     r = pl.program_id(0)
     raw = _memory_row(refs["raw_logits"], r, tiles.block) if "raw_logits" in refs else None
-    params = refs["tokens"][r] if plan.given else Params(*(refs[name][r] for name in Params._fields))
-    token, valid, row, survivors, likely = _one_row(
-        plan, _memory_row(refs["logits"], r, tiles.block), raw, params, pivots=tiles.pivots
+    params = refs["tokens"][r] if call.given else RowParams(*(refs[name][r] for name in RowParams._fields))
+    token, valid, row, survivors, likely = row_sampler.one_row(
+        call, _memory_row(refs["logits"], r, tiles.block), raw, params, pivots=tiles.pivots
     )
     tokens_ref, valid_ref, *logprob_refs = out_refs
     tokens_ref[r] = token
@@ -287,30 +217,30 @@ def _kernel(refs: dict[str, Any], *out_refs: Any, plan: _Plan, tiles: SamplingTi
         top_refs[1][r, i] = jnp.where(best > -jnp.inf, likely.normalizer(best), -jnp.inf)
         return best, top
 
-    if plan.top_n:
-        lax.fori_loop(0, plan.top_n, one, (jnp.float32(jnp.inf), jnp.int32(-1)))
+    if call.top_n:
+        lax.fori_loop(0, call.top_n, one, (jnp.float32(jnp.inf), jnp.int32(-1)))
 
 
 def _kernel_call(
-    plan: _Plan,
+    call: SamplingCall,
     logits: jax.Array,
     raw_logits: jax.Array | None,
     params: SamplingParams | jax.Array,
     tiles: SamplingTiles | None,
 ) -> Sampled:
     rows = logits.shape[0]
-    tiles = tiles or tiles_for(logits, plan.mode)
+    tiles = tiles or tiles_for(logits, call.mode)
     named = params._asdict() if isinstance(params, SamplingParams) else {"tokens": params}
     optional = {} if raw_logits is None else {"raw_logits": raw_logits}
     outputs = [jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)]
-    if plan.logprobs is not None:
+    if call.logprobs is not None:
         outputs += [jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)]
-    if plan.top_n:
-        shape = (rows, plan.top_n)
+    if call.top_n:
+        shape = (rows, call.top_n)
         outputs += [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)]
 
     def kernel(refs: dict[str, Any], *out_refs: Any) -> None:
-        _kernel(refs, *out_refs, plan=plan, tiles=tiles)
+        _kernel(refs, *out_refs, call=call, tiles=tiles)
 
     tokens, valid, *rest = dispatch.kernel_call(
         kernel,
@@ -319,9 +249,9 @@ def _kernel_call(
         outputs=outputs,
         num_warps=tiles.num_warps,
         num_stages=2,
-        name="token_logprobs" if plan.given else f"sample_{plan.mode}",
+        name="token_logprobs" if call.given else f"sample_{call.mode}",
     )
-    if plan.logprobs is None:
+    if call.logprobs is None:
         return Sampled(tokens, valid != 0, None)
     empty = (jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows, 0), jnp.float32))
-    return Sampled(tokens, valid != 0, Logprobs(*rest, *(() if plan.top_n else empty)))
+    return Sampled(tokens, valid != 0, Logprobs(*rest, *(() if call.top_n else empty)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile choices: a table measured on a device (`tuning.json`), with reasoned defaults where it has no entry.
+"""Tile sizes: the tunable values of every kernel, and the look-up in a table of measured ones (`tuning.json`).
 
-Owns: the names of the knobs and the look-up. The GPU run book (`python -m benchmarks.gpu --section sweep`)
-writes the table; nothing here guesses from a device's name.
+The GPU run book (`python -m benchmarks.gpu --section sweep`) writes the table. A shape or device without an entry uses
+the defaults of the op's module.
 
 tuning.json: {device kind: {op: {key: {knob: value}}}}, keys as `key(...)` spells them.
 """
@@ -20,6 +20,8 @@ TABLE = Path(__file__).with_name("tuning.json")
 
 @dataclass(frozen=True)
 class DecodeTiles:
+    """Attention of decode rows."""
+
     block_kv: int = 64  # KV tokens per loop step
     splits: int = 1  # programs that share one row and head group
     num_warps: int = 4
@@ -28,6 +30,8 @@ class DecodeTiles:
 
 @dataclass(frozen=True)
 class RaggedTiles:
+    """Attention of all other rows."""
+
     block_rows: int = 128  # (query token, head of the group) pairs per program
     block_kv: int = 64
     num_warps: int = 8
@@ -36,6 +40,8 @@ class RaggedTiles:
 
 @dataclass(frozen=True)
 class SamplingTiles:
+    """Sampling."""
+
     block: int = 2048  # vocabulary entries per loop step: the lanes of a row
     pivots: int = 8  # thresholds tried per pass over the row
     num_warps: int = 16
@@ -43,6 +49,8 @@ class SamplingTiles:
 
 @dataclass(frozen=True)
 class MatmulTiles:
+    """Grouped matmul."""
+
     block_rows: int = 16  # rows of the output per program
     block_columns: int = 64
     block_inner: int = 64  # of the contracted axis, per loop step
@@ -59,12 +67,12 @@ def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
 
 
 def key(**properties: Any) -> str:
-    """One spelling of a shape, such as "dim=128 dtype=bfloat16 group=4 rows=64"."""
+    """A shape as the table spells it, such as "dim=128 dtype=bfloat16 group=4 rows=64"."""
     return " ".join(f"{name}={properties[name]}" for name in sorted(properties))
 
 
 def choose[T: Tiles](op: str, shape: str, default: T) -> T:
-    """The measured tiles of this op and shape (a `key(...)`) on this kind of device, else `default`."""
+    """The measured tiles for this op, shape (a `key(...)`) and kind of device, or `default`."""
     measured = _table().get(dispatch.device_kind(), {}).get(op, {}).get(shape)
     if measured is None:
         return default

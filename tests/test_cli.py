@@ -89,9 +89,9 @@ def test_version_lists_what_is_required() -> None:
 
 def test_devices() -> None:
     found = json.loads(done("devices", "--json", JAX_PLATFORMS="cpu"))
-    assert found["kernels"] == "reference"
+    assert found["kernels"] == "cpu"
     assert [device["platform"] for device in found["devices"]] == ["cpu"]
-    assert done("devices", JAX_PLATFORMS="cpu").endswith("kernels: reference\n")
+    assert done("devices", JAX_PLATFORMS="cpu").endswith("kernels: cpu\n")
 
 
 def test_devices_on_an_absent_platform() -> None:

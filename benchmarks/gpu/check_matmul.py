@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `check_grouped`: the matmul of rows by group against float64, with every output poisoned.
+"""Section `check_grouped`: the matmul of rows by group against the oracle, with garbage in every output beforehand.
 
-Rows of no group hold NaN. Large products are compared in one column of every sixteen, drawn anew for each case: no
-tile is narrower.
+Rows of no group hold NaN. Large products are compared in one of every sixteen columns, which are drawn at random for
+each case: no tile is narrower.
 """
 
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import poison, references
+from benchmarks.gpu import poison
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.check_attention import TOLERANCE, compare, implementation
-from benchmarks.gpu.time_matmul import DEEPSEEK, GPT_OSS, MIXTRAL, QWEN3_30B, Experts, routed
+from benchmarks.gpu.time_matmul import DEEPSEEK, GPT_OSS, MIXTRAL, QWEN3_30B, ExpertSizes, routed
+from pallas_kernels import reference
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.reference import Array
 from pallas_kernels.tuning import MatmulTiles
 
 COLUMNS = ("rows", "rel_error", "worst", "tolerance", "written", "aliased", "ok")
-
-type Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _columns(rng: np.random.Generator, width: int) -> Array:
 
 
 def _weights(rng: np.random.Generator, case: MatmulCase) -> jax.Array:
-    """Made where they are used: those of some cases take seconds to bring there."""
+    """Made on the device: some would take seconds to copy there."""
     key = jax.random.key(int(rng.integers(2**31)))
     shape = (case.groups, case.n, case.k)
     return jax.jit(lambda: jax.random.normal(key, shape, jnp.dtype(case.dtype)))()
@@ -71,14 +71,16 @@ def check(rng: np.random.Generator, case: MatmulCase) -> Row:
 
     given = {"lhs": jnp.asarray(lhs), "rhs": rhs, "offsets": jnp.asarray(offsets), "weight": jnp.asarray(weight)}
     outcome = poison.run(call, given)
-    owned = [g for g in range(case.groups) if offsets[g + 1] > offsets[g]]
-    matrices = {g: np.asarray(_at(rhs, jnp.int32(g))) for g in owned}
-    columns = _columns(rng, case.n)
-    expected = [references.grouped(lhs, {g: w[columns] for g, w in matrices.items()}, offsets, len(columns))]
+    columns = _columns(rng, case.n)  # all of them where there are gradients
+    matrices = np.zeros((case.groups, len(columns), case.k), dtype)
+    for group in np.flatnonzero(np.diff(offsets)):
+        matrices[group] = np.asarray(_at(rhs, jnp.int32(group)))[columns]
+    expected = [reference.grouped_matmul(lhs, matrices, offsets)]
     found = [outcome.first[0][:, columns]]
     if case.gradients:
-        expected += references.grouped_gradients(lhs, matrices, offsets, weight, case.groups)
-        found += [outcome.first[1], outcome.first[2].reshape(case.groups * case.n, case.k)]
+        d_lhs, d_rhs = reference.grouped_matmul_gradients(lhs, matrices, offsets, weight)
+        expected += [d_lhs, d_rhs.reshape(-1, case.k)]
+        found += [outcome.first[1], outcome.first[2].reshape(-1, case.k)]
     rows = [compare(f, e, TOLERANCE[case.dtype]) for f, e in zip(found, expected, strict=True)]
     worst = {name: max(row[name] for row in rows) for name in ("rel_error", "worst")}
     right = outcome.repeatable and all(row["ok"] for row in rows)
@@ -93,7 +95,7 @@ def spread(rng: np.random.Generator, *, groups: int, rows: int, before: int = 0,
     return tuple(int(x) for x in before + np.concatenate([[0], np.cumsum(counts)]))
 
 
-def model_cases(rng: np.random.Generator, model: Experts, tokens: tuple[int, ...]) -> list[MatmulCase]:
+def model_cases(rng: np.random.Generator, model: ExpertSizes, tokens: tuple[int, ...]) -> list[MatmulCase]:
     cases = []
     for count in tokens:
         offsets = tuple(int(x) for x in routed(rng, model, count))

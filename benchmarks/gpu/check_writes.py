@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections `check_kv_write` and `check_blocks`: what is written is exact, what is not written keeps its bits.
+"""Sections `check_kv_write` and `check_blocks`: what is written is exact, and what is not written keeps its bits.
 
-Pools start as random bits, NaNs among them, so that any stray write or a value passed through arithmetic shows.
+Pools start as random bits, including NaNs, so that any stray write, and arithmetic on a copied value, shows.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,9 @@ import numpy as np
 
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.check_attention import implementation
-from benchmarks.gpu.references import wide
-from pallas_kernels import block_copy
+from pallas_kernels import block_copy, reference
 from pallas_kernels.kv_write import kv_write, latent_write
-
-type Array = np.ndarray
+from pallas_kernels.reference import LARGEST, Array, wide
 
 WRITE_COLUMNS = ("tokens", "rounded", "worst_step", "untouched", "in_place", "ok")
 BLOCK_COLUMNS = ("moved", "wrong", "untouched", "in_place", "ok")
@@ -56,8 +54,8 @@ def random_slots(rng: np.random.Generator, tokens: int, slots: int) -> Array:
 
 
 def quantised(x: Array, scale: Array | None, dtype: np.dtype) -> Array:
-    """The exact quotient, clipped to the dtype's range: what the stored code should be nearest to."""
-    limit = 127.0 if dtype == np.int8 else float(jnp.finfo(dtype).max)
+    """The exact quotient, clipped to the dtype's range: the stored code should be the nearest to it."""
+    limit = LARGEST[dtype.name]
     quotient = wide(x) if scale is None else wide(x) / wide(scale)[..., None]
     return np.clip(quotient, -limit, limit)
 
@@ -82,7 +80,8 @@ def judge_pool(written: Array, before: Array, new: Array, slots: Array, scale: A
         wrong = int((bits(written[target]) != bits(new[live])).sum())
         return {"rounded": 0.0, "worst_step": float(wrong), "untouched": untouched, "ok": untouched and wrong == 0}
     off = steps_off(written[target], quantised(new[live], None if scale is None else scale[live], written.dtype))
-    # A quotient a hair off, on a GPU that divides by multiplying, may round the other way: rarely, and by one step.
+    # A GPU may divide by multiplying with a reciprocal, so that a quotient near a tie rounds the other way: rarely, and
+    # by one step.
     worst, rounded = float(np.nan_to_num(off, nan=1e9).max(initial=0.0)), float((off > 0.5001).mean())
     return {
         "rounded": rounded,
@@ -132,9 +131,7 @@ def judge_scales(
         return None
     if before.ndim == 1:
         return np.broadcast_to(before, new.shape[:2])
-    limit = 127.0 if dtype == np.int8 else float(jnp.finfo(dtype).max)
-    largest = np.abs(wide(new)).max(axis=2)
-    expected = np.where(largest > 0, largest / limit, 1.0)
+    expected = reference.slot_scale(new, dtype)
     found = np.asarray(after).reshape(-1, new.shape[1])
     live = slots >= 0
     others = np.ones(len(found), bool)
@@ -224,11 +221,9 @@ def check_blocks(rng: np.random.Generator, case: BlockCase) -> Row:
     sources, targets = _pairs(rng, case)
 
     both = (sources >= 0) & (targets >= 0)
-    copied = before.copy()
-    copied[targets[both]] = before[sources[both]]
-    scattered = before.copy()
-    scattered[targets[targets >= 0]] = staged[targets >= 0]
-    gathered = np.where((sources >= 0).reshape(-1, *(1,) * len(case.block)), bits(before[sources]), 0)
+    copied = reference.copy_blocks(before, sources, targets)
+    scattered = reference.scatter_blocks(before, staged, targets)
+    gathered = reference.gather_blocks(before, sources)
 
     found = []
     for operation, arguments, expected, which in (
@@ -243,7 +238,7 @@ def check_blocks(rng: np.random.Generator, case: BlockCase) -> Row:
         found.append(_verdict(np.asarray(after), expected, touched))
         found[-1]["in_place"] = after.unsafe_buffer_pointer() == where
     out = np.asarray(jax.jit(block_copy.gather_blocks)(jnp.asarray(before), sources))
-    found.append(_verdict(bits(out), gathered.astype(bits(out).dtype), np.ones(case.moved, bool)))
+    found.append(_verdict(out, gathered, np.ones(case.moved, bool)))
     in_place = all(row.get("in_place", True) for row in found)
     return {
         "moved": case.moved,

@@ -18,11 +18,11 @@ import jax
 from benchmarks.gpu import trace
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.rig import Rig, rig_of
-from benchmarks.gpu.timing import Target
+from benchmarks.gpu.timing import Aim
 
 COLUMNS = ("ms", "host_ms", "read_ms", "between_us", "idle_us", "kernels", "met", "note")
 TRACED_AS_RUN = "--xla_enable_command_buffers_during_profiling=true"
-AIM = Target("between_us", 50, at_most=True)
+AIM = Aim("between_us", 50, at_most=True)
 
 
 class Clock:

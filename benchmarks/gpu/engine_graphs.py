@@ -20,7 +20,7 @@ from jaxserve.engine.schedule.sequence import Need
 COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
 
 
-def compile_with_plan(program: programs.Program) -> tuple[Any, plans.Plan | None]:
+def compile_with_plan(program: programs.Program) -> tuple[Any, plans.LaunchPlan | None]:
     """The program as the engine compiles it, and its plan."""
     jitted = jax.jit(
         program.function,

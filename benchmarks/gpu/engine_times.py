@@ -12,7 +12,7 @@ import random
 from benchmarks.gpu import roof
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.rig import Rig, rig_of
-from benchmarks.gpu.timing import Ceilings, Target
+from benchmarks.gpu.timing import Aim, Ceilings
 
 DECODE_COLUMNS = ("ms", "device_ms", "spread", "tokens_per_s", "floor_pct", "table_pct", "met", "note")
 PREFILL_COLUMNS = ("ms", "spread", "tokens_per_s", "tflops", "floor_pct", "table_pct", "met")
@@ -21,7 +21,7 @@ PEER_MIX = "64 requests of 256 and 128"
 _SHAREGPT = {"prompt": (128, 1.2), "answer": (160, 0.9)}  # medians, and the spread of the logarithms
 
 
-def judged(row: Row, target: Target | None) -> Row:
+def judged(row: Row, target: Aim | None) -> Row:
     """With what is asked for, and whether it is so."""
     told = row | {"us": 1e3 * row["ms"]}
     return told | {"target": None if target is None else str(target), "met": target and target.met(told)}
@@ -37,11 +37,11 @@ def decode_cases(tiny: bool) -> list[tuple[int, int]]:
     return at_1k + [(rows, 4096) for rows in (64, 1, 128, 8, 32, 256)]
 
 
-def decode_target(rows: int) -> Target | None:
+def decode_target(rows: int) -> Aim | None:
     """What is asked of one H200."""
     if rows == 1:
-        return Target("floor_pct", 80)
-    return Target("floor_pct", 85) if rows >= 64 else None
+        return Aim("floor_pct", 80)
+    return Aim("floor_pct", 85) if rows >= 64 else None
 
 
 def measure_decode(rig: Rig, rows: int, context: int, ceilings: Ceilings) -> Row:
@@ -81,7 +81,7 @@ def measure_prefill(rig: Rig, prompt: int, together: int, ceilings: Ceilings) ->
     row |= {"tokens_per_s": 1e3 * together * prompt / ms, "flops": flops, "tflops": flops / ms / 1e9}
     row["floor_pct"] = 100 * row["tflops"] / ceilings.matmul if ceilings.matmul else None
     row["table_pct"] = 100 * row["tflops"] / (roof.TABLE.matmul or 1)
-    return judged(row, Target("floor_pct", 55) if prompt == 8192 else None)
+    return judged(row, Aim("floor_pct", 55) if prompt == 8192 else None)
 
 
 def run_prefill(page: Page) -> None:
@@ -136,7 +136,7 @@ def measure_offline(rig: Rig, requests: list[tuple[int, int]], seconds: float, c
         "floor_pct": roof.percent(floors[0], ms),
         "table_pct": roof.percent(floors[1], ms),
     }
-    return judged(row, Target("floor_pct", 80) if requests[0] == (1000, 1000) else None)
+    return judged(row, Aim("floor_pct", 80) if requests[0] == (1000, 1000) else None)
 
 
 def run_offline(page: Page) -> None:

@@ -10,6 +10,7 @@ donation       a pool keeps its place in memory through a chain of steps
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models
-from benchmarks.gpu import inputs, references, time_others, timing
+from benchmarks.gpu import inputs, time_others, timing
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.check_attention import TOLERANCE, compare, implementation
-from benchmarks.gpu.inputs import MlaCase, PagedCase, PagedInputs, Ragged
+from benchmarks.gpu.inputs import AttentionInputs, Lengths, MlaCase, PagedCase
 from benchmarks.gpu.poison import same_bits
+from pallas_kernels import reference
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged import Ragged
+from pallas_kernels.reference import Array
 from pallas_kernels.sampling import SamplingParams, sample
 from pallas_kernels.tuning import DecodeTiles
 
 COLUMNS = ("value", "rel_error", "tolerance", "ok")
 
-type Array = np.ndarray
-type Case = tuple[str, Callable[[], Row]]
+type Hazard = tuple[str, Callable[[], Row]]
 
 
 # --- races ------------------------------------------------------------------------------------------------------
@@ -49,9 +52,9 @@ def repeated(function: Callable[[Any], Any], arguments: Any, *, times: int) -> R
     return {"value": different, "calls": times, "ok": different == 0}
 
 
-def _attention(function: Callable[..., Any], given: PagedInputs, *, times: int) -> Row:
-    arrays = {name: jnp.asarray(array) for name, array in given.arrays.items()}
-    return repeated(lambda arrays: function(**arrays, **given.options), arrays, times=times)
+def _attention(function: Callable[..., Any], given: AttentionInputs, *, times: int) -> Row:
+    arrays = jax.tree.map(jnp.asarray, given.arrays)
+    return repeated(lambda arrays: function(**arrays, **given.options, **given.tiles), arrays, times=times)
 
 
 def _race_sampling(rng: np.random.Generator, *, tiny: bool, times: int) -> Row:
@@ -81,19 +84,19 @@ def _race_writes(rng: np.random.Generator, *, tiny: bool, times: int) -> Row:
     return repeated(write, (pool, scale, new, slots), times=times)
 
 
-def race_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
+def race_cases(rng: np.random.Generator, *, tiny: bool) -> list[Hazard]:
     times = 3 if tiny else 50
     heads, latent = (inputs.TINY_PAGED, inputs.TINY_MLA) if tiny else ({}, {})
-    lengths = (3, 20) if tiny else tuple(int(n) for n in rng.integers(1, 2000, 64))
-    decode = Ragged(decode=lengths)
-    mixed = Ragged(decode=lengths[:2], chunks=((700, 700), (300, 900), (17, 17)))
+    kv_lens = (3, 20) if tiny else tuple(int(n) for n in rng.integers(1, 2000, 64))
+    decode = Lengths(decode=kv_lens)
+    mixed = Lengths(decode=kv_lens[:2], chunks=((700, 700), (300, 900), (17, 17)))
     splits: dict[str, Any] = {"decode_tiles": DecodeTiles(splits=2 if tiny else 8)}
 
     def paged(case: PagedCase) -> Callable[[], Row]:
         return lambda: _attention(paged_attention, inputs.paged(rng, case), times=times)
 
-    def latents(ragged: Ragged) -> Row:
-        return _attention(mla_attention, inputs.mla(rng, MlaCase("", ragged, **latent)), times=times)
+    def latents(lengths: Lengths) -> Row:
+        return _attention(mla_attention, inputs.mla(rng, MlaCase("", lengths, **latent)), times=times)
 
     found = [
         ("race: decode in splits", paged(PagedCase("", decode, options=splits, **heads))),
@@ -114,12 +117,12 @@ def race_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
 
 
 def _blocks(pool: jax.Array, ids: Array) -> Array:
-    """These blocks by XLA's own slices, which share no code with the kernels."""
+    """These blocks, by slices of XLA, which share no code with the kernels."""
     return np.asarray(jax.jit(lambda pool: jnp.stack([pool[int(at)] for at in ids]))(pool))
 
 
 def far(rng: np.random.Generator, *, blocks: int, block: tuple[int, int, int], kv: str, heads: int) -> Row:
-    """Blocks at both ends of two pools, and around each power of two, through all that reads and writes them."""
+    """Blocks at both ends and in the middle of two pools, through every op that reads or writes them."""
     block_size, kv_heads, dim = block
     middle = blocks // 2
     ids = np.array([0, 1, middle - 1, middle, middle + 1, blocks - 3, blocks - 2, blocks - 1], np.int32)
@@ -136,19 +139,16 @@ def far(rng: np.random.Generator, *, blocks: int, block: tuple[int, int, int], k
     pools = {"k": k_pool, "v": v_pool}
     wrote = all(same_bits(_blocks(pools[n], ids), stored[n]) for n in pools)
 
-    ragged = Ragged(decode=(kv_len, kv_len - 1), chunks=((5, kv_len),), padding_rows=0)
     q = inputs.normal(rng, (2 + 5 + 3, heads, dim), "bfloat16")
-    description = dict(
+    ragged = Ragged(
         block_tables=np.stack([ids] * 3),
         kv_lens=np.array([kv_len, kv_len - 1, kv_len], np.int32),
         cu_q_lens=np.array([0, 1, 2, 7], np.int32),
-        distribution=np.array([len(ragged.decode), 3], np.int32),
+        distribution=np.array([2, 3], np.int32),
     )
-    out = np.asarray(jax.jit(paged_attention)(q, k_pool, v_pool, **description))
-    expected = np.zeros(q.shape)
-    keys, values = (references.wide(stored[n]).reshape(kv_len, kv_heads, dim).transpose(1, 0, 2) for n in ("k", "v"))
-    positions = np.array([kv_len - 1, kv_len - 2, *range(kv_len - 5, kv_len)])
-    expected[:7] = references.dense(references.wide(q[:7]), keys, values, positions, scale=dim**-0.5)
+    out = np.asarray(jax.jit(paged_attention)(q, k_pool, v_pool, ragged))
+    near = replace(ragged, block_tables=np.stack([np.arange(len(ids), dtype=np.int32)] * 3))
+    expected = reference.paged_attention(q, stored["k"], stored["v"], near)
     row = compare(out, expected, TOLERANCE["bfloat16"])
     del k_pool, pools
     moved = _move_far(v_pool, ids, stored["v"])
@@ -171,7 +171,7 @@ def _move_far(pool: jax.Array, ids: Array, stored: Array) -> bool:
     return bool(right)
 
 
-def far_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
+def far_cases(rng: np.random.Generator, *, tiny: bool) -> list[Hazard]:
     if tiny:
         return [("far: bfloat16", lambda: far(rng, blocks=32, block=(8, 2, 16), kv="bfloat16", heads=4))]
     block = (16, 8, 128)
@@ -194,27 +194,30 @@ def far_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
 # --- grid limits ------------------------------------------------------------------------------------------------
 
 
-def limit_cases(rng: np.random.Generator, *, tiny: bool) -> list[Case]:
+def limit_cases(rng: np.random.Generator, *, tiny: bool) -> list[Hazard]:
     if tiny:
-        shapes = {"limit: 20 rows": Ragged(decode=(5,) * 20)}
+        shapes = {"limit: 20 rows": Lengths(decode=(5,) * 20)}
         heads = inputs.TINY_PAGED
     else:
         shapes = {
-            "limit: 1024 decode rows": Ragged(decode=tuple(int(n) for n in rng.integers(0, 200, 1024))),
-            "limit: 8192 tokens in one row": Ragged(chunks=((8192, 8192),)),
-            "limit: 1024 rows of 8 tokens": Ragged(chunks=((8, 30),) * 1024, padding_tokens=0),
-            "limit: 512 decode rows and 7680 tokens": Ragged((77,) * 512, ((7000, 7000), (680, 700)), padding_tokens=0),
-            "limit: one row of 131072 tokens": Ragged(decode=(131072,)),
+            "limit: 1024 decode rows": Lengths(decode=tuple(int(n) for n in rng.integers(0, 200, 1024))),
+            "limit: 8192 tokens in one row": Lengths(chunks=((8192, 8192),)),
+            "limit: 1024 rows of 8 tokens": Lengths(chunks=((8, 30),) * 1024, padding_tokens=0),
+            "limit: 512 decode rows and 7680 tokens": Lengths(
+                (77,) * 512, ((7000, 7000), (680, 700)), padding_tokens=0
+            ),
+            "limit: one row of 131072 tokens": Lengths(decode=(131072,)),
         }
         heads = dict(inputs.TINY_PAGED, dim=64, block_size=16)
 
-    def measure(ragged: Ragged) -> Row:
-        given = inputs.paged(rng, PagedCase("", ragged, **heads))
+    def measure(lengths: Lengths) -> Row:
+        given = inputs.paged(rng, PagedCase("", lengths, **heads))
         call = jax.jit(lambda arrays: paged_attention(**arrays, **given.options))
-        out = np.asarray(call({name: jnp.asarray(array) for name, array in given.arrays.items()}))
-        return compare(out, references.paged(given), TOLERANCE["bfloat16"])
+        out = np.asarray(call(jax.tree.map(jnp.asarray, given.arrays)))
+        expected = reference.paged_attention(**given.arrays, **given.options)
+        return compare(out, expected, TOLERANCE["bfloat16"])
 
-    return [(name, lambda ragged=ragged: measure(ragged)) for name, ragged in shapes.items()]
+    return [(name, lambda lengths=lengths: measure(lengths)) for name, lengths in shapes.items()]
 
 
 # --- CUDA graphs and donation -----------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs for the attention checks, with a trap wherever a kernel must not read.
+"""Random inputs for the attention checks, as numpy arrays, with a trap wherever a kernel must not read.
 
-Owns: how a ragged batch is laid out in a pool. Everything is numpy. NaN stands in every slot nobody owns, in padding
-tokens, and in the block that unused table entries name.
+Slots that no row uses, padding tokens and the block that unused table entries name hold NaN.
 """
 
 from dataclasses import dataclass, field
@@ -11,29 +10,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-type Array = np.ndarray
-
-
-class RowOf(NamedTuple):
-    """One row of a batch: query tokens [start, start + count) at the end of kv_len tokens in these blocks."""
-
-    start: int
-    count: int
-    kv_len: int
-    blocks: Array
+from pallas_kernels.ragged import Ragged
+from pallas_kernels.reference import Array
 
 
 class Batch(NamedTuple):
-    arguments: dict[str, Array]  # block_tables, kv_lens, cu_q_lens, distribution
-    rows: list[RowOf]
+    """A batch that is laid out in a pool."""
+
+    ragged: Ragged
     tokens: int  # query tokens, padding included
     blocks: int
     owned: Array  # bool [blocks, block_size]
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """The shape of a batch."""
+class Lengths:
+    """The rows of a batch."""
 
     decode: tuple[int, ...] = ()  # KV length of each decode row
     chunks: tuple[tuple[int, int], ...] = ()  # (query tokens, KV length) of each prompt chunk
@@ -48,7 +40,7 @@ class Ragged:
 @dataclass(frozen=True)
 class PagedCase:
     name: str
-    ragged: Ragged
+    lengths: Lengths
     heads: int = 32
     kv_heads: int = 8
     dim: int = 128
@@ -66,7 +58,7 @@ class PagedCase:
 @dataclass(frozen=True)
 class MlaCase:
     name: str
-    ragged: Ragged
+    lengths: Lengths
     heads: int = 128
     latent: int = 512
     rope: int = 64
@@ -81,20 +73,20 @@ TINY_PAGED: dict[str, Any] = dict(heads=4, kv_heads=2, dim=16, block_size=8)
 TINY_MLA: dict[str, Any] = dict(heads=4, latent=32, rope=16, block_size=8)
 
 
-def lay_out(rng: np.random.Generator, ragged: Ragged, *, block_size: int, window: int | None = None) -> Batch:
-    """Give every row its blocks, in no order, and set the traps."""
-    lengths = [(1, kv_len) for kv_len in ragged.decode] + list(ragged.chunks)
+def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window: int | None = None) -> Batch:
+    """Give every row its blocks, in random order, and set the traps."""
+    lengths = [(1, kv_len) for kv_len in shape.decode] + list(shape.chunks)
     used = [-(-kv_len // block_size) for _, kv_len in lengths]
     blocks = sum(used) + 2
     ids = rng.permutation(blocks).astype(np.int32)
     trap = ids[-1]
-    rows_padded = len(lengths) + ragged.padding_rows
+    rows_padded = len(lengths) + shape.padding_rows
     tables = np.full((rows_padded, max([*used, 1]) + 1), trap, np.int32)
-    # Garbage where nothing may look: small enough that a kernel that looks fails here and not in the driver.
+    # Garbage where nothing may be read, small enough that reading it gives a wrong result and not a crash.
     kv_lens = np.full((rows_padded,), 9, np.int32)
     cu = np.full((rows_padded + 1,), 1, np.int32)
     owned = np.zeros((blocks, block_size), bool)
-    rows, start, next_id = [], 0, 0
+    start, next_id = 0, 0
     for r, (count, kv_len) in enumerate(lengths):
         mine = ids[next_id : next_id + used[r]]
         owned[mine] = True
@@ -104,16 +96,16 @@ def lay_out(rng: np.random.Generator, ragged: Ragged, *, block_size: int, window
         if window is not None:  # blocks that no query token of the row can see
             tables[r, : max(kv_len - count - window + 1, 0) // block_size] = trap
         kv_lens[r], cu[r], cu[r + 1] = kv_len, start, start + count
-        rows.append(RowOf(start, count, kv_len, mine))
         start, next_id = start + count, next_id + used[r]
-    tokens = rows_padded if ragged.decode_only else start + ragged.padding_tokens
-    arguments = dict(
+    tokens = rows_padded if shape.decode_only else start + shape.padding_tokens
+    ragged = Ragged(
         block_tables=tables,
         kv_lens=kv_lens,
         cu_q_lens=cu,
-        distribution=np.array([len(ragged.decode), len(lengths)], np.int32),
+        distribution=np.array([len(shape.decode), len(lengths)], np.int32),
+        decode_only=shape.decode_only,
     )
-    return Batch(arguments, rows, tokens, blocks, owned)
+    return Batch(ragged, tokens, blocks, owned)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
@@ -122,10 +114,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Arra
 
 def queries(rng: np.random.Generator, batch: Batch, shape: tuple[int, ...], dtype: str) -> Array:
     q = normal(rng, (batch.tokens, *shape), dtype)
-    owned = np.zeros(batch.tokens, bool)
-    for row in batch.rows:
-        owned[row.start : row.start + row.count] = True
-    q[~owned] = np.nan
+    q[int(batch.ragged.cu_q_lens[batch.ragged.distribution[1]]) :] = np.nan
     return q
 
 
@@ -152,14 +141,16 @@ def scales_of(rng: np.random.Generator, batch: Batch, kv_heads: int, kind: str |
     return per_slot
 
 
-class PagedInputs(NamedTuple):
-    arrays: dict[str, Array]  # what the op takes by name, q and the pools included
-    options: dict[str, Any]  # static
-    batch: Batch
+class AttentionInputs(NamedTuple):
+    """The arguments of one call, by name."""
+
+    arrays: dict[str, Any]  # q, pools, the description of the batch
+    options: dict[str, Any]  # of the op and its oracle, static
+    tiles: dict[str, Any]  # of the op alone
 
 
-def paged(rng: np.random.Generator, case: PagedCase) -> PagedInputs:
-    batch = lay_out(rng, case.ragged, block_size=case.block_size, window=case.window)
+def paged(rng: np.random.Generator, case: PagedCase) -> AttentionInputs:
+    batch = lay_out(rng, case.lengths, block_size=case.block_size, window=case.window)
     kv, v_dim = case.kv or case.dtype, case.v_dim or case.dim
     arrays = dict(
         q=queries(rng, batch, (case.heads, case.dim), case.dtype),
@@ -168,28 +159,26 @@ def paged(rng: np.random.Generator, case: PagedCase) -> PagedInputs:
         k_scale=scales_of(rng, batch, case.kv_heads, case.scales, kv),
         v_scale=scales_of(rng, batch, case.kv_heads, case.scales, kv),
         sinks=rng.standard_normal(case.heads, np.float32) if case.sinks else None,
-        **batch.arguments,
+        ragged=batch.ragged,
     )
-    # A few of the largest scores decide: a flat softmax would hide a wrong score behind the average.
+    # A scale with which a few of the largest scores decide: a flat softmax would average a wrong score away.
     options = dict(
         scale=2 * case.dim**-0.5,
         window=case.window,
         soft_cap=case.soft_cap,
-        decode_only=case.ragged.decode_only,
-        **case.options,
     )
-    return PagedInputs({name: array for name, array in arrays.items() if array is not None}, options, batch)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    return AttentionInputs(given, options, case.options)
 
 
-def mla(rng: np.random.Generator, case: MlaCase) -> PagedInputs:
-    batch = lay_out(rng, case.ragged, block_size=case.block_size)
+def mla(rng: np.random.Generator, case: MlaCase) -> AttentionInputs:
+    batch = lay_out(rng, case.lengths, block_size=case.block_size)
     width, kv = case.latent + case.rope, case.kv or case.dtype
-    arrays = dict(
+    arrays: dict[str, Any] = dict(
         q=queries(rng, batch, (case.heads, width), case.dtype),
         pool=pool_of(rng, batch, (width,), kv),
-        **batch.arguments,
+        ragged=batch.ragged,
     )
     if case.scaled:
         arrays["pool_scale"] = np.array([1 / 64 if kv == "int8" else 0.7], np.float32)
-    options = dict(latent_dim=case.latent, scale=2 * width**-0.5, decode_only=case.ragged.decode_only)
-    return PagedInputs(arrays, options, batch)
+    return AttentionInputs(arrays, dict(latent_dim=case.latent, scale=2 * width**-0.5), {})

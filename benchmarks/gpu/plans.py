@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"(_\d+)+$")
 
 
 @dataclass
-class Plan:
+class LaunchPlan:
     graphs: int = 0
     launches: list[str] = field(default_factory=list[str])  # by name, in order
     outside: list[str] = field(default_factory=list[str])  # those of them that lie in no graph
@@ -40,7 +40,7 @@ def options(folder: str | Path) -> dict[str, Any]:
     return {"xla_dump_to": str(folder)} | _OPTIONS
 
 
-def read(folder: Path) -> Plan | None:
+def read(folder: Path) -> LaunchPlan | None:
     """The plan of the one program that was dumped there; None where the backend writes none."""
     files = sorted(folder.rglob("*thunk_sequence_after_thunk_passes.txt")) or sorted(
         folder.rglob("*thunk_sequence*.txt")
@@ -48,8 +48,8 @@ def read(folder: Path) -> Plan | None:
     return parse(files[-1].read_text()) if files else None
 
 
-def parse(text: str) -> Plan:
-    plan = Plan()
+def parse(text: str) -> LaunchPlan:
+    plan = LaunchPlan()
     within: int | None = None  # how far in the graph stands that lines belong to
     for line in text.splitlines():
         found = _LINE.match(line)

@@ -11,7 +11,7 @@ import numpy as np
 _GARBAGE = (float("nan"), -31000.0)
 
 
-class Outcome(NamedTuple):
+class Poisoned(NamedTuple):
     first: Any  # pytree of numpy arrays
     repeatable: bool  # both runs gave the same bits, whatever garbage lay there
     aliased: bool  # the outputs really took the place of the garbage
@@ -31,7 +31,7 @@ def _filled(shape: jax.ShapeDtypeStruct, value: float) -> jax.Array:
     return jnp.full(shape.shape, whole % 2 if shape.dtype == jnp.bool_ else whole, shape.dtype)
 
 
-def run(function: Callable[..., Any], arguments: Any) -> Outcome:
+def run(function: Callable[..., Any], arguments: Any) -> Poisoned:
     """`function(arguments)` twice. The outputs are written over donated arrays of garbage, and garbage of the size
     of the temporaries is freed just before, for the allocator to hand out again."""
     shapes = jax.eval_shape(function, arguments)
@@ -50,4 +50,4 @@ def run(function: Callable[..., Any], arguments: Any) -> Outcome:
         del spoiled
         results.append(jax.tree.map(np.asarray, compiled(garbage, arguments)))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    return Outcome(results[0], same_bits(*results), memory.alias_size_in_bytes >= size)
+    return Poisoned(results[0], same_bits(*results), memory.alias_size_in_bytes >= size)

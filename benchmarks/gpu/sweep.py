@@ -121,7 +121,7 @@ def looked_up(tuned: Tuned, page: Page) -> tuple[str, Tiles]:
         return default
 
     case = tuned.case(None)
-    with mock.patch.object(tuning, "choose", choose), implementation(page):  # the plain twins look nothing up
+    with mock.patch.object(tuning, "choose", choose), implementation(page):  # the CPU code looks no tiles up
         case.chain(1).trace(*case.abstract())
     return asked[tuned.op]
 

@@ -6,6 +6,7 @@ The floors: decode reads K and V of every used token once; a prompt's queries me
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ import numpy as np
 from benchmarks import models
 from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page
-from benchmarks.gpu.timing import Arrays, Target, Timed
+from benchmarks.gpu.timing import Aim, Arrays, Timed
 from benchmarks.models import Heads
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged import Ragged
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles, Tiles
 
 BLOCK_SIZE = 16
@@ -43,17 +45,20 @@ def of_kind[T: Tiles](kind: type[T], tiles: Tiles | None) -> T | None:
     return tiles if isinstance(tiles, kind) else None
 
 
-def batch(*, q_lens: list[int], kv_len: int, decode_rows: int) -> dict[str, np.ndarray]:
-    """All of a batch's description but the tables; rows of one KV length."""
-    return dict(
-        kv_lens=np.full(len(q_lens), kv_len, np.int32),
+def batch(table: np.ndarray, *, q_lens: list[int], kv_len: int, decode_only: bool = False) -> Ragged:
+    """Rows of one KV length."""
+    rows = len(q_lens)
+    return Ragged(
+        block_tables=table,
+        kv_lens=np.full(rows, kv_len, np.int32),
         cu_q_lens=np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32),
-        distribution=np.array([decode_rows, len(q_lens)], np.int32),
+        distribution=np.array([rows if decode_only else 0, rows], np.int32),
+        decode_only=decode_only,
     )
 
 
 def _after(out: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The same lengths, but only known once `out` is: makes the next call wait, at the cost of one tiny kernel."""
+    """The same lengths, but dependent on `out`, so that the next call waits for it, at the cost of a tiny kernel."""
     return lengths + (out[(0,) * out.ndim] > 1e30).astype(jnp.int32)
 
 
@@ -61,21 +66,19 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.dtype(dtype))
 
 
-def _decode_step(model: Heads, tiles: Tiles | None) -> timing.Step:
-    def step(q: jax.Array, fixed: Any, table: jax.Array) -> jax.Array:
-        k_pool, v_pool, scale, lengths = fixed
+def _decode_step(model: Heads, tiles: Tiles | None) -> timing.ChainStep:
+    def step(q: jax.Array, fixed: Any, ragged: Ragged) -> jax.Array:
+        k_pool, v_pool, scale = fixed
         return paged_attention(
             q,
             k_pool,
             v_pool,
-            block_tables=table,
-            **lengths,
+            ragged,
             scale=1.0,
             window=model.window,
             soft_cap=model.soft_cap,
             k_scale=scale,
             v_scale=scale,
-            decode_only=True,
             decode_tiles=of_kind(DecodeTiles, tiles),
         )
 
@@ -101,8 +104,11 @@ def decode_case(
 
     def arrays(pools: tuple[jax.Array, ...]) -> Arrays:
         scale = jnp.full((model.kv_heads,), 1.0, jnp.float32) if one_byte(kv) else None
-        fixed = (*pools, scale, batch(q_lens=[1] * rows, kv_len=context, decode_rows=rows))
-        return Arrays(_normal(2, (rows, model.heads, model.dim), "bfloat16"), fixed, tables(blocks, rows, width, sets))
+        batches = [
+            batch(table, q_lens=[1] * rows, kv_len=context, decode_only=True)
+            for table in tables(blocks, rows, width, sets)
+        ]
+        return Arrays(_normal(2, (rows, model.heads, model.dim), "bfloat16"), (*pools, scale), batches)
 
     return Timed(
         f"{model.name} {kv} {rows} x {context}" + ("" if block_size == BLOCK_SIZE else f" block {block_size}"),
@@ -116,10 +122,10 @@ def decode_case(
     )
 
 
-def decode_target(rows: int, context: int) -> Target | None:
+def decode_target(rows: int, context: int) -> Aim | None:
     if rows * context >= 256 * 1024:
-        return Target("copy_pct", 85)
-    return {(64, 1024): Target("copy_pct", 70), (8, 1024): Target("copy_pct", 50)}.get((rows, context))
+        return Aim("copy_pct", 85)
+    return {(64, 1024): Aim("copy_pct", 70), (8, 1024): Aim("copy_pct", 50)}.get((rows, context))
 
 
 def decode_cases(tiny: bool) -> list[Timed]:
@@ -143,15 +149,18 @@ def visible_pairs(q_lens: list[int], prefix: int) -> float:
 
 
 def _ragged_arrays(
-    q_shape: tuple[int, ...], sets: int, blocks: int, width: int, lengths: dict[str, np.ndarray]
+    q_shape: tuple[int, ...], sets: int, blocks: int, width: int, *, q_lens: list[int], kv_len: int, decode_only: bool
 ) -> Callable[[tuple[jax.Array, ...]], Arrays]:
-    kv_lens = lengths["kv_lens"]
-    rest = {name: array for name, array in lengths.items() if name != "kv_lens"}
+    rows = len(q_lens)
 
     def arrays(pools: tuple[jax.Array, ...]) -> Arrays:
-        walks = tables(blocks, len(kv_lens), width, sets)
+        batches = [
+            batch(table, q_lens=q_lens, kv_len=kv_len, decode_only=decode_only)
+            for table in tables(blocks, rows, width, sets)
+        ]
         queries = [_normal(3 + i, q_shape, "bfloat16") for i in range(sets)]
-        return Arrays((jnp.asarray(kv_lens), None), (pools, rest), list(zip(queries, walks, strict=True)))
+        kv_lens = jnp.full(rows, kv_len, jnp.int32)
+        return Arrays((kv_lens, None), pools, list(zip(queries, batches, strict=True)))
 
     return arrays
 
@@ -168,18 +177,15 @@ def ragged_case(
     sets = min(timing.sets_needed(used + q_bytes), 4)
     blocks = rows * width * sets
     pool = spec((blocks, BLOCK_SIZE, model.kv_heads, model.dim), kv)
-    lengths = batch(q_lens=q_lens, kv_len=kv_len, decode_rows=0)
 
     def step(carry: Any, fixed: Any, one: Any) -> Any:
-        (kv_lens, _), ((k_pool, v_pool), rest), (q, table) = carry, fixed, one
+        (kv_lens, _), (k_pool, v_pool), (q, ragged) = carry, fixed, one
         scale = jnp.full((model.kv_heads,), 1.0, jnp.float32) if one_byte(kv) else None
         out = paged_attention(
             q,
             k_pool,
             v_pool,
-            block_tables=table,
-            kv_lens=kv_lens,
-            **rest,
+            replace(ragged, kv_lens=kv_lens),
             window=model.window,
             soft_cap=model.soft_cap,
             k_scale=scale,
@@ -191,11 +197,13 @@ def ragged_case(
     return Timed(
         f"{model.name} {kv} {rows} x {q_lens[0]}" + (f" after {prefix}" if prefix else ""),
         (pool, pool),
-        _ragged_arrays((tokens, model.heads, model.dim), sets, blocks, width, lengths),
+        _ragged_arrays(
+            (tokens, model.heads, model.dim), sets, blocks, width, q_lens=q_lens, kv_len=kv_len, decode_only=False
+        ),
         step,
         bytes=used + 2 * q_bytes,
         flops=4 * model.heads * model.dim * visible_pairs(q_lens, prefix),
-        target=Target("tflops", 300) if (tokens, rows, kv) == (8192, 1, "bfloat16") else None,
+        target=Aim("tflops", 300) if (tokens, rows, kv) == (8192, 1, "bfloat16") else None,
         facts=dict(rows=rows, tokens=tokens, prefix=prefix, kv=kv, sets=sets, heads=model.heads),
     )
 
@@ -221,20 +229,16 @@ def mla_case(rows: int, context: int, *, tokens: int = 0, kv: str = "bfloat16", 
     q_shape = (sum(q_lens), heads, latent + rope)
     sets = min(timing.sets_needed(used + 2 * math.prod(q_shape)), 8)
     blocks = rows * width * sets
-    lengths = batch(q_lens=q_lens, kv_len=context, decode_rows=rows if decode_only else 0)
 
     def step(carry: Any, fixed: Any, one: Any) -> Any:
-        (kv_lens, _), ((pool,), rest), (q, table) = carry, fixed, one
+        (kv_lens, _), (pool,), (q, ragged) = carry, fixed, one
         out = mla_attention(
             q,
             pool,
-            block_tables=table,
-            kv_lens=kv_lens,
-            **rest,
+            replace(ragged, kv_lens=kv_lens),
             latent_dim=latent,
             scale=192**-0.5,
             pool_scale=jnp.full((1,), 1.0, jnp.float32) if one_byte(kv) else None,
-            decode_only=decode_only,
             decode_tiles=of_kind(DecodeTiles, tiles),
             ragged_tiles=of_kind(RaggedTiles, tiles),
         )
@@ -244,7 +248,7 @@ def mla_case(rows: int, context: int, *, tokens: int = 0, kv: str = "bfloat16", 
     return Timed(
         f"deepseek {kv} " + (f"prompt {tokens} of {context}" if tokens else f"{rows} x {context}"),
         (spec((blocks, BLOCK_SIZE, latent + rope), kv),),
-        _ragged_arrays(q_shape, sets, blocks, width, lengths),
+        _ragged_arrays(q_shape, sets, blocks, width, q_lens=q_lens, kv_len=context, decode_only=decode_only),
         step,
         bytes=used + 2 * sum(q_lens) * heads * (2 * latent + rope),
         flops=2.0 * heads * (2 * latent + rope) * pairs,

@@ -20,7 +20,7 @@ from pallas_kernels.tuning import MatmulTiles, Tiles
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertSizes:
     name: str
     groups: int
     hidden: int
@@ -33,21 +33,21 @@ class Experts:
         return {"gate_up": (2 * self.width, self.hidden), "down": (self.hidden, self.width)}
 
 
-QWEN3_30B = Experts("qwen3-30b-a3b", 128, 2048, 768, 8)
-DEEPSEEK = Experts("deepseek-v2-lite", 64, 2048, 1408, 6)
-MIXTRAL = Experts("mixtral-8x7b", 8, 4096, 14336, 2)
-GPT_OSS = Experts("gpt-oss-20b", 32, 2880, 2880, 4)
-TINY = Experts("tiny", 4, 32, 24, 2)
+QWEN3_30B = ExpertSizes("qwen3-30b-a3b", 128, 2048, 768, 8)
+DEEPSEEK = ExpertSizes("deepseek-v2-lite", 64, 2048, 1408, 6)
+MIXTRAL = ExpertSizes("mixtral-8x7b", 8, 4096, 14336, 2)
+GPT_OSS = ExpertSizes("gpt-oss-20b", 32, 2880, 2880, 4)
+TINY = ExpertSizes("tiny", 4, 32, 24, 2)
 
 
-def routed(rng: np.random.Generator, model: Experts, tokens: int) -> np.ndarray:
+def routed(rng: np.random.Generator, model: ExpertSizes, tokens: int) -> np.ndarray:
     """Offsets after each token chose its experts, all different and all as likely."""
     chosen = np.argsort(rng.random((tokens, model.groups)), axis=1)[:, : model.used]
     counts = np.bincount(chosen.reshape(-1), minlength=model.groups)
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
-def grouped_case(model: Experts, tokens: int, product: str, *, tiles: Tiles | None = None) -> Timed:
+def grouped_case(model: ExpertSizes, tokens: int, product: str, *, tiles: Tiles | None = None) -> Timed:
     """A call's output is in the next call's offsets, as a zero."""
     n, k = model.products[product]
     rows, rng = tokens * model.used, np.random.default_rng(6)

@@ -15,7 +15,7 @@ from benchmarks import models
 from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page
 from benchmarks.gpu.time_attention import BLOCK_SIZE, of_kind, spec
-from benchmarks.gpu.timing import Arrays, Target, Timed
+from benchmarks.gpu.timing import Aim, Arrays, Timed
 from benchmarks.models import Heads
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write
@@ -61,7 +61,7 @@ def write_case(model: Heads, tokens: int, *, kv: str = "bfloat16", scales: str |
         step,
         bytes=2.0 * size * (2 + jnp.dtype(kv).itemsize) + 4 * tokens,
         donate=True,
-        target=Target("us", 10, at_most=True) if (tokens, kv) == (256, "bfloat16") else None,
+        target=Aim("us", 10, at_most=True) if (tokens, kv) == (256, "bfloat16") else None,
         facts=dict(tokens=tokens, kv=kv, scales=scales),
     )
 
@@ -164,10 +164,10 @@ def sampling_case(
     )
 
 
-def sampling_target(rows: int, mode: str) -> Target | None:
+def sampling_target(rows: int, mode: str) -> Aim | None:
     if rows != 256 or mode == "random":
         return None
-    return Target("us", 100 if mode == "greedy" else 400, at_most=True)
+    return Aim("us", 100 if mode == "greedy" else 400, at_most=True)
 
 
 def sampling_cases(tiny: bool) -> list[Timed]:

@@ -21,13 +21,14 @@ from benchmarks.gpu.timing import Ceilings, random_pool
 from jaxserve.models import decoder, kv_cache, param_layout
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec, Moe
+from pallas_kernels.ragged import Ragged
 
 COLUMNS = ("us", "spread", "gbps", "copy_pct", "tokens_per_s", "temp_mb")
 BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     model: str
     rows: int
     context: int
@@ -37,34 +38,34 @@ class Case:
         return f"{self.model} {self.rows} x {self.context}"
 
 
-def cases(tiny: bool) -> list[Case]:
+def cases(tiny: bool) -> list[StepCase]:
     if tiny:
-        return [Case("tiny", 2, 40)]
+        return [StepCase("tiny", 2, 40)]
     sizes = ((1, 1024), (64, 1024), (64, 4096), (8, 1024))
-    return [Case(model, rows, context) for model in published.MODELS for rows, context in sizes]
+    return [StepCase(model, rows, context) for model in published.MODELS for rows, context in sizes]
 
 
-def inputs(case: Case) -> ModelInputs:
-    """Every row decodes its last token; its blocks lie scattered."""
+def inputs(case: StepCase) -> ModelInputs:
+    """Every row decodes its last token; its blocks are scattered over the pool."""
     width = -(-case.context // BLOCK_SIZE)
     blocks = 1 + np.random.default_rng(4).permutation(case.rows * width).reshape(case.rows, width)
     last = case.context - 1
     slots = blocks[:, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
     numbers = np.arange(case.rows)
-    arrays = dict(
-        tokens=numbers,
-        positions=np.full(case.rows, last),
-        slots=slots,
+    ragged = Ragged(
         block_tables=blocks,
         kv_lens=np.full(case.rows, case.context),
         cu_q_lens=np.arange(case.rows + 1),
         distribution=np.array([case.rows, case.rows]),
-        sampled=numbers,
+        decode_only=True,
     )
-    return ModelInputs(decode_only=True, **{name: jnp.asarray(a, jnp.int32) for name, a in arrays.items()})
+    arrays: dict[str, Any] = dict(
+        tokens=numbers, positions=np.full(case.rows, last), slots=slots, ragged=ragged, sampled=numbers
+    )
+    return ModelInputs(**jax.tree.map(lambda array: jnp.asarray(array, jnp.int32), arrays))
 
 
-def read_bytes(spec: ModelSpec, params: Any, case: Case) -> float:
+def read_bytes(spec: ModelSpec, params: Any, case: StepCase) -> float:
     """The weights of the experts that as many tokens choose at random, all other weights, the KV."""
     total = 0.0
     for path, leaf in param_layout.leaves(params):
@@ -80,7 +81,7 @@ def read_bytes(spec: ModelSpec, params: Any, case: Case) -> float:
     return total + per_token * case.rows * case.context
 
 
-def measure(case: Case, weights: "Weights", page: Page) -> Row:
+def measure(case: StepCase, weights: "Weights", page: Page) -> Row:
     spec, params = weights.of(case.model)
     blocks = 2 + case.rows * -(-case.context // BLOCK_SIZE)
     cache = kv_cache.allocate(spec, blocks=blocks, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)

@@ -33,11 +33,11 @@ class Arrays(NamedTuple):
     sets: Sequence[Any]  # call i takes number i, over and over
 
 
-type Step = Callable[[Any, Any, Any], Any]  # step(carry, fixed, one of the sets) -> carry
+type ChainStep = Callable[[Any, Any, Any], Any]  # step(carry, fixed, one of the sets) -> carry
 
 
 @dataclass(frozen=True)
-class Target:
+class Aim:
     """What the project asks of an op on one H200. A percentage is of the measured copy bandwidth."""
 
     quantity: str  # a key of the row
@@ -61,11 +61,11 @@ class Timed:
     name: str
     pool: tuple[jax.ShapeDtypeStruct, ...]  # the big arrays it works on, filled with random numbers
     arrays: Callable[[tuple[jax.Array, ...]], Arrays]  # from the pool
-    step: Step
+    step: ChainStep
     bytes: float = 0.0  # the fewest that one call must move
     flops: float = 0.0
     donate: bool = False  # the carry is changed in place
-    target: Target | None = None
+    target: Aim | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def on_device(self, pool: tuple[jax.Array, ...]) -> Arrays:

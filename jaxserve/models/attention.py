@@ -6,7 +6,7 @@ the KV head they share, so that one cut along the KV heads serves all of attenti
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ class Paged:
                 q.reshape(q.shape[0], -1, q.shape[-1]),
                 written.k_pool,
                 written.v_pool,
-                **_ragged(inputs),
+                inputs.ragged,
                 sinks=None if sinks is None else sinks.reshape(-1),
                 scale=options.scale,
                 window=options.window,
@@ -120,22 +120,12 @@ class Paged:
 
         def local(q: jax.Array, latent: jax.Array, pool: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, jax.Array]:
             pool = latent_write(pool, latent, inputs.slots)
-            return mla_attention(q, pool, **_ragged(inputs), latent_dim=latent_dim, scale=scale), pool
+            return mla_attention(q, pool, inputs.ragged, latent_dim=latent_dim, scale=scale), pool
 
         heads = mesh.partition((None, "heads"))
         run = mesh.island(local, (heads, P(), P(), P()), (heads, P()))
         out, pool = run(q, latent, self.cache["latent"], self.inputs)
         return out, {"latent": pool}
-
-
-def _ragged(inputs: ModelInputs) -> dict[str, Any]:
-    return dict(
-        block_tables=inputs.block_tables,
-        kv_lens=inputs.kv_lens,
-        cu_q_lens=inputs.cu_q_lens,
-        distribution=inputs.distribution,
-        decode_only=inputs.decode_only,
-    )
 
 
 @jax.tree_util.register_dataclass

@@ -19,7 +19,7 @@ from jaxserve.models.spec import (
     Attention,
     Dynamic,
     Layer,
-    Linear,
+    LinearScaling,
     Llama3,
     LongRope,
     Mlp,
@@ -126,7 +126,7 @@ def _longest(config: Config, layers: tuple[Layer, ...]) -> int:
     for layer in layers:
         scaling = layer.attention.rope.scaling if layer.attention.rope else None
         match scaling:
-            case Linear():
+            case LinearScaling():
                 longest.append(int(config.max_position_embeddings * scaling.factor))
             case Dynamic():
                 longest.append(int(scaling.original * scaling.factor))
@@ -201,7 +201,7 @@ def rope(
         case "default":
             scaling = None
         case "linear":
-            scaling = Linear(factor=float(_given(given, "factor")))
+            scaling = LinearScaling(factor=float(_given(given, "factor")))
         case "dynamic":
             scaling = Dynamic(factor=float(_given(given, "factor")), original=longest)
         case "llama3":

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one step of serving gives the decoder: a ragged batch over paged KV, as fixed-shape arrays."""
+"""The input of the decoder in one step of serving: a ragged batch over paged KV, as arrays of fixed shapes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
+
+from pallas_kernels.ragged import Ragged
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """T tokens of R rows. All int32. Every id must have been checked on the host: jax does not."""
+    """T tokens. All arrays are int32, and JAX does not check ids: check them on the host."""
 
     tokens: jax.Array  # [T]
     positions: jax.Array  # [T]
-    slots: jax.Array  # [T]  block * block_size + offset of the token's KV; negative: padding, written nowhere
-    block_tables: jax.Array  # [R, width]
-    kv_lens: jax.Array  # [R]  the new tokens included
-    cu_q_lens: jax.Array  # [R + 1]
-    distribution: jax.Array  # [2]  decode rows, rows
+    slots: jax.Array  # [T]  block * block_size + offset of the token's KV; negative for padding, which is not written
+    ragged: Ragged  # the rows of these tokens
     sampled: jax.Array  # [S]  the tokens whose logits are wanted
-    # [T]  how long the token's sequence is taken to be, constant for a request's life; where spec.needs_rope_length
+    # [T]  the length that length-dependent RoPE assumes for the token's sequence, constant over a request's life; None
+    # unless spec.needs_rope_length
     rope_lengths: jax.Array | None = None
-    decode_only: bool = field(default=False, metadata=dict(static=True))

@@ -20,10 +20,10 @@ from pallas_kernels import dispatch
 # all of a 110M model's layers, 24 against 29 with 32, 66 against 75 with 128; then 130 against 125 with 256.
 FEW_TOKENS = 128
 
-Sizes = Mapping[str, int]  # logical axis -> size, in order
+AxisSizes = Mapping[str, int]  # logical axis -> size, in order
 
 
-def param(sizes: Sizes, dtype: jnp.dtype) -> nnx.Param[jax.Array]:
+def param(sizes: AxisSizes, dtype: jnp.dtype) -> nnx.Param[jax.Array]:
     # Decoders are only ever built abstractly: nothing is allocated here.
     return nnx.Param(jnp.zeros(tuple(sizes.values()), dtype), axes=tuple(sizes))
 
@@ -36,7 +36,7 @@ def lift(vector: jax.Array, like: jax.Array) -> jax.Array:
 class Linear(nnx.Module):
     """y[..., *outs] = sum over *ins of x[..., *ins] kernel[*outs, *ins] (+ bias[*outs])."""
 
-    def __init__(self, outs: Sizes, ins: Sizes, *, dtype: jnp.dtype, bias: bool = False) -> None:
+    def __init__(self, outs: AxisSizes, ins: AxisSizes, *, dtype: jnp.dtype, bias: bool = False) -> None:
         self.outs, self.ins = tuple(outs), tuple(ins)
         self.kernel = param({**outs, **ins}, dtype)
         self.bias = param(outs, dtype) if bias else None
@@ -52,7 +52,7 @@ def contract(
     """Sum over the last `count` axes of both; where those are cut, this is an all-reduce."""
     lead = x.ndim - count
     dtype = jnp.dtype(dtype or x.dtype)
-    if dispatch.implementation() == "reference" and not mesh.in_mesh():
+    if dispatch.implementation() == "cpu" and not mesh.in_mesh():
         return _contract_on_cpu(x, kernel, lead, count, dtype)
     pairs = tuple(range(lead, x.ndim)), tuple(range(kernel.ndim - count, kernel.ndim))
     return jax.lax.dot_general(
@@ -84,7 +84,7 @@ def _contract_on_cpu(x: jax.Array, kernel: jax.Array, lead: int, count: int, dty
 class Normalize(nnx.Module):
     """RMS or layer norm over the last axes, as many as `sizes` has less `own`; weights of shape `sizes`."""
 
-    def __init__(self, spec: Norm, sizes: Sizes, *, dtype: jnp.dtype, own: int = 0) -> None:
+    def __init__(self, spec: Norm, sizes: AxisSizes, *, dtype: jnp.dtype, own: int = 0) -> None:
         self.spec, self.count = spec, len(sizes) - own
         self.weight = param(sizes, dtype) if spec.weight else None
         self.bias = param(sizes, dtype) if spec.bias else None
@@ -105,7 +105,7 @@ class Normalize(nnx.Module):
 class Embedding(nnx.Module):
     """Rows by id; also the output head where the two are tied."""
 
-    def __init__(self, sizes: Sizes, *, dtype: jnp.dtype) -> None:
+    def __init__(self, sizes: AxisSizes, *, dtype: jnp.dtype) -> None:
         self.axes = tuple(sizes)
         self.weight = param(sizes, dtype)
 

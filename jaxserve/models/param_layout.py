@@ -94,7 +94,7 @@ def to_public_layout(spec: ModelSpec, engine: Params) -> Params:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """engine[index], seen with shape `view`, is the public tensor, seen with shape `source` and broadcast."""
 
     path: Path
@@ -104,22 +104,22 @@ class Part:
     source: tuple[int, ...]
 
 
-def parts_of(path: Path, shape: tuple[int, ...], spec: ModelSpec) -> list[Part]:
+def parts_of(path: Path, shape: tuple[int, ...], spec: ModelSpec) -> list[TensorPart]:
     """The public tensors that the engine tensor at `path` is made of."""
     if path[0] in ("embed", "head", "head_bias"):
         shape = (spec.vocab_size, *shape[1:])
-        return [Part(path, shape, (slice(spec.vocab_size),), shape, shape)]
+        return [TensorPart(path, shape, (slice(spec.vocab_size),), shape, shape)]
     if path[0] != "layers":
-        return [Part(path, shape, (), shape, shape)]
+        return [TensorPart(path, shape, (), shape, shape)]
     layer = spec.layers[cast(int, path[1])]
     if path[2] == "mlp":
         return _mlp_parts(path, shape, layer.mlp)
     if path[2] == "attention" and isinstance(layer.attention, Attention):
         return _attention_parts(path, shape, layer.attention)
-    return [Part(path, shape, (), shape, shape)]
+    return [TensorPart(path, shape, (), shape, shape)]
 
 
-def _mlp_parts(path: Path, shape: tuple[int, ...], mlp: Mlp | Moe) -> list[Part]:
+def _mlp_parts(path: Path, shape: tuple[int, ...], mlp: Mlp | Moe) -> list[TensorPart]:
     """gate_up [(experts,) 2, columns(, hidden)] is two; up [columns, hidden] and down [.., hidden, columns] one."""
     routed = isinstance(mlp, Moe)
     width = mlp.shared.width if routed and mlp.shared and "shared" in path else mlp.width
@@ -128,38 +128,38 @@ def _mlp_parts(path: Path, shape: tuple[int, ...], mlp: Mlp | Moe) -> list[Part]
     if name == "gate_up":
         piece = (*shape[: len(lead)], width, *shape[len(lead) + 2 :])
         names = ((*path[:-2], part, kind) for part in ("gate", "up"))
-        return [Part(part, piece, (*lead, i, real), piece, piece) for i, part in enumerate(names)]
+        return [TensorPart(part, piece, (*lead, i, real), piece, piece) for i, part in enumerate(names)]
     index: tuple[Any, ...] = ()
     if name == "up":
         shape, index = (width, *shape[1:]), (real,)
     elif name == "down" and kind == "kernel":
         shape, index = (*shape[:-1], width), (*lead, slice(None), real)
-    return [Part(path, shape, index, shape, shape)]
+    return [TensorPart(path, shape, index, shape, shape)]
 
 
-def _attention_parts(path: Path, shape: tuple[int, ...], attention: Attention) -> list[Part]:
+def _attention_parts(path: Path, shape: tuple[int, ...], attention: Attention) -> list[TensorPart]:
     heads, kv_heads = attention.heads, attention.kv_heads
     name, kind = path[3], path[-1]
     if name == "qkv":
         stored, group, rest = shape[0], shape[1] - 2, shape[2:]
         queries = (stored, group, *rest)
-        parts = [Part((*path[:3], "q", kind), (heads, *rest), (slice(None), slice(group)), queries, queries)]
+        parts = [TensorPart((*path[:3], "q", kind), (heads, *rest), (slice(None), slice(group)), queries, queries)]
         for i, key in enumerate(("k", "v")):
             view, source = (kv_heads, stored // kv_heads, *rest), (kv_heads, 1, *rest)
-            parts.append(Part((*path[:3], key, kind), (kv_heads, *rest), (slice(None), group + i), view, source))
+            parts.append(TensorPart((*path[:3], key, kind), (kv_heads, *rest), (slice(None), group + i), view, source))
         return parts
     if name == "k_norm" and len(shape) == 2:
         view, source = (kv_heads, shape[0] // kv_heads, *shape[1:]), (kv_heads, 1, *shape[1:])
-        return [Part(path, (kv_heads, *shape[1:]), (), view, source)]
+        return [TensorPart(path, (kv_heads, *shape[1:]), (), view, source)]
     public = shape
     if path[3:] == ("out", "kernel"):
         public = (shape[0], heads, shape[3])
     elif name == "sinks" or (name == "q_norm" and len(shape) == 3):
         public = (heads, *shape[2:])
-    return [Part(path, public, (), public, public)]  # some checkpoints have a tensor for each head
+    return [TensorPart(path, public, (), public, public)]  # some checkpoints have a tensor for each head
 
 
-def _join(parts: list[Part], pieces: list[Any], like: Any) -> jax.Array:
+def _join(parts: list[TensorPart], pieces: list[Any], like: Any) -> jax.Array:
     values = [
         jnp.broadcast_to(piece.reshape(part.source), part.view) for part, piece in zip(parts, pieces, strict=True)
     ]

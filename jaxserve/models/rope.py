@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models.spec import Dynamic, Linear, Llama3, LongRope, Rope, Yarn
+from jaxserve.models.spec import Dynamic, LinearScaling, Llama3, LongRope, Rope, Yarn
 
 Angles = tuple[jax.Array, jax.Array]  # cos and sin, float32 [..., dim / 2]
 
@@ -50,7 +50,7 @@ def _frequencies(rope: Rope, ndim: int, lengths: jax.Array | None) -> jax.Array:
     match scaling:
         case None:
             return lifted(plain)
-        case Linear():
+        case LinearScaling():
             return lifted(plain / np.float32(scaling.factor))
         case Llama3():
             return lifted(_llama3(plain, scaling))

@@ -38,7 +38,7 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
+class LinearScaling:
     """Positions divided by `factor`."""
 
     factor: float
@@ -82,7 +82,7 @@ class LongRope:
 class Rope:
     dim: int  # the first `dim` of a head's dims turn, the rest pass
     base: float
-    scaling: Linear | Dynamic | Yarn | Llama3 | LongRope | None = None
+    scaling: LinearScaling | Dynamic | Yarn | Llama3 | LongRope | None = None
     magnitude: float = 1.0  # cos and sin times this (yarn, longrope)
     interleaved: bool = False  # pairs are (0, 1), (2, 3), ..., not (0, dim/2), ...
 
@@ -310,7 +310,7 @@ _CLASSES: dict[str, type] = {
         *(
             ClampedSwiglu,
             Norm,
-            Linear,
+            LinearScaling,
             Dynamic,
             Yarn,
             Llama3,
@@ -325,6 +325,7 @@ _CLASSES: dict[str, type] = {
         *(Layer, ModelSpec),
     )
 }
+_CLASSES["Linear"] = LinearScaling  # its name in checkpoints that earlier versions converted
 
 
 def to_json(node: Any) -> Any:

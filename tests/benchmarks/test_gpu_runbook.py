@@ -21,12 +21,12 @@ from benchmarks.gpu import (
     check_writes,
     command,
     poison,
-    references,
     sweep,
     timing,
 )
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.time_attention import decode_case, decode_target
+from pallas_kernels import reference
 from pallas_kernels.tuning import DecodeTiles
 
 FACTS = {"machine": {"device": "none"}}
@@ -168,16 +168,16 @@ def test_outputs_take_the_place_of_garbage() -> None:
 def test_judge_accepts_only_what_rounding_explains() -> None:
     x = np.random.default_rng(0).standard_normal(1000)
     asked: dict[str, Any] = dict(seed=5, position=7, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    best = references.judge(x, 0, **asked).token
-    assert references.judge(x, best, **asked).exact
-    scores = x - x.max() + references.gumbel(5, 7, 1000)
+    best = check_sampling.judge(x, 0, **asked).token
+    assert check_sampling.judge(x, best, **asked).exact
+    scores = x - x.max() + reference.gumbel(5, 7, 1000)
     second = int(np.argsort(scores)[-2])
-    assert not references.judge(x, second, **asked).accepted
+    assert not check_sampling.judge(x, second, **asked).accepted
     x[second] += scores[best] - scores[second] - 1e-5  # now a tie, within rounding
-    verdict = references.judge(x, second, **asked)
+    verdict = check_sampling.judge(x, second, **asked)
     assert verdict.accepted and not verdict.exact
     not_largest = best if x.argmax() == second else second
-    assert not references.judge(x, not_largest, **asked | {"top_k": 1}).accepted
+    assert not check_sampling.judge(x, not_largest, **asked | {"top_k": 1}).accepted
 
 
 # --- nothing is lost ---------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_time_lost_in_noise_meets_no_target() -> None:
     case = decode_case(models.TINY, 2, 24)
     row = timing.achieved(case, timing.Timing(-1.5, float("inf"), 3.0), timing.Ceilings(None, None))
     assert row["us"] is None and row["noise_us"] == -1.5
-    assert timing.Target("us", 10, at_most=True).met(row) is None
+    assert timing.Aim("us", 10, at_most=True).met(row) is None
 
 
 def test_no_time_at_all(tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_slope_cancels_what_is_the_same(clock: Clock) -> None:
 
 
 def test_targets() -> None:
-    assert decode_target(64, 1024) == timing.Target("copy_pct", 70)
-    assert decode_target(256, 1024) == timing.Target("copy_pct", 85)
+    assert decode_target(64, 1024) == timing.Aim("copy_pct", 70)
+    assert decode_target(256, 1024) == timing.Aim("copy_pct", 85)
     assert decode_target(1, 1024) is None
     case = decode_case(models.LLAMA_8B, 64, 4096)
     floor_us = case.bytes / 4.3e6
@@ -312,7 +312,7 @@ def test_targets() -> None:
     assert row["met"] is False
     row = timing.achieved(case, timing.Timing(floor_us, 0.0, 0.0), timing.Ceilings(None, None))
     assert row["met"] is None and row["target"] == ">=85 copy_pct"
-    assert timing.Target("us", 10, at_most=True).met({"us": 9.0}) is True
+    assert timing.Aim("us", 10, at_most=True).met({"us": 9.0}) is True
 
 
 def test_sets_of_inputs_differ_and_exceed_the_cache() -> None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import load
 from convert.files.reader import Reader, aligned
-from convert.load import Plan
+from convert.load import LoadPlan
 from convert.plan import Piece
 from jaxserve.errors import JaxserveError
 from jaxserve.models import param_layout, registry
@@ -249,7 +249,7 @@ def test_any_view_into_any_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     info = load.plan.__globals__["read_checkpoint"](tmp_path)["x"]
     wanted = VIEWS[name](values)
     piece = Piece(info, lambda data, layer: VIEWS[name](data))
-    plan = Plan(tiny.SPECS["dense"], {("x",): [piece]})
+    plan = LoadPlan(tiny.SPECS["dense"], {("x",): [piece]})
     for dtype in (np.float32, np.float64):
         room = np.full((*wanted.shape, 3, 2), -1.0, dtype)
         for into in (np.zeros(wanted.shape, dtype), room[..., 1, 0], np.zeros(wanted.shape[::-1], dtype).T):

@@ -71,7 +71,7 @@ def copied(compiled: Compiled, at_least: int) -> list[str]:
     return found
 
 
-def check(name: str, compiled: Compiled) -> plans.Plan:
+def check(name: str, compiled: Compiled) -> plans.LaunchPlan:
     """What holds for every program, and the comparison with the record."""
     plan = plans.read(DUMP)
     assert plan is not None

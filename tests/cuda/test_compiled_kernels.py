@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel compiles for an H200 at serving shapes, and into what it should: no spills, matrix instructions where
-there are products, nothing copied that is as large as a cache, in place where in place is promised.
+"""Every kernel compiles for an H200 at serving shapes: without spills, with tensor cores for its products, without a
+copy as large as a cache, and in place where the contract says so.
 
-`resources.json` records each kernel's registers and shared memory. A change that moves them must record them anew,
-so that it is seen: JAXSERVE_RECORD=1 .venv-cuda/bin/python -m pytest tests/cuda -n 0
+`resources.json` records the registers and shared memory of each kernel. A change that alters them must record them
+again, to make it visible: JAXSERVE_RECORD=1 .venv-cuda/bin/python -m pytest tests/cuda -n 0
 """
 
 import json
@@ -22,6 +22,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged import Ragged
 from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
 from tests.cuda.hopper import Compiled, compile_for_h200
 
@@ -69,28 +70,26 @@ def check_no_copies(compiled: Compiled, *shapes: tuple[int, ...]) -> None:
             assert math.prod(int(n) for n in made[1].split(",")) not in sizes, line.strip()[:200]
 
 
-def batch(rows: int, width: int = 512) -> dict[str, Any]:
-    return dict(
-        block_tables=S((rows, width), I32),
+def batch(rows: int, *, decode_only: bool = False) -> Ragged:
+    return Ragged(
+        block_tables=S((rows, 512), I32),
         kv_lens=S((rows,), I32),
         cu_q_lens=S((rows + 1,), I32),
         distribution=S((2,), I32),
+        decode_only=decode_only,
     )
-
-
-def attend(q: Any, k: Any, v: Any, described: Any, arrays: Any, **options: Any) -> jax.Array:
-    return paged_attention(q, k, v, **described, **arrays, **options)
 
 
 def paged(tokens: int, rows: int, heads: int, kv_heads: int, dim: int, **options: Any) -> Compiled:
     dtype, kv, block_size = options.pop("dtype", BF16), options.pop("kv", None), options.pop("block_size", 16)
     pool = S((4096, block_size, kv_heads, dim), kv or dtype)
     arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
+    ragged = batch(rows, decode_only=options.pop("decode_only", False))
 
-    def call(q: Any, k: Any, v: Any, described: Any, arrays: Any) -> jax.Array:
-        return attend(q, k, v, described, arrays, **options)
+    def call(q: Any, k: Any, v: Any, ragged: Ragged, arrays: Any) -> jax.Array:
+        return paged_attention(q, k, v, ragged, **arrays, **options)
 
-    compiled = compile_for_h200(call, S((tokens, heads, dim), dtype), pool, pool, batch(rows), arrays)
+    compiled = compile_for_h200(call, S((tokens, heads, dim), dtype), pool, pool, ragged, arrays)
     check_no_copies(compiled, pool.shape)
     return compiled
 
@@ -162,11 +161,11 @@ def test_options() -> None:
 @pytest.mark.parametrize("rows, decode_only", [(1, True), (64, True), (256, True), (64, False)])
 @pytest.mark.parametrize("kv", [BF16, jnp.float8_e4m3fn], ids=lambda d: d.__name__)
 def test_mla(heads: int, rows: int, decode_only: bool, kv: Any) -> None:
-    def call(q: Any, pool: Any, described: Any) -> jax.Array:
-        return mla_attention(q, pool, **described, latent_dim=512, scale=0.1, decode_only=decode_only)
+    def call(q: Any, pool: Any, ragged: Ragged) -> jax.Array:
+        return mla_attention(q, pool, ragged, latent_dim=512, scale=0.1)
 
-    pool = S((4096, 64, 576), kv)
-    compiled = compile_for_h200(call, S((rows if decode_only else 4096, heads, 576), BF16), pool, batch(rows))
+    pool, ragged = S((4096, 64, 576), kv), batch(rows, decode_only=decode_only)
+    compiled = compile_for_h200(call, S((rows if decode_only else 4096, heads, 576), BF16), pool, ragged)
     check_no_copies(compiled, pool.shape)
     case = f"mla heads={heads} rows={rows} {'decode' if decode_only else 'mixed'} {kv.__name__}"
     check_resources(case, compiled, products=True)
@@ -175,8 +174,8 @@ def test_mla(heads: int, rows: int, decode_only: bool, kv: Any) -> None:
 def test_mla_float32() -> None:
     """Latents of 512 float32 columns do not fit the registers. It spills and is slow; it must compile."""
 
-    def call(q: Any, pool: Any, described: Any) -> jax.Array:
-        return mla_attention(q, pool, **described, latent_dim=512, scale=0.1)
+    def call(q: Any, pool: Any, ragged: Ragged) -> jax.Array:
+        return mla_attention(q, pool, ragged, latent_dim=512, scale=0.1)
 
     compiled = compile_for_h200(call, S((512, 16, 576), F32), S((4096, 64, 576), F32), batch(64))
     check_resources("mla float32", compiled, products=True, spills=True)
@@ -287,18 +286,18 @@ def test_grouped_matmul_of_odd_sides() -> None:
 def test_layers_update_their_pools_in_place(decode_only: bool) -> None:
     """Write, then read, layer after layer, as a step does: XLA copies no pool, and gives none a second home."""
     tokens, layers = (64, 4) if decode_only else (512, 4)
-    pool, described = S((4096, 16, 8, 128), BF16), batch(64)
+    pool, ragged = S((4096, 16, 8, 128), BF16), batch(64, decode_only=decode_only)
 
-    def step(pools: Any, x: Any, slots: Any, described: Any) -> Any:
+    def step(pools: Any, x: Any, slots: Any, ragged: Ragged) -> Any:
         written = []
         for k_pool, v_pool in pools:
             result = kv_write(k_pool, v_pool, x[:, :8], x[:, 8:16], slots)
-            x = x + paged_attention(x, result.k_pool, result.v_pool, **described, decode_only=decode_only)
+            x = x + paged_attention(x, result.k_pool, result.v_pool, ragged)
             written.append((result.k_pool, result.v_pool))
         return written, x
 
     compiled = compile_for_h200(
-        step, [(pool, pool)] * layers, S((tokens, 32, 128), BF16), S((tokens,), I32), described, donate=(0,)
+        step, [(pool, pool)] * layers, S((tokens, 32, 128), BF16), S((tokens,), I32), ragged, donate=(0,)
     )
     check_no_copies(compiled, pool.shape)
     assert compiled.alias_bytes >= 2 * layers * math.prod(pool.shape) * 2

@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxserve.types.outputs import TokenLogprobs
 from jaxserve.types.request import Request
+from pallas_kernels.reference import survivors
 from pallas_kernels.row_sampler import gumbel_noise
 from tests.engine.driver import EOS, VOCABULARY
-from tests.pallas_kernels.oracles import surviving
 from tests.sampling.oracle import Asked, edits
 
 NEAR = 2e-4  # of two logits: the dense model and the paged one differ by less
@@ -54,7 +54,7 @@ class Step:
         """Which tokens the filters keep; with slack also those that are dropped by no more than that."""
         params = self.request.params
         edited = self.edited
-        kept = surviving(
+        kept = survivors(
             edited,
             temperature=params.temperature,
             top_k=params.top_k,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives `decoder.step` as an engine would, the simplest way: one fixed shape, blocks dealt in a scattered order.
+"""Runs `decoder.step` like a minimal engine: one fixed shape, and blocks in a scattered order.
 
-Pools start as NaN: a token that reads a slot nobody wrote turns its logits into NaN.
+Pools start as NaN, so a token that reads a slot before it is written turns its logits into NaN.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec
-from pallas_kernels import checks
+from pallas_kernels.ragged import Ragged
 
 run_step = jax.jit(decoder.step, static_argnames="spec", donate_argnames="cache")
 run_forward = jax.jit(decoder.forward, static_argnames=("spec", "remat"))
@@ -25,9 +25,9 @@ run_forward = jax.jit(decoder.forward, static_argnames=("spec", "remat"))
 
 @dataclass
 class Row:
-    """A sequence: its tokens so far and the blocks they lie in."""
+    """A sequence: its tokens so far and the blocks that hold their KV."""
 
-    rope_length: int  # what length-dependent RoPE takes the sequence's length to be
+    rope_length: int  # the length that length-dependent RoPE assumes
     tokens: list[int] = field(default_factory=list[int])
     blocks: list[int] = field(default_factory=list[int])
 
@@ -55,7 +55,7 @@ class Paged:
         self.free = list(np.random.default_rng(5).permutation(np.arange(1, blocks)))
 
     def step(self, *work: tuple[Row, list[int]], decode_only: bool = False) -> list[np.ndarray]:
-        """Gives each row its new tokens; the logits of them all. Rows with one token must come first."""
+        """Feeds each row its new tokens and returns their logits. Rows with one token must come first."""
         inputs = self.inputs(*work, decode_only=decode_only)
         sizes = [len(new) for _, new in work]
         logits, self.cache = self.run(self.params, self.cache, inputs)
@@ -89,25 +89,15 @@ class Paged:
             single += 1
         distribution = np.asarray([single, len(work)], np.int32)
         pool = jax.tree.leaves(self.cache[0])[0]
-        checks.check_ragged_batch(
-            tokens=size,
-            blocks=pool.shape[0],
-            block_size=self.block_size,
-            block_tables=tables,
-            kv_lens=kv_lens,
-            cu_q_lens=ends,
-            distribution=distribution,
-            decode_only=decode_only,
+        ragged = Ragged(
+            block_tables=tables, kv_lens=kv_lens, cu_q_lens=ends, distribution=distribution, decode_only=decode_only
         )
+        ragged.check(tokens=size, blocks=pool.shape[0], block_size=self.block_size)
         return ModelInputs(
             tokens=jnp.asarray(tokens),
             positions=jnp.asarray(positions),
             slots=jnp.asarray(slots),
-            block_tables=jnp.asarray(tables),
-            kv_lens=jnp.asarray(kv_lens),
-            cu_q_lens=jnp.asarray(ends),
-            distribution=jnp.asarray(distribution),
+            ragged=jax.tree.map(jnp.asarray, ragged),
             sampled=jnp.arange(size, dtype=jnp.int32),
             rope_lengths=jnp.asarray(lengths) if self.spec.needs_rope_length else None,
-            decode_only=decode_only,
         )

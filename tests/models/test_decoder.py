@@ -290,7 +290,7 @@ def test_lengths_of_another_form_are_refused(lengths: Any, shown: str) -> None:
         (dict(base=-5.0), "base -5.0, expected above 1"),
         (dict(base=1.0), "base 1.0"),
         (dict(magnitude=0.0), "magnitude 0.0"),
-        (dict(scaling=specs.Linear(factor=0.0)), "factor 0.0"),
+        (dict(scaling=specs.LinearScaling(factor=0.0)), "factor 0.0"),
         (dict(scaling=specs.Yarn(factor=4.0, original=8, beta_slow=-1.0)), "beta_slow -1.0"),
         (dict(scaling=specs.Llama3(factor=4.0, original=8, low_freq=1.0, high_freq=1.0)), "two numbers that rise"),
         (dict(scaling=specs.LongRope(short=(1.0,), long=(1e-40,), original=8)), "smallest divisor 1e-40"),

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import dispatch, mla_attention, paged_attention, sampling, tuning
+from pallas_kernels.ragged import Ragged
 from pallas_kernels.tuning import DecodeTiles, MatmulTiles, RaggedTiles, SamplingTiles
 from tests.pallas_kernels.test_lowering import targeting_h200
 
 
-def test_the_cpu_runs_the_twins() -> None:
-    assert dispatch.implementation() == "reference"
+def test_a_cpu_runs_the_cpu_code() -> None:
+    assert dispatch.implementation() == "cpu"
 
 
 def test_the_default_device_decides() -> None:
     with jax.default_device("gpu"):  # only named: nothing is placed there
         assert dispatch.implementation() == "kernel"
     with jax.default_device(jax.devices("cpu")[1]):
-        assert dispatch.implementation() == "reference"
+        assert dispatch.implementation() == "cpu"
 
 
 def test_overrides_nest_and_end() -> None:
@@ -33,16 +34,16 @@ def test_overrides_nest_and_end() -> None:
         assert dispatch.implementation() == "interpret"
     with pytest.raises(RuntimeError), dispatch.use("kernel"):
         raise RuntimeError
-    assert dispatch.implementation() == "reference"
+    assert dispatch.implementation() == "cpu"
 
 
 def test_unknown_implementation() -> None:
     unknown: Any = "triton"
-    with pytest.raises(ValueError, match=r"'triton'.*'kernel', 'interpret' or 'reference'"), dispatch.use(unknown):
+    with pytest.raises(ValueError, match=r"'triton'.*'kernel', 'interpret' or 'cpu'"), dispatch.use(unknown):
         pass
 
 
-def test_grid_limits_are_told() -> None:
+def test_grid_limits_are_reported() -> None:
     x = jnp.zeros((4,), jnp.float32)
     options: dict[str, Any] = dict(
         inputs={"x": x}, outputs=[jax.ShapeDtypeStruct((4,), jnp.float32)], num_warps=1, num_stages=1
@@ -90,15 +91,18 @@ def test_the_op_runs_the_tiles_of_the_table(table) -> None:
     S: Any = jax.ShapeDtypeStruct
     q, pool = S((8, 32, 128), jnp.bfloat16), S((64, 16, 8, 128), jnp.bfloat16)
     i = jnp.int32
-    described = dict(block_tables=S((8, 4), i), kv_lens=S((8,), i), cu_q_lens=S((9,), i), distribution=S((2,), i))
+    arrays: dict[str, Any] = dict(
+        block_tables=S((8, 4), i), kv_lens=S((8,), i), cu_q_lens=S((9,), i), distribution=S((2,), i)
+    )
+    ragged = Ragged(**arrays, decode_only=True)
 
     def kernels() -> int:
         with targeting_h200():
 
-            def call(q, pool, described):
-                return paged_attention.paged_attention(q, pool, pool, **described, decode_only=True)
+            def call(q, pool, ragged):
+                return paged_attention.paged_attention(q, pool, pool, ragged)
 
-            text = jax.jit(call).trace(q, pool, described).lower(lowering_platforms=("cuda",)).as_text()
+            text = jax.jit(call).trace(q, pool, ragged).lower(lowering_platforms=("cuda",)).as_text()
         return text.count("__gpu$xla.gpu.triton")
 
     table({})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel lowers for CUDA at the shapes that servers run, with no CUDA on the machine.
+"""Every kernel lowers for CUDA at the shapes that servers run, on a machine without CUDA.
 
-Lowering runs Pallas' Triton rules and stops before Triton's compiler: it finds what the dialect cannot say. The
-compile itself is `tests/cuda`.
+Lowering applies Pallas' Triton rules and stops before Triton's compiler, so it finds what the dialect does not
+support. `tests/cuda` compiles the kernels.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged import Ragged
 from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
 
 H200 = jax.sharding.AbstractMesh(
@@ -39,12 +40,13 @@ def lower(function: Callable[..., Any], *arguments: Any) -> str:
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def batch(rows: int, width: int = 512) -> dict[str, Any]:
-    return dict(
-        block_tables=S((rows, width), I32),
+def batch(rows: int, *, decode_only: bool = False) -> Ragged:
+    return Ragged(
+        block_tables=S((rows, 512), I32),
         kv_lens=S((rows,), I32),
         cu_q_lens=S((rows + 1,), I32),
         distribution=S((2,), I32),
+        decode_only=decode_only,
     )
 
 
@@ -52,11 +54,12 @@ def paged(tokens: int, rows: int, heads: int, kv_heads: int, dim: int, **options
     dtype, kv, block_size = options.pop("dtype", BF16), options.pop("kv", None), options.pop("block_size", 16)
     pool = S((options.pop("blocks", 4096), block_size, kv_heads, dim), kv or dtype)
     arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
+    ragged = batch(rows, decode_only=options.pop("decode_only", False))
 
-    def call(q: Any, k: Any, v: Any, described: Any, arrays: Any) -> jax.Array:
-        return paged_attention(q, k, v, **described, **arrays, **options)
+    def call(q: Any, k: Any, v: Any, ragged: Ragged, arrays: Any) -> jax.Array:
+        return paged_attention(q, k, v, ragged, **arrays, **options)
 
-    return lower(call, S((tokens, heads, dim), dtype), pool, pool, batch(rows), arrays)
+    return lower(call, S((tokens, heads, dim), dtype), pool, pool, ragged, arrays)
 
 
 LLAMA_8B, QWEN3_8B, QWEN3_MOE, GEMMA_3, PHI_2 = (32, 8, 128), (32, 8, 128), (64, 4, 128), (16, 8, 256), (32, 32, 80)
@@ -104,11 +107,11 @@ def test_every_option_at_once() -> None:
 @pytest.mark.parametrize("heads", [16, 32, 128])
 @pytest.mark.parametrize("rows, decode_only", [(1, True), (256, True), (16, False)])
 def test_mla(heads: int, rows: int, decode_only: bool) -> None:
-    def call(q: Any, pool: Any, described: Any) -> jax.Array:
-        return mla_attention(q, pool, **described, latent_dim=512, scale=0.1, decode_only=decode_only)
+    def call(q: Any, pool: Any, ragged: Ragged) -> jax.Array:
+        return mla_attention(q, pool, ragged, latent_dim=512, scale=0.1)
 
     tokens = rows if decode_only else 4096
-    lower(call, S((tokens, heads, 576), BF16), S((4096, 64, 576), BF16), batch(rows))
+    lower(call, S((tokens, heads, 576), BF16), S((4096, 64, 576), BF16), batch(rows, decode_only=decode_only))
 
 
 @pytest.mark.parametrize("kv", [BF16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda d: d.__name__)
@@ -146,7 +149,7 @@ def test_token_logprobs() -> None:
 
 
 def triton_ir(function: Callable[..., Any], *arguments: Any) -> str:
-    """The kernels' Triton code, which Pallas prints when it is asked to debug."""
+    """The kernels' Triton code, which Pallas prints with debug=True."""
     from jax.experimental import pallas as pl
 
     plain, printed = pl.pallas_call, io.StringIO()
@@ -166,11 +169,11 @@ def triton_ir(function: Callable[..., Any], *arguments: Any) -> str:
     ],
 )
 def test_offsets_are_wide_where_pools_are_large(blocks: int, dtype: Any, wide: bool) -> None:
-    """The pools between (one byte, 2 to 4 GiB) are refused: see test_bad_input."""
-    pool, described = S((blocks, 16, 8, 128), dtype), batch(64)
+    """The sizes in between (one byte, 2 to 4 GiB) are rejected: see test_bad_input."""
+    pool, ragged = S((blocks, 16, 8, 128), dtype), batch(64, decode_only=True)
 
-    def attend(q: Any, k: Any, v: Any, described: Any, scale: Any) -> jax.Array:
-        return paged_attention(q, k, v, **described, decode_only=True, k_scale=scale, v_scale=scale)
+    def attend(q: Any, k: Any, v: Any, ragged: Ragged, scale: Any) -> jax.Array:
+        return paged_attention(q, k, v, ragged, k_scale=scale, v_scale=scale)
 
     def write(kp: Any, vp: Any, k: Any, slots: Any, scale: Any) -> Any:
         return kv_write(kp, vp, k, k, slots, k_scale=scale, v_scale=scale)
@@ -178,7 +181,7 @@ def test_offsets_are_wide_where_pools_are_large(blocks: int, dtype: Any, wide: b
     scale = S((8,), F32) if dtype == jnp.int8 else None
     element = {BF16: "bf16", jnp.int8: "i8"}[dtype]
     for ir in (
-        triton_ir(attend, S((64, 32, 128), BF16), pool, pool, described, scale),
+        triton_ir(attend, S((64, 32, 128), BF16), pool, pool, ragged, scale),
         triton_ir(copy_blocks, pool, S((4,), I32), S((4,), I32)),
         triton_ir(gather_blocks, pool, S((4,), I32)),
         triton_ir(scatter_blocks, pool, S((4, 16, 8, 128), dtype), S((4,), I32)),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged attention: twin against float64 by the book, kernel (interpreted) against the twin."""
+"""Paged attention, on CPUs and by the interpreted kernel, against the float64 oracle."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, reference
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ragged import Ragged
 from pallas_kernels.tuning import DecodeTiles, RaggedTiles
-from tests.pallas_kernels.oracles import Batch, dense_attention, error, make_batch, rounded, stored
+from tests.pallas_kernels.batches import Batch, error, make_batch, rounded, stored
 
 MIXED: dict[str, Any] = dict(q_lens=[1, 1, 5, 37, 16, 2], kv_lens=[40, 1, 5, 100, 16, 65], decode_rows=2)
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
@@ -25,39 +27,47 @@ RAGGED_TILES = RaggedTiles(block_rows=32, block_kv=16, num_warps=4, num_stages=2
 
 @cache
 def jitted(implementation: dispatch.Implementation, options: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
-    """One jit for each, so that equal programs are compiled once: that is nearly all of the time these tests take."""
+    """One jit per choice of options, so that equal programs compile once: compiling is most of what these tests do."""
 
-    def call(q: jax.Array, k: jax.Array, v: jax.Array, described: Any, arrays: Any) -> jax.Array:
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, ragged: Ragged, arrays: Any) -> jax.Array:
         with dispatch.use(implementation):
-            return paged_attention(q, k, v, **described, **arrays, **dict(options))
+            return paged_attention(q, k, v, ragged, **arrays, **dict(options))
 
     return jax.jit(call)
 
 
 def run(
-    batch: Batch, implementation: dispatch.Implementation, *, dtype: Any = jnp.float32, kv: Any = None, **options: Any
+    batch: Batch,
+    implementation: dispatch.Implementation,
+    *,
+    dtype: Any = jnp.float32,
+    kv: Any = None,
+    decode_only: bool = False,
+    **options: Any,
 ) -> jax.Array:
-    if implementation == "reference":  # it has no tiles
+    if implementation == "cpu":  # it has no tiles
         options = {name: value for name, value in options.items() if not name.endswith("_tiles")}
     arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
     q, k, v = (stored(x, kind) for x, kind in ((batch.q, dtype), (batch.k, kv or dtype), (batch.v, kv or dtype)))
     call = jitted(implementation, tuple(sorted(options.items())))
-    return call(q, k, v, batch.described(), arrays)
+    return call(q, k, v, batch.decode_only if decode_only else batch.ragged, arrays)
 
 
 def as_stored(batch: Batch, dtype: Any, kv: Any = None) -> Batch:
-    """The batch with the rounding that its dtypes bring, which is no error of the op."""
+    """The batch rounded to its dtypes, which is not an error of the op."""
     k, v = (rounded(x, kv or dtype) for x in (batch.k, batch.v))
-    return Batch(rounded(batch.q, dtype), k, v, *(getattr(batch, n) for n in batch.described()))
+    return Batch(rounded(batch.q, dtype), k, v, batch.ragged)
+
+
+def expect(batch: Batch, **options: Any) -> np.ndarray:
+    return reference.paged_attention(batch.q, batch.k, batch.v, batch.ragged, **options)
 
 
 def check(batch: Batch, *, dtype: Any = jnp.float32, kv: Any = None, **options: Any) -> None:
     """Both implementations against float64, and exact zeros in padding."""
-    truth_options = {k: v for k, v in options.items() if k in ("window", "soft_cap", "sinks")}
-    expected = dense_attention(
-        as_stored(batch, dtype, kv), scale=options.get("scale", batch.q.shape[2] ** -0.5), **truth_options
-    )
-    for implementation in ("reference", "interpret"):
+    understood = {k: v for k, v in options.items() if k in ("scale", "window", "soft_cap", "sinks")}
+    expected = expect(as_stored(batch, dtype, kv), **understood)
+    for implementation in ("cpu", "interpret"):
         got = run(batch, implementation, dtype=dtype, kv=kv, **options)
         assert got.dtype == dtype
         assert error(got, expected) < TOLERANCE[dtype], implementation
@@ -103,8 +113,8 @@ def test_block_sizes(block_size: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("kv_heads", [2, 16])
-def test_the_twin_at_the_edges_of_its_tiles(kv_heads: int, window: int | None) -> None:
-    """Rows of every size about its tiles, with and without a text before, of narrow tokens and of wide ones."""
+def test_cpu_code_at_the_edges_of_its_tiles(kv_heads: int, window: int | None) -> None:
+    """Rows of about one tile, with and without a prefix, with narrow and with wide tokens."""
     q_lens = [1, 1, 31, 32, 33, 127, 128, 129, 160, 161, 2]
     past = [99, 200, 0, 400, 96, 95, 0, 700, 1, 0, 128]
     batch = make_batch(
@@ -116,8 +126,8 @@ def test_the_twin_at_the_edges_of_its_tiles(kv_heads: int, window: int | None) -
         kv_heads=kv_heads,
         block_size=16,
     )
-    expected = dense_attention(as_stored(batch, jnp.float32), scale=32**-0.5, window=window)
-    assert error(run(batch, "reference", window=window), expected) < TOLERANCE[jnp.float32]
+    expected = expect(as_stored(batch, jnp.float32), window=window)
+    assert error(run(batch, "cpu", window=window), expected) < TOLERANCE[jnp.float32]
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 33, 1000])
@@ -128,13 +138,13 @@ def test_windows(window: int, splits: int) -> None:
 
 
 def test_window_never_reads_blocks_before_it() -> None:
-    """A sliding-window model frees the blocks that left every window: their table entries are then the null block."""
+    """A sliding-window model frees blocks that have left every window; their table entries become the null block."""
     batch = make_batch(np.random.default_rng(6), q_lens=[1, 4], kv_lens=[100, 90], decode_rows=1, padding_rows=0)
-    window, freed = 20, batch.block_tables.copy()
+    window, freed = 20, np.array(batch.ragged.block_tables)
     for row, length in enumerate((100, 87)):
         freed[row, : (length - window) // 16] = 0
-    narrowed = Batch(batch.q, batch.k, batch.v, freed, batch.kv_lens, batch.cu_q_lens, batch.distribution)
-    for implementation in ("reference", "interpret"):
+    narrowed = Batch(batch.q, batch.k, batch.v, replace(batch.ragged, block_tables=freed))
+    for implementation in ("cpu", "interpret"):
         expected = np.asarray(run(batch, implementation, window=window))
         np.testing.assert_array_equal(np.asarray(run(narrowed, implementation, window=window)), expected)
 
@@ -162,14 +172,13 @@ def test_one_byte_kv_with_scales(kv: Any, per_slot: bool) -> None:
     for pool, scale in zip((batch.k, batch.v), scales, strict=True):
         codes = np.clip(np.nan_to_num(pool) / scale[..., None], -127, 127)
         stored.append(np.floor(codes) if kv == jnp.int8 else codes)
-    # What the pool holds is the truth here: quantisation itself is kv_write's business.
-    decoded = [rounded(x, kv) * s[..., None] for x, s in zip(stored, scales, strict=True)]
-    described = [getattr(batch, name) for name in batch.described()]
-    expected = dense_attention(Batch(batch.q, *decoded, *described), scale=32**-0.5)
-    for implementation in ("reference", "interpret"):
+    # The values in the pool are exact here: quantizing is tested with kv_write.
+    k, v = (rounded(x, kv) for x in stored)
+    expected = expect(Batch(batch.q, k, v, batch.ragged), k_scale=scales[0], v_scale=scales[1])
+    for implementation in ("cpu", "interpret"):
         k_scale, v_scale = (jnp.asarray(s) for s in scales)
         options: dict[str, Any] = dict(kv=kv, k_scale=k_scale, v_scale=v_scale, decode_tiles=DECODE_TILES)
-        got = run(Batch(batch.q, *stored, *described), implementation, **options)
+        got = run(Batch(batch.q, *stored, batch.ragged), implementation, **options)
         assert error(got, expected) < 1e-5, implementation
 
 
@@ -190,9 +199,9 @@ def test_row_counts_with_padding_rows(rows: int) -> None:
         padding_rows=rows - used,
         padding_tokens=rows - used,
     )
-    expected = dense_attention(batch, scale=0.25)
-    # The interpreter copies every array for every program: the largest batch is the twin's alone.
-    for implementation in ("reference", "interpret") if rows <= 64 else ("reference",):
+    expected = expect(batch)
+    # The interpreter copies every array for every program: it skips the largest batch.
+    for implementation in ("cpu", "interpret") if rows <= 64 else ("cpu",):
         got = run(batch, implementation, decode_only=True)
         assert error(got, expected) < 2e-6
         assert not np.asarray(got)[used:].any()
@@ -200,7 +209,7 @@ def test_row_counts_with_padding_rows(rows: int) -> None:
 
 def test_a_batch_of_nothing_gives_zeros() -> None:
     batch = make_batch(np.random.default_rng(10), q_lens=[], kv_lens=[], padding_rows=4, padding_tokens=4)
-    for implementation in ("reference", "interpret"):
+    for implementation in ("cpu", "interpret"):
         for decode_only in (True, False):
             got = np.asarray(run(batch, implementation, decode_only=decode_only))
             np.testing.assert_array_equal(got, np.zeros_like(got))
@@ -209,15 +218,15 @@ def test_a_batch_of_nothing_gives_zeros() -> None:
 def test_rows_without_kv_give_zeros() -> None:
     batch = make_batch(np.random.default_rng(11), q_lens=[1, 1, 4], kv_lens=[9, 0, 0], decode_rows=2)
     sinks = jnp.ones(4, jnp.float32)
-    for implementation in ("reference", "interpret"):
+    for implementation in ("cpu", "interpret"):
         for options in ({}, {"sinks": sinks}):
             got = np.asarray(run(batch, implementation, **options))
             assert got[0].any() and not got[1:].any(), implementation
 
 
-@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+@pytest.mark.parametrize("implementation", ["cpu", "interpret"])
 def test_a_row_does_not_depend_on_its_batch(implementation: dispatch.Implementation) -> None:
-    """Bitwise: the same row alone, beside others, and as decode row of a mixed step."""
+    """Bitwise: the same row alone, beside others, and as a decode row of a mixed step."""
     rng = np.random.default_rng(12)
     batch = make_batch(rng, q_lens=[1, 1, 1], kv_lens=[70, 33, 5], decode_rows=3, padding_rows=0, padding_tokens=0)
     options: dict[str, Any] = dict(decode_tiles=DECODE_TILES, ragged_tiles=RAGGED_TILES)
@@ -225,34 +234,25 @@ def test_a_row_does_not_depend_on_its_batch(implementation: dispatch.Implementat
     mixed = np.asarray(run(batch, implementation, **options))
     np.testing.assert_array_equal(mixed, together)
     for row in range(3):
-        alone = Batch(
-            batch.q[row : row + 1],
-            batch.k,
-            batch.v,
-            batch.block_tables[row : row + 1],
-            batch.kv_lens[row : row + 1],
-            np.asarray([0, 1], np.int32),
-            np.asarray([1, 1], np.int32),
+        one = Ragged(
+            block_tables=batch.ragged.block_tables[row : row + 1],
+            kv_lens=batch.ragged.kv_lens[row : row + 1],
+            cu_q_lens=np.asarray([0, 1], np.int32),
+            distribution=np.asarray([1, 1], np.int32),
         )
+        alone = Batch(batch.q[row : row + 1], batch.k, batch.v, one)
         got = np.asarray(run(alone, implementation, decode_only=True, **options))
         np.testing.assert_array_equal(got[0], together[row])
 
 
 def test_chunked_prefill_equals_whole_prefill() -> None:
-    """The last tokens of a prompt see the same, whether they come with the rest or in a chunk of their own."""
+    """The last tokens of a prompt see the same KV, whether they come with the rest or in a later chunk."""
     rng = np.random.default_rng(13)
     whole = make_batch(rng, q_lens=[90], kv_lens=[90], padding_rows=0, padding_tokens=0)
-    for implementation in ("reference", "interpret"):
+    for implementation in ("cpu", "interpret"):
         expected = np.asarray(run(whole, implementation))[50:]
-        chunk = Batch(
-            whole.q[50:],
-            whole.k,
-            whole.v,
-            whole.block_tables,
-            whole.kv_lens,
-            np.asarray([0, 40], np.int32),
-            whole.distribution,
-        )
+        ragged = replace(whole.ragged, cu_q_lens=np.asarray([0, 40], np.int32))
+        chunk = Batch(whole.q[50:], whole.k, whole.v, ragged)
         np.testing.assert_allclose(np.asarray(run(chunk, implementation)), expected, atol=2e-6)
 
 
@@ -266,7 +266,7 @@ SHAPES: list[dict[str, Any]] = [
 @settings(max_examples=16)
 @given(data=st.data())
 def test_random_ragged_batches(data: st.DataObject) -> None:
-    """Of few shapes, so that few compiles serve all examples."""
+    """Few shapes, so that few programs serve all examples."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     shape = data.draw(st.sampled_from(SHAPES), label="shape")
     block_size = shape["block_size"]
@@ -291,12 +291,12 @@ def test_random_ragged_batches(data: st.DataObject) -> None:
     check(batch, window=shape["window"], decode_tiles=DECODE_TILES, ragged_tiles=RAGGED_TILES)
 
 
-def test_the_twin_can_be_jitted_over_padded_buckets(forbid_compiles) -> None:
+def test_cpu_code_can_be_jitted_over_padded_buckets(forbid_compiles) -> None:
     """One compiled program serves every batch of a bucket."""
 
     @jax.jit
-    def step(q, k, v, described):
-        return paged_attention(q, k, v, **described)
+    def step(q, k, v, ragged):
+        return paged_attention(q, k, v, ragged)
 
     rng = np.random.default_rng(14)
     shapes: dict[str, Any] = dict(kv_heads=1, group=2, dim=16, block_size=8)
@@ -305,10 +305,10 @@ def test_the_twin_can_be_jitted_over_padded_buckets(forbid_compiles) -> None:
 
     def call(batch: Batch) -> np.ndarray:
         arrays = (jnp.asarray(x, jnp.float32) for x in (batch.q, batch.k, batch.v))
-        return np.asarray(step(*arrays, batch.described()))
+        return np.asarray(step(*arrays, batch.ragged))
 
     call(first)
-    expected = dense_attention(second, scale=0.25)
+    expected = expect(second)
     with forbid_compiles():
         got = call(second)
     assert error(got, expected) < 2e-6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling against a float64 oracle that sorts, in both implementations."""
+"""Sampling, on CPUs and by the interpreted kernel, against the oracle, which sorts."""
 
 import functools
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from pallas_kernels import dispatch, row_sampler
+from pallas_kernels import dispatch, reference
+from pallas_kernels.reference import survivors
 from pallas_kernels.sampling import Sampled, SamplingParams, sample, token_logprobs
 from pallas_kernels.tuning import SamplingTiles
-from tests.pallas_kernels.oracles import surviving
 
-BOTH = pytest.mark.parametrize("implementation", ["reference", "interpret"])
+BOTH = pytest.mark.parametrize("implementation", ["cpu", "interpret"])
 TILES = SamplingTiles(block=128, pivots=4)  # rows of several chunks, even when they are short
 PLAIN = (32, 400)  # rows and entries, where no others are needed: equal shapes share their programs
 OFF: dict[str, Any] = dict(top_k=0, top_p=1.0, min_p=0.0)
@@ -55,7 +55,7 @@ def run(
 
 
 def kept_ids(result: Sampled, row: int) -> set[int]:
-    """Everything that survived: the processed log-probabilities list it when asked for the whole vocabulary."""
+    """All survivors: the processed log-probabilities list them when top_n is the whole vocabulary."""
     assert result.logprobs is not None
     return {int(t) for t in np.asarray(result.logprobs.top_tokens)[row] if t >= 0}
 
@@ -82,7 +82,7 @@ def test_survivors_are_those_of_a_sort(implementation: dispatch.Implementation) 
     p = params(rows, **{name: [a[name] for a in asked] for name in asked[0]})
     result = run(implementation, logits, p, logprobs="processed", top_n=size)
     for row in range(rows):
-        expected = set(np.flatnonzero(surviving(logits[row], **asked[row])))
+        expected = set(np.flatnonzero(survivors(logits[row], **asked[row])))
         assert kept_ids(result, row) == expected, asked[row]
         assert int(result.tokens[row]) in expected
 
@@ -100,10 +100,10 @@ def test_survivors_of_random_rows(data: st.DataObject) -> None:
         top_p=data.draw(st.sampled_from([1.0, 0.7310001, 0.12, 0.911])),
         min_p=data.draw(st.sampled_from([0.0, 0.0613, 0.5021])),
     )
-    # Cuts closer to an entry than float32 can tell are nobody's to decide.
+    # Skip limits that are closer to an entry than float32 can resolve.
     near = [asked | {name: asked[name] * f} for name in ("top_p", "min_p") for f in (1 - 1e-5, 1 + 1e-5)]
-    expected = surviving(logits, **asked)
-    assume(all((surviving(logits, **n) == expected).all() for n in near if n["top_p"] < 1 or asked["top_p"] == 1))
+    expected = survivors(logits, **asked)
+    assume(all((survivors(logits, **n) == expected).all() for n in near if n["top_p"] < 1 or asked["top_p"] == 1))
     p = params(1, **asked)
     result = _twelve(jnp.asarray(logits[None]), p)
     assert kept_ids(result, 0) == set(np.flatnonzero(expected))
@@ -116,7 +116,7 @@ def _twelve(logits: jax.Array, p: SamplingParams) -> Sampled:
 
 @BOTH
 def test_ties(implementation: dispatch.Implementation) -> None:
-    """Top-k keeps every tie at the k-th value; top-p as many as the mass asks for, higher ids first."""
+    """Top-k keeps every tie at the k-th value; top-p keeps as many as the mass needs, higher ids first."""
     logits = np.asarray([[2, 1, 1, 1, 1, 0, 0, 0]] * 4 + [[1.0] * 8] * 2, np.float32)
     weight = np.exp(logits[0].astype(np.float64))
     p_for_two_ties = (weight[0] + 1.5 * weight[1]) / weight.sum()
@@ -159,10 +159,10 @@ def test_vocabulary_sizes(implementation: dispatch.Implementation, size: int) ->
     result = run(implementation, logits, p, logprobs="processed", top_n=size)
     assert int(result.tokens[0]) == logits[0].argmax()
     assert kept_ids(result, 1) == set(
-        np.flatnonzero(surviving(logits[1], temperature=1, top_k=5, top_p=1.0, min_p=0.0))
+        np.flatnonzero(survivors(logits[1], temperature=1, top_k=5, top_p=1.0, min_p=0.0))
     )
     assert kept_ids(result, 2) == set(
-        np.flatnonzero(surviving(logits[2], temperature=1, top_k=0, top_p=float(np.float32(0.8)), min_p=0.0))
+        np.flatnonzero(survivors(logits[2], temperature=1, top_k=0, top_p=float(np.float32(0.8)), min_p=0.0))
     )
 
 
@@ -178,23 +178,24 @@ def test_survivors_that_share_a_lane(implementation: dispatch.Implementation, to
     exact: dict[str, Any] = asked | {"top_p": float(np.float32(0.9))}
     result = run(implementation, logits, params(4, **asked), logprobs="processed", top_n=700)
     for row in range(4):
-        expected = set(np.flatnonzero(surviving(logits[row], **exact)))
+        expected = set(np.flatnonzero(survivors(logits[row], **exact)))
         assert kept_ids(result, row) == expected
         assert int(result.tokens[row]) in expected
 
 
 @BOTH
 def test_tokens_are_the_argmax_of_logits_and_noise(implementation: dispatch.Implementation) -> None:
-    """Gumbel-max by the book, with the noise that the hash gives for (seed, position, id)."""
+    """Gumbel-max, with the noise that the oracle computes for (seed, position, id)."""
     rng = np.random.default_rng(2)
     rows, size = PLAIN
     logits = rng.standard_normal((rows, size)).astype(np.float32) * 2
     temperature = rng.uniform(0.3, 2, rows).astype(np.float32)
     p = params(rows, temperature=temperature, top_k=20)
-    noise = row_sampler.gumbel_noise(p.seed[:, None], p.position[:, None], jnp.arange(size, dtype=jnp.int32)[None, :])
-    scores = logits / temperature[:, None] + np.asarray(noise)
-    kept = np.stack([surviving(x, temperature=1, top_k=20, top_p=1.0, min_p=0.0) for x in logits])
-    expected = np.where(kept, scores, -np.inf).argmax(1)
+    filters: dict[str, Any] = OFF | {"top_k": 20}
+    expected = [
+        reference.sample(logits[r], temperature=float(temperature[r]), **filters, seed=r, position=7 * r)
+        for r in range(rows)
+    ]
     result = run(implementation, logits, p, mode="filtered")
     np.testing.assert_array_equal(np.asarray(result.tokens), expected)
 
@@ -324,13 +325,12 @@ def test_processed_logprobs(implementation: dispatch.Implementation) -> None:
     result = run(implementation, logits, p, logprobs="processed", top_n=5)
     assert result.logprobs is not None
     for row, a in enumerate(asked):
-        kept = surviving(logits[row], **a)
-        scaled = logits[row].astype(np.float64) / (a["temperature"] or 1.0)
-        expected = log_softmax(np.where(kept, scaled, -np.inf))
+        kept = survivors(logits[row], **a)
+        expected = reference.logprobs(logits[row], kept, temperature=a["temperature"])
         token = int(result.tokens[row])
         np.testing.assert_allclose(float(result.logprobs.logprobs[row]), expected[token], atol=3e-6)
         assert int(result.logprobs.ranks[row]) == (expected > expected[token]).sum() + 1
-        best = in_order(np.where(kept, scaled, -np.inf))[: min(5, kept.sum())]
+        best = in_order(expected)[: min(5, kept.sum())]
         top = np.asarray(result.logprobs.top_tokens)[row]
         np.testing.assert_array_equal(top[: best.size], best)
         assert (top[best.size :] == -1).all()
@@ -352,9 +352,9 @@ def test_a_large_vocabulary() -> None:
     assert result.logprobs is not None
     for row, exact in enumerate(asked):
         a: dict[str, Any] = {n: float(np.float32(v)) if isinstance(v, float) else v for n, v in exact.items()}
-        kept = surviving(logits[row], **a)
+        kept = survivors(logits[row], **a)
         token = int(result.tokens[row])
         assert kept[token]
-        expected = log_softmax(np.where(kept, logits[row].astype(np.float64) / a["temperature"], -np.inf))
+        expected = reference.logprobs(logits[row], kept, temperature=a["temperature"])
         # One entry more or less at the edge of the nucleus moves the sum by less than this.
         np.testing.assert_allclose(float(result.logprobs.logprobs[row]), expected[token], atol=2e-5)

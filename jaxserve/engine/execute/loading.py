@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from convert import load
 from convert.files import hub, progress
-from convert.load import Plan
+from convert.load import LoadPlan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError
 from jaxserve.models import hf, param_layout
@@ -41,7 +41,7 @@ class Opened:
     folder: Path | None = None
     eos_token_ids: frozenset[int] = frozenset()
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])  # from generation_config.json
-    plan: Plan | None = None  # of what is still to be read
+    plan: LoadPlan | None = None  # of what is still to be read
 
 
 def on_mesh(config: EngineConfig, given: Any) -> Any:

@@ -43,6 +43,7 @@ from jaxserve.sampling import controls as sampling_controls
 from jaxserve.sampling.columns import COLUMNS, OF_PARAMS
 from jaxserve.sampling.controls import Controls
 from pallas_kernels import dispatch, sampling
+from pallas_kernels.ragged import Ragged
 
 type Cache = list[LayerCache]
 
@@ -104,13 +105,15 @@ def _inputs(
         tokens=jnp.where(parts["tokens"] < 0, fed, parts["tokens"]),
         positions=positions,
         slots=jnp.where(real, blocks * block_size + positions % block_size, -1),
-        block_tables=block_tables,
-        kv_lens=kv_lens,
-        cu_q_lens=starts,
-        distribution=parts["distribution"],
+        ragged=Ragged(
+            block_tables=block_tables,
+            kv_lens=kv_lens,
+            cu_q_lens=starts,
+            distribution=parts["distribution"],
+            decode_only=layout.decode,
+        ),
         sampled=jnp.maximum(entries[:, TOKEN], 0),
         rope_lengths=parts["rope_lengths"][line] if spec.needs_rope_length else None,
-        decode_only=layout.decode,
     )
 
 
@@ -303,7 +306,7 @@ def compiled(program: Program, store: Store | None = None, *, fresh: bool = Fals
     kind = devices[0].platform, devices[0].device_kind, devices[0].client.platform_version
     # Told apart by where they are defined; what a mesh prints leaves its devices out.
     named = repr((program.function.__module__, program.function.__qualname__, key[1:], devices, kind))
-    if key[-1] != ("kernel" if kind[0] in ("gpu", "cuda") else "reference"):
+    if key[-1] != ("kernel" if kind[0] in ("gpu", "cuda") else "cpu"):
         store = None  # a test's choice: jax may have traced parts of it under another
     file = store.place(named) if store is not None else None
     executable = store.load(file, devices) if store is not None and file is not None and not fresh else None

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention loop in plain jax.numpy, shared by the `reference` twins: what CPU users run.
+"""The attention loop of CPUs, in jax.numpy, shared by paged and latent attention.
 
-Owns: a loop over rows, over tiles of query tokens, over chunks of KV blocks, each with a trip count that is
-read from the batch. So the work follows the tokens that exist, not the width of the block table (a gather of
-the whole table was 5 to 20 times slower at short contexts), and one row's result cannot depend on another, but
-for rounding: decode rows of narrow tokens are taken a few at a time, those of like length together.
-Knows nothing about what a block holds: an op passes `read`.
+It loops over rows, over tiles of query tokens, and over chunks of KV blocks. Every trip count is read from the batch,
+so the work follows the tokens that exist and not the width of the block table: gathering the whole table was 5 to 20
+times slower at short contexts. One row's result does not depend on other rows, except for rounding: where a token's KV
+is narrow, decode rows of similar length are computed a few at a time.
 
-All arithmetic is float32, whatever the inputs: XLA's CPU matmuls are much slower in bfloat16.
+The loop does not know what a block holds: an op passes `read`. All arithmetic is float32, because XLA's CPU matmuls
+are much slower in bfloat16.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged import Ragged
+
 NEG = -1e30
-# Query tokens per tile of a ragged row, and of its last tile where no more are left: so 30 tokens that follow a cached
-# text of 512 took two thirds of the time, 8 such rows.
+# Query tokens per tile of a ragged row, and per last tile if no more are left. The short tile made 8 rows of 30 tokens
+# after a cached prefix of 512 take two thirds of the time.
 QUERY_TILE, SHORT_TILE = 128, 32
-# KV tokens per loop step: as many as fill half a MiB while they last, then few, so that short rows waste little: as
-# many as a tile has queries, or so many where those are few. A step costs tens of microseconds however small it is,
-# more of it with many query tokens to multiply by: on two cores these were about the best of those tried, up to 1 MiB.
+# KV tokens per loop step: first as many as fill half a MiB, then, so that short rows waste little, as many as the tile
+# has queries, or SMALL_CHUNK if those are few. A step costs tens of microseconds however small it is, more with many
+# query tokens. On two cores these values were about the best of those tried, up to 1 MiB.
 LARGE_CHUNK_BYTES = 2**19
 SMALL_CHUNK = 96
-# Decode rows that are taken together, where a token's KV is so narrow that a row alone is mostly overhead. With 12 KV
-# heads of 64 a row alone is the faster: 1.5 against 2.2 ms for 32 rows of 80 tokens.
+# Decode rows that are computed together if a token's KV is so narrow that a single row is mostly overhead. With 12 KV
+# heads of 64, single rows are faster: 1.5 against 2.2 ms for 32 rows of 80 tokens.
 GROUP, GROUP_CHUNK, GROUP_BELOW_COLUMNS = 8, 128, 512
 
 
@@ -40,19 +42,20 @@ class Chunk(NamedTuple):
 
 
 class RowChunks(NamedTuple):
-    """The same of several rows, tokens first, as pools are: nothing is transposed."""
+    """Chunks of several rows, tokens first as in the pool, so that nothing is transposed."""
 
     keys: jax.Array  # [rows, tokens, kv_heads * key_dim]
     values: jax.Array  # [rows, tokens, kv_heads * value_dim]
 
 
-type Read = Callable[[jax.Array], Chunk]  # block ids [n] -> Chunk
+type ReadChunk = Callable[[jax.Array], Chunk]  # block ids [n] -> Chunk
 type ReadRows = Callable[[jax.Array], RowChunks]  # block ids [rows, n] -> RowChunks
 
 
 def chunk_blocks(block_size: int, columns: int, query_tile: int) -> tuple[int, int]:
-    """Blocks per large and per small chunk, for tokens of so many float32 columns over all KV heads."""
-    narrow = columns < GROUP_BELOW_COLUMNS  # then with the chunks of a group: alone or not, the same sums
+    """Blocks per large and per small chunk; `columns` is kv_heads * dim of a token."""
+    # A row alone is summed in the same chunks as a row in a group.
+    narrow = columns < GROUP_BELOW_COLUMNS
     few = GROUP_CHUNK if narrow else SMALL_CHUNK
     small = max(1, (few if query_tile <= SHORT_TILE else query_tile) // block_size)
     return max(small, LARGE_CHUNK_BYTES // (4 * columns * block_size)), small
@@ -66,7 +69,7 @@ def _attend_tile(
     stop: jax.Array,
     *,
     longest: int,
-    read: Read,
+    read: ReadChunk,
     block_size: int,
     scale: float,
     window: int | None,
@@ -74,8 +77,8 @@ def _attend_tile(
     sinks: jax.Array | None,
     value_dim: int,
 ) -> jax.Array:
-    """One tile of one row: query [kv_heads, group, tile, dim] against the KV tokens [start, stop) of at most `longest`
-    blocks."""
+    """One tile of one row: query [kv_heads, group, tile, dim] against the KV tokens [start, stop). `longest` is the
+    most blocks that a row can have."""
     kv_heads, group, tile, dim = query.shape
     flat = query.reshape(kv_heads, group * tile, dim) * scale
     where = jnp.broadcast_to(positions[None, :], (group, tile)).reshape(-1)
@@ -85,7 +88,7 @@ def _attend_tile(
         chunk = read(lax.dynamic_slice(blocks, (first,), (per_chunk,)))
         token = first * block_size + jnp.arange(per_chunk * block_size, dtype=jnp.int32)
         exists = (token >= start) & (token < stop)
-        # Slots nobody wrote may hold anything, NaN too: zero weight does not cancel it, so the values go.
+        # Slots that were never written may hold NaN, which a weight of zero does not cancel: zero the values.
         values = jnp.where(exists[None, :, None], chunk.values, 0.0)
         scores = jnp.einsum("hrd,htd->hrt", flat, chunk.keys)
         if soft_cap is not None:
@@ -134,11 +137,11 @@ def _attend_group(
     sinks: jax.Array | None,
     value_dim: int,
 ) -> jax.Array:
-    """One token of each of a few rows, query [rows, heads, dim], over all of their KV; chunks as of the longest."""
+    """One query token of each of a few rows, [rows, heads, dim], over all of their KV; the longest sets the chunks."""
     count, heads, dim = query.shape
     group, per_chunk = heads // kv_heads, max(1, GROUP_CHUNK // block_size)
-    # Queries as a block-diagonal matrix, zeros for the other KV heads: so keys are multiplied as they lie, all heads
-    # in one product, at the price of some times the multiplications, which are not what takes the time.
+    # Queries as a block-diagonal matrix, zero for the other KV heads: one product multiplies all heads with the keys as
+    # they lie in memory. It does several times the multiplications, but those are not what takes the time.
     own = jnp.eye(kv_heads, dtype=jnp.float32)[None, :, None, :, None]
     spread = (query.reshape(count, kv_heads, group, 1, dim) * scale * own).reshape(count, heads, kv_heads * dim)
     starts = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
@@ -155,7 +158,7 @@ def _attend_group(
         scores = jnp.where(visible[:, None], scores, NEG)
         new_maximum = jnp.maximum(maximum, scores.max(-1))
         rescale, weights = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum[..., None])
-        weights = jnp.where(visible[:, None], weights, 0.0)  # a row whose tokens all lie in other chunks
+        weights = jnp.where(visible[:, None], weights, 0.0)  # for rows that have no tokens in this chunk
         every = jnp.einsum("rht,rtk->rhk", weights, values).reshape(count, kv_heads, group, kv_heads, value_dim)
         new = jnp.stack([every[:, head, :, head] for head in range(kv_heads)], axis=1).reshape(out.shape)
         return new_maximum, total * rescale + weights.sum(-1), out * rescale[..., None] + new
@@ -180,14 +183,15 @@ def _decode_in_groups(
     kv_heads: int,
     **options: Any,
 ) -> jax.Array:
-    """The decode rows [0, rows), those of like length together, as both cores and few steps want it; rows of a group
-    whose lengths differ much each `alone`, so that the work still follows the tokens. [kv_lens, heads, value_dim]."""
+    """The decode rows [0, rows) in groups of similar length, which takes few steps and uses all cores. If the lengths
+    in a group differ much, each row runs `alone`, so that the work still follows the tokens. The result has
+    [kv_lens, heads, value_dim]."""
     count = min(GROUP, len(kv_lens))
     padding = -len(kv_lens) % count
     lengths = jnp.where(jnp.arange(len(kv_lens), dtype=jnp.int32) < rows, kv_lens, 0)
     order = jnp.argsort(-lengths).astype(jnp.int32)
     places = jnp.pad(order, (0, padding), constant_values=0)
-    lengths = jnp.pad(lengths[order], (0, padding))  # the longest first, then nothing
+    lengths = jnp.pad(lengths[order], (0, padding))  # the longest first, zeros last
 
     def group(i: jax.Array, out: jax.Array) -> jax.Array:
         at = lax.dynamic_slice(places, (i * count,), (count,))
@@ -213,12 +217,8 @@ def _decode_in_groups(
 
 def attend(
     q: jax.Array,
+    ragged: Ragged,
     *,
-    block_tables: jax.Array,
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
-    distribution: jax.Array,
-    decode_only: bool,
     kv_heads: int,
     value_dim: int,
     block_size: int,
@@ -226,13 +226,14 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     sinks: jax.Array | None,
-    read: Read,
+    read: ReadChunk,
     read_rows: ReadRows | None = None,
 ) -> jax.Array:
     """Attention of every row; zeros for the tokens of no row. Returns [tokens, heads, value_dim] in q's dtype."""
     tokens, heads, dim = q.shape
     group = heads // kv_heads
-    # Slices of a fixed size must not run over an edge, where JAX would shift them: pad both.
+    block_tables, kv_lens, cu_q_lens, distribution = ragged.arrays().values()
+    # JAX would shift a slice that runs over an edge: pad both arrays.
     query_tile = min(QUERY_TILE, tokens)
     short_tile = SHORT_TILE if query_tile > SHORT_TILE else 0
     over = max(chunk_blocks(block_size, kv_heads * dim, tile)[0] for tile in (1, query_tile))
@@ -264,18 +265,22 @@ def attend(
         def row(r: jax.Array, out: jax.Array) -> jax.Array:
             return lax.dynamic_update_slice(out, one_tile(r, jnp.int32(0), 1), (cu_q_lens[r], 0, 0))
 
-        # Of a loop of one round XLA's CPU compiler makes a loop.
-        return row(jnp.int32(0), out) if decode_only and tokens == 1 else lax.fori_loop(0, distribution[0], row, out)
+        # XLA's CPU compiler does not unroll a loop of one round.
+        return (
+            row(jnp.int32(0), out)
+            if ragged.decode_only and tokens == 1
+            else lax.fori_loop(0, distribution[0], row, out)
+        )
 
     def ragged_rows(out: jax.Array, tile: int, tiles: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> jax.Array:
-        """Of each row those of its tiles, first and end, that `tiles` names for its number of tokens."""
+        """The ragged rows, each from the first to before the last tile that `tiles` gives for its token count."""
 
         def row(r: jax.Array, out: jax.Array) -> jax.Array:
             count = cu_q_lens[r + 1] - cu_q_lens[r]
 
             def put(i: jax.Array, out: jax.Array) -> jax.Array:
                 place = (cu_q_lens[r] + i * tile, 0, 0)
-                own = i * tile + jnp.arange(tile, dtype=jnp.int32) < count  # then other rows' tokens follow
+                own = i * tile + jnp.arange(tile, dtype=jnp.int32) < count  # the other tokens are of later rows
                 before = lax.dynamic_slice(out, place, (tile, heads, value_dim))
                 new = jnp.where(own[:, None, None], one_tile(r, i * tile, tile), before)
                 return lax.dynamic_update_slice(out, new, place)
@@ -289,7 +294,7 @@ def attend(
 
     def last_short_tile(count: jax.Array) -> tuple[jax.Array, jax.Array]:
         rest = count % query_tile
-        first = (count - rest) // SHORT_TILE  # whole: nothing precedes a rest where query_tile is below QUERY_TILE
+        first = (count - rest) // SHORT_TILE  # exact: if query_tile is below QUERY_TILE, the rest is all there is
         return first, first + ((rest > 0) & (rest <= SHORT_TILE)).astype(jnp.int32)
 
     out = jnp.zeros((tokens + query_tile, heads, value_dim), jnp.float32)
@@ -299,7 +304,7 @@ def attend(
         alone = partial(one_tile, offset=jnp.int32(0), tile=1)
         grouped = _decode_in_groups(queries, tables, kv_lens, distribution[0], alone, read_rows, kv_heads, **options)
         out = lax.dynamic_update_slice(out, grouped[:tokens], (0, 0, 0))
-    if not decode_only:
+    if not ragged.decode_only:
         out = ragged_rows(out, query_tile, long_tiles)
         if short_tile:
             out = ragged_rows(out, short_tile, last_short_tile)
