@@ -30,7 +30,7 @@ class Roof:
         return self.weight_bytes(rows) + self.kv_bytes(rows * context)
 
     def weight_bytes(self, rows: int) -> float:
-        return time_steps.read_bytes(self.spec, self.params, time_steps.Case("", rows, 0))
+        return time_steps.read_bytes(self.spec, self.params, time_steps.StepCase("", rows, 0))
 
     def kv_bytes(self, tokens: float) -> float:
         return tokens * kv_cache.bytes_per_block(self.spec, block_size=1, dtype=jnp.bfloat16)

@@ -32,7 +32,8 @@ BATCH: dict[str, Any] = dict(
 def batch(options: dict[str, Any]) -> Ragged:
     """A right batch, with the changes to it that are taken out of the options."""
     fields = BATCH | {name: options.pop(name) for name in BATCH if name in options}
-    return Ragged(**{k: jnp.asarray(v, jnp.int32) if isinstance(v, list) else v for k, v in fields.items()})
+    made: dict[str, Any] = {k: jnp.asarray(v, jnp.int32) if isinstance(v, list) else v for k, v in fields.items()}
+    return Ragged(**made)
 
 
 def paged(q: Shape = (4, 4, 16), k: Shape = (5, 8, 2, 16), v: Shape | None = None, **changes: Any) -> None:
@@ -42,8 +43,8 @@ def paged(q: Shape = (4, 4, 16), k: Shape = (5, 8, 2, 16), v: Shape | None = Non
 
 
 def mla(q: Shape = (4, 4, 48), pool: Shape = (5, 8, 48), dtype: Any = jnp.float32, **changes: Any) -> None:
-    ragged = batch(changes)
-    mla_attention(of(q), of(pool, dtype), ragged, **dict(latent_dim=32, scale=0.2) | changes)
+    ragged, options = batch(changes), dict[str, Any](latent_dim=32, scale=0.2) | changes
+    mla_attention(of(q), of(pool, dtype), ragged, **options)
 
 
 def write(k: Shape = (3, 2, 16), pool: Shape = (5, 8, 2, 16), slots: list[int] | None = None, **options: Any) -> None:

@@ -28,8 +28,11 @@ F32 = np.float32
 def test_numpy_arrays_are_welcome(implementation: dispatch.Implementation) -> None:
     """Every argument may be a numpy array."""
     batch = make_batch(np.random.default_rng(0), **MIXED, dim=16)
-    paged: Any = [x.astype(F32) for x in (batch.q, batch.k, batch.v)]
-    latent: Any = (np.ones((batch.q.shape[0], 4, 32), F32), np.zeros((*batch.k.shape[:2], 32), F32))
+    q: Any = batch.q.astype(F32)
+    k: Any = batch.k.astype(F32)
+    v: Any = batch.v.astype(F32)
+    latent_q: Any = np.ones((batch.q.shape[0], 4, 32), F32)
+    latents: Any = np.zeros((*batch.k.shape[:2], 32), F32)
     pool: Any = np.zeros((4, 8, 2, 16), F32)
     new: Any = np.ones((2, 2, 16), F32)
     slots: Any = np.array([3, 9], np.int32)
@@ -38,11 +41,11 @@ def test_numpy_arrays_are_welcome(implementation: dispatch.Implementation) -> No
     numbers: Any = [np.zeros(2, F32), np.zeros(2, np.int32), np.ones(2, F32), np.zeros(2, F32)]
     numbers += [np.zeros(2, np.uint32), ids]
     with dispatch.use(implementation):
-        out = paged_attention(*paged, batch.ragged)
+        out = paged_attention(q, k, v, batch.ragged)
         scale: Any = np.float32(0.1)
-        mla_attention(*latent, batch.ragged, latent_dim=16, scale=scale)
+        mla_attention(latent_q, latents, batch.ragged, latent_dim=16, scale=scale)
         assert float(kv_write(pool, pool, new, new, slots).k_pool.sum()) == new.sum()
-        latent_write(latent[1], latent[0][:2, 0], slots)
+        latent_write(latents, latent_q[:2, 0], slots)
         copy_blocks(pool, ids, ids + 2)
         scatter_blocks(pool, gather_blocks(pool, ids), ids)
         tokens: Any = sample(logits, SamplingParams(*numbers)).tokens

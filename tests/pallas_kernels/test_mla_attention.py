@@ -84,8 +84,8 @@ def test_decode_only() -> None:
 
 def test_equals_paged_attention_of_one_kv_head() -> None:
     batch = latent_batch(3, heads=8, latent=48, rope=16)
-    pools = (jnp.asarray(x, jnp.float32) for x in (batch.k, batch.v))
-    expected = paged_attention(jnp.asarray(batch.q, jnp.float32), *pools, batch.ragged, scale=0.2)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (batch.q, batch.k, batch.v))
+    expected = paged_attention(q, k, v, batch.ragged, scale=0.2)
     np.testing.assert_allclose(np.asarray(run(batch, "cpu", scale=0.2)), np.asarray(expected), atol=1e-6, rtol=1e-6)
 
 

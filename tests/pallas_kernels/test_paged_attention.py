@@ -178,7 +178,7 @@ def test_one_byte_kv_with_scales(kv: Any, per_slot: bool) -> None:
     for implementation in ("cpu", "interpret"):
         k_scale, v_scale = (jnp.asarray(s) for s in scales)
         options: dict[str, Any] = dict(kv=kv, k_scale=k_scale, v_scale=v_scale, decode_tiles=DECODE_TILES)
-        got = run(Batch(batch.q, *stored, batch.ragged), implementation, **options)
+        got = run(Batch(batch.q, stored[0], stored[1], batch.ragged), implementation, **options)
         assert error(got, expected) < 1e-5, implementation
 
 
@@ -217,9 +217,9 @@ def test_a_batch_of_nothing_gives_zeros() -> None:
 
 def test_rows_without_kv_give_zeros() -> None:
     batch = make_batch(np.random.default_rng(11), q_lens=[1, 1, 4], kv_lens=[9, 0, 0], decode_rows=2)
-    sinks = jnp.ones(4, jnp.float32)
+    choices: list[dict[str, Any]] = [{}, {"sinks": jnp.ones(4, jnp.float32)}]
     for implementation in ("cpu", "interpret"):
-        for options in ({}, {"sinks": sinks}):
+        for options in choices:
             got = np.asarray(run(batch, implementation, **options))
             assert got[0].any() and not got[1:].any(), implementation
 
