@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jaxserve import unsupported
+from jaxserve.cli import parser_of
+from jaxserve.flags import reference
+from jaxserve.server.protocol.sampling import SENT
 from jaxserve.server.routes.table import all_routes
+from jaxserve.types import parameters
+from jaxserve.types.sampling_params import FIELDS
 
 ROOT = Path(__file__).parents[1]
 READMES = (
@@ -55,7 +60,12 @@ def refused_fields() -> str:
     return "\n".join(["| in | fields |", "|---|---|", *rows]) + "\n"
 
 
-GENERATED: dict[str, Callable[[], str]] = {"routes": routes, "unsupported": refused_fields}
+GENERATED: dict[str, Callable[[], str]] = {
+    "routes": routes,
+    "sampling": lambda: parameters.markdown_table(each for each in FIELDS if each.name in SENT),
+    "unsupported": refused_fields,
+    "flags": lambda: reference.markdown(parser_of("run")),
+}
 
 
 def renewed(text: str) -> str:

@@ -155,7 +155,11 @@ class SamplingParams:
         embeds=False,
     )
     prompt_logprobs: int | None = parameter(
-        None, TopTokens(), "The same for the tokens of the prompt.", optional=True, embeds=False
+        None,
+        TopTokens(),
+        "Return the log-probability of each prompt token and of this many of the likeliest ones; -1 for all.",
+        optional=True,
+        embeds=False,
     )
     detokenize: bool = parameter(True, Boolean(), "Return text, not only token ids.", acts=Acts.TEXT, sent=False)
     skip_special_tokens: bool = parameter(True, Boolean(), "Leave special tokens out of the text.", acts=Acts.TEXT)
