@@ -145,7 +145,7 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
     ("deepseek_v3", {"n_group": 256, "topk_group": 8}, "fewer than 2 experts each"),
     ("deepseek_v3", {"n_group": 3}, "256 experts are not a multiple of 3 groups"),
-    ("deepseek_v3", {"num_experts_per_tok": 129}, "top_k 129, 128 of 128 experts eligible"),
+    ("deepseek_v3", {"num_experts_per_tok": 129}, "top_k 129, 128 of 256 experts eligible"),
     ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),

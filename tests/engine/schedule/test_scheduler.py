@@ -56,7 +56,7 @@ def test_queue_limits() -> None:
 def test_an_id_in_flight_is_refused_and_free_again_after_its_end() -> None:
     engine = FakeEngine(limits())
     engine.add(request("a", [1, 2]))
-    with pytest.raises(RequestError, match="'a' is in flight"):
+    with pytest.raises(RequestError, match="'a' is already in flight"):
         engine.scheduler.add(request("a", [5]))
     engine.turn()
     engine.scheduler.abort("a")
