@@ -292,7 +292,7 @@ def test_refusals_leave_others_alone(engine: AsyncLLM, reference: Reference) -> 
         for prompt, params, words in bad:
             with pytest.raises(RequestError, match=words):
                 await outputs(engine, prompt, params)
-        with pytest.raises(RequestError, match="'canary' is in flight"):
+        with pytest.raises(RequestError, match="'canary' is already in flight"):
             await outputs(engine, [1], GREEDY, request_id="canary")
         with pytest.raises(RequestError, match="scheduling_policy"):
             await outputs(engine, [1], GREEDY, priority=1)

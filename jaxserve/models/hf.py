@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a Hugging Face config: the last place that knows its words.
+"""Reads Hugging Face configs. Only this module and families/ know their field names.
 
-transformers' own config classes fill in defaults and translate old forms (`rope_scaling`, `sliding_window_pattern`)
-into new ones, so that a config means here what it means there. They are data classes: no model code, no torch, and
-never code that comes with a checkpoint.
+transformers' config classes fill in defaults and translate old fields (`rope_scaling`, `sliding_window_pattern`) to new
+ones, so that a config means the same here as there. They are data classes: no model code, no torch, and never code from
+a checkpoint.
 """
 
 import json
@@ -33,14 +33,14 @@ MAX_CONFIG = 10_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file nobody vouches for."""
+    """Read a JSON object from an untrusted file."""
     name = one_line(str(path), limit=1000)
     try:
-        # A pipe would be waited for, and a device has no end.
+        # Reading a pipe could block, and reading a device could never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{name} is not a regular file", "name a model folder with a config.json")
         if path.stat().st_size > MAX_CONFIG:
-            raise CheckpointError(f"{name} has over {MAX_CONFIG} bytes", "check the file")
+            raise CheckpointError(f"{name} is larger than {MAX_CONFIG} bytes", "check the file")
         content: Any = json.loads(path.read_bytes())
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Config:
-    """A config's values, with a note of which were asked for: tests hold that list against all there are."""
+    """A config's values. Records which fields are read; tests compare them with all fields."""
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
@@ -68,13 +68,13 @@ class Config:
         return getattr(self._hf, name, default)
 
     def refuse(self, reason: str = "", **supported: Any) -> None:
-        """Values that must be as given, being switches that are not computed here: refuse(clip_qkv=None)."""
+        """Raise unless fields have the given, supported values: refuse(clip_qkv=None)."""
         for name, value in supported.items():
             found = self.get(name, value)
             off = found is None and value is False
             if found != value and not off:
                 problem = f"config.json sets {name} = {one_line(repr(found))}, which is not supported"
-                raise CheckpointError(f"{problem} ({reason})" if reason else problem, f"only {value!r} is")
+                raise CheckpointError(f"{problem} ({reason})" if reason else problem, f"only {value!r} is supported")
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -95,7 +95,7 @@ ACTIVATIONS: dict[str, Activation] = {
 def activation(name: Any) -> Activation:
     if name not in ACTIVATIONS:
         raise CheckpointError(
-            f"config.json asks for the activation {one_line(repr(name))}", f"supported: {', '.join(ACTIVATIONS)}"
+            f"config.json has the unsupported activation {one_line(repr(name))}", f"supported: {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 
@@ -109,7 +109,7 @@ def layer_norm(eps: float, **options: Any) -> Norm:
 
 
 def model(config: Config, **options: Any) -> ModelSpec:
-    """What most families mean by their fields; `options` say the rest, or otherwise."""
+    """A ModelSpec from the fields that most families share; `options` add to or override them."""
     given: dict[str, Any] = dict(
         family=config.model_type,
         vocab_size=config.vocab_size,
@@ -121,7 +121,7 @@ def model(config: Config, **options: Any) -> ModelSpec:
 
 
 def _longest(config: Config, layers: tuple[Layer, ...]) -> int:
-    """`max_position_embeddings`, or what stretching RoPE makes of it; of several kinds the shortest."""
+    """`max_position_embeddings`, extended by RoPE scaling; the minimum over all layers."""
     longest: list[int] = []
     for layer in layers:
         scaling = layer.attention.rope.scaling if layer.attention.rope else None
@@ -138,7 +138,7 @@ def _longest(config: Config, layers: tuple[Layer, ...]) -> int:
 
 
 def mlp(config: Config, **options: Any) -> Mlp:
-    """What most families mean by their fields; `options` say the rest, or otherwise."""
+    """An Mlp from the fields that most families share; `options` add to or override them."""
     if "width" not in options:
         options["width"] = config.intermediate_size
     if "activation" not in options:
@@ -147,7 +147,7 @@ def mlp(config: Config, **options: Any) -> Mlp:
 
 
 def attention(config: Config, *, partial_rotary: bool = False, interleaved: bool = False, **options: Any) -> Attention:
-    """What most families mean by their fields; `options` say the rest, or otherwise."""
+    """An Attention from the fields that most families share; `options` add to or override them."""
     heads = config.num_attention_heads
     head_dim = options.pop("head_dim", None) or config.get("head_dim") or config.hidden_size // heads
     if "rope" not in options:
@@ -167,9 +167,11 @@ def windows(config: Config) -> list[int | None]:
     known = {"full_attention": None, "sliding_attention": config.get("sliding_window") or None}
     for kind in kinds:
         if kind not in known:
-            raise CheckpointError(f"config.json has a layer of type {kind!r}", f"supported: {', '.join(known)}")
+            raise CheckpointError(
+                f"config.json has a layer of unsupported type {kind!r}", f"supported: {', '.join(known)}"
+            )
     if "sliding_attention" in kinds and known["sliding_attention"] is None:
-        raise CheckpointError("config.json lists layers with a window, and sliding_window is off", "check the file")
+        raise CheckpointError("config.json has sliding_attention layers, but sliding_window is off", "check the file")
     if len(kinds) != count:
         raise CheckpointError(f"config.json lists {len(kinds)} layer_types for {count} layers", "check the file")
     return [known[kind] for kind in kinds]
@@ -178,19 +180,23 @@ def windows(config: Config) -> list[int | None]:
 def rope(
     config: Config, head_dim: int, *, kind: str | None = None, interleaved: bool = False, partial: bool = False
 ) -> Rope:
-    """From `rope_parameters`, flat or (given a layer type as `kind`) nested by layer type.
+    """A Rope from `rope_parameters`, flat or (with a layer type as `kind`) nested by layer type.
 
-    `partial` says that the family heeds partial_rotary_factor: for the others transformers turns whole heads.
+    `partial`: the family uses partial_rotary_factor. For other families transformers rotates whole heads.
     """
     given: Mapping[str, Any] = config.rope_parameters or {}
     if kind is not None and kind in given:
         given = given[kind] or {}
     if any(isinstance(value, Mapping) for value in given.values()):
-        raise CheckpointError("config.json has RoPE parameters by layer type", "this family takes one set for all")
+        raise CheckpointError(
+            "config.json has RoPE parameters per layer type", "use one set for all layers, as this family requires"
+        )
     name = str(given.get("rope_type", "default"))
     part = float(given.get("partial_rotary_factor") or 1.0)
     if part != 1 and not partial:
-        raise CheckpointError(f"config.json sets partial_rotary_factor = {part}, which is not supported", "only 1 is")
+        raise CheckpointError(
+            f"config.json sets partial_rotary_factor = {part}, which is not supported", "only 1 is supported"
+        )
     dim = int(head_dim * part)
     base = float(given.get("rope_theta") or 10_000.0)
     longest = config.max_position_embeddings
@@ -227,14 +233,14 @@ def rope(
         case _:
             supported = "default, linear, dynamic, llama3, yarn, longrope"
             raise CheckpointError(
-                f"config.json asks for RoPE of type {one_line(repr(name))}", f"supported: {supported}"
+                f"config.json has the unsupported RoPE type {one_line(repr(name))}", f"supported: {supported}"
             )
     return Rope(dim=dim, base=base, scaling=scaling, magnitude=magnitude, interleaved=interleaved)
 
 
 def _given(parameters: Mapping[str, Any], key: str) -> Any:
     if parameters.get(key) is None:
-        raise CheckpointError(f"config.json's RoPE parameters lack {key!r}", "check the file")
+        raise CheckpointError(f"config.json's RoPE parameters have no {key!r}", "check the file")
     return parameters[key]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feed-forward part of a dense block."""
+"""The feed-forward network of a dense block."""
 
 import jax
 import jax.numpy as jnp

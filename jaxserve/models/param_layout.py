@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two layouts of a model's parameters, and the exact way between them.
+"""The public and the engine layout of a model's parameters, and the exact conversion between them.
 
 public   one entry per matrix of the architecture: q, k, v; gate, up; heads counted one by one; the true vocabulary
 engine   what the decoder runs: q, k, v fused by KV head, gate and up fused; KV heads repeated, vocabulary and
-         MLP columns padded with zeros where the mesh or the hardware wants it (mesh_fit.py)
+         MLP columns padded with zeros if the mesh or the hardware requires it (mesh_fit.py)
 
-Converting moves values and never computes with them, and can be differentiated. Loading uses the same description of
-an engine tensor's parts (`parts_of`) to write pieces straight into it.
+Conversion only moves values, and is differentiable. Loading uses the same description of an engine tensor's parts
+(`parts_of`) to write pieces directly into place.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ Path = tuple[str | int, ...]
 
 
 def abstract_params(spec: ModelSpec, dtype: Any) -> Params:
-    """The engine layout as ShapeDtypeStructs, sharded where a mesh is in context."""
+    """The engine layout as ShapeDtypeStructs, sharded if a mesh is in context."""
 
     def leaf(value: Any, axes: mesh.Axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=mesh.here(axes))
@@ -37,7 +37,7 @@ def abstract_params(spec: ModelSpec, dtype: Any) -> Params:
 
 
 def _declared(spec: ModelSpec, fitted: Fit, dtype: Any, leaf: Callable[[Any, mesh.Axes], Any]) -> Params:
-    """The engine layout's tree, a value made of each parameter's shape and the names of its axes."""
+    """The engine layout's tree, with `leaf(shape and dtype, axis names)` for each parameter."""
     _, state = declare(spec, fitted, str(jnp.dtype(dtype)))
 
     def of(variable: Any) -> Any:
@@ -53,7 +53,7 @@ def abstract_public(spec: ModelSpec, dtype: Any) -> Params:
 
 
 def to_engine_layout(spec: ModelSpec, public: Params) -> Params:
-    """Fitted to the mesh in context, where the result then lies as `abstract_params` says."""
+    """Convert to the engine layout, sharded over the mesh in context as `abstract_params` describes."""
     pieces = dict(leaves(public))
     dtype = getattr(pieces.get(("embed", "weight")), "dtype", jnp.float32)
     target = _declared(spec, fit(spec, *mesh.shards()), dtype, lambda value, axes: (value, mesh.partition(axes)))
@@ -95,7 +95,7 @@ def to_public_layout(spec: ModelSpec, engine: Params) -> Params:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """engine[index], seen with shape `view`, is the public tensor, seen with shape `source` and broadcast."""
+    """engine[index] viewed as `view` equals the public tensor viewed as `source` and broadcast."""
 
     path: Path
     shape: tuple[int, ...]  # the public tensor's
@@ -105,7 +105,7 @@ class TensorPart:
 
 
 def parts_of(path: Path, shape: tuple[int, ...], spec: ModelSpec) -> list[TensorPart]:
-    """The public tensors that the engine tensor at `path` is made of."""
+    """The public tensors that make up the engine tensor at `path`."""
     if path[0] in ("embed", "head", "head_bias"):
         shape = (spec.vocab_size, *shape[1:])
         return [TensorPart(path, shape, (slice(spec.vocab_size),), shape, shape)]
@@ -120,7 +120,7 @@ def parts_of(path: Path, shape: tuple[int, ...], spec: ModelSpec) -> list[Tensor
 
 
 def _mlp_parts(path: Path, shape: tuple[int, ...], mlp: Mlp | Moe) -> list[TensorPart]:
-    """gate_up [(experts,) 2, columns(, hidden)] is two; up [columns, hidden] and down [.., hidden, columns] one."""
+    """Two parts for gate_up [(experts,) 2, columns(, hidden)]; one for up [columns, hidden] and down [.., columns]."""
     routed = isinstance(mlp, Moe)
     width = mlp.shared.width if routed and mlp.shared and "shared" in path else mlp.width
     lead, real = (slice(None),) * ("experts" in path), slice(width)
@@ -156,7 +156,7 @@ def _attention_parts(path: Path, shape: tuple[int, ...], attention: Attention) -
         public = (shape[0], heads, shape[3])
     elif name == "sinks" or (name == "q_norm" and len(shape) == 3):
         public = (heads, *shape[2:])
-    return [TensorPart(path, public, (), public, public)]  # some checkpoints have a tensor for each head
+    return [TensorPart(path, public, (), public, public)]
 
 
 def _join(parts: list[TensorPart], pieces: list[Any], like: Any) -> jax.Array:
@@ -185,23 +185,23 @@ def _check_public(spec: ModelSpec, pieces: Mapping[Path, Any], target: Params) -
     }
     for path, (shape, dtype) in wanted.items():
         if path not in pieces:
-            raise JaxserveError(f"the parameters lack {dotted(path)}", "give the whole public tree")
+            raise JaxserveError(f"the parameters have no {dotted(path)}", "pass the complete public tree")
         found = pieces[path]
         if getattr(found, "shape", None) != shape:
             problem = f"{dotted(path)} has shape {getattr(found, 'shape', None)}, expected {shape}"
-            raise JaxserveError(problem, "give parameters of this model")
+            raise JaxserveError(problem, "pass parameters of this model")
         if found.dtype != dtype and not (dtype == jnp.float32 and found.dtype in (jnp.bfloat16, jnp.float16)):
-            problem = f"{dotted(path)} is {found.dtype}, which {dtype} cannot hold: mixed dtypes are not supported"
+            problem = f"{dotted(path)} is {found.dtype}, but the tree is {dtype}: mixed dtypes are not supported"
             raise JaxserveError(problem, "cast the whole tree to one dtype")
     for path in pieces.keys() - wanted.keys():
-        raise JaxserveError(f"the model has no parameter {dotted(path)}", "give parameters of this model")
+        raise JaxserveError(f"the model has no parameter {dotted(path)}", "pass parameters of this model")
 
 
 # --- paths ----------------------------------------------------------------------------------------------------------
 
 
 def leaves(tree: Any, at: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every array with its path. Layers may be numbered by a list, or by "0" for 0, as Orbax gives them back."""
+    """Every array with its path. Layers may be a list, or a dict with keys such as "0", as Orbax restores them."""
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
     for key, value in cast(Iterable[tuple[Any, Any]], items):
         key = int(key) if isinstance(key, str) and key.isdecimal() else key

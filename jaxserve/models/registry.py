@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model folder's config.json to a ModelSpec, by the architecture's name."""
+"""Maps architecture names to families, and a folder's config.json to a ModelSpec."""
 
 import os
 from collections.abc import Mapping
@@ -36,8 +36,8 @@ from jaxserve.models.weights import Rule
 
 
 class Family(Protocol):
-    """A page of families/. It may have IGNORED, too: patterns of the names of tensors that are no part of the model,
-    in which `{layers}` stands for the number of layers.
+    """A module in families/. It may also define IGNORED: patterns of tensor names that are not part of the model, in
+    which `{layers}` is the number of layers.
     """
 
     WEIGHTS: tuple[Rule, ...]
@@ -46,7 +46,7 @@ class Family(Protocol):
     def spec(config: hf.Config) -> ModelSpec: ...
 
 
-# The name in `architectures`; the `model_type` that must go with it, and that names transformers' class for the config.
+# By the name in `architectures`: the `model_type` that must match, which also names transformers' config class.
 FAMILIES: dict[str, tuple[str, Family]] = cast(
     "dict[str, tuple[str, Family]]",
     {
@@ -91,19 +91,19 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         kind, family = FAMILIES[name]
         if raw.get("model_type") != kind:
             found = one_line(repr(raw.get("model_type")))
-            raise CheckpointError(f"config.json has the model_type {found} and architecture {name}", f"{kind!r} fits")
+            raise CheckpointError(f"config.json has model_type {found} for {name}", f"expected model_type {kind!r}")
         return family
     hint = f"supported: {', '.join(FAMILIES)}"
     if name is None:
-        raise CheckpointError("config.json names no architecture", hint)
+        raise CheckpointError("config.json has no architectures", hint)
     problem = f"the architecture {one_line(repr(name))} is not supported"
     if raw.get("auto_map"):
-        problem += ", and code that comes with a checkpoint is never run"
+        problem += ", and code from a checkpoint is never run"
     raise CheckpointError(problem, hint)
 
 
 def read_config(folder: Path) -> tuple[ModelSpec, Family]:
-    """The spec of a model folder, and the family whose WEIGHTS name its tensors."""
+    """Read a model folder's spec, and the family whose WEIGHTS map its tensors."""
     raw = hf.read_json(folder / "config.json")
     return spec_of(raw), family_of(raw)
 
@@ -120,14 +120,14 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         raise CheckpointError(problem, "check the file") from None
 
 
-# Code is never run, and of labels, as many as num_labels says, a language model has none.
+# Fields to drop: code is never run, and language models have no labels (num_labels could make a huge list).
 UNREAD = ("auto_map", "num_labels", "id2label", "label2id")
 
 
 def _check_raw(part: Mapping[str, Any]) -> None:
-    """What must be right before transformers reads it, which makes lists as long as there are layers."""
+    """Check what transformers relies on: it makes lists of as many items as there are layers."""
     if "per_layer_config" in part:
-        raise CheckpointError("config.json sets per_layer_config, which is not supported", "leave it out")
+        raise CheckpointError("config.json sets per_layer_config, which is not supported", "remove it")
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         count = part.get(name, 1)
         if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:
@@ -136,14 +136,14 @@ def _check_raw(part: Mapping[str, Any]) -> None:
 
 
 def as_config(raw: Mapping[str, Any]) -> hf.Config:
-    """The config as transformers understands it, with nothing in it that could name code or a backend."""
+    """The config as transformers reads it, without fields that could name code or a backend."""
     if raw.get("quantization_config"):
         problem = f"the checkpoint is quantized ({one_line(repr(raw['quantization_config']))}), which is not supported"
         raise CheckpointError(problem, "name the unquantized checkpoint")
     for part in (raw, raw.get("text_config")):
         if isinstance(part, Mapping):
             _check_raw(cast(Mapping[str, Any], part))
-    # Its advice is for those who run its models: that torch is missing, that a config is of an old form.
+    # transformers' warnings (torch is missing, the config is old) do not apply to us.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -152,11 +152,11 @@ def as_config(raw: Mapping[str, Any]) -> hf.Config:
     plain = {
         key: value
         for key, value in raw.items()
-        if key not in UNREAD and (not key.startswith("_") or key in declared)  # OPT has a field of that kind
+        if key not in UNREAD and (not key.startswith("_") or key in declared)  # OPT declares one
     }
     try:
         return hf.Config(reader.from_dict(plain))
     except Exception as error:  # transformers' own checks raise many kinds
         raise CheckpointError(
-            f"transformers refuses config.json: {one_line(str(error) or type(error).__name__)}", "check the file"
+            f"transformers rejects config.json: {one_line(str(error) or type(error).__name__)}", "check the file"
         ) from None

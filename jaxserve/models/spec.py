@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an architecture is, as frozen data. A family's page makes it from a Hugging Face config; after that nobody
-reads the config. Specs are hashable: jit takes them as static arguments, and two equal ones share an executable.
+"""The description of an architecture as frozen data. A family builds it from a Hugging Face config, which is not read
+after that. Specs are hashable: jit takes them as static arguments, and equal specs share an executable.
 """
 
 import math
@@ -25,7 +25,7 @@ class ClampedSwiglu:
 type Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"] | ClampedSwiglu
 
 
-MAX_LAYERS = 1000  # the largest models have under 200
+MAX_LAYERS = 1000  # the largest models have fewer than 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """NTK: the base grows with the sequence once it is longer than `original`."""
+    """Dynamic NTK: the base grows with the sequence length beyond `original`."""
 
     factor: float
     original: int
@@ -80,15 +80,15 @@ class LongRope:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    dim: int  # the first `dim` of a head's dims turn, the rest pass
+    dim: int  # the first `dim` dims of a head are rotated, the rest pass through
     base: float
     scaling: LinearScaling | Dynamic | Yarn | Llama3 | LongRope | None = None
-    magnitude: float = 1.0  # cos and sin times this (yarn, longrope)
-    interleaved: bool = False  # pairs are (0, 1), (2, 3), ..., not (0, dim/2), ...
+    magnitude: float = 1.0  # scales cos and sin (yarn, longrope)
+    interleaved: bool = False  # pairs (0, 1), (2, 3), ... instead of (0, dim/2), ...
 
     @property
     def needs_length(self) -> bool:
-        """Whether the angles depend on how long the sequence is, or is going to be."""
+        """Whether the angles depend on the sequence's current or final length."""
         return isinstance(self.scaling, Dynamic | LongRope)
 
 
@@ -99,13 +99,13 @@ class Attention:
     head_dim: int
     scale: float
     rope: Rope | None
-    window: int | None = None  # a token sees the last `window` tokens, itself included
+    window: int | None = None  # a token attends to the last `window` tokens, including itself
     soft_cap: float | None = None
     sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Norm | None = None
-    # What a QK norm spans: each head with the same weights, each head with its own, or all heads as one vector.
+    # Scope of the QK norm: each head with shared weights, each head with its own, or all heads as one vector.
     qk_norm_over: Literal["head", "own_head", "all_heads"] = "head"
     norm_after_rope: bool = False
 
@@ -147,10 +147,10 @@ class Router:
     scoring: Literal["softmax", "sigmoid", "softmax_of_chosen"]
     normalize: bool = False  # divide the chosen weights by their sum
     norm_eps: float = 0.0
-    groups: int = 1  # choose `top_groups` of these first, then experts among theirs
+    groups: int = 1  # choose `top_groups` groups first, then experts within them
     top_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
-    correction: bool = False  # a learned bias that counts for choosing and not for weighing
+    correction: bool = False  # a learned bias used for choosing experts, not for their weights
     scale: float = 1.0
     bias: bool = False
 
@@ -167,7 +167,7 @@ class Moe:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One block. Norms that are None are not there; `mlp_in` None in a parallel block means `attention_in` serves."""
+    """One block. None means no norm, but in a parallel block `mlp_in=None` means that the MLP shares `attention_in`."""
 
     attention: Attention | LatentAttention
     mlp: Mlp | Moe
@@ -185,13 +185,13 @@ class ModelSpec:
     family: str
     vocab_size: int
     hidden: int
-    max_positions: int  # the longest sequence the model can take
+    max_positions: int  # maximum sequence length
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     tied: bool
     embed_scale: float = 1.0
-    embed_dim: int | None = None  # where it is not `hidden`: projected in and out
-    learned_positions: int | None = None  # rows of the table
+    embed_dim: int | None = None  # if it differs from `hidden`: projected in and out
+    learned_positions: int | None = None  # rows of the position table
     position_offset: int = 0  # the row of position 0
     head_bias: bool = False
     logit_scale: float = 1.0
@@ -206,10 +206,10 @@ class ModelSpec:
 
 
 def _check(spec: ModelSpec) -> None:
-    """A config comes from a stranger: no size may be absurd before anything is allocated by it."""
+    """Configs are untrusted: reject absurd sizes before anything is allocated."""
     problems = list(islice(_problems(spec, ModelSpec, "model"), 1)) or list(_contradictions(spec))
     if problems:
-        raise CheckpointError(f"the config makes no model: {problems[0]}", "check the file")
+        raise CheckpointError(f"the config is invalid: {problems[0]}", "check the file")
 
 
 def _contradictions(spec: ModelSpec) -> Iterator[str]:
@@ -221,29 +221,29 @@ def _contradictions(spec: ModelSpec) -> Iterator[str]:
         attention, mlp = layer.attention, layer.mlp
         if isinstance(attention, Attention):
             if attention.kv_heads > 0 and attention.heads % attention.kv_heads:
-                yield f"layer {i}: {attention.heads} heads are no multiple of {attention.kv_heads} KV heads"
+                yield f"layer {i}: {attention.heads} heads are not a multiple of {attention.kv_heads} KV heads"
             if attention.rope and not 0 < attention.rope.dim <= attention.head_dim:
-                yield f"layer {i}: RoPE turns {attention.rope.dim} of {attention.head_dim} head dims"
+                yield f"layer {i}: RoPE rotates {attention.rope.dim} of {attention.head_dim} head dims"
         for problem in _rope_contradictions(attention.rope) if attention.rope else ():
             yield f"layer {i}: RoPE {problem}"
         if attention.rope and attention.rope.dim % 2:
-            yield f"layer {i}: RoPE turns {attention.rope.dim} dims, expected an even number"
+            yield f"layer {i}: RoPE rotates {attention.rope.dim} dims, expected an even number"
         if isinstance(mlp, Moe):
             router = mlp.router
             if router.experts % router.groups:
-                yield f"layer {i}: {router.experts} experts in {router.groups} groups"
+                yield f"layer {i}: {router.experts} experts are not a multiple of {router.groups} groups"
             chosen_from = router.experts // router.groups * router.top_groups
             if not (router.top_k <= chosen_from <= router.experts):
-                yield f"layer {i}: {router.top_k} experts chosen of {chosen_from}"
+                yield f"layer {i}: top_k {router.top_k}, {chosen_from} of {router.experts} experts eligible"
             if router.groups > 1 and router.group_score == "top2_sum" and router.experts < 2 * router.groups:
-                yield f"layer {i}: {router.experts} experts make no pairs in {router.groups} groups"
+                yield f"layer {i}: {router.groups} groups of {router.experts} experts have fewer than 2 experts each"
 
 
 def _rope_contradictions(rope: Rope) -> Iterator[str]:
-    """Numbers that would make angles of nothing, which no later check sees."""
+    """RoPE parameters that would give meaningless angles, which no later check would find."""
     scaling, positive = rope.scaling, {"magnitude": rope.magnitude}
     if rope.base <= 1:
-        yield f"has the base {rope.base}, expected above 1"
+        yield f"has base {rope.base}, expected above 1"
     if scaling is not None and not isinstance(scaling, LongRope):
         positive["factor"] = scaling.factor
     match scaling:
@@ -251,21 +251,21 @@ def _rope_contradictions(rope: Rope) -> Iterator[str]:
             positive |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         case Llama3():
             if not 0 < scaling.low_freq < scaling.high_freq:
-                yield f"blends from {scaling.low_freq} to {scaling.high_freq}, expected two numbers that rise"
+                yield f"blends from {scaling.low_freq} to {scaling.high_freq}, expected increasing values"
         case LongRope():
             positive["smallest divisor"] = min((*scaling.short, *scaling.long), default=1.0)
         case Dynamic():
             if scaling.factor < 1 or rope.dim <= 2:
-                yield f"grows by {scaling.factor} over {rope.dim} dims, expected from 1 and above 2"
+                yield f"has factor {scaling.factor} and {rope.dim} dims, expected at least 1 and more than 2"
         case _:
             pass
     for name, value in positive.items():
         if value < 1e-6:
-            yield f"has the {name} {value}, expected above zero"
+            yield f"has {name} {value}, expected above zero"
 
 
 def _problems(node: object, hint: Any, where: str) -> Iterator[str]:
-    """Values that are not of their annotated type, numbers that are not finite or out of all proportion."""
+    """Values of the wrong type, and numbers that are not finite or out of range."""
     if not _fits(node, hint):
         yield f"{where} is {one_line(repr(node))}"
     elif isinstance(node, tuple):
@@ -277,7 +277,7 @@ def _problems(node: object, hint: Any, where: str) -> Iterator[str]:
     elif isinstance(node, float) and not math.isfinite(node):
         yield f"{where} is {node}"
     elif isinstance(node, int) and not isinstance(node, bool) and hint is not float and float not in get_args(hint):
-        # Zero is right for an offset alone, and nothing real reaches 2^31.
+        # Only an offset may be zero, and no real value reaches 2^31.
         low = 0 if where.endswith("position_offset") else 1
         if not low <= node < 2**31:
             yield f"{where} is {node}, expected {low} to {2**31 - 1}"
@@ -329,7 +329,7 @@ _CLASSES["Linear"] = LinearScaling  # its name in checkpoints that earlier versi
 
 
 def to_json(node: Any) -> Any:
-    """Plain dicts, lists and numbers; `from_json` gives back an equal spec."""
+    """Convert to plain dicts, lists and numbers; `from_json` restores an equal spec."""
     if isinstance(node, tuple):
         return [to_json(item) for item in cast(tuple[Any, ...], node)]
     if is_dataclass(node):

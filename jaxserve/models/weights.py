@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the tensors of a Hugging Face checkpoint become public ones: data for convert, which does the reading.
+"""Rules that map the tensors of a Hugging Face checkpoint to public parameters. Data only: convert reads the files.
 
 A family's WEIGHTS is a list of rules. `{layer}` and `{expert}` in a name stand for numbers; a public tensor whose rule
-has `{expert}` in its source is the stack of all experts' tensors. Of several rules for one public tensor the first
-whose source the checkpoint has applies. A `view` picks or turns a part of the source without computing on it; the
-result is reshaped to the public shape.
+has `{expert}` in its source is the stack of all experts' tensors. If several rules name one public tensor, the first
+whose source exists applies. A `view` selects or transposes part of the source without computing; the result is reshaped
+to the public shape.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ class Rule:
 
 
 def linear(path: str, source: str, view: View | None = None) -> tuple[Rule, Rule]:
-    """Kernel and bias of a linear map."""
+    """Kernel and bias of a linear layer."""
     return Rule(f"{path}.kernel", f"{source}.weight", view), Rule(f"{path}.bias", f"{source}.bias", view)
 
 
@@ -35,7 +35,7 @@ def norm(path: str, source: str) -> tuple[Rule, Rule]:
 
 
 def renamed(rules: Sequence[Rule], prefixes: Mapping[str, str]) -> tuple[Rule, ...]:
-    """The same for a checkpoint that puts other prefixes before its names; rules that have none of them are left."""
+    """The rules with source prefixes replaced; rules without these prefixes are unchanged."""
 
     def other(source: str) -> str:
         old = next((old for old in prefixes if source.startswith(old)), "")
@@ -48,12 +48,12 @@ def renamed(rules: Sequence[Rule], prefixes: Mapping[str, str]) -> tuple[Rule, .
 
 
 def transposed(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
-    """For maps that are stored inputs first; a bias is as it is."""
+    """For kernels stored as [inputs, outputs]; a bias is unchanged."""
     return np.swapaxes(array, -1, -2) if array.ndim > 1 else array
 
 
 def chained(*views: View) -> View:
-    """One after the other."""
+    """The views applied in order."""
 
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         for one in views:
@@ -79,7 +79,7 @@ def half(part: int) -> View:
 
 
 def grouped_qkv(part: str) -> View:
-    """From rows that lie KV head by KV head: its queries, its key, its value."""
+    """For rows grouped by KV head: its queries, then its key, then its value."""
 
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         assert layer is not None and isinstance(layer.attention, Attention)
@@ -93,7 +93,7 @@ def grouped_qkv(part: str) -> View:
 
 
 def stacked_qkv(part: str) -> View:
-    """From rows that are all queries, then all keys, then all values."""
+    """For rows ordered as all queries, then all keys, then all values."""
 
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         assert layer is not None and isinstance(layer.attention, Attention)
@@ -107,7 +107,7 @@ def stacked_qkv(part: str) -> View:
 
 
 def qkv(path: str, source: str, view: Callable[[str], View]) -> tuple[Rule, ...]:
-    """Queries, keys and values that the checkpoint has in one map."""
+    """Queries, keys and values that the checkpoint stores in one tensor."""
     return tuple(rule for part in "qkv" for rule in linear(f"{path}.{part}", source, view(part)))
 
 
@@ -134,7 +134,7 @@ LLAMA_LIKE: tuple[Rule, ...] = (
     *linear(f"{LAYER}.mlp.down", f"{HF_LAYER}.mlp.down_proj"),
 )
 
-# Experts by number, under `mlp`: what Qwen, DeepSeek and most others write.
+# Numbered experts under `mlp`, as in Qwen, DeepSeek and most others.
 MOE_LIKE: tuple[Rule, ...] = (
     Rule(f"{LAYER}.mlp.router.kernel", f"{HF_LAYER}.mlp.gate.weight"),
     *linear(f"{LAYER}.mlp.experts.gate", f"{HF_LAYER}.mlp.experts.{{expert}}.gate_proj"),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh, and the one table that says which mesh axis each logical axis of an array is cut along.
+"""The device mesh, and the table that maps logical array axes to mesh axes.
 
-Code names axes by meaning ("kv_heads", "mlp"); only RULES knows the mesh. The mesh comes from the context
-(`with jax.set_mesh(mesh)`); with none, everything here is a no-op and arrays live on one device. Meshes are
-explicit: a sum over a cut axis must say where its result goes, so each collective can be read in the source.
+Code names axes by meaning ("kv_heads", "mlp"); only RULES refers to mesh axes. The mesh comes from the context
+(`with jax.set_mesh(mesh)`); without one, everything here is a no-op and arrays live on one device. Axis types are
+Explicit: a sum over a sharded axis must state its output sharding, so every collective is visible in the source.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from jaxserve.errors import JaxserveError
 
 AXES = ("data", "stage", "tensor", "expert")
 
-# None: never cut. An axis that is not named here is a mistake, and raises.
+# None: never sharded. An axis that is missing here is a bug and raises KeyError.
 RULES: dict[str, str | None] = {
     "batch": "data",
     "vocab": "tensor",
@@ -33,30 +33,30 @@ Axes = tuple[str | None, ...]
 
 
 def make_mesh(*, data: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of data x tensor x expert devices, the first ones unless named. The stage axis has size 1."""
+    """A mesh of data x tensor x expert devices (default: the first ones). The stage axis has size 1."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "tensor": tensor, "expert": expert}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise JaxserveError(f"the mesh axis {name!r} has size {size!r}", "give a whole number from 1")
+            raise JaxserveError(f"mesh axis {name!r} has size {size!r}", "use a positive integer")
     wanted = data * tensor * expert
     if wanted > len(devices):
         product = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise JaxserveError(f"{product} needs {wanted} devices and there are {len(devices)}", "choose smaller sizes")
+        raise JaxserveError(f"{product} needs {wanted} devices but only {len(devices)} exist", "choose smaller sizes")
     shape = (data, 1, tensor, expert)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:wanted])
 
 
 def check_explicit() -> None:
-    """That the mesh in context, if it has axes of ours, is one that computation here can name them in."""
+    """Check that the axes of the mesh in context that we use are not of type Auto."""
     mesh = jax.sharding.get_abstract_mesh()
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if name in AXES and kind == AxisType.Auto:
-            raise JaxserveError(f"the mesh's axis {name!r} is of type Auto", "use make_mesh, or AxisType.Explicit")
+            raise JaxserveError(f"mesh axis {name!r} is of type Auto", "use make_mesh, or AxisType.Explicit")
 
 
 def axis_size(name: str) -> int:
-    """How many shards the mesh in context cuts this logical axis into."""
+    """The number of shards of this logical axis on the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     axis = RULES[name]
     return mesh.shape[axis] if axis in mesh.axis_names else 1
@@ -73,7 +73,7 @@ def in_mesh() -> bool:
 
 
 def partition(axes: Axes, names: Sequence[str] | None = None) -> P:
-    """The logical axes of an array as mesh axes; those the mesh (by default: in context) lacks are not cut."""
+    """The PartitionSpec of logical axes. Axes that the mesh (default: the one in context) lacks are not sharded."""
     names = jax.sharding.get_abstract_mesh().axis_names if names is None else names
     cut = (RULES[axis] if axis else None for axis in axes)
     return P(*(axis if axis in names else None for axis in cut))
@@ -84,7 +84,7 @@ def named(mesh: Mesh, axes: Axes) -> NamedSharding:
 
 
 def out_sharding(leading: jax.Array, count: int, axes: Axes) -> P | None:
-    """For an op's result: the first `count` axes lie as those of `leading`, then these. None without a mesh."""
+    """An op's output sharding: the first `count` axes as in `leading`, then `axes`. None without a mesh."""
     return P(*leading_spec(leading, count), *partition(axes)) if in_mesh() else None
 
 
@@ -93,7 +93,7 @@ def leading_spec(array: jax.Array, count: int) -> tuple[Any, ...]:
 
 
 def replicated(array: jax.Array) -> jax.Array:
-    """The whole array on every device: an all-gather of whatever was cut, but for the batch."""
+    """The array replicated on every device (an all-gather), except for the batch axis."""
     if not in_mesh():
         return array
     batch = RULES["batch"]
@@ -102,28 +102,28 @@ def replicated(array: jax.Array) -> jax.Array:
 
 
 def island(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` on each device's own shards, for kernels, which know no mesh. Plain without a mesh."""
+    """`function` under shard_map, for kernels, which see only local shards. Unchanged without a mesh."""
     if not in_mesh():
         return function
-    # Pallas calls do not say how their outputs vary over the mesh, hence no check of it.
+    # Pallas calls do not declare how outputs vary over the mesh, hence check_vma=False.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def sum_over(array: jax.Array, *axes: str) -> jax.Array:
-    """Inside an island: the sum of all shards of these logical axes (an all-reduce)."""
+    """Inside an island: the sum over all shards of these logical axes (an all-reduce)."""
     names = jax.sharding.get_abstract_mesh().axis_names
     cut = tuple(RULES[axis] for axis in axes if RULES[axis] in names)
     return jax.lax.psum(array, cut) if cut else array
 
 
 def shard_index(axis: str) -> jax.Array | int:
-    """Inside an island: which shard of this logical axis runs here."""
+    """Inside an island: this device's shard index along the logical axis."""
     name = RULES[axis]
     return jax.lax.axis_index(name) if name in jax.sharding.get_abstract_mesh().axis_names else 0
 
 
 def here(axes: Axes) -> NamedSharding | None:
-    """The sharding of such an array on the mesh in context; None without one."""
+    """The NamedSharding of an array with these axes on the mesh in context; None without a mesh."""
     context = jax.sharding.get_mesh() if in_mesh() else None
     return None if context is None else named(context, axes)
 

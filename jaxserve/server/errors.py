@@ -43,7 +43,7 @@ OPENINGS = frozenset(
     (
         *("a", "an", "the", "this", "of", "no", "every", "both", "there", "unknown", "did", "give", "leave", "send"),
         *("set", "say", "start", "ask", "correct", "lower", "raise", "shorten", "make", "try", "allow", "drop", "use"),
-        *("requests", "cannot", "neither"),
+        *("requests", "cannot", "neither", "queue"),
     )
 )
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text and tokens, both ways. No jax."""
+"""Text to tokens and back: tokenizer, chat template, detokenizer. Imports no jax."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a sample while its tokens arrive, and where a stop string ends it."""
+"""Incremental detokenization of a sample, with stop strings."""
 
 import io
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from jaxserve.types.sampling_params import SamplingParams
 
 
 class IncrementalDetokenizer:
-    """The text of one sample while its tokens arrive, and where a stop string ends it.
+    """Converts one sample's tokens to text as they arrive, and ends it at a stop string.
 
-    Of the stop strings that end in the text of the same token the one that ends first counts; of those, the one that
-    begins first. What the first `min_tokens` tokens complete does not count. Nothing is decoded before it is needed.
+    If several stop strings end within the text of one token, the one that ends first wins, then the one that begins
+    first. Matches completed within the first `min_tokens` tokens are ignored. Tokens are decoded lazily.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -24,18 +24,18 @@ class IncrementalDetokenizer:
         self._stops = params.stops
         self._include = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
-        self._reach = max(map(len, self._stops), default=1) - 1  # a stop string may have begun so far back
+        self._reach = max(map(len, self._stops), default=1) - 1  # how far back a stop string can begin
         self._end = ""  # the last `_reach` characters
         self._waiting: list[int] = []  # tokens not yet decoded
-        self._shown = io.StringIO()  # text given out
-        self._held: list[str] = []  # the rest of it
+        self._shown = io.StringIO()  # text already returned
+        self._held: list[str] = []  # text not yet returned
         self._ended = False
-        self.token_count = 0  # of the tokens that belong to the output
+        self.token_count = 0  # tokens that belong to the output
 
     def append(self, ids: Sequence[int], *, stopped: bool = False) -> str | None:
-        """Adds tokens; returns the stop string that they complete. What comes after that is dropped.
+        """Add tokens; return the stop string that they complete, if any. Later text is dropped.
 
-        stopped: the last of them is a stop token, which shows only where include_stop_str_in_output is set.
+        stopped: the last one is a stop token, which is shown only with include_stop_str_in_output.
         """
         if self._ended:
             return None
@@ -54,7 +54,7 @@ class IncrementalDetokenizer:
         return None
 
     def _search(self, text: str, count: int) -> str | None:
-        """Adds the text of token `count`; if it completes a stop string, cuts there."""
+        """Add the text of token `count`; if it completes a stop string, cut there."""
         self._held.append(text)
         window = self._end + text
         old = len(self._end)
@@ -76,7 +76,7 @@ class IncrementalDetokenizer:
         return stop
 
     def ready(self, finished: bool) -> str:
-        """Text that was not given out before and can be now: it is no part of a stop string that may yet come."""
+        """New text that is safe to return: it cannot be part of a stop string that may still complete."""
         self._catch_up()
         if finished and not self._ended:
             self._ended = True
@@ -90,7 +90,7 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """All of it so far, cut at the stop string; parts of a character come with the rest of it, or at the end."""
+        """All text so far, cut at the stop string. An incomplete character appears when it completes, or at the end."""
         self._catch_up()
         return self._shown.getvalue() + "".join(self._held)
 

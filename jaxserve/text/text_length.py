@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens a text has at least, told from its length alone: to encode a megabyte takes most of a second.
+"""A lower bound on a text's token count from its length alone, because encoding a megabyte takes most of a second.
 
-A leaf: knows a backend of `tokenizers`. A token stands for as many characters as the longest one spells, unless the
-tokenizer drops or joins characters before. The parts that are known not to are listed here; beside any other a token
-is taken to stand for GENEROUS times as many, and white space for nothing.
+A token stands for at most as many characters as the longest token spells, unless the tokenizer drops or joins
+characters first. The components known not to do so are listed here; with any other, a token is assumed to stand for
+GENEROUS times as many characters, and white space for none.
 """
 
 import json
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, cast
 
-GENEROUS = 8  # composing accents (NFC) makes one character of four at most
+GENEROUS = 8  # composing accents (NFC) joins at most four characters into one
 SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))  # all that Unicode has
 
 _KEEP = {"Prepend", "ByteLevel", "Lowercase", "NFD", "NFKD", "Digits", "Metaspace", "UnicodeScripts"}
@@ -27,7 +27,7 @@ class _Loss(IntEnum):
 
 @dataclass(frozen=True)
 class TextLength:
-    per_token: int  # characters that one token stands for, at most
+    per_token: int  # maximum characters per token
     spaces_count: bool
 
     def fewest_tokens(self, text: str) -> int:
@@ -50,7 +50,7 @@ def text_length(backend: Any) -> TextLength:
 
 
 def _parts(whole: Any) -> Iterator[Mapping[str, Any]]:
-    """The parts of a normalizer or a pre-tokenizer, as they are written in tokenizer.json."""
+    """The components of a normalizer or pre-tokenizer, as in tokenizer.json."""
     if whole is None:
         return
     todo: list[Mapping[str, Any]] = [json.loads(whole.__getstate__())]
@@ -76,7 +76,7 @@ def _lost_by(part: Mapping[str, Any]) -> _Loss:
 
 
 def _spells_all(model: Any, vocabulary: Mapping[str, int], parts: list[Mapping[str, Any]]) -> bool:
-    """Whether it has a token for every byte: else it drops what it cannot spell, or makes one token of much of it."""
+    """Whether every byte has a token. Otherwise unknown text is dropped, or much of it becomes one token."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     if type(model).__name__ != "BPE":

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From tokens to text, bit by bit. A leaf: knows a backend of `tokenizers`, not where it came from.
+"""Incremental token-to-text conversion on a `tokenizers` backend.
 
 stream = Decoding(backend).stream(prompt, skipped=special_tokens, bare={})
 text = stream.feed([5, 17]) + stream.feed([3]) + stream.finish()
 
-Text is made from each token's bytes, not by decoding again and again: the two common kinds of decoders (byte-level
-BPE, and sentencepiece's with byte fallback) give every token bytes of its own, and those of all tokens in a row are
-the text in UTF-8. So text that was shown never changes. It equals what `tokenizers` decodes at once, except that
-there one broken byte among <0xNN> tokens makes U+FFFD of all those next to it, also of those already shown; here, as
-in sentencepiece, only of the broken ones. Any other decoder works on a window of the last tokens, and its text is as
-stable as it is.
+Text is built from each token's bytes instead of repeated decoding: with the two common decoders (byte-level BPE, and
+sentencepiece with byte fallback) every token has fixed bytes, and their concatenation is the text in UTF-8. So text
+that was returned never changes. It equals what `tokenizers` decodes in one call, with one exception: there, one
+invalid byte among <0xNN> tokens turns all adjacent ones into U+FFFD, even those already returned; here, as in
+sentencepiece, only the invalid ones. Other decoders run on a window of the last tokens, and their text is as stable as
+the decoder allows.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 BROKEN = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 CHARACTER_BYTES = 4  # at most, in UTF-8
-WINDOW = 8  # tokens before a new one that its text may depend on; a character's last byte is nearer than that
+WINDOW = 8  # preceding tokens that a token's text may depend on; more than the bytes of a character
 EACH_BYTE = "jaxserve.each_byte"
 
 
@@ -37,16 +37,16 @@ codecs.register_error(EACH_BYTE, _mark_each_byte)
 
 class TextStream(Protocol):
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that these tokens complete; ids that are no token add nothing."""
+        """The text that these tokens complete; unknown ids add nothing."""
         ...
 
     def finish(self) -> str:
-        """The rest of the text, when no more tokens come: what stands for parts of a character."""
+        """The rest of the text after the last token: replacement characters for incomplete ones."""
         ...
 
 
 class Decoding:
-    """What a tokenizer's streams have in common."""
+    """The data shared by all streams of one tokenizer."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -55,7 +55,7 @@ class Decoding:
         self._bytes = None if spelling is None else _TokenBytes(backend, spelling)
 
     def stream(self, prompt: Sequence[int], *, skipped: frozenset[int], bare: Mapping[int, str]) -> TextStream:
-        """What tokens after the prompt's say, without what the prompt itself says.
+        """A stream of the text after the prompt, without the prompt's own text.
 
         skipped: tokens that say nothing. bare: those that get no space between them, with their texts.
         """
@@ -64,24 +64,24 @@ class Decoding:
         return _WindowText(self._backend, skipped, bare, prompt)
 
     def one(self, token: int) -> str:
-        """A token alone, with the space that it begins with; U+FFFD stands for parts of a character."""
+        """One token's text, including a leading space. U+FFFD stands for parts of a character."""
         if self._bytes is None:
             return str(self._backend.decode(_possible([token]), skip_special_tokens=False))
         return codecs.utf_8_decode(self._bytes[token], self._bytes.spelling.errors, True)[0]
 
     def bytes_of(self, token: int) -> bytes | None:
-        """Those of a token, also where they are a part of a character only; None where it has none of its own."""
+        """A token's bytes, even if they are only part of a character; None if the decoder gives it no fixed bytes."""
         return None if self._bytes is None else self._bytes[token]
 
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How a decoder makes bytes of each token."""
+    """How a decoder converts each token to bytes."""
 
-    byte_level: bool = False  # a letter for each byte
+    byte_level: bool = False  # one letter per byte
     replaced: tuple[tuple[str, str], ...] = ()
     byte_fallback: bool = False  # <0xNN> is a byte
-    stripped: str = ""  # one of these leaves the start of all text
+    stripped: str = ""  # one of these is stripped from the start of the text
 
     @property
     def errors(self) -> str:
@@ -89,13 +89,13 @@ class _Spelling:
 
 
 def _spelling(decoder: Mapping[str, Any]) -> _Spelling | None:
-    """None if a token's text may depend on other tokens in ways not known here."""
+    """None if a token's text may depend on other tokens in unsupported ways."""
     steps: list[Mapping[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [str(step["type"]) for step in steps]
     if kinds == ["ByteLevel"]:
         return _Spelling(byte_level=True)
     replacing = [step for step in steps if step["type"] == "Replace"]
-    rest = kinds[len(replacing) :]  # a kind out of this order makes the comparison fail
+    rest = kinds[len(replacing) :]  # a step out of order fails the comparison below
     if rest not in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"]):
         return None
     if any("String" not in step["pattern"] for step in replacing):
@@ -108,7 +108,7 @@ def _spelling(decoder: Mapping[str, Any]) -> _Spelling | None:
 
 
 def _alphabet() -> dict[str, int]:
-    """The letters of byte-level BPE: each byte that prints is its own, the others follow from U+0100 on."""
+    """The alphabet of byte-level BPE: printable bytes map to themselves, the others to U+0100 and up."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
@@ -118,7 +118,7 @@ _ALPHABET = _alphabet()
 
 
 class _TokenBytes(dict[int, bytes]):
-    """The bytes of every token asked for; at most those of the vocabulary."""
+    """A cache of each token's bytes, bounded by the vocabulary."""
 
     def __init__(self, backend: Any, spelling: _Spelling) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _TokenBytes(dict[int, bytes]):
     def __missing__(self, token: int) -> bytes:
         try:
             name = self._backend.id_to_token(token)
-        except OverflowError:  # below zero, or beyond what any id can be
+        except OverflowError:  # negative, or too large for an id
             name = None
         if name is None:
             return b""
@@ -139,7 +139,7 @@ class _TokenBytes(dict[int, bytes]):
         if self.spelling.byte_level:
             try:
                 return bytes(_ALPHABET[letter] for letter in name)
-            except KeyError:  # an added token is spelled as it is
+            except KeyError:  # an added token is stored as plain text
                 return name.encode()
         for old, new in self.spelling.replaced:
             name = name.replace(old, new)
@@ -160,7 +160,7 @@ class _ByteText:
                 break
             if token not in skipped:
                 end = token_bytes[token] + end
-        if end:  # a character that the prompt began goes on, and this is not the start of the text
+        if end:  # continues a character that the prompt began, so this is not the start of the text
             _, read = codecs.utf_8_decode(end, self._errors, False)
             self._rest = end[read:]
             self._strip = ""
@@ -183,7 +183,7 @@ class _ByteText:
 
 
 class _WindowText:
-    """Decodes the last tokens with and without the new ones; what is more is the new text."""
+    """Decodes the last tokens with and without the new ones; the difference is the new text."""
 
     def __init__(self, backend: Any, skipped: frozenset[int], bare: Mapping[int, str], prompt: Sequence[int]) -> None:
         self._backend = backend
@@ -213,7 +213,7 @@ class _WindowText:
 
     def _take(self, *, final: bool) -> str:
         taken, text = self._new, ""
-        # The last tokens may be the beginning of a character, each with a byte of it.
+        # The last tokens may be the first bytes of an incomplete character.
         for held in range(1 if final else CHARACTER_BYTES):
             taken = self._new[: len(self._new) - held]
             text = self._decode(self._context + taken)
@@ -226,10 +226,10 @@ class _WindowText:
         return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        # Of no tokens some decoders cannot make a text: they panic.
+        # Some decoders panic on an empty list.
         return str(self._backend.decode(ids, skip_special_tokens=False)) if ids else ""
 
 
 def _possible(ids: Sequence[int]) -> list[int]:
-    """Those that a tokenizer can be asked for at all."""
+    """The ids that the tokenizers library accepts."""
     return [token for token in ids if 0 <= token < 2**32]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back.
+"""Loads a model's tokenizer; converts text to token ids and back.
 
-Knows transformers' fast tokenizers, nothing of models or engines, and runs no code of a model's folder.
+Supports transformers' fast tokenizers, and never runs code from a model's folder.
 """
 
 import functools
@@ -16,42 +16,42 @@ from jaxserve.text.text_length import TextLength, text_length
 from jaxserve.text.token_bytes import BROKEN, Decoding, TextStream
 from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS
 
-MAX_FILE_BYTES = 256 * 2**20  # the largest vocabularies of today take a sixth of it
+MAX_FILE_BYTES = 256 * 2**20  # six times the largest current vocabulary
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load(folder: str | Path) -> "Tokenizer":
-    """The tokenizer of a model's folder on disk."""
+    """Load the tokenizer of a model folder."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in VOCABULARIES):
         problem = f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}"
-        raise CheckpointError(problem, "name a folder that has one, or give prompts as token ids")
+        raise CheckpointError(problem, "set --tokenizer to a folder that has one, or send prompts as token ids")
     for name in (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         path = folder / name
         if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", "check the file")
-    # Its advice is for those who run its models: that torch is missing, that a config is of an old form.
+    # transformers' warnings (torch is missing, the config is old) do not apply to us.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:
         loaded: Any = cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of many kinds, also of other libraries that read a vocabulary
+    except Exception as error:  # many types, also from other libraries that read vocabularies
         problem = f"transformers cannot load the tokenizer in {folder}: {message_of(error)}"
-        raise CheckpointError(problem, "check its files, or give prompts as token ids") from None
+        raise CheckpointError(problem, "check its files, or send prompts as token ids") from None
     if not loaded.is_fast:
-        problem = f"the tokenizer in {folder} is a {type(loaded).__name__}, which has no fast form"
-        raise CheckpointError(problem, "save it with transformers as tokenizer.json")
+        problem = f"the tokenizer in {folder} is a {type(loaded).__name__}, not a fast tokenizer"
+        raise CheckpointError(problem, "convert it to tokenizer.json with transformers")
     return Tokenizer(loaded)
 
 
 class Tokenizer:
-    """A fast tokenizer of transformers. May be used by several threads at once."""
+    """A fast transformers tokenizer. Thread-safe."""
 
     def __init__(self, loaded: Any) -> None:
         self._loaded = loaded
         self._backend: Any = loaded.backend_tokenizer
-        # A vocabulary file may ask to cut or fill all that it encodes.
+        # tokenizer.json may enable truncation and padding.
         self._backend.no_truncation()
         self._backend.no_padding()
         added: Mapping[int, Any] = self._backend.get_added_tokens_decoder()
@@ -67,19 +67,21 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:  # no string, or half of a surrogate pair
+        except TypeError:  # not a string, or a lone surrogate
             shown = ascii(text)[:80]
-            raise RequestError("prompt", f"the text {shown} is no Unicode string", "send valid Unicode") from None
+            raise RequestError(
+                "prompt", f"the text {shown} is not a valid Unicode string", "send valid Unicode"
+            ) from None
 
     @functools.cached_property
     def text_length(self) -> TextLength:
-        """What the length of a text says of its tokens."""
+        """The lower bound on token counts by text length."""
         return text_length(self._backend)
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        """The text of ids; of those that are no token, nothing."""
+        """The text of ids; unknown ids add nothing."""
         stream = self.stream(
             (), skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
         )
@@ -88,24 +90,24 @@ class Tokenizer:
     def stream(
         self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool, spaces_between_special_tokens: bool
     ) -> TextStream:
-        """What tokens after the prompt's say; nothing of what the prompt itself says."""
+        """A stream of the text after the prompt, without the prompt's own text."""
         skipped = self._special if skip_special_tokens else frozenset[int]()
         bare = {} if skip_special_tokens or spaces_between_special_tokens else self._added
         return self._decoding.stream(prompt_token_ids, skipped=skipped, bare=bare)
 
     def token_text(self, token: int) -> str:
-        """One token alone, special ones too. A space that it begins with is kept, so that the texts of tokens can be
-        put together; U+FFFD stands for parts of a character."""
+        """One token's text, also of special tokens. A leading space is kept, so that texts can be concatenated; U+FFFD
+        stands for parts of a character."""
         text = self._texts.get(token)
         if text is None:
             text = self._decoding.one(token)
-            if 0 <= token < self.vocab_size:  # so that the cache cannot grow beyond it
+            if 0 <= token < self.vocab_size:  # bounds the cache
                 self._texts[token] = text
         return text
 
     def token_bytes(self, token: int) -> bytes | None:
-        """The bytes of one token, in UTF-8 those of its text; None for parts of a character that a tokenizer of another
-        kind than byte-level or byte-fallback has."""
+        """One token's bytes, which are its text in UTF-8; None for parts of a character if the tokenizer is neither
+        byte-level nor byte-fallback."""
         found = self._decoding.bytes_of(token)
         if found is not None:
             return found
@@ -113,29 +115,29 @@ class Tokenizer:
         return None if BROKEN in text else text.encode()
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The token sequences that spell the words, as such and after a space.
+        """The token sequences that spell the words, with and without a leading space.
 
-        As in vLLM, the form after a space counts where it is another first token and as many tokens.
+        As in vLLM, the form with a space counts if it has a different first token and the same number of tokens.
         """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             plain = tuple(self.encode(word.lstrip(), add_special_tokens=False))
             if not plain:
-                raise RequestError("bad_words", f"bad_words has {ascii(word)[:80]}, which no token spells", "drop it")
+                raise RequestError("bad_words", f"bad_words has {ascii(word)[:80]}, which no token spells", "remove it")
             spaced = tuple(self.encode(" " + word.lstrip(), add_special_tokens=False))
             found[plain] = None
             if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
                 found[spaced] = None
             if len(plain) > BAD_WORD_TOKENS:
-                problem = f"bad_words has {ascii(word)[:80]} of {len(plain)} tokens"
-                raise RequestError("bad_words", problem, f"give words of at most {BAD_WORD_TOKENS} tokens")
+                problem = f"bad_words has {ascii(word)[:80]} with {len(plain)} tokens"
+                raise RequestError("bad_words", problem, f"use words of at most {BAD_WORD_TOKENS} tokens")
         if len(found) > MAX_BAD_WORDS:
-            problem = f"bad_words stands for {len(found)} token sequences, words and words after a space"
-            raise RequestError("bad_words", problem, f"give words for at most {MAX_BAD_WORDS}")
+            problem = f"bad_words expands to {len(found)} token sequences, with and without a leading space"
+            raise RequestError("bad_words", problem, f"use at most {MAX_BAD_WORDS} sequences")
         return tuple(found)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The ids of `chat_text`, which names the options. A template writes its special tokens itself."""
+        """The ids of `chat_text`, with the same options. Templates write special tokens themselves."""
         return self.encode(self.chat_text(messages, **options), add_special_tokens=False)
 
     def chat_text(
@@ -148,10 +150,10 @@ class Tokenizer:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """What the chat template makes of messages.
+        """Render messages with the chat template.
 
-        Templates run in jinja's sandbox, which bounds what they reach but not how long they run: take
-        `chat_template` only from those you trust.
+        Templates run in jinja's sandbox, which limits what they can access but not how long they run: accept
+        `chat_template` only from trusted callers.
         """
         return chat_template_text(
             self._loaded,

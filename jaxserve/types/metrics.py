@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine counts, as plain numbers. Who exposes them, and how, is not known here."""
+"""An engine's counters and gauges as plain numbers, independent of how they are exposed."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-# Tokens in a step: the upper ends of the classes that steps are counted in; one more class is for those above.
+# Histogram bounds for tokens per step; one more bucket counts larger steps.
 STEP_TOKENS = (1, 8, *(1 << power for power in range(4, 15)))
 
 
 @dataclass(slots=True)
 class Counters:
-    """Only ever growing."""
+    """Monotonic counters."""
 
     steps: int = 0
-    step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))  # steps in each class
+    step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))  # steps per bucket
     computed_tokens: int = 0  # by all steps
-    prompt_tokens: int = 0  # of requests taken
-    cached_tokens: int = 0  # of those, not computed for they were cached
+    prompt_tokens: int = 0  # of accepted requests
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
     generated_tokens: int = 0
     requests: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
@@ -29,17 +29,17 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class EngineMetrics:
-    """The counters, and how things stand."""
+    """A snapshot of the counters and the engine's state."""
 
     running: int
     waiting: int
     free_blocks: int
     cached_blocks: int
     used_blocks: int
-    kv_usage: float  # share of the blocks that are in use
+    kv_usage: float  # fraction of the blocks in use
     steps: int
     preemptions: int
-    compiled_late: int  # programs that a step had to wait for; 0 but for an engine without warm-up
+    compiled_late: int  # programs that a step had to wait for; 0 unless the engine skips warm-up
     requests: int
     finished: dict[str, int]
     prompt_tokens: int
@@ -47,6 +47,6 @@ class EngineMetrics:
     generated_tokens: int
     policy_version: int
     prefix_queries: int  # prompt tokens looked up in the prefix cache
-    prefix_hits: int  # of those, found
-    step_tokens: list[int]  # how many steps computed how many tokens, by the classes of STEP_TOKENS
-    computed_tokens: int  # their sum
+    prefix_hits: int  # prompt tokens found in it
+    step_tokens: list[int]  # histogram of tokens per step, with the bounds STEP_TOKENS
+    computed_tokens: int  # tokens computed by all steps

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes out of an engine.
+"""The outputs of an engine.
 
-Update         what one step did for one sample of a request
+Update         the result of one step for one sample of a request
 RequestOutput  what users see: text, tokens and log-probabilities of all samples so far
 """
 
@@ -18,7 +18,7 @@ type FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """How likely a token was, and the likeliest ones in its place, best first."""
+    """A token's log-probability, and the most likely tokens at its position, best first."""
 
     token: int
     logprob: float
@@ -28,20 +28,20 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Update(msgspec.Struct, array_like=True, kw_only=True):
-    """What one step did for one sample. The last one of a sample has a finish_reason."""
+    """The result of one step for one sample. A sample's last update has a finish_reason."""
 
     request_id: str
-    index: int  # which of the n samples
+    index: int  # of the sample, 0 to n - 1
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # of token_ids
-    prompt_logprobs: list[TokenLogprobs] | None = None  # the next ones of the prompt, from its second token on
+    prompt_logprobs: list[TokenLogprobs] | None = None  # the next prompt tokens', starting with the second token
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the token that ended it, other than the model's end of text
-    error: str | None = None  # with finish_reason "error" or "abort": why
+    stop_reason: int | str | None = None  # the stop token, unless it is the model's EOS
+    error: str | None = None  # the reason for finish_reason "error" or "abort"
     num_cached_tokens: int = 0
     policy_version: int = 0  # of the weights
-    embedding: bytes | None = None  # float32, little endian: the end of a request that wants it
-    scheduled: float | None = None  # on a sample's first: when it got a row, on the monotonic clock
+    embedding: bytes | None = None  # float32, little endian; in the last update of an embedding request
+    scheduled: float | None = None  # in a sample's first update: when it got a row, on the monotonic clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,12 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token
     num_cached_tokens: int = 0
-    embedding: "np.ndarray | None" = None  # float32 [hidden], of a request that wants it
+    embedding: "np.ndarray | None" = None  # float32 [hidden], of an embedding request
 
 
 @dataclass(slots=True)
 class BeamSearchSequence:
-    tokens: list[int]  # the prompt's and the generated ones
+    tokens: list[int]  # prompt and generated tokens
     logprobs: list[PositionLogprobs]
     cum_logprob: float = 0.0
     text: str | None = None

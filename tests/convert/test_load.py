@@ -123,7 +123,7 @@ def test_code_that_comes_along_never_runs(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}')
     load.load_model(folder)
     edit_json(folder / "config.json", architectures=["Code"], model_type="code")
-    refused(folder, "'Code' is not supported, and code that comes with a checkpoint is never run")
+    refused(folder, "'Code' is not supported, and code from a checkpoint is never run")
     assert not trap.exists()
 
 

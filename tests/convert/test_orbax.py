@@ -127,7 +127,7 @@ WRONG_SPECS: dict[str, tuple[Callable[[Path], object], str]] = {
         "contains no valid model spec",
     ),
     "no layers": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"layers": 3}), "layers is 3"),
-    "absurd": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": 2**40}), "makes no model"),
+    "absurd": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": 2**40}), "config is invalid"),
     "another size": (lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"hidden": 128}), "expected"),
     "another head": (
         lambda m: edit_json(m / "spec.json", spec=spec_of(m) | {"tied": True}),

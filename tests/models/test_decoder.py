@@ -242,9 +242,12 @@ def test_every_process_makes_the_same_program() -> None:
         (lambda public: public["layers"][0]["attention"].pop("q"), "lack layers.0.attention.q.kernel"),
         (lambda public: public.update(extra={"weight": jnp.ones(3)}), "no parameter extra.weight"),
         (lambda public: public.update(head=jnp.ones((98, 31))), r"head has shape \(98, 31\), expected \(98, 32\)"),
-        (lambda public: public.update(head=[1.0]), "lack head"),
-        (lambda public: public.clear(), "lack embed.weight"),
-        (lambda public: public["embed"].update(weight=jnp.ones((98, 32), jnp.bfloat16)), "is float32, which bfloat16"),
+        (lambda public: public.update(head=[1.0]), "have no head"),
+        (lambda public: public.clear(), "have no embed.weight"),
+        (
+            lambda public: public["embed"].update(weight=jnp.ones((98, 32), jnp.bfloat16)),
+            "is float32, but the tree is bfloat16",
+        ),
     ],
 )
 def test_a_foreign_tree_is_refused_by_name(change: Callable[[decoder.Params], object], problem: str) -> None:
@@ -292,9 +295,9 @@ def test_lengths_of_another_form_are_refused(lengths: Any, shown: str) -> None:
         (dict(magnitude=0.0), "magnitude 0.0"),
         (dict(scaling=specs.LinearScaling(factor=0.0)), "factor 0.0"),
         (dict(scaling=specs.Yarn(factor=4.0, original=8, beta_slow=-1.0)), "beta_slow -1.0"),
-        (dict(scaling=specs.Llama3(factor=4.0, original=8, low_freq=1.0, high_freq=1.0)), "two numbers that rise"),
+        (dict(scaling=specs.Llama3(factor=4.0, original=8, low_freq=1.0, high_freq=1.0)), "increasing values"),
         (dict(scaling=specs.LongRope(short=(1.0,), long=(1e-40,), original=8)), "smallest divisor 1e-40"),
-        (dict(scaling=specs.Dynamic(factor=0.5, original=8)), "grows by 0.5"),
+        (dict(scaling=specs.Dynamic(factor=0.5, original=8)), "has factor 0.5"),
     ],
 )
 def test_angles_of_nothing_are_refused(rope: dict[str, Any], problem: str) -> None:
@@ -320,7 +323,7 @@ def test_angles_of_nothing_are_refused(rope: dict[str, Any], problem: str) -> No
         (dict(layers=(tiny.block(tiny.MLA, dataclasses.replace(tiny.MLP, activation="sin")),)), "activation is 'sin'"),
         (dict(layers=(tiny.block(dataclasses.replace(tiny.grouped(), sinks=2.5), tiny.MLP),)), "sinks is 2.5"),
         (dict(logit_scale=float("nan")), "logit_scale is nan"),
-        (dict(layers=(tiny.block(tiny.grouped(kv_heads=3), tiny.MLP),)), "8 heads are no multiple of 3 KV heads"),
+        (dict(layers=(tiny.block(tiny.grouped(kv_heads=3), tiny.MLP),)), "8 heads are not a multiple of 3 KV heads"),
     ],
 )
 def test_absurd_sizes_are_refused(change: dict[str, Any], problem: str) -> None:

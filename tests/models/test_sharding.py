@@ -91,7 +91,7 @@ def test_decode_step_has_the_expected_collectives(name: str) -> None:
     [
         ("dense", dict(tensor=3), "8 attention heads do not divide among 3 tensor shards"),
         ("moe", dict(expert=3), "8 experts do not divide among 3 expert shards"),
-        ("dense", dict(tensor=16), "needs 16 devices and there are 8"),
+        ("dense", dict(tensor=16), "needs 16 devices but only 8 exist"),
         ("dense", dict(tensor=0), "size 0"),
         ("dense", dict(tensor="2"), "size '2'"),
     ],

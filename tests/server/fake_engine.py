@@ -59,12 +59,12 @@ class FakeEngine:
 
     def start_profile(self, folder: str) -> None:
         if self._folder is not None:
-            raise JaxserveError(f"a trace into {self._folder} is being taken", "stop it first")
+            raise JaxserveError(f"a trace to {self._folder} is already running", "stop it first")
         self._folder = folder
 
     def stop_profile(self) -> str:
         if self._folder is None:
-            raise JaxserveError("no trace is being taken", "start one first")
+            raise JaxserveError("no trace is running", "start one first")
         folder, self._folder = self._folder, None
         self._traces += 1
         (Path(folder) / "plugins/profile" / f"2026_{self._traces:02d}").mkdir(parents=True)

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the bookkeeping of KV blocks: who holds which, which are cached under which key, which is reused next.
+"""Owns the bookkeeping of KV blocks: reference counts, the prefix cache's keys, and the order of reuse.
 
-It deals in block ids and keys. It knows nothing of requests, of devices, or of what lies in a block. A block is
+It handles only block ids and keys, not requests, devices or block contents. A block is
 
-    free    nobody owns it and it has no key; a stack, so that the last one freed is the first one reused
-    cached  nobody owns it but it has a key: `share` revives it, and `allocate` takes it once no free one is left,
-            the least recently used first
-    used    it has owners, and a key or not
+    free    no owner and no key; a stack, so that the last one freed is the first one reused
+    cached  no owner but a key: `share` revives it, and `allocate` evicts it when no free block is left, the least
+            recently used first
+    used    has owners, with or without a key
 
-Block 0 is the null block, in none of these states. A key stands for a block's tokens and for all before them: `root`
-says what a chain starts from, `chain` adds one full block. Keys are of one process and of one generation: `reset`
-starts the next, and what is published under a key of an earlier one is never found, so that a sequence that ran across
-a change of weights cannot leave blocks behind that are part old, part new.
+Block 0 is the null block, in none of these states. A key identifies a block's tokens and all tokens before them: `root`
+starts a chain, `chain` adds one full block. Keys belong to one process and one generation: `reset` starts the next, and
+blocks published under a key of an earlier generation are never found. So a sequence that ran across a weight update
+cannot leave blocks that mix old and new weights.
 
-Misuse is a RuntimeError naming the block and its state: a bug of the caller. A call that raises has changed nothing.
+Misuse, a bug in the caller, raises a RuntimeError that names the block and its state. A call that raises changes
+nothing.
 """
 
 import os
@@ -30,7 +31,7 @@ _KEY_BYTES = _DIGEST_BYTES + _GENERATION_BYTES  # a key ends with the generation
 
 
 class BlockPool:
-    """All blocks but the null block start free. Every operation takes constant time per block or key."""
+    """All blocks except the null block start free. Every operation takes constant time per block or key."""
 
     def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
         if num_blocks < 2 or block_size < 1:
@@ -42,25 +43,25 @@ class BlockPool:
         self._owners = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # the next one to be reused is last
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the next one to be evicted is first
+        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # the last item is reused next
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the first item is evicted next
         self._generation_mark = self.generation.to_bytes(_GENERATION_BYTES)
         self._secret = os.urandom(32)
-        # Copying a hash that has the secret in it is 0.4 us quicker than making one with keywords.
+        # Copying a keyed hash is 0.4 us faster than creating one.
         self._chain_hash = blake2b(digest_size=_DIGEST_BYTES, key=self._secret, person=b"chain")
         self._tokens = struct.Struct(f"<{block_size}I")
 
-    # --- who owns which block ---------------------------------------------------------------------------------------
+    # --- ownership --------------------------------------------------------------------------------------------------
 
     @property
     def available(self) -> int:
-        """How many blocks `allocate` could hand out now: the free and the cached ones."""
+        """The number of blocks that `allocate` could return now: free and cached."""
         return len(self._free) + len(self._cached)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with one owner each and no key, or None where not as many are available.
+        """Allocate `count` blocks with one owner each and no key; None if fewer are available.
 
-        It may evict what `find` has just found: share that first.
+        It may evict blocks that `find` has just returned: share those first.
         """
         if count < 0:
             raise RuntimeError(f"cannot allocate {count} blocks")
@@ -78,7 +79,7 @@ class BlockPool:
         return taken
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more owner for each. Cached blocks come back into use; free ones have nothing to share."""
+        """Add an owner to each. Cached blocks become used; free ones cannot be shared."""
         owners = self._owners
         for block in blocks:
             if not (0 < block < self.num_blocks and (owners[block] or self._key_of[block] is not None)):
@@ -89,10 +90,10 @@ class BlockPool:
             owners[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One owner less for each; null blocks are skipped.
+        """Remove an owner from each; null blocks are skipped.
 
-        Goes from the last to the first, so that a sequence loses its tail to eviction before its head, without which
-        the tail could not be found.
+        Goes from last to first, so that a sequence's tail is evicted before its head, without which the tail could not
+        be found.
         """
         owners, known = self._owners, self.num_blocks
         held = [block for block in reversed(blocks) if block != NULL_BLOCK]
@@ -112,19 +113,19 @@ class BlockPool:
                 self._cached[block] = None
 
     def shared(self, block: int) -> bool:
-        """Whether it has more than one owner: whoever wants to write into it needs a copy."""
+        """Whether the block has more than one owner, so that a writer must copy it first."""
         if not 0 <= block < self.num_blocks:
             raise self._misuse("look up", block)
         return self._owners[block] > 1
 
-    # --- which block is cached under which key ----------------------------------------------------------------------
+    # --- prefix cache -----------------------------------------------------------------------------------------------
 
     def root(self, *extras: bytes | str | int) -> bytes:
-        """The key that a chain starts from. Chains from different extras (adapter, salt, ...) have no key in common."""
+        """The start of a key chain. Chains with different extras (adapter, salt, ...) share no keys."""
         hashed = blake2b(digest_size=_DIGEST_BYTES, key=self._secret, person=b"root")
         for extra in extras:
             if isinstance(extra, str):
-                # A salt from JSON may hold half of a surrogate pair, which plain utf-8 refuses.
+                # A salt from JSON may contain a lone surrogate, which strict UTF-8 rejects.
                 kind, body = b"s", extra.encode("utf-8", "surrogatepass")
             elif isinstance(extra, int):
                 kind, body = b"i", hex(extra).encode()
@@ -134,12 +135,12 @@ class BlockPool:
         return hashed.digest() + self._generation_mark
 
     def chain(self, parent: bytes, tokens: Sequence[int]) -> bytes:
-        """The key of the full block with these tokens that follows `parent`, a root or the block before it."""
+        """The key of a full block with these tokens after `parent`, a root or the previous block's key."""
         if len(parent) != _KEY_BYTES:
             raise RuntimeError(f"the parent of a chain has {len(parent)} bytes, a key has {_KEY_BYTES}")
         try:
             packed = self._tokens.pack(*tokens)
-        except struct.error as error:  # also for placeholders of tokens that are not known yet: they are negative
+        except struct.error as error:  # also raised for placeholders of unknown tokens, which are negative
             problem = f"a key takes {self._tokens.size // 4} token ids from 0 to 2**32 - 1, got {len(tokens)}"
             raise RuntimeError(f"{problem}, from {min(tokens, default=0)} to {max(tokens, default=0)}") from error
         hashed = self._chain_hash.copy()
@@ -147,9 +148,9 @@ class BlockPool:
         return hashed.digest() + parent[_DIGEST_BYTES:]
 
     def publish(self, block: int, key: bytes) -> None:
-        """Say that an owned block holds what the key says, or will before, in device order, anyone reads it.
+        """Cache an owned block under the key of its content, which is written, in device order, before any later read.
 
-        Nothing happens where another block has the key, or where the key is of an earlier generation.
+        No-op if another block has the key, or if the key is of an earlier generation.
         """
         if not self._caching:
             return
@@ -165,9 +166,9 @@ class BlockPool:
             self._key_of[block] = key
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest run of cached keys, from the first; they get no owner by that.
+        """The blocks of the longest prefix of `keys` that is cached. Does not add owners.
 
-        Takes keys one by one and stops at the first miss, so that a generator computes none in vain.
+        Stops at the first miss, so that a generator computes no unneeded keys.
         """
         found: list[int] = []
         if not self._caching:
@@ -180,7 +181,7 @@ class BlockPool:
         return found
 
     def forget(self, blocks: Sequence[int]) -> None:
-        """Their content is not to be trusted: they lose their keys, cached ones become free. Skips null blocks."""
+        """Drop the keys of blocks whose content is invalid; cached ones become free. Skips null blocks."""
         for block in blocks:
             if not 0 <= block < self.num_blocks:
                 raise self._misuse("forget", block)
@@ -192,10 +193,10 @@ class BlockPool:
                     self._free.append(block)
 
     def reset(self) -> None:
-        """Start the next generation: all keys are dropped, cached blocks become free. Owned blocks stay owned."""
+        """Start the next generation: drop all keys, free all cached blocks. Owned blocks stay owned."""
         self.generation += 1
         self._generation_mark = self.generation.to_bytes(_GENERATION_BYTES)
-        self._free[:0] = reversed(self._cached)  # who is reused before whom stays as it was
+        self._free[:0] = reversed(self._cached)  # keeps the order of reuse
         self._cached.clear()
         self._block_of.clear()
         self._key_of = [None] * self.num_blocks
@@ -206,14 +207,14 @@ class BlockPool:
             del self._block_of[key]
             self._key_of[block] = None
 
-    # --- what can be asked and checked ------------------------------------------------------------------------------
+    # --- inspection -------------------------------------------------------------------------------------------------
 
     def counts(self) -> tuple[int, int, int]:
-        """How many blocks are free, cached, used."""
+        """The numbers of free, cached and used blocks."""
         return len(self._free), len(self._cached), self.num_blocks - 1 - self.available
 
     def check_integrity(self, owners: Mapping[int, int] | None = None) -> None:
-        """RuntimeError unless all that is kept agrees, also with how many owners the caller counts, by block."""
+        """Raise RuntimeError unless the state is consistent, also with the caller's owner counts by block."""
         faults = [*self._state_faults(), *self._key_faults()]
         if owners is not None and not faults:
             here = {block: count for block, count in enumerate(self._owners) if count}
@@ -228,7 +229,7 @@ class BlockPool:
             raise RuntimeError(f"the block pool contradicts itself: {'; '.join(faults[:8])}{more}")
 
     def _state_faults(self) -> Iterator[str]:
-        """Every block but the null block is free, cached or used, and only one of them."""
+        """Check that every block except the null block is in exactly one state."""
         if not len(self._owners) == len(self._key_of) == self.num_blocks:
             yield f"{self.num_blocks} blocks, {len(self._owners)} owner counts, {len(self._key_of)} keys"
             return
@@ -248,7 +249,7 @@ class BlockPool:
                 yield f"block {block} is free with a key"
 
     def _key_faults(self) -> Iterator[str]:
-        """Keys and blocks map to each other one to one, and all keys are of this generation."""
+        """Check that keys and blocks map one to one, and that all keys are of this generation."""
         for key, block in self._block_of.items():
             if not (0 < block < len(self._key_of) and self._key_of[block] == key):
                 yield f"key {key.hex()} leads to block {block}, which does not have it"

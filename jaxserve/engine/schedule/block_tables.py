@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which blocks hold the KV of each sequence that has a row, and what of that the devices are yet to be told.
+"""The block table of each sequence with a row, and the changes to send to the devices with the next step.
 
-Through the pool it owns all blocks. It knows which tokens are computed, not who computes when: the scheduler.
+It allocates, shares and frees blocks through the pool; the scheduler decides when a sequence runs.
 
-What it changes on the devices, block copies first and then edits of the block tables, goes with the next step and
-happens before it. Steps run one after the other, so a block handed back now may be written by the next step while one
-in flight still reads it, and a block may be shared as soon as the step that fills it is planned.
+Changes on the devices (block copies, then block-table edits) are sent with the next step and applied before it. Steps
+run in order, so a block freed now can be reused by the next step while a step in flight still reads it, and a block can
+be shared as soon as the step that fills it is planned.
 """
 
 from jaxserve.engine.capacity import Limits
@@ -21,23 +21,23 @@ class BlockTables:
         self._edits: dict[int, int] = {}
 
     def take_changes(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
-        """Copies and edits since the last step."""
+        """Block copies and table edits since the last step."""
         copies, edits = self._copies, self._edits
         self._copies, self._edits = [], {}
         return copies, edits
 
-    # --- a sequence comes and goes ----------------------------------------------------------------------------------
+    # --- start and end of a sequence --------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, *, reserve: int) -> bool:
-        """The cached blocks that it begins with, if all the others it needs are available beside `reserve`."""
+        """Share its cached prefix if all other blocks it needs are available beside `reserve`; return whether."""
         pool = self.pool
         if pool.available <= reserve:
-            return False  # it takes one at least: its last token is computed in any case, for its logits
+            return False  # it needs at least one block: its last token is always computed, for its logits
         if sequence.generation != pool.generation:
             sequence.generation, sequence.keys = pool.generation, []
         hits = self._hits(sequence)
         unseen = self._unseen(len(hits) * self._limits.block_size)
-        pool.share(hits[unseen:])  # takes those that nobody owned off the available ones
+        pool.share(hits[unseen:])  # cached hits no longer count as available
         sequence.blocks, sequence.first_block = [NULL_BLOCK] * unseen + hits[unseen:], unseen
         if self.wanted(sequence) + reserve > pool.available:
             pool.release(sequence.blocks)
@@ -48,7 +48,7 @@ class BlockTables:
         return True
 
     def begin_as(self, twin: Sequence, leader: Sequence) -> None:
-        """The leader's blocks for the twin too, also the last, half full: whoever writes it first makes a copy."""
+        """Share the leader's blocks with the fork, including a partial last block, which the first writer copies."""
         self.pool.share(leader.blocks[leader.first_block :])
         twin.blocks, twin.first_block = list(leader.blocks), leader.first_block
         twin.computed, twin.cached = leader.computed, leader.cached
@@ -60,26 +60,26 @@ class BlockTables:
         sequence.computed = sequence.published = 0
 
     def distrust(self, sequence: Sequence) -> None:
-        """Nobody is to find its KV any more."""
+        """Remove its blocks from the prefix cache."""
         self.pool.forget(sequence.blocks[sequence.first_block :])
 
     def tell(self, sequence: Sequence, first: int = 0) -> None:
-        """The devices learn its blocks from this one on."""
+        """Send its block table to the devices, from this block on."""
         at, blocks, edits = sequence.row * self._limits.width, sequence.blocks, self._edits
         for i in range(first, len(blocks)):
             edits[at + i] = blocks[i]
 
-    # --- a sequence goes on -----------------------------------------------------------------------------------------
+    # --- progress of a sequence -------------------------------------------------------------------------------------
 
     def wanted(self, sequence: Sequence) -> int:
-        """How many more blocks its tokens take."""
+        """The number of additional blocks that its tokens need."""
         needed = -(-sequence.length // self._limits.block_size)
         if self._limits.window is not None:
             needed = min(needed, sequence.first_block + self._limits.blocks_for(sequence.length))
         return max(0, needed - len(sequence.blocks))
 
     def grow(self, sequence: Sequence, count: int) -> bool:
-        """Slots that it alone owns for its next tokens. If there are not enough, nothing changes."""
+        """Allocate exclusively owned slots for its next tokens. Changes nothing if blocks are short."""
         blocks, at = sequence.blocks, sequence.computed // self._limits.block_size
         needed = (sequence.computed + count - 1) // self._limits.block_size + 1 - len(blocks)
         copies = at < len(blocks) and self.pool.shared(blocks[at])
@@ -100,7 +100,7 @@ class BlockTables:
         return True
 
     def leave_window(self, sequence: Sequence) -> None:
-        """Hands back the blocks that none of its tokens still to be computed looks at."""
+        """Free the blocks outside the sliding window of all tokens still to be computed."""
         seen = self._unseen(sequence.computed)
         if seen > sequence.first_block:
             blocks, at = sequence.blocks, sequence.row * self._limits.width
@@ -110,14 +110,14 @@ class BlockTables:
             sequence.first_block = seen
 
     def _unseen(self, position: int) -> int:
-        """How many of the first blocks are out of the sight of the token there, and of all after it."""
+        """The number of leading blocks outside the sliding window of the token at `position`."""
         window = self._limits.window
         return 0 if window is None else max(0, position - window + 1) // self._limits.block_size
 
-    # --- blocks that others can share -------------------------------------------------------------------------------
+    # --- prefix cache -----------------------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence) -> None:
-        """Lets others share its blocks that are computed and full of tokens known here."""
+        """Publish its full, computed blocks whose tokens are known to the prefix cache."""
         full = min(sequence.computed, len(sequence.tokens)) // self._limits.block_size
         if full <= sequence.published:
             return
@@ -128,14 +128,14 @@ class BlockTables:
         sequence.published = full
 
     def _hits(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that it begins with, short of the first token whose logits are wanted."""
+        """Its cached prefix, up to the first token whose logits are needed."""
         if sequence.request.params.skip_reading_prefix_cache:
             return []
         last = min(sequence.length, sequence.scored) - 1 if sequence.scores else sequence.length - 1
         return self.pool.find(self._key(sequence, i) for i in range(last // self._limits.block_size))
 
     def _key(self, sequence: Sequence, i: int) -> bytes:
-        """The key of its block, made when it is asked for."""
+        """The key of its block, computed on demand."""
         size, keys = self._limits.block_size, sequence.keys
         while len(keys) <= i:
             parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "", sequence.rope_length)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step's result says of one sequence: its next token, why it ends, log-probabilities, its embedding. Changes
-nobody else.
-"""
+"""Applies a step's result to one sequence: its next token, finish reason, log-probabilities, embedding."""
 
 from collections.abc import Set
 
@@ -13,7 +11,7 @@ from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 def sampled(
     sequence: Sequence, result: StepResult, entry: int, update: Update, ends_of_text: Set[int]
 ) -> FinishReason | None:
-    """Takes the token of this row of logits, if it is not for others to choose; whether the sequence ends by it."""
+    """Append the token sampled in this row, unless the sequence is held; return whether the sequence ends."""
     params, token = sequence.request.params, result.tokens[entry]
     sequence.pending -= 1
     if params.logprobs is not None:
@@ -33,22 +31,22 @@ def sampled(
 
 
 def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
-    """Log-probabilities of the prompt tokens that the slice scores; the rows of logits begin with this one."""
+    """Log-probabilities of the prompt tokens that the slice scores; its rows of logits start at `entry`."""
     wanted = slice.sequence.request.params.prompt_logprobs or 0
     return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
 
 
 def embedding(result: StepResult, entry: int) -> bytes:
     if result.embeddings is None:
-        raise RuntimeError("the step gave no hidden states, and a row wants its own")
+        raise RuntimeError("a row needs its hidden state, but the step returned none")
     return result.embeddings[entry].astype("<f4").tobytes()
 
 
 def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs:
-    """With the `wanted` likeliest tokens, -1 for all: other rows of the step may want more than this one."""
+    """Log-probabilities with the `wanted` most likely tokens (-1: all). Other rows of the step may need more."""
     logprobs, ranks = result.logprobs, result.ranks
     if logprobs is None or ranks is None:
-        raise RuntimeError("the step computed no log-probabilities, and a row wants them")
+        raise RuntimeError("a row needs log-probabilities, but the step computed none")
     tops: list[int] = []
     values: list[float] = []
     if wanted and result.top_tokens is not None and result.top_logprobs is not None:

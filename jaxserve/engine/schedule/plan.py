@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one step is to do, decided by the scheduler, and what it gave. Plain host data."""
+"""The plan of one step and its result, as plain host data."""
 
 from dataclasses import dataclass, field
 
@@ -9,42 +9,42 @@ from jaxserve.engine.schedule.sequence import Need, Sequence
 
 
 class Slice:
-    """`count` tokens of a sequence from `start` on, and what is wanted of their logits."""
+    """`count` tokens of a sequence from `start` on, and what is needed from their logits."""
 
     __slots__ = ("count", "embeds", "epoch", "parent", "samples", "score_from", "score_to", "sequence", "start")
 
     def __init__(self, sequence: Sequence, start: int, count: int, samples: bool) -> None:
         self.sequence, self.epoch = sequence, sequence.epoch
         self.start, self.count = start, count
-        self.samples = samples  # the last one's logits give the next token
-        self.embeds = False  # the last one's hidden state is wanted as it is
-        self.score_from = self.score_to = 0  # these prompt tokens are scored, by the logits of those before them
-        self.parent: Slice | None = None  # it computes nothing: it samples from the same logits as this one
+        self.samples = samples  # sample the next token from the last one's logits
+        self.embeds = False  # return the last one's hidden state
+        self.score_from = self.score_to = 0  # prompt tokens to score, with the logits of their predecessors
+        self.parent: Slice | None = None  # a fork: samples from the parent's logits and computes nothing
 
     @property
     def entries(self) -> int:
-        """Rows of hidden states that it takes; of logits, but for an embedding."""
+        """The rows of hidden states that it needs; they become logits, except for embeddings."""
         return self.score_to - self.score_from + self.samples + self.embeds
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """Those of one token come first, then those of several, then those of none."""
+    """Slices of one token come first, then those of several, then forks, which have none."""
 
     slices: list[Slice]
     tokens: int
     entries: int
     need: Need
-    embeds: int = 0  # of the entries, those that are wanted as hidden states
+    embeds: int = 0  # entries returned as hidden states
     policy_version: int = 0
-    # Everything below happens on the device before the step, in this order.
+    # The device applies everything below before the step, in this order.
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
     edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: row * width + column -> block
-    arrivals: list[Sequence] = field(default_factory=list[Sequence])  # who took a row since the last step
+    arrivals: list[Sequence] = field(default_factory=list[Sequence])  # sequences that took a row since the last step
 
 
 class Draft:
-    """The slices of a plan in the making. What is in it stays: nobody is preempted after being planned."""
+    """The slices of a plan under construction. A planned sequence is never preempted, so slices are only added."""
 
     __slots__ = ("chunks", "embeds", "entries", "forks", "need", "scores", "singles", "tokens")
 
@@ -53,7 +53,7 @@ class Draft:
         self.chunks: list[Slice] = []
         self.forks: list[Slice] = []
         self.tokens = self.entries = 0
-        self.scores = 0  # rows of logits that score prompt tokens
+        self.scores = 0  # rows of logits for scoring prompt tokens
         self.embeds = 0
         self.need = Need.GREEDY
 
@@ -76,13 +76,13 @@ class Draft:
 
     @property
     def slices(self) -> list[Slice]:
-        """In a plan's order."""
+        """All slices, in the order of a plan."""
         return self.singles + self.chunks + self.forks
 
 
 @dataclass(slots=True)
 class StepResult:
-    """One entry for each row of logits or embedding, in the order of the plan's slices."""
+    """One entry per row of logits or embedding, in the order of the plan's slices."""
 
     tokens: list[int]
     valid: list[bool]

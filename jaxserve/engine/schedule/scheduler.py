@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes what in the next step. Owns all sequences and the rows; knows no jax, and of blocks only who lacks some.
+"""Decides what the next step computes. Owns all sequences and rows; block bookkeeping is in block_tables.py. No jax.
 
-    add(request)              into the queue, or refused
-    schedule(now) -> StepPlan who runs: one token for each decoding row and chunks of prompts, within one token budget
-    commit(plan, result)      what the step gave: tokens appended, sequences ended, rows and blocks handed back
+    add(request)              queues a request, or rejects it
+    schedule(now) -> StepPlan one token for each decoding row plus prompt chunks, within one token budget
+    commit(plan, result)      applies a step's result: appends tokens, ends sequences, frees rows and blocks
 
 A plan is a promise: `schedule` counts its work as done (`computed`, `pending`), so that the next plan can be made
-before its result is there. A sequence that left its row meanwhile is known by its epoch, and what the step says of it
-is dropped.
+before the result arrives. A sequence's epoch tells whether it has left its row since; then the result is dropped.
 
-The running ones are kept in order of arrival (or priority, then arrival) and are planned in that order. When blocks
-run out, the last gives up its own and waits to be computed again. So the first always gets on, none waits for ever,
-and whoever is planned stays planned.
+Running sequences are kept and planned in order of arrival (or priority, then arrival). When blocks run out, the last
+sequence is preempted and recomputed later. So the first always makes progress, none starves, and a planned sequence
+stays planned.
 """
 
 import random
@@ -39,7 +38,7 @@ class Scheduler:
         self._score_rows = score_rows
         self._random = random.Random(seed)
         self._arrivals, self._now = 0, 0.0
-        self._ended: list[Update] = []  # by abort or deadline, told with the next commit
+        self._ended: list[Update] = []  # by abort or deadline; reported with the next commit
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -47,7 +46,7 @@ class Scheduler:
         self._free_rows = list(range(self.limits.max_num_seqs - 1, -1, -1))
         self._waiting, self._deadlines = Waiting(self.limits), Deadlines()
         self._tables = BlockTables(self.limits)
-        self._arrived: list[Sequence] = []  # who took a row since the last plan
+        self._arrived: list[Sequence] = []  # sequences that took a row since the last plan
 
     @property
     def pool(self) -> BlockPool:
@@ -55,7 +54,7 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        """Sequences that wait for a row."""
+        """The number of sequences that wait for a row."""
         return len(self._waiting)
 
     @property
@@ -65,11 +64,11 @@ class Scheduler:
     # --- arrivals and departures ------------------------------------------------------------------------------------
 
     def add(self, request: Request, *, held: bool = False) -> None:
-        """Into the queue. A request that cannot be served as asked is refused by a RequestError."""
+        """Queue a request. Raises RequestError if it cannot be served as sent."""
         limits, params = self.limits, request.params
         admission.check(request, limits)
         if request.id in self.requests:
-            raise RequestError("request_id", f"a request {request.id!r} is in flight", "give another id")
+            raise RequestError("request_id", f"request {request.id!r} is already in flight", "use another id")
         self._waiting.check_room(len(request.prompt_token_ids))
         self._arrivals += 1
         seed = self._random.getrandbits(32) if params.seed is None else params.seed
@@ -87,13 +86,13 @@ class Scheduler:
             self._deadlines.put(request.deadline, self._arrivals, request.id)
 
     def abort(self, request_id: str, *, index: int | None = None, reason: FinishReason = "abort") -> None:
-        """End a request, or one of its samples, in whatever state it is. Unknown ids have ended already."""
+        """End a request, or one of its samples, in any state. Unknown ids are ignored: they have ended already."""
         for sequence in list(self.requests.get(request_id, ())):
             if index in (None, sequence.index):
                 self._end(sequence, reason)
 
     def abort_all(self, error: str) -> list[Update]:
-        """End everything, as after a fault: nothing that is kept of it is trusted, all of it starts anew."""
+        """End everything after a fault, and reset all state: none of it is trusted."""
         for sequence in (sequence for group in self.requests.values() for sequence in group):
             update = Update(request_id=sequence.request.id, index=sequence.index, finish_reason="error", error=error)
             update.num_cached_tokens, update.policy_version = sequence.cached, self.policy_version
@@ -104,7 +103,7 @@ class Scheduler:
         return self.take_ended()
 
     def take_ended(self) -> list[Update]:
-        """Ends that no step brought about."""
+        """The updates of sequences that ended outside a step."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -114,13 +113,13 @@ class Scheduler:
                 self._end(sequence, "abort", error="the deadline has passed")
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
-        """It ends for a reason that no step found."""
+        """End a sequence outside a step, by abort or deadline."""
         update = Update(request_id=sequence.request.id, index=sequence.index)
         update.error, update.policy_version = error, self.policy_version
         self._ended.append(self._finish(sequence, update, reason))
 
     def drop(self, sequence: Sequence) -> None:
-        """Ends a held one that nobody asks after any more; nothing is told of it."""
+        """End a held sequence that is no longer needed, without an update."""
         self._finish(sequence, Update(request_id=sequence.request.id, index=sequence.index), "abort")
 
     def _finish(self, sequence: Sequence, update: Update, reason: FinishReason) -> Update:
@@ -147,7 +146,7 @@ class Scheduler:
         return update
 
     def _hand_on(self, sequence: Sequence, group: list[Sequence]) -> None:
-        """What it was to do for the others of its request: to compute their prompt, to tell how likely it is."""
+        """Pass its duties to another sample of its request: computing the shared prompt, and scoring it."""
         if sequence.siblings:
             leader, *leader.siblings = sequence.siblings
             sequence.siblings = []
@@ -156,7 +155,7 @@ class Scheduler:
         elif sequence.scores_told < sequence.prompt_len:
             heir = group[0]
             if heir.status == Status.RUNNING:
-                self._preempt(heir)  # it has computed the prompt already, and does it again
+                self._preempt(heir)  # so that it computes the prompt again
             heir.scored = heir.scores_told = sequence.scores_told
 
     def _enqueue(self, sequence: Sequence) -> None:
@@ -191,13 +190,13 @@ class Scheduler:
     # --- planning ---------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute until a step in flight is committed."""
+        """Plan the next step; None if there is nothing to compute until a step in flight is committed."""
         self._now = now
         self._expire(now)
         draft = Draft()
         self._admit(draft, self._go_on(draft))
         while not draft.tokens and self._waiting and self.running and all(map(_idles, self.running)):
-            # Beams that wait for one that has no room: nobody would ever give any up.
+            # Held beams wait for one that has no room: without a preemption no blocks would ever be freed.
             self._preempt(self.running[-1])
             self._admit(draft, [])
         if not draft.tokens:
@@ -218,9 +217,9 @@ class Scheduler:
         )
 
     def _go_on(self, draft: Draft) -> list[Sequence]:
-        """Plans for those that run. Gives those whose prompts are being computed in chunks."""
+        """Plan the running sequences. Returns those with prompts in progress."""
         decoding = 0
-        work: list[tuple[Sequence, int]] = []  # who has how many tokens left to compute
+        work: list[tuple[Sequence, int]] = []  # sequences and their tokens left to compute
         chunked: list[Sequence] = []
         for sequence in self.running:
             known = len(sequence.tokens)
@@ -235,7 +234,7 @@ class Scheduler:
         spare = self.limits.max_num_batched_tokens - decoding
         for sequence, left in work:
             if sequence.row < 0:
-                break  # given up for one before it, as are all after it
+                break  # preempted for an earlier one, like all after it
             taken = self._compute(draft, sequence, min(left, spare) if left > 1 else 1)
             if left > 1:
                 spare -= taken
@@ -244,8 +243,8 @@ class Scheduler:
         return chunked
 
     def _admit(self, draft: Draft, chunked: list[Sequence]) -> None:
-        """Gives rows to those whose turn it is, as long as the whole prompt of each fits beside what runs: of which
-        each may want one block more, and those with prompts still to be computed all blocks for that.
+        """Give rows to waiting sequences in order, while each whole prompt fits beside the running ones. Reserved for
+        those: one more block each, and all blocks for prompts in progress.
         """
         tables, waiting = self._tables, self._waiting
         reserve = len(self.running) + sum(map(tables.wanted, chunked))
@@ -255,7 +254,7 @@ class Scheduler:
                 break
             waiting.remove(sequence)
             self._take_row(sequence)
-            if not sequence.epoch:  # later it finds what it had computed itself
+            if not sequence.epoch:  # after a preemption the hits would be its own blocks
                 sequence.cached = sequence.computed
                 self._count_prefix(sequence)
             left = sequence.length - sequence.computed
@@ -268,9 +267,9 @@ class Scheduler:
             self.prefix_hits += sequence.cached
 
     def _compute(self, draft: Draft, sequence: Sequence, count: int) -> int:
-        """At most so many of its next tokens; how many it became."""
+        """Plan up to `count` of its next tokens; return how many."""
         if sequence.scores:
-            free = max(0, sequence.scored - 1 - sequence.computed)  # their scores are told: they cost no row of logits
+            free = max(0, sequence.scored - 1 - sequence.computed)  # already scored: these tokens need no row of logits
             count = min(count, free + self._score_rows - draft.scores)
         if count <= 0 or not self._make_room(sequence, count):
             return 0
@@ -278,7 +277,7 @@ class Scheduler:
         return count
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Slots for its next tokens. Takes blocks from the last running ones, in the end from itself."""
+        """Allocate slots for its next tokens. Preempts the last running sequences if needed, even itself."""
         if self.limits.window is not None:
             self._tables.leave_window(sequence)
         while not self._tables.grow(sequence, count):
@@ -289,7 +288,7 @@ class Scheduler:
         return True
 
     def _promise(self, draft: Draft, sequence: Sequence, count: int) -> None:
-        """Plans it, and counts the work as done."""
+        """Add a slice to the plan, and count its work as done."""
         start = sequence.computed
         stop = sequence.computed = start + count
         length = len(sequence.tokens) + sequence.pending
@@ -309,7 +308,7 @@ class Scheduler:
                 self._fork(draft, slice)
 
     def _fork(self, draft: Draft, slice: Slice) -> None:
-        """The other samples of a request whose prompt this slice completes take their first token from its logits."""
+        """Fork the other samples of a request whose prompt this slice completes: they sample from its logits."""
         leader = slice.sequence
         siblings, leader.siblings = leader.siblings, []
         for sibling in siblings:
@@ -326,7 +325,7 @@ class Scheduler:
     # --- results ----------------------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
-        """What the step gave, and what ended otherwise since the last one."""
+        """Apply a step's result. Returns its updates, and those of sequences that ended outside a step."""
         updates = self.take_ended()
         sound = all(result.valid)
         end = 0
@@ -363,7 +362,7 @@ class Scheduler:
         return updates
 
     def _broken(self, sequence: Sequence) -> Update:
-        """Its logits are no numbers, or nothing is left to sample: it ends, and its KV is trusted by nobody."""
+        """End a sequence whose logits are not finite or leave nothing to sample. Its KV is never reused."""
         self._tables.distrust(sequence)
         update = Update(request_id=sequence.request.id, index=sequence.index, policy_version=self.policy_version)
         update.error = "the model gave logits that are not finite, or masks left no token to sample"
@@ -372,16 +371,16 @@ class Scheduler:
     # --- beams ------------------------------------------------------------------------------------------------------
 
     def extend(self, sequence: Sequence, token: int) -> None:
-        """A held sequence goes on with this token."""
+        """Continue a held sequence with this token."""
         sequence.tokens.append(token)
         if sequence.status == Status.BESIDE:
             self._enqueue(sequence)
 
     def branch(self, sequence: Sequence, index: int) -> Sequence:
-        """A twin of a held sequence, to be extended another way."""
+        """Fork a held sequence, to be extended with another token."""
         request, group = sequence.request, self.requests[sequence.request.id]
         if any(other.index == index for other in group):
-            raise RuntimeError(f"request {request.id!r} has a sample {index}")
+            raise RuntimeError(f"request {request.id!r} already has sample {index}")
         order = (*sequence.order[:2], index)
         twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed)
         twin.held, twin.tokens, twin.told = True, list(sequence.tokens), sequence.told
@@ -393,5 +392,5 @@ class Scheduler:
 
 
 def _idles(sequence: Sequence) -> bool:
-    """A held one that has told what it sampled and was not told how to go on."""
+    """Whether a held sequence has reported its sample and waits for `extend`."""
     return sequence.told == len(sequence.tokens)

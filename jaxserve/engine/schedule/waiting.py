@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who waits for a row, in the order of their turn, and who may wait; whose time runs out when.
+"""The queue of waiting sequences and its limits, and the deadlines of requests.
 
-Both hold what lives and nothing else: whoever leaves is taken out at once. Lists kept in order do that; moving their
-tails by memmove costs 20 us with 100,000 waiting.
+Both are sorted lists with only live entries: a removed entry leaves at once. The memmove costs 20 us with 100,000
+entries.
 """
 
 from bisect import bisect_left, insort
@@ -16,7 +16,7 @@ class Waiting:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._queue: list[Sequence] = []
-        self.tokens = 0  # of their prompts
+        self.tokens = 0  # prompt tokens of all waiting sequences
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -26,15 +26,15 @@ class Waiting:
         return self._queue[0]
 
     def check_room(self, tokens: int) -> None:
-        """Whether one more request with so long a prompt may wait."""
+        """Raise OverloadedError unless the queue has room for a request with `tokens` prompt tokens."""
         count, most = len(self._queue), self._limits.max_num_queued_reqs
         if most is not None and count >= most:
-            problem = f"{count} requests are waiting, at most {most} may (max_num_queued_reqs)"
-            raise OverloadedError("prompt", problem, "try again later")
+            problem = f"queue full ({count} of {most} waiting)"
+            raise OverloadedError("prompt", problem, "retry later, or raise max_num_queued_reqs")
         most = self._limits.max_num_queued_tokens
         if most is not None and count and self.tokens + tokens > most:
-            problem = f"{self.tokens} prompt tokens are waiting, with {tokens} more above max_num_queued_tokens {most}"
-            raise OverloadedError("prompt", problem, "try again later")
+            problem = f"queue full ({self.tokens} of {most} prompt tokens waiting, {tokens} more do not fit)"
+            raise OverloadedError("prompt", problem, "retry later, or raise max_num_queued_tokens")
 
     def put(self, sequence: Sequence) -> None:
         insort(self._queue, sequence, key=order_of)
@@ -47,7 +47,7 @@ class Waiting:
 
 class Deadlines:
     def __init__(self) -> None:
-        self._next: list[tuple[float, int, str]] = []  # when, the number of the arrival, whose
+        self._next: list[tuple[float, int, str]] = []  # deadline, arrival number, request id
 
     def __len__(self) -> int:
         return len(self._next)
@@ -59,6 +59,6 @@ class Deadlines:
         del self._next[bisect_left(self._next, (deadline, arrival, request_id))]
 
     def passed(self, now: float) -> list[str]:
-        """The requests whose time is over; they stay until they are removed."""
+        """The requests whose deadline has passed. They stay until they are removed."""
         count = bisect_left(self._next, (now, float("inf"), ""))
         return [request_id for _, _, request_id in self._next[:count]]

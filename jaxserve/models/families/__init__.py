@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One page per family: `spec(config)` and WEIGHTS, the names its checkpoints use."""
+"""Model families, one module each: `spec(config)`, and WEIGHTS, which maps the checkpoints' tensor names."""

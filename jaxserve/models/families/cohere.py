@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cohere's Command R, and R7B (cohere2): attention and MLP side by side behind one norm, and scaled logits."""
+"""Cohere's Command R, and R7B (cohere2): parallel attention and MLP after one norm, and scaled logits."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def spec(config: hf.Config) -> ModelSpec:
     )
     layer = Layer(attention=attention, mlp=hf.mlp(config), attention_in=norm, parallel=True)
     layers = (layer,) * config.num_hidden_layers
-    if second:  # layers that see everything know no positions
+    if second:  # layers with full attention have no RoPE
         kinds = (replace(attention, window=w, rope=attention.rope if w else None) for w in hf.windows(config))
         layers = tuple(replace(layer, attention=kind) for kind in kinds)
     return hf.model(config, layers=layers, final_norm=norm, logit_scale=float(config.logit_scale))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek V2 and V3 (and R1): latent attention, experts in groups, some experts for every token."""
+"""DeepSeek V2 and V3 (and R1): latent attention (MLA), grouped experts, shared experts."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxserve.models.weights import HF_LAYER, LAYER, LLAMA_LIKE, MOE_LIKE, Rule,
 
 
 def _up(part: int) -> View:
-    """Rows lie head by head: those that make its key, those that make its value."""
+    """For rows grouped by head: the head's key rows, then its value rows."""
 
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         assert layer is not None and isinstance(layer.attention, LatentAttention)
@@ -39,7 +39,7 @@ WEIGHTS = (
     *linear(f"{LAYER}.mlp.shared.up", f"{_SHARED}.up_proj"),
     *linear(f"{LAYER}.mlp.shared.down", f"{_SHARED}.down_proj"),
 )
-# One more layer, which predicts a second token.
+# The multi-token prediction (MTP) layer.
 IGNORED = (r"^model\.layers\.{layers}\.",)
 
 
@@ -79,7 +79,7 @@ def _attention(config: hf.Config) -> LatentAttention:
         v_dim=config.v_head_dim,
         scale=scale,
         rope=hf.rope(config, config.qk_rope_head_dim, interleaved=interleaved),
-        norm=Norm(eps=1e-6),  # whatever rms_norm_eps says
+        norm=Norm(eps=1e-6),  # fixed, regardless of rms_norm_eps
         bias=config.attention_bias,
     )
 
@@ -89,7 +89,7 @@ def _router(config: hf.Config) -> Router:
         experts=config.n_routed_experts, top_k=config.num_experts_per_tok, scale=float(config.routed_scaling_factor)
     )
     if config.model_type == "deepseek_v2":
-        # Where norm_topk_prob is on, transformers and DeepSeek's own code disagree.
+        # With norm_topk_prob, transformers and DeepSeek's own code disagree.
         config.refuse(scoring_func="softmax", norm_topk_prob=False)
         groups: dict[str, Any] = dict(groups=config.n_group, top_groups=config.topk_group)
         if config.topk_method != "group_limited_greedy":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Falcon: the form of 40B and 11B (new_decoder_architecture), and that of 7B."""
+"""Falcon: the architecture of 40B and 11B (new_decoder_architecture), and that of 7B."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec
@@ -52,7 +52,7 @@ def _kv_heads(config: hf.Config) -> int:
 
 
 def _two_norms(config: hf.Config) -> bool:
-    """Of the forms that the config can spell, transformers can run these."""
+    """Raise for configs that transformers itself cannot run."""
     norms = config.num_ln_in_parallel_attn
     if not config.new_decoder_architecture:
         if config.parallel_attn and norms == 2:

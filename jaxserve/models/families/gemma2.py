@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 2, and 3 without its eyes: of a model for text and images only the text is run."""
+"""Gemma 2 and 3. Of multimodal models only the text part runs."""
 
 import math
 
@@ -8,7 +8,7 @@ from jaxserve.models.spec import Layer, ModelSpec
 from jaxserve.models.weights import HF_LAYER, LAYER, LLAMA_LIKE, norm, renamed
 
 _TEXT = (
-    # First: LLAMA_LIKE takes the name post_attention_layernorm for another norm.
+    # Must come first: LLAMA_LIKE uses the name post_attention_layernorm for another norm.
     *norm(f"{LAYER}.mlp_in", f"{HF_LAYER}.pre_feedforward_layernorm"),
     *norm(f"{LAYER}.attention_out", f"{HF_LAYER}.post_attention_layernorm"),
     *norm(f"{LAYER}.mlp_out", f"{HF_LAYER}.post_feedforward_layernorm"),
@@ -37,7 +37,7 @@ def spec(config: hf.Config) -> ModelSpec:
                 scale=config.query_pre_attn_scalar**-0.5,
                 rope=hf.rope(config, config.head_dim, kind=kind if third else None),
                 window=window,
-                # Gemma 3's config has the field too, but its attention does not look at it.
+                # Gemma 3's config has the field too, but its attention ignores it.
                 soft_cap=None if third else config.attn_logit_softcapping,
                 qkv_bias=bias,
                 out_bias=bias,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLM 4 9B (glm) and its successor of 2025 (glm4), which norms what attention and MLP put out, too."""
+"""GLM 4 9B (glm) and its 2025 successor (glm4), which also norms the outputs of attention and MLP."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2: learned positions, and linear maps stored inputs first."""
+"""GPT-2: learned positions, and kernels stored as [inputs, outputs]."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-NeoX, with Pythia: the MLP beside attention, behind a norm of its own, or after it."""
+"""GPT-NeoX and Pythia: the MLP is parallel to attention, with a separate norm, or sequential."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

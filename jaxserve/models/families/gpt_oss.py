@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpt-oss: experts with biases, windows on some layers, sinks on all. Weights in bfloat16, not MXFP4."""
+"""gpt-oss: experts with biases, sliding windows on some layers, attention sinks on all. bfloat16 only, not MXFP4."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxserve.models.weights import HF_LAYER, LAYER, LLAMA_LIKE, Rule, View, lin
 
 
 def _every_other(first: int, *, kernel: bool) -> View:
-    """Gate and up lie in turns along the last axis; of kernels, inputs lie before outputs."""
+    """Gate and up alternate along the last axis; kernels are stored as [inputs, outputs]."""
 
     def view(array: np.ndarray[Any, Any], layer: Layer | None) -> np.ndarray[Any, Any]:
         part = array[..., first::2]

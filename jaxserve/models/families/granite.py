@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite: Llama with a factor on everything."""
+"""Granite: Llama with multipliers on embeddings, attention, residuals and logits."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

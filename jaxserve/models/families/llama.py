@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 2 and 3; Mistral, the same with a window; Ministral, where some layers have one."""
+"""Llama 2 and 3; Mistral, with a sliding window; Ministral, with one on some layers."""
 
 from dataclasses import replace
 

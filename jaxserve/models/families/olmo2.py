@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OLMo 2: norms after attention and MLP, and over all query heads and all key heads."""
+"""OLMo 2: norms after attention and MLP, and QK norms that span all heads."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPT: learned positions that begin at row 2; norms before each part, or (350m) after."""
+"""OPT: learned positions that start at row 2; pre-norm, or (350m) post-norm."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

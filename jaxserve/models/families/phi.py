@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi 1, 1.5 and 2: attention and MLP side by side behind one norm, and a bias on everything."""
+"""Phi 1, 1.5 and 2: parallel attention and MLP after one norm, and biases everywhere."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi 3, 3.5 and 4: Llama with fused weights, a window, and RoPE stretched for long texts."""
+"""Phi 3, 3.5 and 4: Llama with fused weights, a sliding window, and LongRoPE."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen 2, 2.5 and 3, dense and with experts."""
+"""Qwen 2, 2.5 and 3, dense and mixture of experts."""
 
 from typing import Any
 

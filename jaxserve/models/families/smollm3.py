@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM 3: Llama with layers that know no positions."""
+"""SmolLM 3: Llama with some layers without RoPE (NoPE)."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def spec(config: hf.Config) -> ModelSpec:
         problem = f"config.json lists {len(turned)} no_rope_layers for {len(windows)} layers"
         raise CheckpointError(problem, "check the file")
     if any(windows):
-        # Otherwise transformers' implementations of attention disagree about the window.
+        # With a window, transformers' attention implementations disagree.
         config.refuse(use_sliding_window=True)
     attention = hf.attention(config, qkv_bias=bias, out_bias=bias)
     mlp = hf.mlp(config, bias=mlp_bias, down_bias=mlp_bias)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StableLM 2 and 3B: layer norms, and RoPE on a part of each head; in the 12B the MLP stands beside attention."""
+"""StableLM 2 and 3B: layer norms, and partial RoPE; the 12B runs the MLP parallel to attention."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec
 from jaxserve.models.weights import HF_LAYER, LAYER, LLAMA_LIKE, Rule
 
-# Heads are counted as experts are: the checkpoint has a tensor for each.
+# The checkpoint stores one norm tensor per head, so heads use the {expert} placeholder.
 WEIGHTS = (
     Rule(f"{LAYER}.attention.q_norm.weight", f"{HF_LAYER}.self_attn.q_layernorm.norms.{{expert}}.weight"),
     Rule(f"{LAYER}.attention.k_norm.weight", f"{HF_LAYER}.self_attn.k_layernorm.norms.{{expert}}.weight"),

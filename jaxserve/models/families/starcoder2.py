@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StarCoder 2: layer norms, biases, an MLP without gate, and a window."""
+"""StarCoder 2: layer norms, biases, an MLP without gate, and a sliding window."""
 
 from jaxserve.models import hf
 from jaxserve.models.spec import Layer, ModelSpec

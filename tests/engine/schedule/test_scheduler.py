@@ -37,13 +37,13 @@ def test_queue_limits() -> None:
     engine = FakeEngine(limits(max_num_queued_reqs=3, max_num_queued_tokens=20))
     scheduler = engine.scheduler
     engine.add(request("long", [1] * 30))  # into an empty queue any may go that fits at all
-    with pytest.raises(OverloadedError, match=r"30 prompt tokens are waiting, with 1 more above .* 20") as refused:
+    with pytest.raises(OverloadedError, match=r"queue full \(30 of 20 prompt tokens waiting") as refused:
         scheduler.add(request("more", [1]))
     assert refused.value.status == 503
     engine.turn()
     for name in "abc":
         engine.add(request(name, [1] * 5))
-    with pytest.raises(OverloadedError, match=r"3 requests are waiting, at most 3 may \(max_num_queued_reqs\)"):
+    with pytest.raises(OverloadedError, match=r"queue full \(3 of 3 waiting\); .*max_num_queued_reqs"):
         scheduler.add(request("d", [1]))
     scheduler.abort("b")
     engine.add(request("d", [1]))
@@ -56,7 +56,7 @@ def test_queue_limits() -> None:
 def test_an_id_in_flight_is_refused_and_free_again_after_its_end() -> None:
     engine = FakeEngine(limits())
     engine.add(request("a", [1, 2]))
-    with pytest.raises(RequestError, match="'a' is in flight"):
+    with pytest.raises(RequestError, match="'a' is already in flight"):
         engine.scheduler.add(request("a", [5]))
     engine.turn()
     engine.scheduler.abort("a")
@@ -353,7 +353,7 @@ def test_a_beam_waits_to_be_told() -> None:
     assert len(engine.plans) == 1 and sequence.tokens == [1, 2, 3]
     engine.scheduler.extend(sequence, 9)
     twin = engine.scheduler.branch(sequence, 1)
-    with pytest.raises(RuntimeError, match="has a sample 1"):
+    with pytest.raises(RuntimeError, match="already has sample 1"):
         engine.scheduler.branch(sequence, 1)
     assert twin.blocks == sequence.blocks
     engine.scheduler.extend(twin, 10)

@@ -152,7 +152,7 @@ def test_what_errors_become() -> None:
     refused = as_api_error(RequestError("top_p", "top_p is 2, expected a number above 0 to 1", "correct the value"))
     assert (refused.status, refused.param, refused.type) == (400, "top_p", "BadRequestError")
     assert refused.message == "top_p is 2, expected a number above 0 to 1. Correct the value."
-    full = as_api_error(OverloadedError("prompt", "8 requests are waiting", "try again later"))
+    full = as_api_error(OverloadedError("prompt", "queue full (8 of 8 waiting)", "retry later"))
     assert full.status == 503 and "Retry-After" in full.headers
     assert as_api_error(EngineError('File "/x/y.py"', "x")).status == 500
     assert as_api_error(ZeroDivisionError("/home/me")).status == 500
