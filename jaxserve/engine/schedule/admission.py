@@ -15,7 +15,7 @@ from jaxserve.config import Limits
 from jaxserve.engine.schedule.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, BeamSearchParams, SamplingParams
 
 MAX_SALT = 128
 PLAIN = SamplingParams()
@@ -33,6 +33,8 @@ def check(request: Request, limits: Limits) -> None:
     if request.embed:
         _check_embeds(request)
     _check_prompt(request, limits)
+    if request.beam_search is not None:
+        _check_beams(request.beam_search, limits)
     if params.n > limits.max_num_seqs:
         problem = f"n is {params.n}, the engine runs {limits.max_num_seqs} sequences at once"
         raise RequestError("n", problem, f"give at most {limits.max_num_seqs}")
@@ -85,6 +87,17 @@ def _check_embeds(request: Request) -> None:
             raise RequestError(name, problem, "leave it out")
     if request.score_only:
         raise RequestError("embed", "embed and score_only are both set", "ask for one of them")
+
+
+def _check_beams(params: BeamSearchParams, limits: Limits) -> None:
+    """That the engine can give as many candidates and run as many beams."""
+    width = params.beam_width
+    if limits.max_logprobs != -1 and 2 * width > limits.max_logprobs:
+        problem = f"beam_width is {width}, and twice as many log-probabilities are above max_logprobs"
+        raise RequestError("beam_width", f"{problem} {limits.max_logprobs}", "lower it, or raise max_logprobs")
+    if width > limits.max_num_seqs:
+        problem = f"beam_width is {width}, the engine runs {limits.max_num_seqs} sequences"
+        raise RequestError("beam_width", problem, "lower it")
 
 
 def _check_prompt(request: Request, limits: Limits) -> None:

@@ -16,6 +16,14 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_METADATA = 16
 
+# What would change which answers are the likeliest, with the values that do not.
+NEUTRAL_FOR_BEAMS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("temperature", "min_p", "presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
+    **dict.fromkeys(("top_p", "repetition_penalty"), (1,)),
+    "top_k": (0, -1),
+    **dict.fromkeys(("logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "prompt_logprobs"), ()),
+}
+
 Text = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # its range is checked where it is known
@@ -100,9 +108,13 @@ class Sampling(Ordered):
     response_format: Annotated[
         TextFormat | None, Field(description='{"type": "text"}; others are not supported yet')
     ] = None
-    use_beam_search: NeverTrue = None
+    use_beam_search: Annotated[
+        bool | None,
+        Field(description="The n likeliest answers that a beam search of width n finds, best first. Not in a stream."),
+    ] = None
     length_penalty: Annotated[
-        float | None, Field(ge=1, le=1, description="Ranks beams alone, which are not supported yet.")
+        float | None,
+        Field(ge=-100, le=100, description="With use_beam_search: beams rank by log-probability / length ** this."),
     ] = None
 
     structured_outputs: NotYet = None
@@ -132,6 +144,19 @@ class Sampling(Ordered):
             raise ValueError("stream_options.continuous_usage_stats needs include_usage; set it")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs is not given out in a stream; leave it out, or do not stream")
+        return self
+
+    @model_validator(mode="after")
+    def _check_beams(self) -> Self:
+        if self.use_beam_search:
+            if self.stream:
+                raise ValueError("use_beam_search gives nothing before its end; do not stream")
+            for name, neutral in NEUTRAL_FOR_BEAMS.items():
+                if getattr(self, name) not in (None, [], {}, *neutral):
+                    hint = "leave it out" + (f", or set it to {neutral[0]}" if neutral else "")
+                    raise ValueError(f"{name} does not combine with use_beam_search; {hint}")
+        elif self.length_penalty not in (None, 1):
+            raise ValueError("length_penalty ranks beams; set use_beam_search")
         return self
 
     def given(self, *names: str) -> dict[str, Any]:
