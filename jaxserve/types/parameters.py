@@ -42,6 +42,7 @@ class Parameter:
     from_model: bool  # a model's generation_config.json may set its default
     sent: bool  # a field of HTTP requests, with the same meaning
     embeds: bool  # accepted in requests for embeddings
+    beams: bool  # can be combined with beam search
 
     def check(self, value: object) -> Any:
         """The value as it is kept; a RequestError for a bad one."""
@@ -74,8 +75,9 @@ def parameter[T](
     from_model: bool = False,
     sent: bool = True,
     embeds: bool = True,
+    beams: bool | None = None,
 ) -> T:
-    """A dataclass field. `off` is the default unless given."""
+    """A dataclass field. `off` is the default unless given, `beams` false for what acts on logits or rows."""
     assert bool(dtype) == (acts is Acts.ROW)
     made = Parameter(
         given=default,
@@ -90,6 +92,7 @@ def parameter[T](
         from_model=from_model,
         sent=sent,
         embeds=embeds,
+        beams=acts not in (Acts.ROW, Acts.CONTROL) if beams is None else beams,
     )
     return dataclasses.field(default=default, metadata={Parameter: made})
 

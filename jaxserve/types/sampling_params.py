@@ -124,9 +124,10 @@ class SamplingParams:
         acts=Acts.TEXT,
         then=_without_repeats,
         embeds=False,
+        beams=False,
     )
     stop_token_ids: Sequence[int] | None = parameter(
-        None, TokenIds(most=MAX_STOP_IDS), "Tokens that end the completion.", embeds=False
+        None, TokenIds(most=MAX_STOP_IDS), "Tokens that end the completion.", embeds=False, beams=False
     )
     bad_words: Sequence[str] | None = parameter(
         None, Strings(most=MAX_BAD_WORDS), "Strings that are never generated.", acts=Acts.CONTROL, embeds=False
@@ -160,6 +161,7 @@ class SamplingParams:
         "Return the log-probability of each prompt token and of this many of the likeliest ones; -1 for all.",
         optional=True,
         embeds=False,
+        beams=False,
     )
     detokenize: bool = parameter(True, Boolean(), "Return text, not only token ids.", acts=Acts.TEXT, sent=False)
     skip_special_tokens: bool = parameter(True, Boolean(), "Leave special tokens out of the text.", acts=Acts.TEXT)

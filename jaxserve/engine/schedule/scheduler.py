@@ -55,7 +55,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """The number of sequences that wait for a row."""
-        return len(self._waiting)
+        return self._waiting.count
 
     @property
     def unfinished(self) -> bool:
@@ -63,8 +63,9 @@ class Scheduler:
 
     # --- arrivals and departures ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, held: bool = False) -> None:
-        """Queue a request. Raises RequestError if it cannot be served as sent."""
+    def add(self, request: Request, *, hold: int = 0) -> None:
+        """Queue a request; a beam search of `hold` beams if that is not 0. Raises RequestError if it cannot be served
+        as sent."""
         limits, params = self.limits, request.params
         admission.check(request, limits)
         if request.id in self.requests:
@@ -79,9 +80,13 @@ class Scheduler:
             for index in range(params.n)
         ]
         leader, *leader.siblings = group
-        leader.held = held
         self.requests[request.id] = group
-        self._enqueue(leader)
+        if hold:
+            leader.held = hold
+            self._waiting.put_search(leader)
+            self._start_searches()
+        else:
+            self._enqueue(leader)
         if request.deadline is not None:
             self._deadlines.put(request.deadline, self._arrivals, request.id)
 
@@ -89,7 +94,7 @@ class Scheduler:
         """End a request, or one of its samples, in any state. Unknown ids are ignored: they have ended already."""
         for sequence in list(self.requests.get(request_id, ())):
             if index in (None, sequence.index):
-                self._end(sequence, reason)
+                self._end(sequence, reason, all_of_it=index is None)
 
     def abort_all(self, error: str) -> list[Update]:
         """End everything after a fault, and reset all state: none of it is trusted."""
@@ -110,10 +115,14 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         for request_id in self._deadlines.passed(now):
             for sequence in list(self.requests[request_id]):
-                self._end(sequence, "abort", error="the deadline has passed")
+                self._end(sequence, "abort", error="the deadline has passed", all_of_it=True)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
-        """End a sequence outside a step, by abort or deadline."""
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, all_of_it: bool = False
+    ) -> None:
+        """End a sequence outside a step, by abort or deadline. A whole search that ends gives one update."""
+        if sequence.held and all_of_it and len(self.requests[sequence.request.id]) > 1:
+            return self.drop(sequence)
         update = Update(request_id=sequence.request.id, index=sequence.index)
         update.error, update.policy_version = error, self.policy_version
         self._ended.append(self._finish(sequence, update, reason))
@@ -139,6 +148,9 @@ class Scheduler:
             del self.requests[request.id]
             if request.deadline is not None:
                 self._deadlines.remove(request.deadline, sequence.order[1], request.id)
+            if sequence.held:
+                self._waiting.end_search(sequence)
+                self._start_searches()
         sequence.status = Status.FINISHED
         update.finish_reason = reason
         update.num_cached_tokens = sequence.cached
@@ -157,6 +169,10 @@ class Scheduler:
             if heir.status == Status.RUNNING:
                 self._preempt(heir)  # so that it computes the prompt again
             heir.scored = heir.scores_told = sequence.scores_told
+
+    def _start_searches(self) -> None:
+        for leader in self._waiting.next_searches():
+            self._enqueue(leader)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
@@ -370,6 +386,9 @@ class Scheduler:
 
     # --- beams ------------------------------------------------------------------------------------------------------
 
+    def sequence(self, request_id: str, index: int) -> Sequence:
+        return next(sequence for sequence in self.requests[request_id] if sequence.index == index)
+
     def extend(self, sequence: Sequence, token: int) -> None:
         """Continue a held sequence with this token."""
         sequence.tokens.append(token)
@@ -383,7 +402,7 @@ class Scheduler:
             raise RuntimeError(f"request {request.id!r} already has sample {index}")
         order = (*sequence.order[:2], index)
         twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed)
-        twin.held, twin.tokens, twin.told = True, list(sequence.tokens), sequence.told
+        twin.held, twin.tokens, twin.told = sequence.held, list(sequence.tokens), sequence.told
         group.append(twin)
         if sequence.status == Status.RUNNING and self._free_rows:
             self._tables.begin_as(twin, sequence)

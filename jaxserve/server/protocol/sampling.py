@@ -95,9 +95,13 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
         Field(description="Other types than text are not supported yet."),
         Expected('{"type": "text"}'),
     ] = None
-    use_beam_search: NeverTrue = None
+    use_beam_search: Annotated[
+        bool | None,
+        Field(description="The n likeliest answers that a beam search of width n finds, best first. Not in a stream."),
+    ] = None
     length_penalty: Annotated[
-        float | None, Field(ge=1, le=1, description="Without effect: beam search is not supported yet.")
+        float | None,
+        Field(ge=-100, le=100, description="With use_beam_search: beams rank by log-probability / length ** this."),
     ] = None
 
     return_token_offsets: NeverTrue = None
@@ -116,4 +120,22 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that have a value."""
-        return {name: value for name in SENT if (value := getattr(self, name)) is not None}
+        return self.given(*SENT)
+
+    @model_validator(mode="after")
+    def _check_beams(self) -> Self:
+        if self.use_beam_search:
+            if self.stream:
+                raise ValueError("use_beam_search cannot be streamed; set stream to false")
+            for each in FIELDS:
+                value = getattr(self, each.name, None)
+                if not each.beams and value not in (None, [], {}) and each.check(value) != each.off:
+                    hint = "remove it" if each.off in (None, ()) else f"remove it, or set it to {each.off:g}"
+                    raise ValueError(f"{each.name} cannot be combined with use_beam_search; {hint}")
+        elif self.length_penalty not in (None, 1):
+            raise ValueError("length_penalty requires use_beam_search=true; set it, or remove length_penalty")
+        return self
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the fields that have a value, by name."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
