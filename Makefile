@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install serve test test-ui lint test-cuda golden clean
+.PHONY: install serve test test-fast test-ui lint test-cuda golden clean
 
 install: .venv/.test-installed
 
@@ -30,8 +30,21 @@ install: .venv/.test-installed
 serve: .venv/.base-installed
 	$(BIN)/jaxserve run $(FLAGS)
 
+# Prints its ten slowest tests.
 test: .venv/.test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=10
+
+# For work in progress: everything that starts no server, no browser and no second jax, and compiles little. Under two
+# minutes on two cores. What it leaves out is named here, so that a new test file is part of it until it proves slow.
+SLOW := demo host ui cli/test_live.py cli/test_child.py test_async_llm.py test_cli.py test_llm*.py test_readme*.py \
+  benchmarks/demo benchmarks/test_batching.py benchmarks/test_gpu_*.py benchmarks/test_s*.py \
+  convert/test_orbax.py convert/test_convert_cli.py engine/execute engine/test_*.py \
+  models/test_decoder.py models/test_golden.py models/test_sharding.py \
+  $(addprefix pallas_kernels/test_,callers.py grouped_matmul.py mla_attention.py paged_attention.py sampling.py) \
+  server/http server/observe server/routes/test_admin.py server/routes/test_real_server.py \
+  server/test_faults_*.py server/test_isolation.py server/test_soak.py text/test_tokenizer.py
+test-fast: .venv/.test-installed
+	$(BIN)/python -m pytest --durations=10 $(foreach path,$(SLOW),--ignore-glob='tests/$(path)')
 
 # The tests of the page alone. They want a Chromium: `apt-get install chromium`, or CHROMIUM=/path/to/one.
 # Where there is none they say so and are skipped.
