@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import JaxserveError
-from jaxserve.frontend.client import Front
+from jaxserve.frontend.beams import beam_search_output
+from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.prepare import Prompt
-from jaxserve.host.open import opened
-from jaxserve.host.thread import Worker
+from jaxserve.host.open import open_engine
+from jaxserve.host.thread import EngineThread
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.checks import Number
 from jaxserve.types.metrics import EngineMetrics
-from jaxserve.types.outputs import RequestOutput
-from jaxserve.types.sampling_params import SamplingParams
+from jaxserve.types.outputs import BeamSearchOutput, RequestOutput
+from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
 class AsyncLLM:
-    """Made like LLM. Use it as a context manager, or await `shutdown`."""
+    """Takes the arguments of LLM. Use it as a context manager, or await `shutdown`."""
 
     def __init__(
         self,
@@ -38,10 +39,10 @@ class AsyncLLM:
         mesh: Any = None,
         **settings: Any,
     ) -> None:
-        self._engine, self._intake = opened(model, settings, params=params, spec=spec, mesh=mesh)
-        self._worker = Worker(self._engine)
-        self._front = Front(self._worker, self._intake)
-        self._end = weakref.finalize(self, self._worker.stop)  # when nobody holds this any more, or Python exits
+        self._engine, self._preparer = open_engine(model, settings, params=params, spec=spec, mesh=mesh)
+        self._thread = EngineThread(self._engine)
+        self._client = EngineClient(self._thread, self._preparer)
+        self._end = weakref.finalize(self, self._thread.stop)  # when this is garbage, or Python exits
 
     async def generate(
         self,
@@ -52,15 +53,16 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
-        """Outputs of the kind that `sampling_params.output_kind` says, as they come.
+        """Yields outputs of `sampling_params.output_kind` as they come.
 
-        A request that takes longer than `timeout` seconds, waiting included, ends with finish_reason "abort". What
-        came while the consumer was busy comes as one. Who leaves the loop early aborts the request.
+        A request that takes longer than `timeout` seconds, including the time in the queue, ends with finish_reason
+        "abort". Outputs that come while the consumer is busy are merged. Leaving the loop early aborts the request.
         """
-        self._worker.check_alive()
-        deadline = None if timeout is None else time.monotonic() + Number(above=0)("timeout", timeout)
-        job = self._intake.ready(prompt, sampling_params, request_id=request_id, priority=priority, deadline=deadline)
-        async with aclosing(self._front.outputs(job)) as outputs:
+        self._thread.check_alive()
+        request = self._preparer.prepare(
+            prompt, sampling_params, request_id=request_id, priority=priority, deadline=_deadline(timeout)
+        )
+        async with aclosing(self._client.outputs(request)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -78,7 +80,7 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
-        """Answers a conversation, put into the words of the model's chat template. Else as `generate`."""
+        """Answers a conversation, formatted with the model's chat template. Otherwise as `generate`."""
         text = self.get_tokenizer().chat_text(
             messages,
             chat_template=chat_template,
@@ -87,42 +89,63 @@ class AsyncLLM:
             continue_final_message=continue_final_message,
             template_kwargs=chat_template_kwargs,
         )
-        prompt = {"prompt": text, "prompt_token_ids": self._intake.encode(text, add_special_tokens=False)}
+        prompt = {"prompt": text, "prompt_token_ids": self._preparer.encode(text, add_special_tokens=False)}
         answer = self.generate(prompt, sampling_params, request_id, priority=priority, timeout=timeout)
         async with aclosing(answer) as outputs:
             async for output in outputs:
                 yield output
 
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> BeamSearchOutput:
+        """As LLM.beam_search, for one prompt. Searches and other requests run at the same time.
+
+        Cancelling the call aborts the search. After `abort` or `timeout` seconds the sequences are the best so far,
+        with finish_reason "abort".
+        """
+        self._thread.check_alive()
+        request = self._preparer.prepare_beams(
+            prompt, params, request_id=request_id, priority=priority, deadline=_deadline(timeout)
+        )
+        async with aclosing(self._client.outputs(request)) as outputs:
+            return beam_search_output(await anext(outputs), params, self._preparer.tokenizer)
+
     async def abort(self, request_id: str) -> None:
         """Ends a request; its consumer gets a last output. Unknown ids have ended already."""
-        await self._front.abort(request_id)
+        await self._client.abort(request_id)
 
     # --- between steps ----------------------------------------------------------------------------------------------
 
     async def update_weights(self, params: Params, version: int | None = None) -> None:
-        """As LLM.update_weights. Requests in flight go on with the new parameters from their next token."""
-        await self._front.call("update_weights", params=params, version=version)
+        """As LLM.update_weights. Requests in flight use the new parameters from their next token."""
+        await self._client.call("update_weights", params=params, version=version)
 
     async def sleep(self, level: int = 1) -> None:
         """As LLM.sleep; refused while requests are in flight."""
-        await self._front.call("sleep", level=level)
+        await self._client.call("sleep", level=level)
 
     async def wake(self) -> None:
-        await self._front.call("wake")
+        await self._client.call("wake")
 
     wake_up = wake
 
     async def reset_prefix_cache(self) -> None:
-        await self._front.call("reset_prefix_cache")
+        await self._client.call("reset_prefix_cache")
 
     async def metrics(self) -> EngineMetrics:
-        return await self._front.call("metrics")
+        return await self._client.call("metrics")
 
     async def start_profile(self, folder: str | Path) -> None:
-        await self._front.call("start_profile", folder=folder)
+        await self._client.call("start_profile", folder=folder)
 
     async def stop_profile(self) -> Path:
-        return await self._front.call("stop_profile")
+        return await self._client.call("stop_profile")
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
@@ -131,16 +154,16 @@ class AsyncLLM:
         return self._engine.runner.spec
 
     def get_default_sampling_params(self) -> SamplingParams:
-        return self._intake.default_params()
+        return self._preparer.default_params()
 
     def get_tokenizer(self) -> Tokenizer:
-        if self._intake.tokenizer is None:
+        if self._preparer.tokenizer is None:
             raise JaxserveError("there is no tokenizer", "name one with tokenizer=")
-        return self._intake.tokenizer
+        return self._preparer.tokenizer
 
     def check_health(self) -> None:
         """Raises an EngineError if the engine failed or was shut down."""
-        self._worker.check_alive()
+        self._thread.check_alive()
 
     async def shutdown(self) -> None:
         """Ends the engine's thread; requests in flight end with an EngineError."""
@@ -151,3 +174,7 @@ class AsyncLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await self.shutdown()
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + Number(above=0)("timeout", timeout)

@@ -20,7 +20,7 @@ from jaxserve.async_llm import AsyncLLM
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.types.outputs import RequestOutput
-from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
+from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from tests import tiny_llm
 from tests.tiny_llm import Reference
 
@@ -63,7 +63,7 @@ async def settled(engine: AsyncLLM) -> None:
     """Waits until the engine holds nothing."""
     while (found := await engine.metrics()).running or found.waiting or found.used_blocks:
         await asyncio.sleep(0.005)
-    assert not engine._front.names() and not engine._worker._streams
+    assert not engine._client.names() and not engine._thread._streams
 
 
 async def outputs(engine: AsyncLLM, prompt: Any, params: SamplingParams, **options: Any) -> list[RequestOutput]:
@@ -349,12 +349,62 @@ def test_weights_change_between_steps(engine: AsyncLLM, reference: Reference) ->
 def test_the_thread_sleeps_when_there_is_nothing_to_do(engine: AsyncLLM) -> None:
     run(answer(engine, PROMPT, GREEDY))
     run(settled(engine))
-    thread = engine._worker._thread
+    thread = engine._thread._thread
     assert thread.ident is not None
     clock = time.pthread_getcpuclockid(thread.ident)
     before = time.clock_gettime(clock)
     time.sleep(0.3)
     assert time.clock_gettime(clock) - before < 0.01
+
+
+# --- beams ----------------------------------------------------------------------------------------------------------
+
+
+def test_beam_searches_run_beside_other_requests(engine: AsyncLLM, reference: Reference) -> None:
+    searches = [
+        (prompt, BeamSearchParams(beam_width=width, max_tokens=6, length_penalty=0.5))
+        for prompt, width in ((PROMPT, 4), ([5], 1), ([7, 8, 9], 2), (PROMPT[:9], 3))
+    ]
+    expected = [tiny_llm.make().beam_search([prompt], params)[0] for prompt, params in searches]
+
+    async def work() -> None:
+        greedy, *found = await asyncio.gather(
+            answer(engine, PROMPT, GREEDY), *(engine.beam_search(prompt, params) for prompt, params in searches)
+        )
+        assert greedy == reference.greedy(PROMPT, 6)
+        for each, right in zip(found, expected, strict=True):
+            assert not isinstance(each, list)
+            assert [beam.tokens for beam in each.sequences] == [beam.tokens for beam in right.sequences]
+            assert [beam.text for beam in each.sequences] == [beam.text for beam in right.sequences]
+            scores = [beam.cum_logprob for beam in right.sequences]
+            assert [beam.cum_logprob for beam in each.sequences] == pytest.approx(scores, abs=1e-3)
+
+    run(work())
+
+
+@pytest.mark.usefixtures("slowly")
+def test_a_search_ends_with_its_caller_an_abort_or_a_timeout(engine: AsyncLLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=60, ignore_eos=True)
+
+    async def work() -> None:
+        left, aborted, late, whole = tasks = [
+            asyncio.create_task(engine.beam_search([i], params, request_id=f"search {i}", timeout=timeout))
+            for i, timeout in enumerate((None, None, 0.3, None))
+        ]
+        while len(engine._client.names()) < len(tasks):
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        left.cancel()
+        await engine.abort("search 1")
+        for task in (aborted, late):
+            assert {beam.finish_reason for beam in (await task).sequences} == {"abort"}
+        assert {beam.finish_reason for beam in (await whole).sequences} == {"length"}
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        with pytest.raises(RequestError, match="beam_width is 5"):
+            await engine.beam_search([1], replace(params, beam_width=5))
+
+    run(work())
 
 
 # --- faults and the end ---------------------------------------------------------------------------------------------
@@ -369,7 +419,7 @@ def test_a_fault_ends_every_stream_and_refuses_what_comes_later(monkeypatch: pyt
         nonlocal launched
         launched += 1
         if launched > 5:
-            late.append(engine._worker.call(lambda: None))  # comes when it is too late
+            late.append(engine._thread.call(lambda: None))  # comes when it is too late
             raise ValueError("of the device")
         return launch(packed)
 
@@ -378,9 +428,12 @@ def test_a_fault_ends_every_stream_and_refuses_what_comes_later(monkeypatch: pyt
     async def work() -> None:
         engine.check_health()
         found = await asyncio.gather(
-            *(outputs(engine, [i], ENDLESS) for i in range(8)), engine.metrics(), return_exceptions=True
+            *(outputs(engine, [i], ENDLESS) for i in range(8)),
+            *(engine.beam_search([i], BeamSearchParams(beam_width=2, max_tokens=9)) for i in range(3)),
+            engine.metrics(),
+            return_exceptions=True,
         )
-        assert all(isinstance(each, EngineError) and "of the device" in str(each) for each in found[:8])
+        assert all(isinstance(each, EngineError) and "of the device" in str(each) for each in found[:11])
         for later in (outputs(engine, [1], GREEDY), engine.metrics(), engine.update_weights({})):
             with pytest.raises(EngineError, match="of the device"):
                 await later
@@ -390,7 +443,7 @@ def test_a_fault_ends_every_stream_and_refuses_what_comes_later(monkeypatch: pyt
 
     run(work())
     assert isinstance(late[0].exception(timeout=10), EngineError)
-    assert not engine._worker._thread.is_alive()
+    assert not engine._thread._thread.is_alive()
 
 
 def test_a_fault_in_the_text_of_one_request_is_its_own(
@@ -435,7 +488,7 @@ def test_shutdown_ends_streams() -> None:
 def test_an_engine_that_nobody_holds_ends() -> None:
     engine = tiny_llm.make_async()
     run(answer(engine, PROMPT, GREEDY))
-    thread, held = engine._worker._thread, weakref.ref(engine)
+    thread, held = engine._thread._thread, weakref.ref(engine)
     del engine
     gc.collect()
     assert held() is None

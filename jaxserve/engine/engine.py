@@ -97,13 +97,41 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, held: bool = False) -> None:
+    def add(self, request: Request, *, hold: int = 0) -> None:
+        """Raises a RequestError if it cannot be served as asked.
+
+        hold: it stops after each token, and waits for `extend`; `branch` makes up to so many sequences of it.
+        """
         self.check_alive()
         if self.asleep:
             raise JaxserveError("the engine sleeps", "wake it first")
-        self.scheduler.add(request, held=held)
+        self.scheduler.add(request, hold=hold)
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
+
+    def branch(self, request_id: str, index: int, new: int) -> None:
+        """A held sequence becomes two with the same tokens; `new` is the other's index."""
+        self.scheduler.branch(self.scheduler.sequence(request_id, index), new)
+
+    def extend(self, request_id: str, index: int, token: int) -> None:
+        """A held sequence continues with this token, and stops after the next."""
+        self.scheduler.extend(self.scheduler.sequence(request_id, index), token)
+        self._counters.generated_tokens += 1
+
+    def drop(self, request_id: str, index: int | None = None) -> None:
+        """Ends a held sequence, or all that are left of its request, without an update."""
+        for sequence in list(self.scheduler.requests.get(request_id, ())):
+            if index in (None, sequence.index):
+                self.scheduler.drop(sequence)
+
+    def in_flight(self) -> list[str]:
+        """The ids of the requests that have not ended."""
+        return list(self.scheduler.requests)
+
+    @property
+    def queued(self) -> int:
+        """How many sequences wait for a row."""
+        return self.scheduler.queued
 
     def also_ends(self, token_ids: Iterable[int]) -> None:
         """These end a text too, beside those that the checkpoint names: what its tokenizer knows."""

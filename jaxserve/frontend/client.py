@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The callers of an engine, in any number of event loops. The engine may be in a thread here or in another process.
+"""The client of an engine, for callers in any number of event loops. The engine may be in a thread or another process.
 
-AsyncLLM and the server stand on this. It makes a stream of each checked request, and sees to it that a request whose
-consumer left is aborted.
+AsyncLLM and the server use it. It opens a stream for each request, and aborts a request whose consumer has left.
 """
 
 import asyncio
@@ -12,13 +11,17 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from jaxserve.errors import EngineError, RequestError
+from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineError, JaxserveError, RequestError
 from jaxserve.frontend.outputs import OutputBuilder
-from jaxserve.frontend.prepare import Intake, Ready
+from jaxserve.frontend.prepare import Preparer, preparer_for, tokenizer_of
+from jaxserve.frontend.process import EngineProcess
 from jaxserve.frontend.streams import Mailbox, Stream
 from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.request import Request
 
 
 class EngineLink(Protocol):
@@ -29,11 +32,11 @@ class EngineLink(Protocol):
         ...
 
     def add(self, stream: Stream) -> None:
-        """Its outputs come to the stream; so does the error, if the engine refuses the request."""
+        """Sends its request. Outputs come to the stream; so does the error, if the engine refuses the request."""
         ...
 
     def drop(self, stream: Stream) -> None:
-        """Its consumer has left. An engine that has ended is told nothing."""
+        """Its consumer has left: ends the request, unless the engine has ended."""
         ...
 
     def call(self, name: str, /, **arguments: Any) -> Future[Any]:
@@ -41,23 +44,25 @@ class EngineLink(Protocol):
         ...
 
 
-class Front:
-    def __init__(self, link: EngineLink, intake: Intake) -> None:
-        self.link, self.intake = link, intake
+class EngineClient:
+    def __init__(self, link: EngineLink, preparer: Preparer) -> None:
+        self.link, self.preparer = link, preparer
         self._lock = threading.Lock()
         self._streams: dict[str, Stream] = {}  # by the callers' names, those that are not finished
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._ids = itertools.count()
 
-    def open(self, job: Ready, *, name: str | None = None) -> Stream:
-        """Hands a request to the engine, in an event loop, which alone may take the outputs. Who opens a stream closes
-        it. `name`: what `abort` and `names` know it by; its request's id if not given."""
+    def open(self, request: Request, *, name: str | None = None) -> Stream:
+        """Sends a request to the engine. Only the calling event loop may take the outputs, and must close the stream.
+
+        `name`: what `abort` and `names` call it; default: the request's id.
+        """
         self.link.check_alive()
         loop = asyncio.get_running_loop()
-        name = job.request.id if name is None else name
-        builder = OutputBuilder(self.intake.tokenizer, job.request, prompt=job.prompt)
-        # The engine's id is never used twice: what it still says of an earlier request reaches nobody.
-        request = replace(job.request, id=f"{next(self._ids)}:{name}")
+        name = request.id if name is None else name
+        builder = OutputBuilder(self.preparer.tokenizer, request)
+        # The engine's id is never used twice: late updates of an earlier request are ignored.
+        request = replace(request, id=f"{next(self._ids)}:{name}", prompt=None)
         with self._lock:
             if name in self._streams:
                 raise RequestError("request_id", f"a request {name!r} is in flight", "give another id")
@@ -70,16 +75,16 @@ class Front:
         return stream
 
     def close(self, stream: Stream) -> None:
-        """Its consumer wants no more; the engine ends the request if it goes on still. May be called again."""
+        """Aborts the request if it has not ended. May be called again."""
         self._forget(stream)
         if not stream.finished:
             stream.finished = True
             with suppress(EngineError):  # then it has ended with the engine
                 self.link.drop(stream)
 
-    async def outputs(self, job: Ready, *, name: str | None = None) -> AsyncGenerator[RequestOutput]:
+    async def outputs(self, request: Request, *, name: str | None = None) -> AsyncGenerator[RequestOutput]:
         """As they come; what came while the consumer was busy comes as one. Leaving early aborts the request."""
-        stream = self.open(job, name=name)
+        stream = self.open(request, name=name)
         try:
             while not stream.finished:
                 yield await stream.next()
@@ -101,12 +106,12 @@ class Front:
     # --- from outside of the stream ---------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """Of the requests in flight."""
+        """The names of the requests in flight."""
         with self._lock:
             return list(self._streams)
 
     async def abort(self, *names: str) -> int:
-        """Ends these requests, or all; each consumer gets a last output. How many there were: unknown ones have
+        """Ends these requests, or all; each consumer gets a last output. Returns how many there were: unknown ones have
         ended."""
         with self._lock:
             chosen = (self._streams.get(name) for name in names) if names else self._streams.values()
@@ -116,5 +121,23 @@ class Front:
         return len(found)
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
-        """What the engine's method of this name gives, called between two steps."""
+        """The result of the engine's method of this name, called between two steps."""
         return await asyncio.wrap_future(self.link.call(name, **arguments))
+
+
+def connect(engine: EngineProcess, config: EngineConfig) -> EngineClient:
+    """The client of an engine process that has read its model. May be called while the engine still compiles.
+
+    Loads the tokenizer, which takes a second or more.
+    """
+    opened = engine.opened
+    if opened is None:
+        raise JaxserveError("the engine has not read its model", "wait until it has")
+    folder = None if opened.folder is None else Path(opened.folder)
+    tokenizer = tokenizer_of(config, loads_model=True, model_folder=folder)
+
+    def also_ends(token_ids: list[int]) -> None:
+        engine.call("also_ends", token_ids=token_ids)  # done before any request that comes after it
+
+    defaults = opened.sampling_defaults
+    return EngineClient(engine, preparer_for(opened.limits, tokenizer, defaults=defaults, also_ends=also_ends))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an engine's Updates to the RequestOutputs that users see: text, stop strings, log-probabilities.
 
-Runs beside the tokenizer, knows nothing of the engine that the updates come from. An embedding is an output without a
-text.
+Runs where the tokenizer is; does not depend on where the engine is. An embedding is an output without text.
 
-Every output is a snapshot that no later one changes: users keep them. So with CUMULATIVE an update copies the text
-and a pointer per earlier token of its sample; with DELTA and FINAL_ONLY nothing is copied. What does not change any
-more is shared between outputs: the prompt's lists, the dicts of log-probabilities, samples without news.
+Every output is a snapshot that no later one changes, because users keep them. So with CUMULATIVE an update copies the
+text and a pointer per earlier token of its sample; DELTA and FINAL_ONLY copy nothing. Outputs share what no longer
+changes: the prompt's lists, the dicts of log-probabilities, samples without news.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from jaxserve.types.outputs import (
     TokenLogprobs,
     Update,
 )
-from jaxserve.types.request import Request
+from jaxserve.types.request import Abort, Request
 from jaxserve.types.sampling_params import RequestOutputKind
 
 
@@ -36,16 +35,15 @@ class OutputBuilder:
 
     for update in updates:
         output = builder.add(update)  # None if there is nothing to show yet
-        for index in builder.take_stopped():
-            ...  # tell the engine to abort this sample: a stop string ended it
+        aborts += builder.take_aborts(update.request_id)  # for the engine
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, request: Request, *, prompt: str | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
         params = request.params
         if tokenizer is None and params.stops:
             raise RequestError("stop", "stop strings need a tokenizer, and there is none", "give stop_token_ids")
         self._request = request
-        self._prompt = prompt
+        self._prompt = request.prompt
         self._prompt_token_ids = list(request.prompt_token_ids)
         self._kind = params.output_kind
         self._tokenizer = tokenizer if params.detokenize else None
@@ -58,7 +56,7 @@ class OutputBuilder:
         self._embedding: np.ndarray | None = None
 
     def add(self, update: Update) -> RequestOutput | None:
-        """What to show after this update. After a sample's end nothing more is taken for it."""
+        """What to show after this update. Updates of a sample that has ended are ignored."""
         sample = self._samples[update.index]
         if sample.finish_reason is not None:
             return None
@@ -84,10 +82,11 @@ class OutputBuilder:
         sample.renew()
         return self._output([each.shown for each in self._samples])
 
-    def take_stopped(self) -> list[int]:
-        """The samples that stop strings ended since the last call, for the engine to abort."""
+    def take_aborts(self, request_id: str) -> list[Abort]:
+        """Aborts of the samples that stop strings ended since the last call. `request_id`: the engine's id of this
+        request, which may differ from the user's."""
         stopped, self._stopped = self._stopped, []
-        return stopped
+        return [Abort(request_id, index, "stop") for index in stopped]
 
     @property
     def finished(self) -> bool:
@@ -111,7 +110,7 @@ class OutputBuilder:
 
 
 class _Sample:
-    """One of the n samples, as far as it has come."""
+    """One of the n samples, so far."""
 
     def __init__(self, index: int, tokenizer: Tokenizer | None, request: Request) -> None:
         params = request.params
@@ -125,7 +124,7 @@ class _Sample:
         self._stop_reason: int | str | None = None
         self._error: str | None = None
         self._policy_version = 0
-        # Not yet given out (DELTA), or all of it.
+        # With DELTA what was not returned yet, else all of it.
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] | None = None if self._wanted is None else []
         self._cumulative: float | None = None if self._wanted is None else 0.0
@@ -150,7 +149,7 @@ class _Sample:
                 self._cumulative += token.logprob
 
     def whole(self) -> CompletionOutput:
-        """All of it, once, at the end."""
+        """All of it, for the end."""
         return self._completion(self._ready(), self._token_ids, self._logprobs)
 
     def news(self) -> CompletionOutput:
@@ -183,7 +182,7 @@ class _Sample:
 
 
 def position_logprobs(token: TokenLogprobs, wanted: int | None, tokenizer: Tokenizer | None) -> PositionLogprobs:
-    """The chosen token first, then the likeliest ones: as many as `wanted` of those that came, or all (-1, None)."""
+    """The chosen token first, then up to `wanted` of the likeliest ones; all of them if -1 or None."""
     kept = len(token.top_tokens) if wanted is None or wanted < 0 else wanted
 
     def entry(other: int, logprob: float, rank: int) -> Logprob:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what users give to requests that an engine will take: prompts in all their forms, parameters, the tokenizer.
 
-Everything is checked here, against the engine's limits, before an engine hears of it. The engine itself may be in
-another process: all that is known of it are its limits.
+Everything is checked here against the engine's limits, before it is sent to the engine. The engine itself may be in
+another process: only its limits are known here.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,10 +19,11 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import admission
 from jaxserve.errors import CheckpointError, RequestError
+from jaxserve.frontend import beams
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import SamplingParams
+from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
 class Array(Protocol):
@@ -32,21 +33,13 @@ class Array(Protocol):
 
 
 type Prompt = str | Sequence[int] | Array | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text}, {"prompt_token_ids": ids} with, if wanted, a "cache_salt"."""
+"""Text, token ids, or {"prompt": text}, {"prompt_token_ids": ids} with an optional "cache_salt"."""
 
 FORMS = "a string, a list of token ids, or a dict with prompt or prompt_token_ids"
 KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A request that was checked, and the text it came as."""
-
-    request: Request
-    prompt: str | None
-
-
-class Intake:
+class Preparer:
     """Makes requests for one engine. Any thread may call it."""
 
     def __init__(
@@ -58,13 +51,13 @@ class Intake:
         self._spelled: tuple[object, tuple[tuple[int, ...], ...]] = (None, ())  # the last bad words, and their ids
 
     def default_params(self) -> SamplingParams:
-        """As the model's generation_config.json wants it."""
+        """The defaults of the model's generation_config.json."""
         return SamplingParams(**self._defaults)
 
     def next_id(self) -> str:
         return str(next(self._ids))
 
-    def ready(
+    def prepare(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
@@ -72,7 +65,7 @@ class Intake:
         request_id: str | None = None,
         priority: int = 0,
         **more: Any,
-    ) -> Ready:
+    ) -> Request:
         """A checked request. `more` are further fields of Request: deadline, embed, ..."""
         if params is None:
             params = SamplingParams(max_tokens=1) if more.get("embed") else self.default_params()
@@ -80,7 +73,7 @@ class Intake:
             problem = f"sampling_params is of type {type(params).__name__}"
             raise RequestError("sampling_params", problem, "give a SamplingParams")
         if priority and not self.limits.priority:
-            problem = f"priority is {priority!r}, and the engine goes by order of arrival"
+            problem = f"priority is {priority!r}, and the engine schedules by order of arrival"
             raise RequestError("priority", problem, 'start it with scheduling_policy="priority"')
         if params.stops and self.tokenizer is None:
             raise RequestError("stop", "stop strings need a tokenizer, and there is none", "give stop_token_ids")
@@ -92,20 +85,28 @@ class Intake:
             bad_word_ids=self._bad_word_ids(params),
             priority=priority,
             cache_salt=salt,
+            prompt=text,
             **more,
         )
         admission.check(request, self.limits)
-        return Ready(request, text)
+        return request
 
-    def all_ready(
+    def prepare_beams(self, prompt: Prompt, params: BeamSearchParams, **more: Any) -> Request:
+        """A checked request for a beam search that shows the log-probabilities of all its candidates."""
+        if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("params", f"params are of type {type(params).__name__}", "give BeamSearchParams")
+        shown = beams.sampling_params(params, logprobs=2 * params.beam_width)
+        return self.prepare(prompt, shown, beam_search=params, **more)
+
+    def prepare_all(
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         *,
         priority: Sequence[int] | None = None,
         **more: Any,
-    ) -> list[Ready]:
-        """One for each prompt; of a bad one the error says which it is."""
+    ) -> list[Request]:
+        """One for each prompt. The error of a bad prompt gives its position."""
         if len(params) != len(prompts):
             problem = f"{len(params)} sampling_params for {len(prompts)} prompts"
             raise RequestError("sampling_params", problem, "give one for all, or one for each")
@@ -114,7 +115,7 @@ class Intake:
             raise RequestError("priority", problem, "give one for each")
         levels = itertools.repeat(0) if priority is None else priority
         return each_named(
-            lambda job: self.ready(job[0], job[1], priority=job[2], **more),
+            lambda each: self.prepare(each[0], each[1], priority=each[2], **more),
             list(zip(prompts, params, levels, strict=False)),
         )
 
@@ -137,7 +138,7 @@ class Intake:
         return text, token_ids(ids), prompt.get("cache_salt")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt. A text that must have too many is refused without a look at its characters."""
+        """The ids of a prompt. A text whose length alone shows that it has too many is refused before tokenizing."""
         if self.tokenizer is None:
             problem = "the prompt is text, and there is no tokenizer"
             raise RequestError("prompt", problem, "give token ids, or name a tokenizer when you start")
@@ -162,7 +163,7 @@ class Intake:
 
 
 def token_ids(given: object) -> list[Any]:
-    """A list of what is meant as ids, of numpy's and jax's arrays too. The values are checked by admission."""
+    """A list of ids, also from arrays of numpy and jax. admission checks the values."""
     if hasattr(given, "__array__"):
         given = np.asarray(given)
         if given.ndim != 1:
@@ -174,13 +175,13 @@ def token_ids(given: object) -> list[Any]:
 
 
 def is_one(prompts: object) -> bool:
-    """Whether this is one prompt and no list of prompts: a list of ids is one."""
+    """Whether this is one prompt, not a list of prompts. A list of ids is one prompt."""
     if isinstance(prompts, str | bytes | Mapping):
         return True
     if hasattr(prompts, "__array__"):
         return np.ndim(cast(Any, prompts)) < 2
     if not isinstance(prompts, Sequence):
-        return True  # refused with the words for a prompt
+        return True  # refused with the error for a prompt
     first = cast("Sequence[object]", prompts)[:1]
     return bool(first) and isinstance(first[0], Integral | float)
 
@@ -190,7 +191,7 @@ def listed(prompts: Any) -> list[Any]:
 
 
 def each_named[T, R](make: Callable[[T], R], items: Sequence[T], *, what: str = "prompt") -> list[R]:
-    """`make` of each; a RequestError says of which item it is, where there are several."""
+    """`make` of each. If there are several items, a RequestError gives the position of the bad one."""
     made: list[R] = []
     for place, item in enumerate(items):
         try:
@@ -203,7 +204,7 @@ def each_named[T, R](make: Callable[[T], R], items: Sequence[T], *, what: str = 
 
 
 def by_prompt(params: Any, count: int, default: Callable[[], SamplingParams]) -> list[Any]:
-    """The parameters of each of `count` prompts: one stands for all, None for the model's own."""
+    """The parameters of each of `count` prompts: one for all, or a list; None for the model's defaults."""
     if params is None:
         params = default()
     if isinstance(params, Iterable) and not isinstance(params, str | Mapping):
@@ -211,10 +212,27 @@ def by_prompt(params: Any, count: int, default: Callable[[], SamplingParams]) ->
     return [params] * count
 
 
-def tokenizer_of(config: EngineConfig, *, loads_model: bool, model_folder: Path | None = None) -> Tokenizer | None:
-    """The configured tokenizer; None where none is wanted, or none can be: parameters that come from a program.
+def preparer_for(
+    engine_limits: Limits,
+    tokenizer: Tokenizer | None,
+    *,
+    defaults: Mapping[str, Any],
+    also_ends: Callable[[list[int]], object],
+) -> Preparer:
+    """For an engine, which `also_ends` gives the tokenizer's end-of-text tokens."""
+    limits = engine_limits
+    if tokenizer is not None:
+        ends = sorted(token for token in tokenizer.eos_token_ids if 0 <= token < limits.vocab_size)
+        also_ends(ends)
+        limits = replace(limits, eos_token_ids=limits.eos_token_ids.union(ends))
+    return Preparer(tokenizer, limits, defaults=defaults)
 
-    `model_folder`: where the model was found, if it was looked for already.
+
+def tokenizer_of(config: EngineConfig, *, loads_model: bool, model_folder: Path | None = None) -> Tokenizer | None:
+    """The configured tokenizer; None if skip_tokenizer_init is set, or if the weights come from a program and no
+    tokenizer is named.
+
+    `model_folder`: where the model is, if it was resolved already.
     """
     if config.skip_tokenizer_init:
         return None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way to an engine in a child process, for a parent that does not import jax.
+"""An engine in a child process, for a parent that does not import jax: starts it, talks to it, watches and ends it.
 
     callers --- Add, Abort, Call ---> sender --- all there is, in one message ---> child
     streams, calls, `on_change` <--- receiver <--- one message per turn --- child
 
-Nothing here waits for the child but `stop`. However it ends (a fault, a signal, a hang that the watchdog sees), its
-streams and calls end with an EngineError at once, it is waited for, and nothing is started again: make another.
+Only `stop` waits for the child. However it ends (a fault, a signal, a hang that the watchdog sees), its streams and
+calls end with an EngineError at once, and it is reaped. It cannot be started again: make another.
 """
 
 import os
@@ -26,20 +26,18 @@ import msgspec
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.frontend import wire
-from jaxserve.frontend.streams import Abort, Stream, Streams, again
-from jaxserve.frontend.wire import Opened
+from jaxserve.frontend.streams import Stream, Streams, again
 from jaxserve.types.metrics import EngineMetrics
-
-__all__ = ["EngineProcess", "EngineState", "Opened"]
+from jaxserve.types.request import Abort
 
 type Phase = Literal["starting", "ready", "failed", "stopped"]
 
-START_SECONDS = 60.0  # libraries that are read from a slow disk let no beat through: while it starts, at least this
+START_SECONDS = 60.0  # imports from a slow disk can delay beats: the least patience during the start
 # Pages of 2 MB for what its malloc gives out, unless the environment says otherwise. With a CPU as the device: the demo
 # 9 to 10 % more tokens per second at 1 and 32 streams, a model of 110M up to 2 %, programs read half a second sooner.
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-EXIT_SECONDS = 0.5  # for a child that closed its end to be gone
-DUMP_SECONDS = 0.5  # for one that hangs to print where
+EXIT_SECONDS = 0.5  # for a child that closed its end to exit
+DUMP_SECONDS = 0.5  # for a hanging child to print its stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +46,11 @@ class EngineState:
     detail: str = "starting"  # what is under way: "loading 35 %", "compiling 7/18"; empty when nothing is
     done: int = 0
     total: int = 0
-    error: str | None = None  # of a failed one: what was wrong; what to do
+    error: str | None = None  # if it failed: the fault and the remedy
 
 
 class EngineProcess:
-    """An EngineLink. Made, it is started once."""
+    """An EngineLink. Can be started once."""
 
     def __init__(
         self,
@@ -63,12 +61,12 @@ class EngineProcess:
         on_change: Callable[[EngineState], object] | None = None,
     ) -> None:
         """
-        watchdog: how many seconds without a completed turn while there is work, or without a sign of life, mean a hang.
-        on_change: called with each new state, one after the other, in any thread; it must not wait for anything.
+        watchdog: seconds without a completed turn while there is work, or without a sign of life, that count as a hang.
+        on_change: called with each new state, in order, from any thread; it must not block.
         """
         self.state = EngineState()
         self.stats: EngineMetrics | None = None  # as of the last turn
-        self.opened: Opened | None = None  # once the model was read
+        self.opened: wire.ModelOpened | None = None  # once the model was read
         self._config, self._watchdog, self._on_change = config, watchdog, on_change
         self._command = [*(command or _command())]
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,7 +77,7 @@ class EngineProcess:
         self._calls: dict[int, tuple[str, Future[Any]]] = {}
         self._numbers = 0
         self._stopping = False
-        self._telling = threading.RLock()  # guards the state
+        self._reporting = threading.RLock()  # guards the state
         self._ended = threading.Event()
         self._heard = 0.0  # when anything last came
         self._beat = wire.Beat(0.0, False)
@@ -89,10 +87,10 @@ class EngineProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Returns at once; `state` and `on_change` tell how far it is."""
+        """Returns at once; `state` and `on_change` report progress."""
         mine, its = socket.socketpair()
         with its:
-            # It ignores what a terminal or a service manager sends to all; until it says so nothing must reach it.
+            # The child ignores signals to the whole group; until it has set that up, none must reach it.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
             try:
                 self._process = subprocess.Popen(
@@ -121,7 +119,7 @@ class EngineProcess:
             thread.start()
 
     def stop(self, grace: float = 5.0) -> None:
-        """Ends the child, by force after `grace` seconds; streams end at once. Returns when nothing is left of it."""
+        """Ends the child, by force after `grace` seconds; streams end at once. Returns when it is gone."""
         error = EngineError("the engine was shut down", "start it again")
         with self._changed:
             self._stopping = True
@@ -143,18 +141,16 @@ class EngineProcess:
         self._streams.check_alive()
 
     def add(self, stream: Stream) -> None:
-        """Its outputs come to the stream; so does the error, if the engine refuses the request."""
         data = wire.add_of(stream.request)
         self._streams.add(stream)
         self._post(data)
 
     def drop(self, stream: Stream) -> None:
-        """Its consumer has left."""
         if self._streams.remove(stream):
             self._post(wire.encode(Abort(stream.request.id)))
 
     def call(self, name: str, /, **arguments: Any) -> Future[Any]:
-        """Has the engine's method of this name called between two steps; those of wire.CALLS alone."""
+        """Has the engine's method of this name called between two steps. Only those in wire.CALLS."""
         wire.check_call(name)
         future: Future[Any] = Future()
         with self._changed:
@@ -219,30 +215,30 @@ class EngineProcess:
                     self._post(wire.encode(abort))
             case wire.Refused():
                 self._streams.fail(message.request_id, wire.error_of(message.fault))
-            case wire.Answer():
-                self._answer(message)
+            case wire.Returned():
+                self._return(message)
             case wire.Beat():
                 self._beat = message
             case wire.Progress():
                 self._become(EngineState("starting", _detail(message), message.done, message.total))
-            case wire.Opened():
+            case wire.ModelOpened():
                 self.opened = message
                 self._become(self.state)
-            case wire.Ready():
+            case wire.Started():
                 self._become(EngineState("ready", ""))
             case _:
                 self._end("failed", EngineError(message.fault.problem, message.fault.hint))
 
-    def _answer(self, answer: wire.Answer) -> None:
+    def _return(self, returned: wire.Returned) -> None:
         with self._changed:
-            call = self._calls.pop(answer.number, None)
+            call = self._calls.pop(returned.number, None)
         if call is None:  # it was ended by `stop`
             return
         name, future = call
         if not future.set_running_or_notify_cancel():
             return
         try:
-            result = wire.result_of(name, answer)
+            result = wire.result_of(name, returned)
         except JaxserveError as error:
             future.set_exception(error)
         else:
@@ -267,33 +263,33 @@ class EngineProcess:
                 continue
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
-            time.sleep(DUMP_SECONDS)  # before anybody is told, who would kill it while it prints
+            time.sleep(DUMP_SECONDS)  # before the failure is reported: that would kill it while it prints
             self._end("failed", EngineError(problem, "see where it hangs in its log"))
             process.kill()
 
     # --- states and the end -----------------------------------------------------------------------------------------
 
     def _become(self, state: EngineState) -> None:
-        with self._telling:
+        with self._reporting:
             if not self._ended.is_set():
-                self._tell(state)
+                self._set(state)
 
-    def _tell(self, state: EngineState) -> None:
+    def _set(self, state: EngineState) -> None:
         self.state = state
         if self._on_change is not None:
             self._on_change(state)
 
     def _end(self, phase: Literal["failed", "stopped"], error: EngineError) -> None:
-        """Once: the first reason counts."""
-        with self._telling:
+        """Only once: the first reason counts."""
+        with self._reporting:
             if self._ended.is_set():
                 return
             with self._changed:
                 self._ended.set()
                 self._changed.notify_all()
-            told = str(error) if phase == "failed" else None
-            try:  # first, so that whoever is told by a stream finds the state that it is in
-                self._tell(replace(self.state, phase=phase, detail="", error=told))
+            reason = str(error) if phase == "failed" else None
+            try:  # first, so that whoever sees a stream end finds the new state
+                self._set(replace(self.state, phase=phase, detail="", error=reason))
             finally:
                 self._fail_all(error)
 
@@ -307,7 +303,7 @@ class EngineProcess:
 
 
 def _command() -> list[str]:
-    """This Python, with what this one was told about assertions, and no module out of the current folder."""
+    """This Python with the same -O, and without modules from the current folder."""
     return [sys.executable, *["-O"] * sys.flags.optimize, "-P", "-m", "jaxserve.host.child"]
 
 

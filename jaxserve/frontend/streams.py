@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of an engine's updates to consumers in event loops, in whatever thread they arrive.
+"""Brings an engine's updates to consumers in event loops, from whichever thread they arrive in.
 
-    updates --- one thread ---> Streams: outputs, text and all --- one wake-up per loop at most ---> Mailbox -> Stream
+    updates --- one thread ---> Streams: outputs with their text --- at most one wake-up per loop ---> Mailbox -> Stream
 
-Knows nothing of where the engine is. What a slow consumer has not taken waits for it as one output that grows.
+Does not depend on where the engine is. What a slow consumer has not taken waits for it as one output that grows.
 """
 
 import asyncio
@@ -11,19 +11,17 @@ import threading
 import time
 from collections.abc import Iterable
 
-import msgspec
-
 from jaxserve.errors import EngineError
 from jaxserve.frontend.outputs import OutputBuilder
-from jaxserve.types.outputs import FinishReason, RequestOutput, Update
-from jaxserve.types.request import Request
+from jaxserve.types.outputs import RequestOutput, Update
+from jaxserve.types.request import Abort, Request
 from jaxserve.types.sampling_params import RequestOutputKind
 
 type News = list[tuple["Stream", RequestOutput | Exception]]
 
 
 class Mailbox:
-    """Wakes the consumers of one event loop. Never more than one call of the loop is under way."""
+    """Wakes the consumers of one event loop, with at most one pending callback."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.lock = threading.Lock()
@@ -32,7 +30,7 @@ class Mailbox:
         self._called = False
 
     def post(self, news: News) -> bool:
-        """From any thread. False where the loop is closed: nobody listens any more."""
+        """From any thread. False if the loop is closed and nobody listens."""
         with self.lock:
             for stream, item in news:
                 stream.put(item)
@@ -54,7 +52,7 @@ class Mailbox:
 
 
 class Stream:
-    """The outputs of one request: made where its updates arrive, taken in its consumer's event loop.
+    """The outputs of one request: built where its updates arrive, taken in its consumer's event loop.
 
     Times are on the monotonic clock; None until it happened.
     """
@@ -72,7 +70,7 @@ class Stream:
         self._event = asyncio.Event()
 
     def note(self, update: Update, now: float) -> None:
-        """Keeps the times."""
+        """Records the times."""
         if self.scheduled is None:
             self.scheduled = update.scheduled
         if update.token_ids:
@@ -81,7 +79,7 @@ class Stream:
                 self.first_output = now
 
     def put(self, item: RequestOutput | Exception) -> None:
-        """With the mailbox's lock."""
+        """The caller holds the mailbox's lock."""
         if isinstance(item, Exception):
             self._error = item
         elif self._merges and self._waiting is not None:
@@ -127,16 +125,8 @@ def _merge(into: RequestOutput, later: RequestOutput) -> None:
     into.finished, into.num_cached_tokens = later.finished, later.num_cached_tokens
 
 
-class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
-    """What the engine is to be told: this request, or one of its samples, ends."""
-
-    request_id: str
-    index: int | None = None
-    reason: FinishReason = "abort"
-
-
 class Streams:
-    """The streams whose requests an engine holds, by the engine's ids. Any thread may call; one brings updates."""
+    """The streams of the requests in an engine, by the engine's ids. Any thread may call; only one brings updates."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -156,20 +146,20 @@ class Streams:
             self._open[stream.request.id] = stream
 
     def remove(self, stream: Stream) -> bool:
-        """Nothing more comes to it. False where its request has ended already."""
+        """Nothing more comes to it. False if its request has ended already."""
         with self._lock:
             return self._open.pop(stream.request.id, None) is not None
 
     def fail(self, request_id: str, error: Exception) -> None:
-        """Its last is this error."""
+        """Ends it with this error."""
         with self._lock:
             stream = self._open.pop(request_id, None)
         if stream is not None:
             stream.mailbox.post([(stream, error)])
 
     def take(self, updates: Iterable[Update]) -> list[Abort]:
-        """Brings what is new to its consumers; gives what the engine must end before its time: samples at a stop
-        string, requests whose text fails, requests that nobody waits for any more."""
+        """Brings news to consumers. Returns what the engine must end early: samples at a stop string, requests whose
+        text fails, requests whose consumer's event loop has closed."""
         now = time.monotonic()
         aborts: list[Abort] = []
         news: dict[Mailbox, News] = {}
@@ -196,7 +186,7 @@ class Streams:
         return [Abort(name) for name in ids]
 
     def close(self, error: EngineError) -> None:
-        """Ends every stream, and refuses those that come later, each with an error of its own."""
+        """Ends every stream, and refuses later ones. Each gets its own error object."""
         with self._lock:
             if self._error is None:
                 self._error = error
@@ -211,14 +201,13 @@ class Streams:
 def _output(stream: Stream, update: Update, aborts: list[Abort]) -> RequestOutput | Exception | None:
     try:
         output = stream.builder.add(update)
-    except Exception as fault:  # of this request's text; the others go on
+    except Exception as fault:  # in this request's text; the others continue
         aborts.append(Abort(update.request_id))
         return EngineError(f"the output failed: {type(fault).__name__}: {fault}", "report this")
-    for index in stream.builder.take_stopped():
-        aborts.append(Abort(update.request_id, index, "stop"))
+    aborts += stream.builder.take_aborts(update.request_id)
     return output
 
 
 def again(error: EngineError) -> EngineError:
-    """For each who is told one of his own: a traceback grows with every raise."""
+    """A copy for another receiver: a traceback grows with every raise."""
     return EngineError(error.problem, error.hint)

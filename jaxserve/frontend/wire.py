@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What parent and child say to each other, as bytes: MessagePack in frames over a socket. No pickle, so no code.
+"""The messages between a parent and an engine's process: MessagePack in frames over a socket. No pickle, so no code.
 
-    frame     8 bytes of length, then that many bytes: a list of messages, which is all that its sender had to say
-    parent    Start, then Add, Abort, Call, Stop, done in their order
-    child     Progress, Opened, Ready while it starts; Turn, Refused, Answer after each turn; Beat; Failed at the end
+    frame     8 bytes of length, then that many bytes: a list of all messages that its sender had
+    parent    Start, then Add, Abort, Call, Stop, handled in order
+    child     Progress, ModelOpened, Started first; Turn, Refused, Returned after each turn; Beat; Failed at the end
 
-Both run on one machine, and from one installation: times are on its monotonic clock, and there are no versions.
+Both run on one machine from one installation: times are on its monotonic clock, and messages have no versions.
 """
 
 import socket
@@ -21,17 +21,16 @@ import numpy as np
 from jaxserve.config import ConfigError
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
-from jaxserve.frontend.streams import Abort
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import Update
-from jaxserve.types.request import Request
+from jaxserve.types.request import Abort, Request
 
 LENGTH = struct.Struct("<Q")
-# Far above what any step can say; a length beyond it is no length.
+# Far above what any step can give; a greater length is an error in the stream.
 MOST_BYTES = 2**36
 READ_AHEAD = 1 << 20
 
-# What a parent may have called, and what it gives.
+# The engine's methods that a parent may call, with the types of their results.
 CALLS: Mapping[str, Any] = {
     **dict.fromkeys(("abort", "also_ends", "reset_prefix_cache", "sleep", "start_profile", "wake"), None),
     "metrics": EngineMetrics,
@@ -39,30 +38,30 @@ CALLS: Mapping[str, Any] = {
 }
 
 
-class Message(msgspec.Struct, array_like=True, tag=str.lower):
+class WireMessage(msgspec.Struct, array_like=True, tag=str.lower):
     pass
 
 
 # --- from the parent ------------------------------------------------------------------------------------------------
 
 
-class Start(Message):
+class Start(WireMessage):
     config: dict[str, Any]  # the fields of an EngineConfig
     watchdog: float | None
 
 
-class Add(Message):
+class Add(WireMessage):
     request_id: str
-    request: msgspec.Raw  # a Request, in bytes of its own: one that cannot be read is refused, and no other is
+    request: msgspec.Raw  # a Request, encoded by itself: if it cannot be read, it alone is refused
 
 
-class Call(Message):
-    number: int  # of the answer
+class Call(WireMessage):
+    number: int  # the result has the same
     name: str
     arguments: dict[str, Any]
 
 
-class Stop(Message):
+class Stop(WireMessage):
     pass
 
 
@@ -70,7 +69,7 @@ class Stop(Message):
 
 
 class Fault(msgspec.Struct, array_like=True, frozen=True):
-    """An error, for whoever it is told to."""
+    """An error that is raised again on the other side."""
 
     kind: str
     problem: str
@@ -78,16 +77,16 @@ class Fault(msgspec.Struct, array_like=True, frozen=True):
     field: str = ""
 
 
-class Progress(Message):
+class Progress(WireMessage):
     what: str
     done: int
     total: int
 
 
-class Opened(Message):
-    """What is known once the model was read, before anything is compiled."""
+class ModelOpened(WireMessage):
+    """The model, once its configuration is read and before anything is compiled."""
 
-    folder: str | None  # where the model was found
+    folder: str | None  # where the model is
     limits: Limits
     sampling_defaults: dict[str, Any]
     family: str
@@ -97,41 +96,41 @@ class Opened(Message):
     weight_bytes: int  # on each device
 
 
-class Ready(Message):
-    pass
+class Started(WireMessage):
+    """Requests are taken from now on."""
 
 
-class Turn(Message):
+class Turn(WireMessage):
     updates: list[Update]
     metrics: EngineMetrics
 
 
-class Refused(Message):
+class Refused(WireMessage):
     request_id: str
     fault: Fault
 
 
-class Answer(Message):
+class Returned(WireMessage):
     number: int
     result: msgspec.Raw = msgspec.Raw(b"\xc0")  # null
     fault: Fault | None = None
 
 
-class Beat(Message):
-    """A sign of life: how long ago the last turn was completed, and whether there is anything to do."""
+class Beat(WireMessage):
+    """A sign of life: seconds since the last turn ended, and whether there is work."""
 
     age: float
     working: bool
 
 
-class Failed(Message):
-    """The last words."""
+class Failed(WireMessage):
+    """The last message of a process that fails."""
 
     fault: Fault
 
 
 type FromParent = Start | Add | Abort | Call | Stop
-type FromChild = Progress | Opened | Ready | Turn | Refused | Answer | Beat | Failed
+type FromChild = Progress | ModelOpened | Started | Turn | Refused | Returned | Beat | Failed
 
 _request = msgspec.msgpack.Decoder(Request)
 _from_parent = msgspec.msgpack.Decoder(list[FromParent])
@@ -139,7 +138,7 @@ _from_child = msgspec.msgpack.Decoder(list[FromChild])
 
 
 def _plain(value: object) -> object:
-    """What users may have put into a request, and results of calls."""
+    """As plain data: values that users put into requests, and results of calls."""
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, np.ndarray | np.generic):
@@ -158,7 +157,7 @@ encode: Callable[[object], bytes] = _encoder.encode
 
 
 def frame(messages: Sequence[Any]) -> bytearray:
-    """These, or what `encode` made of them as msgspec.Raw."""
+    """Of messages, or of their encoded form as msgspec.Raw."""
     made = bytearray(LENGTH.size)
     _encoder.encode_into(messages, made, LENGTH.size)
     LENGTH.pack_into(made, 0, len(made) - LENGTH.size)
@@ -181,8 +180,8 @@ def request_of(add: Add) -> Request:
         raise RequestError("prompt", f"the engine cannot read the request: {error}", "correct the value") from None
 
 
-def result_of(name: str, answer: Answer) -> Any:
-    """What a call of this name gave, or its error raised."""
+def result_of(name: str, answer: Returned) -> Any:
+    """The result of a call of this name; raises its error."""
     if answer.fault is not None:
         raise error_of(answer.fault)
     return msgspec.msgpack.decode(answer.result, type=CALLS[name], dec_hook=_made)
@@ -202,7 +201,7 @@ _KINDS: dict[str, type[JaxserveError]] = {
 
 
 def fault_of(error: BaseException) -> Fault:
-    """One that is not ours is the engine's, in one line."""
+    """An error of another library becomes an EngineError of one line."""
     kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _KINDS), "")
     if isinstance(error, JaxserveError) and kind:
         return Fault(kind, error.problem, error.hint, getattr(error, "field", ""))
@@ -220,14 +219,14 @@ def error_of(fault: Fault) -> JaxserveError:
 
 
 class Receiver:
-    """The messages that come out of a socket, for one thread."""
+    """Reads messages from a socket. For one thread."""
 
     def __init__(self, end: socket.socket, *, of_parent: bool) -> None:
         self._file = end.makefile("rb", buffering=READ_AHEAD)
         self._decode = cast("Callable[[bytes], list[Any]]", (_from_parent if of_parent else _from_child).decode)
 
     def receive(self) -> list[Any] | None:
-        """Waits for the next; None when the other end is closed."""
+        """Waits for the next messages; None when the other end is closed."""
         [size] = LENGTH.unpack(self._read(LENGTH.size) or LENGTH.pack(0))
         if size > MOST_BYTES:
             raise EngineError(f"a message of {size} bytes was announced", "report this")
@@ -235,7 +234,7 @@ class Receiver:
         return self._decode(data) if data else None
 
     def _read(self, size: int) -> bytes:
-        """All of it or nothing. A process that is killed before it has read all resets its sockets."""
+        """All of it or nothing. A killed process with unread data resets its sockets."""
         try:
             data = self._file.read(size)
         except ConnectionResetError:

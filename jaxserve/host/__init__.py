@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has an engine in hand: a thread, a child process, a program that calls it. All may use jax."""
+"""Runs an engine: in this process, in a thread, in a child process. May use jax."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's process: `python -m jaxserve.host.child --fd N`, N being its end of a socket pair.
 
-    reader  takes messages; when the parent is gone it ends the process, whatever that is doing
-    main    loads the model, then turns: does what the messages say, one step, one message back; sleeps when idle
-    beat    tells each second how long ago the last turn was completed, so that a hang is noticed
+    reader  reads messages; when the parent is gone it ends the process, whatever that is doing
+    main    loads the model, then runs the engine: handles messages, one step, one message back; sleeps when idle
+    beat    sends each second how long ago the last turn ended, so that the parent notices a hang
 
-The parent decides when this ends. Signals that go to all processes of a terminal or a service are not for this one.
+The parent decides when this ends. Signals to all processes of a terminal or a service are ignored.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,27 +28,30 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.exit_codes import DEBUG
 from jaxserve.frontend import wire
+from jaxserve.host.driver import Driver
 from jaxserve.host.outbox import Outbox
+from jaxserve.types.outputs import Update
+from jaxserve.types.request import Abort
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
 
 BEAT = 1.0
-TOLD_EVERY = 0.1  # seconds between two messages of progress, or between two that say nothing but numbers
-LAST_WORDS = 2.0  # how long they may take
+REPORT_EVERY = 0.1  # seconds between two messages of progress, or between two with metrics alone
+LAST_WORDS = 2.0  # seconds for sending the last message
 
 
 class Inbox:
-    """What the parent said and nobody has read yet."""
+    """Messages from the parent that are not handled yet."""
 
     def __init__(self, receiver: wire.Receiver) -> None:
         self._receiver = receiver
         self._changed = threading.Condition()
         self._messages: list[Any] = []
-        self.stoppable = True  # at once: no model is there that could be closed
+        self.stoppable = True  # `Stop` ends the process at once: there is no engine to close
 
     def read(self) -> None:
-        """In a thread of its own, to the end of the process."""
+        """The reader thread, until the process ends."""
         try:
             while (messages := self._receiver.receive()) is not None:
                 if self.stoppable and any(isinstance(message, wire.Stop) for message in messages):
@@ -62,7 +65,7 @@ class Inbox:
         _exit(0)
 
     def take(self, timeout: float | None) -> list[Any]:
-        """Waits for some, or for so long; without a timeout as long as it takes."""
+        """Waits for messages, at most `timeout` seconds; None: as long as it takes."""
         with self._changed:
             if not self._messages and timeout != 0:
                 self._changed.wait(timeout)
@@ -71,10 +74,13 @@ class Inbox:
 
 
 class Child:
+    """The Host that runs the engine here."""
+
     def __init__(self, engine: "Engine", inbox: Inbox, outbox: Outbox) -> None:
-        self._engine, self._inbox, self._outbox = engine, inbox, outbox
-        self._told = 0.0  # when numbers were last sent
-        self.turned = time.monotonic()  # when the last turn was completed
+        self._engine, self._driver, self._inbox, self._outbox = engine, Driver(engine), inbox, outbox
+        self._replies: list[Any] = []  # to the messages of this turn
+        self._reported = 0.0  # when metrics were last sent
+        self.turned = time.monotonic()  # when the last turn ended
 
     @property
     def working(self) -> bool:
@@ -82,63 +88,65 @@ class Child:
         return self._engine.unfinished and not self._outbox.kept
 
     def run(self) -> None:
-        """Until it is told to stop."""
-        self._outbox.send(wire.Ready(), wire.Turn([], self._engine.metrics()))
-        while self._turn():
-            self.turned = time.monotonic()
+        """Until the parent sends Stop."""
+        self._outbox.send(wire.Started(), wire.Turn([], self._engine.metrics()))
+        self._driver.run(self)
 
-    def _turn(self) -> bool:
-        engine, outbox = self._engine, self._outbox
-        idle = not engine.unfinished
-        said = self._inbox.take((TOLD_EVERY if outbox.kept else None) if idle else 0)
-        if idle:
-            self.turned = time.monotonic()
-            if not said:
-                outbox.flush()
-                return True
-        answers: list[Any] = []
-        for message in said:
+    def calls(self, *, idle: bool) -> bool:
+        self.turned = time.monotonic()
+        messages = self._wait() if idle else self._inbox.take(0)
+        for message in messages:
             if isinstance(message, wire.Stop):
                 return False
-            self._do(message, answers)
-        updates = engine.step() if engine.unfinished else []
-        now = time.monotonic()
-        if updates or answers or now - self._told > TOLD_EVERY or not engine.unfinished:
-            outbox.send(*answers, wire.Turn(updates, engine.metrics()))
-            self._told = now
+            self._handle(message)
+        return True
+
+    def _wait(self) -> list[Any]:
+        while not (messages := self._inbox.take(REPORT_EVERY if self._outbox.kept else None)):
+            self._outbox.flush()
+        self.turned = time.monotonic()
+        return messages
+
+    def take(self, updates: list[Update]) -> Iterable[Abort]:
+        """The parent sends aborts: it has the text."""
+        engine, outbox, now = self._engine, self._outbox, time.monotonic()
+        replies, self._replies = self._replies, []
+        if updates or replies or now - self._reported > REPORT_EVERY or not engine.unfinished:
+            outbox.send(*replies, wire.Turn(updates, engine.metrics()))
+            self._reported = now
         elif outbox.kept:
             outbox.flush()
         outbox.wait()
-        return True
+        return ()
 
-    def _do(self, message: Any, answers: list[Any]) -> None:
+    def _handle(self, message: Any) -> None:
         match message:
             case wire.Add():
                 try:
-                    self._engine.add(wire.request_of(message))
+                    self._driver.add(wire.request_of(message))
                 except Exception as error:
-                    answers.append(wire.Refused(message.request_id, wire.fault_of(error)))
-            case wire.Abort():
+                    self._replies.append(wire.Refused(message.request_id, wire.fault_of(error)))
+            case Abort():
                 self._engine.abort(message.request_id, index=message.index, reason=message.reason)
             case wire.Call():
-                answers.append(self._called(message))
+                self._replies.append(self._called(message))
             case _:
                 raise TypeError(f"a {type(message).__name__} came while the engine runs")
 
-    def _called(self, call: wire.Call) -> wire.Answer:
+    def _called(self, call: wire.Call) -> wire.Returned:
         try:
             wire.check_call(call.name)
             result = getattr(self._engine, call.name)(**call.arguments)
-            return wire.Answer(call.number, msgspec.Raw(wire.encode(result)))
+            return wire.Returned(call.number, msgspec.Raw(wire.encode(result)))
         except Exception as error:
             if not isinstance(error, JaxserveError):
                 traceback.print_exc()
-            return wire.Answer(call.number, fault=wire.fault_of(error))
+            return wire.Returned(call.number, fault=wire.fault_of(error))
 
 
-class Beat:
-    """Signs of life. Where Python itself stands still none is sent, and after a while the stacks are printed and the
-    process ends: nobody else could end it if the parent were gone too."""
+class Heartbeat:
+    """Sends signs of life. If Python itself hangs, none is sent; after a while the stacks are printed and the process
+    ends, because nothing else would end it if the parent were gone too."""
 
     def __init__(self, outbox: Outbox, watchdog: float | None) -> None:
         self._outbox, self._watchdog = outbox, watchdog
@@ -157,12 +165,12 @@ class Beat:
             time.sleep(BEAT)
 
 
-def _opened(engine: "Engine") -> wire.Opened:
+def _model_opened(engine: "Engine") -> wire.ModelOpened:
     import jax
 
     spec, leaves = engine.model.spec, jax.tree.leaves(engine.model.shapes)
     folder = engine.model.folder
-    return wire.Opened(
+    return wire.ModelOpened(
         folder=None if folder is None else str(folder),
         limits=replace(engine.limits, rope_key=None),
         sampling_defaults=dict(engine.model.sampling_defaults),
@@ -183,16 +191,16 @@ def _load(start: wire.Start, outbox: Outbox) -> "Engine":
 
     def told(what: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last > TOLD_EVERY or done >= total:
+        if time.monotonic() - last > REPORT_EVERY or done >= total:
             last = time.monotonic()
             outbox.send(wire.Progress(what, done, total))
 
     outbox.send(wire.Progress("opening the model", 0, 0))
-    return Engine(config, told=told, opened=lambda engine: outbox.send(_opened(engine)))
+    return Engine(config, told=told, opened=lambda engine: outbox.send(_model_opened(engine)))
 
 
 def _is_fault_of_ours(error: BaseException) -> bool:
-    """Whether its traceback is wanted in a report. What a user can mend is said in a line."""
+    """Whether to print its traceback. For what a user can fix a line is enough."""
     cause = error.__cause__ if isinstance(error, EngineError) and error.__cause__ is not None else error
     return not isinstance(cause, JaxserveError)
 
@@ -206,7 +214,7 @@ def serve(end: socket.socket) -> int:
     [start] = first
     inbox, outbox = Inbox(receiver), Outbox(end)
     threading.Thread(target=inbox.read, name="jaxserve-reader", daemon=True).start()
-    beat = Beat(outbox, start.watchdog)
+    beat = Heartbeat(outbox, start.watchdog)
     try:
         engine = _load(start, outbox)
         inbox.stoppable = False
@@ -218,7 +226,7 @@ def serve(end: socket.socket) -> int:
         outbox.send(wire.Failed(wire.fault_of(error)))
         outbox.finish(LAST_WORDS)
         return 1
-    return 0  # the system takes all memory back, the devices' too
+    return 0  # the system frees all memory, the devices' too
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -226,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # the parent asks where it hangs
+    faulthandler.register(signal.SIGUSR1)  # how the parent asks where it hangs
     parser = argparse.ArgumentParser(prog="jaxserve.host.child")
     parser.add_argument("--fd", type=int, required=True)
     number = parser.parse_args(arguments).fd

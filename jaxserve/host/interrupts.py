@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C only where it does no harm: a signal that comes while state changes is answered after it."""
+"""Defers Ctrl-C to where it does no harm: a signal that comes while state changes is handled after the change."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 class Deferred:
     """with Deferred() as interrupts: ...  SIGINT waits for `interrupts.allow()`, or for the end of the block.
 
-    A second one does not wait. Only the main thread is ever interrupted: elsewhere this does nothing, nor where
-    the program has SIGINT ignored.
+    A second one does not wait. Only the main thread is interrupted: in other threads, or if the program ignores SIGINT,
+    this does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,17 +31,17 @@ class Deferred:
         self.allow()
 
     def allow(self) -> None:
-        """Answers a signal that came, as the program would have: usually by a KeyboardInterrupt."""
+        """Handles a signal that came as the program would have: usually by a KeyboardInterrupt."""
         if self._came is not None:
             came, self._came = self._came, None
-            self._answer(*came)
+            self._handle(*came)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._came is not None:
             self._came = None
-            self._answer(number, frame)
+            self._handle(number, frame)
         self._came = (number, frame)
 
-    def _answer(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if callable(self._handler):
             self._handler(number, frame)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a child says to its parent, without waiting for it: the engine's steps go on while the parent is busy.
+"""Sends a child's messages to its parent without blocking: the engine's steps continue while the parent is busy.
 
-The socket takes what it has room for at once; the rest is kept here and goes first the next time. A parent that takes
-nothing for so long that MOST_KEPT bytes are kept makes `wait` wait. So the child stops computing for nobody, its memory
-is bounded, nothing is lost or merged, and all goes on when the parent does. If the parent is gone instead, who reads
-from it ends the process.
+The socket takes what it has room for; the rest is kept here and goes first the next time. When more than MOST_KEPT
+bytes are kept, `wait` blocks. So the child does not compute for a parent that hangs, its memory is bounded, nothing is
+lost or merged, and work continues when the parent does. If the parent is gone, the child's reader ends the process.
 """
 
 import select

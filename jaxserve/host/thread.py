@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a thread of its own, for callers in this process.
+"""An engine in a thread, for callers in this process.
 
     caller --- calls, done between steps ---> thread --- one hand-over per step and loop ---> Streams
 
-The thread alone touches the engine. It sleeps while there is nothing to do. When it ends, by a fault or because it is
-told to, every stream and every call that waits ends with an EngineError, and new ones are refused.
+Only the thread touches the engine. It sleeps while there is nothing to do. When it ends, by a fault or by `stop`, every
+stream and every waiting call ends with an EngineError, and new ones are refused.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -17,11 +17,16 @@ from typing import Any
 from jaxserve.engine.engine import Engine
 from jaxserve.errors import EngineError
 from jaxserve.frontend.streams import Stream, Streams, again
+from jaxserve.host.driver import Driver
+from jaxserve.types.outputs import Update
+from jaxserve.types.request import Abort
 
 
-class Worker:
+class EngineThread:
+    """An EngineLink, and the Host that runs the engine."""
+
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._driver = engine, Driver(engine)
         self._streams = Streams()
         self._changed = threading.Condition()
         self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
@@ -37,12 +42,10 @@ class Worker:
             raise again(self._error)
 
     def add(self, stream: Stream) -> None:
-        """Its outputs come to the stream; so does the error, if the engine refuses the request."""
         self._streams.add(stream)
         self.call(lambda: self._add(stream))
 
     def drop(self, stream: Stream) -> None:
-        """Its consumer has left."""
         if self._streams.remove(stream):
             with suppress(EngineError):  # then it has ended with the engine
                 self.call("abort", request_id=stream.request.id)
@@ -70,32 +73,30 @@ class Worker:
     def _run(self) -> None:
         error = EngineError("the engine was shut down", "make another")
         try:
-            while self._turn():
-                pass
+            self._driver.run(self)
         except EngineError as fault:
             error = fault
         except BaseException as fault:
             error = EngineError(f"the engine's thread failed: {type(fault).__name__}: {fault}", "start it again")
         self._close(error)
 
-    def _turn(self) -> bool:
-        engine = self._engine
+    def calls(self, *, idle: bool) -> bool:
         with self._changed:
-            while not (self._calls or self._stopping or engine.unfinished):
+            while idle and not (self._calls or self._stopping):
                 self._changed.wait()
             if self._stopping:
                 return False
             calls, self._calls = self._calls, []
         for function, future in calls:
             _answer(function, future)
-        if engine.unfinished:
-            for abort in self._streams.take(engine.step()):
-                engine.abort(abort.request_id, index=abort.index, reason=abort.reason)
         return True
+
+    def take(self, updates: list[Update]) -> Iterable[Abort]:
+        return self._streams.take(updates) if updates else ()
 
     def _add(self, stream: Stream) -> None:
         try:
-            self._engine.add(stream.request)
+            self._driver.add(stream.request)
         except Exception as error:
             self._streams.fail(stream.request.id, error)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and answers as arrays, for pipelines that never leave token ids: training loops, evaluation, distillation."""
+"""Prompts and results as arrays, for programs that work on token ids: training loops, evaluation, distillation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
 class GeneratedArrays(NamedTuple):
-    """Of B prompts with n samples each. T is the largest max_tokens: the same parameters give the same shapes."""
+    """For B prompts with n samples each. T is the largest max_tokens: equal parameters give equal shapes."""
 
     tokens: jax.Array  # int32 [B, n, T], pad_id after the end
     logprobs: jax.Array  # float32 [B, n, T], of these tokens; 0 after the end
     mask: jax.Array  # bool [B, n, T], which are tokens
     lengths: jax.Array  # int32 [B, n]
-    finish_reasons: jax.Array  # int32 [B, n], places in FINISH_REASONS
+    finish_reasons: jax.Array  # int32 [B, n], indices into FINISH_REASONS
 
 
 def prompt_rows(prompts: Any) -> list[Any]:
-    """The ids of each prompt, of a list of them or of (tokens [B, S], lengths [B])."""
+    """The ids of each prompt, from a list of prompts or from (tokens [B, S], lengths [B])."""
     if isinstance(prompts, tuple) and len(prompts) == 2 and np.ndim(prompts[0]) == 2 and hasattr(prompts[0], "dtype"):
         tokens, lengths = np.asarray(prompts[0]), np.asarray(prompts[1])
         if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
@@ -43,7 +43,7 @@ def prompt_rows(prompts: Any) -> list[Any]:
 def as_arrays(
     outputs: Sequence[RequestOutput], *, samples: int, width: int, pad_id: int, place: Any
 ) -> GeneratedArrays:
-    """Final outputs, of requests with log-probabilities, on the devices."""
+    """Final outputs as arrays on the devices. Their requests asked for log-probabilities."""
     shape = (len(outputs), samples, width)
     tokens, logprobs = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
     lengths, reasons = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.int32)

@@ -18,7 +18,7 @@ from jaxserve.server.http.auth import Keys, Origins
 from jaxserve.server.http.guard import Bodies
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.prometheus import UNKNOWN
-from jaxserve.server.observe.request_record import Record
+from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.server.routes.table import Handler, Route, all_routes
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 
@@ -71,7 +71,7 @@ def _route(table: dict[tuple[str, str], Route], request: web.Request) -> Route |
 def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middleware:
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        record = request[RECORD] = Record(_request_id(request), time.monotonic())
+        record = request[RECORD] = RequestRecord(_request_id(request), time.monotonic())
         route = _route(table, request)
         status = LEFT
         try:

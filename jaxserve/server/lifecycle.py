@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's life: the port first, then the engine's child, then requests, then a drain.
+"""Runs the server: opens the port first, then the engine's child, then takes requests, then drains.
 
     serve(engine, server) -> exit code
-      0          told to end by SIGTERM or SIGINT, after what was in flight, or after shutdown_timeout
-      128 + n    told twice: ended at once
-      1          the engine failed, and is not to be started again
+      0          SIGTERM or SIGINT: ended after the requests in flight, or after shutdown_timeout
+      128 + n    a second signal: ended at once
+      1          the engine failed, and restarts are off or used up
 
-What is wrong with the configuration, the port or the certificate is a JaxserveError, raised before anything is loaded;
-so is an engine that does not come up.
+A fault in the configuration, the port or the certificate is a JaxserveError, raised before anything is loaded; so is an
+engine that does not start.
 """
 
 import asyncio
@@ -23,12 +23,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from aiohttp import web
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
+from jaxserve.frontend.client import connect
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.config import MAX_QUEUED, ServerConfig
@@ -39,19 +40,16 @@ from jaxserve.server.observe import banner, logs
 from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.state import Serving
 
-if TYPE_CHECKING:
-    from jaxserve.frontend.client import Front
-
 MAX_RESTARTS = 3
 RESTART_WINDOW = 600.0  # seconds in which so many are allowed
-LAST_WORDS = 2.0  # seconds for the answers to those whose requests were ended
-ENGINE_GRACE = 5.0  # seconds that an engine has to end
+LAST_WORDS = 2.0  # seconds for the last answers, to requests that were ended
+ENGINE_GRACE = 5.0  # seconds for an engine to end
 HANDSHAKE_SECONDS = 10.0
-GC_OBJECTS = 20_000  # made since the last look for cycles, before the next
+GC_OBJECTS = 20_000  # allocations between two collections of cycles
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, *, command: Sequence[str] | None = None) -> int:
-    """Serves until told to end. `command` starts the engine's child in place of the usual one."""
+    """Serves until a signal. `command` starts the engine's child in place of the usual one."""
     config = server_config.with_environment(os.environ)
     config.template()
     if engine_config.max_num_queued_reqs is None:
@@ -91,16 +89,16 @@ class Life:
         metrics.stats = lambda: serving.engine.stats
         metrics.engine_pid = lambda: serving.engine.pid
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._told, number)
+            loop.add_signal_handler(number, self._signalled, number)
         runner = web.AppRunner(make_app(serving), handler_cancellation=True, shutdown_timeout=LAST_WORDS)
         await runner.setup()
         listeners = await self._listen(runner, serving)
-        told = asyncio.create_task(self._tell_throughput(serving))
+        throughput = asyncio.create_task(self._log_throughput(serving))
         try:
             self._introduce()
             return await self._live(serving)
         finally:
-            told.cancel()
+            throughput.cancel()
             await self._end(serving, runner, listeners)
 
     async def _listen(self, runner: web.AppRunner, serving: Serving) -> list[asyncio.Server]:
@@ -127,7 +125,7 @@ class Life:
                 self._config.host,
             )
 
-    async def _tell_throughput(self, serving: Serving) -> None:
+    async def _log_throughput(self, serving: Serving) -> None:
         line = logs.Throughput()
         while not self._config.disable_log_stats:
             line.tell(serving.engine.stats)
@@ -139,13 +137,13 @@ class Life:
         loop = asyncio.get_running_loop()
 
         def changed(_: object) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and nobody asks any more
+            with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._changed.set)
 
         watchdog = self._config.watchdog_timeout or None
         return EngineProcess(self._engine_config, watchdog=watchdog, command=self._command, on_change=changed)
 
-    def _told(self, number: int) -> None:
+    def _signalled(self, number: int) -> None:
         self._signals.append(number)
         self._changed.set()
 
@@ -176,7 +174,7 @@ class Life:
             logs.LOG.warning("starting the engine again")
 
     async def _served(self, serving: Serving) -> bool:
-        """Until the engine fails or a signal comes. Whether it ever was ready."""
+        """Until the engine fails or a signal comes. Returns whether it was ever ready."""
         engine = serving.engine
         engine.start()
         opening = asyncio.create_task(self._open(serving))
@@ -186,13 +184,13 @@ class Life:
             if opening.done():
                 opening.result()
                 await ending
-            return serving.front is not None
+            return serving.client is not None
         finally:
             opening.cancel()
             ending.cancel()
 
     async def _open(self, serving: Serving) -> None:
-        """To the first request. The tokenizer is loaded while the engine still compiles."""
+        """Until requests are taken. The tokenizer is loaded while the engine still compiles."""
         engine = serving.engine
         importing = None
         if not self._engine_config.skip_tokenizer_init:
@@ -202,14 +200,14 @@ class Life:
         if importing is not None:
             await importing
         try:
-            front = await _in_thread(partial(_connect, engine, self._engine_config))
+            client = await _in_thread(partial(connect, engine, self._engine_config))
         except EngineError:
-            return  # it has failed meanwhile
+            return  # the engine has failed
         await self._when(lambda: engine.state.phase == "ready")
-        serving.take_engine(front)
+        serving.take_engine(client)
         gc.collect()
-        gc.freeze()  # what was imported is not looked through again while requests wait
-        # Nothing that a token makes is a cycle; looking for some as often as Python does takes 6 % of the time.
+        gc.freeze()  # imported modules are not searched for cycles again while requests wait
+        # Tokens make no cycles; Python's default rate of collections takes 6 % of the time.
         gc.set_threshold(GC_OBJECTS, 20, 50)
         url, everywhere = listening.url(self._config, self._sockets), listening.everywhere(self._sockets)
         lines = await asyncio.to_thread(banner.ready, serving, url, everywhere=everywhere)
@@ -229,7 +227,7 @@ class Life:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     async def _drain(self, serving: Serving) -> int:
-        """Probes see at once that it ends; what is in flight may finish."""
+        """Probes see at once that it ends; requests in flight may finish."""
         serving.draining = True
         timeout = self._config.shutdown_timeout
         if serving.in_flight:
@@ -244,7 +242,7 @@ class Life:
         return 1 if serving.engine.state.phase == "failed" else 0
 
     async def _end(self, serving: Serving, runner: web.AppRunner, listeners: list[asyncio.Server]) -> None:
-        """Whoever still waits is told an error."""
+        """Requests that still wait get an error."""
         serving.draining = True
         at_once = len(self._signals) != 1 or serving.engine.state.phase == "failed"
         await asyncio.to_thread(serving.engine.stop, 0.0 if at_once else ENGINE_GRACE)
@@ -255,14 +253,8 @@ class Life:
         serving.executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _connect(engine: EngineProcess, config: EngineConfig) -> "Front":
-    from jaxserve.frontend.connect import connect
-
-    return connect(engine, config)
-
-
 def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":
-    """As asyncio.to_thread, but the end of the process does not wait for it: it may be downloading."""
+    """As asyncio.to_thread, but the process can end without waiting for it: it may be downloading."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

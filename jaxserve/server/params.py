@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bodies of requests to jobs for the engine: sampling parameters, token ids, names, deadlines.
+"""From the bodies of HTTP requests to requests for the engine: sampling parameters, token ids, names, deadlines.
 
-What takes long, tokenizing and checking, is done by `jobs` and meant for a thread. Here are also the defaults: what a
-request leaves open is as the model's generation_config.json says, and else as OpenAI says.
+`prepare` does the slow work, tokenizing and checking, and is meant for a thread. Here are also the defaults of fields
+that the body leaves out: those of the model's generation_config.json, then OpenAI's.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import RequestError
+from jaxserve.frontend import beams
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.protocol.base import MAX_CALL_ID, Body, parse
 from jaxserve.server.protocol.sampling import Ordered, Sampling
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
-from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
-
-if TYPE_CHECKING:
-    from jaxserve.engine.capacity import Limits
-    from jaxserve.frontend.prepare import Intake, Ready
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
@@ -74,7 +74,7 @@ def deadline(request: web.Request) -> float | None:
 
 
 def sampling_params(
-    body: Sampling, intake: "Intake", *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    body: Sampling, preparer: Preparer, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
     """From the body, else the model's own defaults. The arguments are what bodies spell in different ways."""
     values: dict[str, Any] = {
@@ -82,17 +82,17 @@ def sampling_params(
         "max_tokens": max_tokens,
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
-        "detokenize": intake.tokenizer is not None,
+        "detokenize": preparer.tokenizer is not None,
         "output_kind": RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
     }
-    return replace(intake.default_params(), **values)
+    return replace(preparer.default_params(), **values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """How all prompts of a body are to be treated."""
 
-    name: str  # the answer's id: what /abort_requests knows the jobs by
+    name: str  # the answer's id: what /abort_requests calls the requests
     deadline: float | None = None
     add_special_tokens: bool = True
     priority: int = 0
@@ -102,6 +102,7 @@ class Order:
     max_tokens_field: str = "max_tokens"  # what the client calls it
     score_only: bool = False
     embed: bool = False
+    beam_search: BeamSearchParams | None = None
 
     @property
     def generates(self) -> bool:
@@ -124,21 +125,21 @@ def order(request: web.Request, body: Ordered, *, kind: str, add_special_tokens:
     )
 
 
-def jobs(
-    intake: "Intake",
-    prompts: "Sequence[str] | Sequence[list[int]]",
+def prepare(
+    preparer: Preparer,
+    prompts: Sequence[str] | Sequence[list[int]],
     sampling: SamplingParams,
     order: Order,
     *,
     field: str,
-) -> "list[Ready]":
-    """A job for each prompt, all checked. `field` is where the client wrote them."""
+) -> list[Request]:
+    """A checked request for each prompt. `field`: the name of the prompts' field in the body."""
     if not order.embed:
-        _check_queue(len(prompts), intake.limits, field)
-    made: list[Ready] = []
+        _check_queue(len(prompts), preparer.limits, field)
+    made: list[Request] = []
     for place, prompt in enumerate(prompts):
         try:
-            made.append(_job(intake, prompt, sampling, order))
+            made.append(_prepared(preparer, prompt, sampling, order))
         except RequestError as error:
             named = field if error.field == "prompt" else error.field
             problem, hint = error.problem, error.hint
@@ -150,7 +151,34 @@ def jobs(
     return made
 
 
-def _check_queue(count: int, limits: "Limits", field: str) -> None:
+def prepare_beams(
+    preparer: Preparer,
+    prompts: Sequence[str] | Sequence[list[int]],
+    body: Sampling,
+    order: Order,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    field: str,
+) -> list[Request]:
+    """As `prepare`, for a beam search whose width is the body's n."""
+    given = _given(body, "length_penalty", "include_stop_str_in_output", "ignore_eos")
+    shown = _given(body, "skip_special_tokens", "spaces_between_special_tokens")
+    try:
+        search = BeamSearchParams(beam_width=body.n or 1, max_tokens=max_tokens, **given)
+        detokenize = preparer.tokenizer is not None
+        sampling = beams.sampling_params(search, logprobs=logprobs, detokenize=detokenize, **shown)
+        return prepare(preparer, prompts, sampling, replace(order, beam_search=search), field=field)
+    except RequestError as error:
+        named = "n" if error.field == "beam_width" else error.field
+        raise type(error)(named, error.problem.replace("beam_width", "n"), error.hint) from None
+
+
+def _given(body: Sampling, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(body, name)) is not None}
+
+
+def _check_queue(count: int, limits: Limits, field: str) -> None:
     """Of too many for the longest queue none is taken, however often they are sent."""
     rows, queue = limits.max_num_seqs, limits.max_num_queued_reqs
     if queue is not None and count > rows + queue:
@@ -158,31 +186,32 @@ def _check_queue(count: int, limits: "Limits", field: str) -> None:
         raise bad_request(field, f"{problem} and {queue} that wait (max_num_queued_reqs)", "send fewer in one body")
 
 
-def _job(intake: "Intake", prompt: str | list[int], sampling: SamplingParams, order: Order) -> "Ready":
+def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingParams, order: Order) -> Request:
     if not prompt:  # before a tokenizer puts its special tokens there
         raise RequestError("prompt", "the prompt is empty", "give at least one token")
     text = prompt if isinstance(prompt, str) else None
-    ids = intake.encode(prompt, add_special_tokens=order.add_special_tokens) if isinstance(prompt, str) else prompt
-    longest = intake.limits.max_model_len - order.generates
+    ids = preparer.encode(prompt, add_special_tokens=order.add_special_tokens) if isinstance(prompt, str) else prompt
+    longest = preparer.limits.max_model_len - order.generates
     if order.truncate is not None:
         keep = longest if order.truncate < 0 else order.truncate
         if len(ids) > keep:
             text = None  # what is left of it is told from its ids
             ids = ids[len(ids) - keep :] if order.keep_right else ids[:keep]
-    check_length(len(ids), sampling, order, intake.limits)
+    check_length(len(ids), sampling, order, preparer.limits)
     given: Mapping[str, Any] = {"prompt_token_ids": ids, "prompt": text, "cache_salt": order.cache_salt}
-    return intake.ready(
+    return preparer.prepare(
         given,
         sampling,
-        request_id=f"{order.name}-{intake.next_id()}",  # two clients may send the same id
+        request_id=f"{order.name}-{preparer.next_id()}",  # two clients may send the same id
         priority=order.priority,
         deadline=order.deadline,
         score_only=order.score_only,
         embed=order.embed,
+        beam_search=order.beam_search,
     )
 
 
-def check_length(count: int, sampling: SamplingParams, order: Order, limits: "Limits") -> None:
+def check_length(count: int, sampling: SamplingParams, order: Order, limits: Limits) -> None:
     """With the words that clients look for when a conversation has become too long."""
     longest = limits.max_model_len
     told = f"this model's maximum context length is {longest} tokens"

@@ -1,52 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTTP request at the engine: its jobs' outputs as one, its times, and what becomes of it when it is left.
+"""Runs the engine's requests of one HTTP request: merges their outputs, measures, ends them when the client leaves.
 
-Knows nothing of protocols: what an output looks like to a client is the handlers'.
+Independent of protocols: the handlers decide what an output looks like to a client.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Protocol
+
+from aiohttp import web
 
 from jaxserve.errors import EngineError, OverloadedError
-from jaxserve.server.config import ServerConfig
+from jaxserve.frontend.client import EngineClient
+from jaxserve.frontend.streams import Stream
 from jaxserve.server.errors import ApiError, sentence
-from jaxserve.server.observe.prometheus import Finished, Metrics
-from jaxserve.server.observe.request_record import Record
+from jaxserve.server.observe.prometheus import Finished
+from jaxserve.server.observe.request_record import RequestRecord
+from jaxserve.server.state import RECORD, SERVING, Serving
 from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind
 
-if TYPE_CHECKING:
-    from jaxserve.frontend.client import Front
-    from jaxserve.frontend.prepare import Ready
-    from jaxserve.frontend.streams import Stream
+LONGEST_LOGGED = 2**20  # characters of an answer that are kept for the log
 
 
-LONGEST_LOGGED = 2**20  # characters that are kept of an answer for the log
+async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """The outputs of these requests as they come, each with its request's position.
 
-
-class Server(Protocol):
-    """What it needs of who serves."""
-
-    config: ServerConfig
-    metrics: Metrics
-
-    def check_ready(self) -> "Front": ...
-    def note_end(self) -> None: ...
-    def lost(self, error: EngineError) -> Exception: ...
-    def retry_after(self) -> int: ...
-
-
-async def run(serving: Server, record: Record, jobs: "Sequence[Ready]") -> AsyncGenerator[tuple[int, RequestOutput]]:
-    front = serving.check_ready()
-    record.jobs = [*record.jobs, *jobs]
-    record.prompt_tokens += sum(len(job.request.prompt_token_ids) for job in jobs)
+    Leaving it aborts what has not ended: use contextlib.aclosing. A full queue is a 503 and a deadline that has passed
+    a 504, raised here.
+    """
+    serving, record = request.app[SERVING], request[RECORD]
+    client = serving.check_ready()
+    record.prepared = [*record.prepared, *prepared]
+    record.prompt_tokens += sum(len(each.prompt_token_ids) for each in prepared)
     streams: list[Stream] = []
-    tallies = [_Tally(serving, record, job) for job in jobs]
+    tallies = [_Tally(serving, record, each) for each in prepared]
     try:
-        merged = _single(front, streams, jobs[0]) if len(jobs) == 1 else _merged(front, streams, jobs)
+        merged = _single(client, streams, prepared[0]) if len(prepared) == 1 else _merged(client, streams, prepared)
         async with aclosing(merged) as outputs:
             async for place, output in outputs:
                 tallies[place].add(output, streams[place])
@@ -59,23 +51,25 @@ async def run(serving: Server, record: Record, jobs: "Sequence[Ready]") -> Async
         raise serving.lost(error) from None
     finally:
         for stream, tally in zip(streams, tallies, strict=False):
-            front.close(stream)
+            client.close(stream)
             tally.end(stream)
 
 
-async def _single(front: "Front", streams: "list[Stream]", job: "Ready") -> AsyncGenerator[tuple[int, RequestOutput]]:
-    stream = front.open(job)
+async def _single(
+    client: EngineClient, streams: list[Stream], request: Request
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    stream = client.open(request)
     streams.append(stream)
     while not stream.finished:
         yield 0, await stream.next()
 
 
 async def _merged(
-    front: "Front", streams: "list[Stream]", jobs: "Sequence[Ready]"
+    client: EngineClient, streams: list[Stream], prepared: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, RequestOutput]]:
     """At most one output of each waits here: what a slow client does not take stays in the streams."""
-    for job in jobs:
-        streams.append(front.open(job))
+    for request in prepared:
+        streams.append(client.open(request))
     pending = {asyncio.ensure_future(stream.next()): place for place, stream in enumerate(streams)}
     try:
         while pending:
@@ -89,26 +83,26 @@ async def _merged(
     finally:
         for task in pending:
             if task.done() and not task.cancelled():
-                task.exception()  # seen: several end with the engine, and one is told
+                task.exception()  # retrieved: several may end with the engine, and one error is raised
             task.cancel()
 
 
 class _Tally:
-    """What one job has given so far."""
+    """What one request has produced so far."""
 
-    def __init__(self, serving: Server, record: Record, job: "Ready") -> None:
-        self._serving, self._record, self._request = serving, record, job.request
-        self._generated = [0] * job.request.params.n
+    def __init__(self, serving: Serving, record: RequestRecord, request: Request) -> None:
+        self._serving, self._record, self._request = serving, record, request
+        self._generated = [0] * request.params.n
         self._cached = 0
         self._seen = 0  # gaps between tokens that were measured
-        self._last: list[float | None] = [None] * job.request.params.n  # when each sample's last tokens came
-        # What was generated is told with the outputs: of an answer that was to come whole and did not, nobody knows.
-        self._counted = job.request.params.output_kind is RequestOutputKind.DELTA
+        self._last: list[float | None] = [None] * request.params.n  # when each sample's last tokens came
+        # Outputs carry the counts: for an answer that was to come whole and did not, they are unknown.
+        self._counted = request.params.output_kind is RequestOutputKind.DELTA
         self._ended = False
 
-    def add(self, output: RequestOutput, stream: "Stream") -> None:
+    def add(self, output: RequestOutput, stream: Stream) -> None:
         now = time.monotonic()
-        came = stream.last_output or now  # a client that reads slowly is taken for no slow engine
+        came = stream.last_output or now  # a slow client must not look like a slow engine
         adds = self._request.params.output_kind is RequestOutputKind.DELTA
         for sample in output.outputs:
             count, last = len(sample.token_ids), self._last[sample.index]
@@ -133,8 +127,8 @@ class _Tally:
     def _late(self, now: float) -> bool:
         return self._request.deadline is not None and now >= self._request.deadline
 
-    def end(self, stream: "Stream") -> None:
-        """The stream is closed, at its end or before it."""
+    def end(self, stream: Stream) -> None:
+        """After its stream is closed, at its end or before."""
         record, metrics = self._record, self._serving.metrics
         record.generated_tokens += sum(self._generated)
         record.all_counted &= self._counted

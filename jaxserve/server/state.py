@@ -1,41 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the handlers share: the way to the engine, the tokenizer, threads for slow work, and who is being served.
+"""What the handlers share: the engine's client, the tokenizer, threads for slow work, requests in flight.
 
-One event loop uses it. The engine's life is lifecycle.py's, which fills in here what becomes known.
+For one event loop. lifecycle.py starts and ends engines and fills in what becomes known.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from jaxserve.errors import EngineError
-from jaxserve.server import requests
+from jaxserve.frontend.client import EngineClient
+from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import SHUT_DOWN, ApiError
 from jaxserve.server.http.guard import Held
 from jaxserve.server.observe.prometheus import Metrics
-from jaxserve.server.observe.request_record import Record
-from jaxserve.types.outputs import RequestOutput
+from jaxserve.server.observe.request_record import RequestRecord
+from jaxserve.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # they import transformers, which takes seconds; the port answers before that
-    from jaxserve.frontend.client import Front
-    from jaxserve.frontend.prepare import Ready
-    from jaxserve.frontend.process import EngineProcess
-    from jaxserve.text.tokenizer import Tokenizer
-
-LONGEST_WAIT = 60  # what Retry-After says at most
+LONGEST_WAIT = 60  # the largest Retry-After
 
 
 class Serving:
-    def __init__(self, config: ServerConfig, engine: "EngineProcess", *, metrics: Metrics) -> None:
+    def __init__(self, config: ServerConfig, engine: EngineProcess, *, metrics: Metrics) -> None:
         self.config, self.engine, self.metrics = config, engine, metrics
-        self.front: Front | None = None  # when requests can be taken
+        self.client: EngineClient | None = None  # when requests can be taken
         self.tokenizer: Tokenizer | None = None
         self.model_names: tuple[str, ...] = config.served_model_name
         self.chat_template = config.template()
@@ -43,35 +37,35 @@ class Serving:
         self.draining = False
         self.asleep = False
         self.in_flight = 0  # HTTP requests that a shutdown waits for
-        self.executor = ThreadPoolExecutor(config.tokenizer_workers, thread_name_prefix="jaxserve-intake")
+        self.executor = ThreadPoolExecutor(config.tokenizer_workers, thread_name_prefix="jaxserve-preparer")
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ended: list[float] = []  # when the last requests ended, for the guess at how fast a queue moves
+        self._ended: list[float] = []  # when the last requests ended, for Retry-After
 
-    def check_ready(self) -> "Front":
-        """The way into the engine; a 503 while it can take no requests."""
-        front = self.check_engine()
+    def check_ready(self) -> EngineClient:
+        """The engine's client; a 503 while it can take no requests."""
+        client = self.check_engine()
         if self.asleep:
             raise unavailable("The engine sleeps. POST /wake_up wakes it.", wait=10)
-        return front
+        return client
 
-    def check_engine(self) -> "Front":
-        """As check_ready; what it wakes an engine with must pass while that sleeps."""
+    def check_engine(self) -> EngineClient:
+        """As check_ready, but a sleeping engine passes: /wake_up must reach it."""
         if self.draining:
             raise unavailable("The server is shutting down.", wait=5)
-        if self.front is None:
+        if self.client is None:
             failed = self.engine.state.phase == "failed"
             raise unavailable("The engine has failed." if failed else "The model is still loading.", wait=5)
-        return self.front
+        return self.client
 
-    def take_engine(self, front: "Front") -> None:
-        """It takes requests from now on."""
-        self.front, self.tokenizer, self.asleep = front, front.intake.tokenizer, False
-        self.metrics.set_limits(front.intake.limits)
+    def take_engine(self, client: EngineClient) -> None:
+        """Requests are taken from now on."""
+        self.client, self.tokenizer, self.asleep = client, client.preparer.tokenizer, False
+        self.metrics.set_limits(client.preparer.limits)
         self.metrics.engine_up, self.metrics.sleep_level = True, 0
 
     def lose_engine(self) -> None:
-        self.front, self.asleep, self.metrics.engine_up = None, False, False
+        self.client, self.asleep, self.metrics.engine_up = None, False, False
 
     def begin(self) -> None:
         """One more HTTP request in flight."""
@@ -84,30 +78,22 @@ class Serving:
             self._idle.set()
 
     async def wait_idle(self, seconds: float) -> None:
-        """Until nothing is in flight, at most so long."""
+        """Waits until nothing is in flight, at most so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
 
     async def prepare[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of what takes long, from a thread: tokenizing, templates, checks."""
+        """Does slow work in a thread: tokenizing, templates, checks."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *args, **kwargs))
 
     def deadline(self) -> float | None:
-        """When a request that comes now must have ended, on the monotonic clock."""
+        """The deadline of a request that arrives now, on the monotonic clock."""
         timeout = self.config.request_timeout
         return None if timeout is None else time.monotonic() + timeout
 
-    def run(self, request: web.Request, jobs: "Sequence[Ready]") -> "AsyncGenerator[tuple[int, RequestOutput]]":
-        """The outputs of one HTTP request's jobs, each with the job's place, as they come.
-
-        Leaving it aborts what has not ended: use contextlib.aclosing. A full queue is a 503 and a deadline that has
-        passed a 504, raised here.
-        """
-        return requests.run(self, request[RECORD], jobs)
-
     def lost(self, error: EngineError) -> Exception:
-        """What to tell of a request that ended with the engine."""
+        """The error for a request that ended with the engine."""
         ended = self.draining and self.engine.state.phase != "failed"
         return unavailable(SHUT_DOWN, wait=5) if ended else error
 
@@ -115,7 +101,7 @@ class Serving:
         self._ended = [*self._ended[-63:], time.monotonic()]
 
     def retry_after(self) -> int:
-        """Seconds in which the queue may have room: what waits, at the pace of late."""
+        """Estimated seconds until the queue has room, from the recent rate of finished requests."""
         stats = self.engine.stats
         now = time.monotonic()
         recent = [moment for moment in self._ended if now - moment < LONGEST_WAIT]
@@ -126,7 +112,7 @@ class Serving:
 
 
 SERVING = web.AppKey("serving", Serving)
-RECORD = web.RequestKey("record", Record)
+RECORD = web.RequestKey("record", RequestRecord)
 HELD = web.RequestKey("held", Held)
 
 

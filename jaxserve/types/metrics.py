@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine counts, as plain numbers. Who exposes them, and how, is not known here."""
+"""What an engine counts, as plain numbers, independent of how they are exported."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-# Tokens in a step: the upper ends of the classes that steps are counted in; one more class is for those above.
+# Tokens in a step: the upper bounds of the histogram's buckets; one more bucket is for those above.
 STEP_TOKENS = (1, 8, *(1 << power for power in range(4, 15)))
 
 
 @dataclass(slots=True)
 class Counters:
-    """Only ever growing."""
+    """Totals since the start."""
 
     steps: int = 0
     step_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))  # steps in each class
     computed_tokens: int = 0  # by all steps
     prompt_tokens: int = 0  # of requests taken
-    cached_tokens: int = 0  # of those, not computed for they were cached
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
     generated_tokens: int = 0
     requests: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
@@ -29,7 +29,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class EngineMetrics:
-    """The counters, and how things stand."""
+    """The counters and the current state."""
 
     running: int
     waiting: int
@@ -39,7 +39,7 @@ class EngineMetrics:
     kv_usage: float  # share of the blocks that are in use
     steps: int
     preemptions: int
-    compiled_late: int  # programs that a step had to wait for; 0 but for an engine without warm-up
+    compiled_late: int  # programs that a step had to wait for; always 0 with warm-up
     requests: int
     finished: dict[str, int]
     prompt_tokens: int

@@ -18,7 +18,7 @@ type FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """How likely a token was, and the likeliest ones in its place, best first."""
+    """The log-probability of a token, and the likeliest tokens in its place, best first."""
 
     token: int
     logprob: float

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenized prompt with its parameters, as an engine takes it."""
+"""What goes into an engine: a request, which is a tokenized prompt with its parameters; and its abort."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxserve.types.sampling_params import SamplingParams
+import msgspec
+
+from jaxserve.types.outputs import FinishReason
+from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt as ids. `prompt_token_ids` and the ids in `bad_word_ids` are checked when it meets an engine."""
+    """A prompt as ids. `prompt_token_ids` and the ids in `bad_word_ids` are checked against an engine's limits."""
 
     id: str
     prompt_token_ids: Sequence[int]
@@ -22,7 +25,18 @@ class Request:
     deadline: float | None = None  # on the monotonic clock
     score_only: bool = False  # nothing is generated: the prompt's log-probabilities are all that is wanted
     embed: bool = False  # nothing is generated: the last token's hidden state is all that is wanted
+    # The samples are the best beams of a search with these; params say how many and what is shown of them.
+    beam_search: BeamSearchParams | None = None
+    prompt: str | None = None  # the text it came as. For those who show it: an engine gets none
 
     @property
     def generates(self) -> bool:
         return not (self.score_only or self.embed)
+
+
+class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
+    """The request, or one of its samples, ends."""
+
+    request_id: str
+    index: int | None = None
+    reason: FinishReason = "abort"

@@ -334,8 +334,8 @@ class FakeEngine:
     def __repr__(self) -> str:
         return f"FakeEngine({self.limits}, score_rows={self.buckets.score_rows}, depth={self.depth})"
 
-    def add(self, request: Request, *, held: bool = False) -> None:
-        self.scheduler.add(request, held=held)
+    def add(self, request: Request, *, hold: int = 0) -> None:
+        self.scheduler.add(request, hold=hold)
         for index in range(request.params.n):
             self.answers[request.id, index] = Answer()
 
@@ -388,12 +388,14 @@ class FakeEngine:
         waiting = sorted((sequence for sequence in alive if sequence.status == Status.WAITING), key=order_of)
         queue = scheduler._waiting  # pyright: ignore[reportPrivateUsage]
         assert queue._queue == waiting  # pyright: ignore[reportPrivateUsage]
-        assert scheduler.queued == len(waiting) and queue.tokens == sum(s.prompt_len for s in waiting)
+        later = queue._searches  # pyright: ignore[reportPrivateUsage]
+        assert scheduler.queued == len(waiting + later)
+        assert queue.tokens == sum(sequence.prompt_len for sequence in waiting + later)
         beside = [sibling for sequence in alive for sibling in sequence.siblings]
         parked = [sequence for sequence in alive if sequence.held and sequence.told == len(sequence.tokens)]
         for sequence in alive:
             assert sequence.status != Status.FINISHED
-            assert (sequence.status == Status.BESIDE) <= (sequence in beside or sequence in parked)
+            assert (sequence.status == Status.BESIDE) <= (sequence in beside or sequence in parked + later)
             if sequence.status != Status.RUNNING:
                 assert not sequence.blocks and not sequence.computed and not sequence.pending and sequence.row == -1
             size = self.limits.block_size
@@ -408,6 +410,7 @@ class FakeEngine:
         free, cached, used = scheduler.pool.counts()
         assert used == 0 and free + cached == self.limits.num_blocks - 1
         assert len(scheduler._free_rows) == self.limits.max_num_seqs  # pyright: ignore[reportPrivateUsage]
+        assert not scheduler.queued and not scheduler._waiting._begun  # pyright: ignore[reportPrivateUsage]
         left = {name: value for name, value in vars(scheduler).items() if hasattr(value, "__len__") and len(value)}
         assert left.keys() == {"_free_rows"}, left
 

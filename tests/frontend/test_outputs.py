@@ -14,7 +14,7 @@ from jaxserve.errors import RequestError
 from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.types.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs, Update
-from jaxserve.types.request import Request
+from jaxserve.types.request import Abort, Request
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests.golden.load import TOKENIZERS
 
@@ -29,8 +29,8 @@ def ids(text: str) -> list[int]:
 
 
 def builder(*, tokenizer: tokenizers.Tokenizer | None = TOKENIZER, **options: Any) -> OutputBuilder:
-    request = Request(id="r", prompt_token_ids=PROMPT, params=SamplingParams(**options))
-    return OutputBuilder(tokenizer, request, prompt="The server")
+    request = Request(id="r", prompt_token_ids=PROMPT, params=SamplingParams(**options), prompt="The server")
+    return OutputBuilder(tokenizer, request)
 
 
 def update(token_ids: Sequence[int] = (), *, index: int = 0, **options: Any) -> Update:
@@ -169,7 +169,7 @@ def test_a_stop_string_ends_its_sample(kind: RequestOutputKind, include: bool, d
     texts = [data.draw(st.text("ab ", min_size=1, max_size=20), label="text") for _ in range(2)]
     build = builder(n=2, stop=stop, include_stop_str_in_output=include, output_kind=kind, logprobs=0)
     outputs: list[RequestOutput] = []
-    stopped: list[int] = []
+    stopped: list[int | None] = []
     for index, text in enumerate(texts):
         tokens = ids(text)
         while tokens:
@@ -179,8 +179,8 @@ def test_a_stop_string_ends_its_sample(kind: RequestOutputKind, include: bool, d
             logprobs = [entry(token, -1.0) for token in part]
             output = build.add(update(part, index=index, logprobs=logprobs, finish_reason=end))
             outputs += [] if output is None else [output]
-            stopped += build.take_stopped()
-            assert build.take_stopped() == []
+            stopped += [abort.index for abort in build.take_aborts("x")]
+            assert build.take_aborts("x") == []
             if index in stopped:
                 assert build.add(update([5], index=index)) is None
     assert outputs[-1].finished
@@ -214,10 +214,10 @@ def test_a_sample_that_the_engine_ended_needs_no_abort() -> None:
         output = completion(build.add(update([*ids("xa"), *ids("b")], finish_reason=reason, error=error)))
         assert (output.text, output.finish_reason, output.stop_reason) == ("x", "stop", "a")
         assert output.error is None
-        assert build.take_stopped() == []
+        assert build.take_aborts("x") == []
     build = builder(stop="a")
     build.add(update(ids("xa")))
-    assert build.take_stopped() == [0]
+    assert build.take_aborts("x") == [Abort("x", 0, "stop")]
     assert build.add(update(finish_reason="abort")) is None
 
 
@@ -314,15 +314,15 @@ def test_an_embedding_is_an_output_without_a_text(kind: RequestOutputKind) -> No
     prompt = [*PROMPT, TOKENIZER.encode("é", add_special_tokens=False)[0]]
     request = Request(id="r", prompt_token_ids=prompt, params=SamplingParams(output_kind=kind), embed=True)
     values = np.array([0.5, -2, 3e-5], np.float32)
-    made = OutputBuilder(TOKENIZER, request, prompt=None)
+    made = OutputBuilder(TOKENIZER, request)
     output = shown(made.add(update(finish_reason="stop", embedding=values.astype("<f4").tobytes())))
-    assert output.finished and made.finished and not made.take_stopped()
+    assert output.finished and made.finished and not made.take_aborts("r")
     assert output.embedding is not None and output.embedding.dtype == np.float32
     np.testing.assert_array_equal(output.embedding, values)
     assert (completion(output).text, completion(output).token_ids) == ("", [])
 
 
 def test_a_failed_embedding_says_why() -> None:
-    made = OutputBuilder(None, Request(id="r", prompt_token_ids=PROMPT, embed=True), prompt=None)
+    made = OutputBuilder(None, Request(id="r", prompt_token_ids=PROMPT, embed=True))
     output = shown(made.add(update(finish_reason="error", error="not finite")))
     assert output.embedding is None and completion(output).error == "not finite"

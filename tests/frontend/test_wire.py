@@ -21,11 +21,10 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend import wire
-from jaxserve.frontend.streams import Abort
 from jaxserve.host import outbox
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.outputs import TokenLogprobs, Update
-from jaxserve.types.request import Request
+from jaxserve.types.request import Abort, Request
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 
 texts = st.text(max_size=8)
@@ -180,10 +179,10 @@ def test_all_other_messages() -> None:
     )
     said = [
         wire.Progress("loading", 1, 2),
-        wire.Opened("/x", limits, {"top_k": 3}, "llama", 2, "bfloat16", 10, 20),
-        wire.Ready(),
+        wire.ModelOpened("/x", limits, {"top_k": 3}, "llama", 2, "bfloat16", 10, 20),
+        wire.Started(),
         wire.Refused("r", wire.Fault("RequestError", "p", "h", "f")),
-        wire.Answer(3, msgspec.Raw(wire.encode({"a": 1}))),
+        wire.Returned(3, msgspec.Raw(wire.encode({"a": 1}))),
         wire.Failed(wire.Fault("EngineError", "p", "h")),
     ]
     assert through(said, of_parent=False) == said
@@ -223,13 +222,13 @@ def test_other_errors_become_the_engines_in_one_line() -> None:
 
 def test_results() -> None:
     def result(name: str, value: object) -> Any:
-        return wire.result_of(name, wire.Answer(1, msgspec.Raw(wire.encode(value))))
+        return wire.result_of(name, wire.Returned(1, msgspec.Raw(wire.encode(value))))
 
     assert result("metrics", METRICS) == METRICS
     assert result("stop_profile", Path("/a/b")) == Path("/a/b")
     assert result("wake", None) is None
     with pytest.raises(RequestError):
-        wire.result_of("wake", wire.Answer(1, fault=wire.Fault("RequestError", "p", "h", "f")))
+        wire.result_of("wake", wire.Returned(1, fault=wire.Fault("RequestError", "p", "h", "f")))
     with pytest.raises(JaxserveError, match="no '__class__'"):
         wire.check_call("__class__")
 
@@ -309,6 +308,6 @@ def test_a_parent_that_is_gone_is_sent_nothing() -> None:
             box.send(wire.Progress(50_000 * "x", 0, 0))
         parent.close()
         box.flush()
-        box.send(wire.Ready())
+        box.send(wire.Started())
         box.finish(5)
         assert box.kept == 0

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.config import EngineConfig
-from jaxserve.frontend.client import Front
-from jaxserve.frontend.connect import connect
+from jaxserve.frontend.client import EngineClient, connect
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import SamplingParams
@@ -70,12 +69,12 @@ def wait(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
         time.sleep(0.01)
 
 
-def front(engine: EngineProcess, config: EngineConfig) -> Front:
+def front(engine: EngineProcess, config: EngineConfig) -> EngineClient:
     wait(lambda: engine.state.phase != "starting")
     assert engine.state.phase == "ready", engine.state
     return connect(engine, config)
 
 
-async def outputs(front: Front, prompt: Any, params: SamplingParams, **more: Any) -> list[RequestOutput]:
-    job = front.intake.ready(prompt, params, **more)
+async def outputs(front: EngineClient, prompt: Any, params: SamplingParams, **more: Any) -> list[RequestOutput]:
+    job = front.preparer.prepare(prompt, params, **more)
     return [output async for output in front.outputs(job)]

@@ -20,13 +20,13 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend import wire
-from jaxserve.frontend.client import Front
-from jaxserve.frontend.prepare import Ready
+from jaxserve.frontend.beams import beam_search_output
+from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.process import EngineProcess, EngineState
 from jaxserve.llm import LLM
-from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.outputs import BeamSearchSequence, RequestOutput
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
+from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from tests.host import living
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 
 
 class Shared:
-    def __init__(self, engine: EngineProcess, front: Front, states: list[EngineState]) -> None:
+    def __init__(self, engine: EngineProcess, front: EngineClient, states: list[EngineState]) -> None:
         self.engine, self.front, self.states = engine, front, states
 
 
@@ -109,10 +109,26 @@ def test_the_same_as_in_this_process(shared: Shared, llm: LLM, params: SamplingP
     assert [comparable(found[-1]) for found in run(work())] == [comparable(output) for output in expected]
 
 
+def test_beams_are_the_same(shared: Shared, llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=6, length_penalty=0.5, ignore_eos=True)
+
+    async def search(prompt: Any) -> list[BeamSearchSequence]:
+        request = shared.front.preparer.prepare_beams(prompt, params)
+        [output] = [output async for output in shared.front.outputs(request)]
+        return beam_search_output(output, params, shared.front.preparer.tokenizer).sequences
+
+    async def work() -> list[Any]:
+        plain = living.outputs(shared.front, PROMPTS[2], GREEDY)
+        return await asyncio.gather(*(search(prompt) for prompt in PROMPTS), plain)
+
+    *found, _ = run(work())
+    assert found == [output.sequences for output in llm.beam_search(PROMPTS, params)]
+
+
 def test_embeddings_and_scores(shared: Shared, llm: LLM) -> None:
     async def work() -> None:
-        intake = shared.front.intake
-        jobs = [intake.ready(prompt, embed=True) for prompt in PROMPTS]
+        intake = shared.front.preparer
+        jobs = [intake.prepare(prompt, embed=True) for prompt in PROMPTS]
         for job in jobs:
             [output] = [output async for output in shared.front.outputs(job)]
             assert output.embedding is not None and output.finished
@@ -129,7 +145,7 @@ def test_embeddings_and_scores(shared: Shared, llm: LLM) -> None:
 def test_deltas_and_times(shared: Shared) -> None:
     async def work() -> None:
         before = time.monotonic()
-        stream = shared.front.open(shared.front.intake.ready(PROMPTS[0], replace(ENDLESS, output_kind=DELTA)))
+        stream = shared.front.open(shared.front.preparer.prepare(PROMPTS[0], replace(ENDLESS, output_kind=DELTA)))
         tokens: list[int] = []
         while not stream.finished:
             tokens += (await stream.next()).outputs[0].token_ids
@@ -164,7 +180,7 @@ def test_adds_of_one_turn_of_the_loop_share_messages(shared: Shared, monkeypatch
         return frame(messages)
 
     async def work() -> None:
-        jobs = [shared.front.intake.ready([i], GREEDY) for i in range(40)]
+        jobs = [shared.front.preparer.prepare([i], GREEDY) for i in range(40)]
         monkeypatch.setattr(wire, "frame", noting)
         streams = [shared.front.open(job) for job in jobs]
         for stream in streams:
@@ -181,11 +197,11 @@ def test_adds_of_one_turn_of_the_loop_share_messages(shared: Shared, monkeypatch
 
 def test_aborts_free_everything(shared: Shared) -> None:
     async def leave() -> None:
-        async with aclosing(shared.front.outputs(shared.front.intake.ready(PROMPTS[2], ENDLESS))) as outputs:
+        async with aclosing(shared.front.outputs(shared.front.preparer.prepare(PROMPTS[2], ENDLESS))) as outputs:
             await anext(outputs)
 
     async def leave_unseen() -> None:
-        stream = shared.front.open(shared.front.intake.ready(PROMPTS[2], ENDLESS))
+        stream = shared.front.open(shared.front.preparer.prepare(PROMPTS[2], ENDLESS))
         shared.front.close(stream)
         shared.front.close(stream)
 
@@ -209,7 +225,7 @@ def test_a_loop_that_was_closed_under_its_streams(shared: Shared) -> None:
     loop = asyncio.new_event_loop()
 
     async def begin() -> None:
-        stream = shared.front.open(shared.front.intake.ready(PROMPTS[2], ENDLESS))
+        stream = shared.front.open(shared.front.preparer.prepare(PROMPTS[2], ENDLESS))
         await stream.next()
 
     loop.run_until_complete(begin())
@@ -226,16 +242,13 @@ def test_a_deadline(shared: Shared) -> None:
 def test_errors_keep_their_class(shared: Shared, config: EngineConfig) -> None:
     front = shared.front
 
-    def unchecked(**fields: Any) -> Ready:
-        """As an intake that forgot to look."""
-        return Ready(
-            Request(**{"id": "bad", "prompt_token_ids": [1], "params": replace(GREEDY, detokenize=False), **fields}),
-            None,
-        )
+    def unchecked(**fields: Any) -> Request:
+        """As if nobody had checked it here."""
+        return Request(**{"id": "bad", "prompt_token_ids": [1], "params": replace(GREEDY, detokenize=False), **fields})
 
-    async def refused(job: Ready, words: str, field: str) -> None:
+    async def refused(request: Request, words: str, field: str) -> None:
         with pytest.raises(RequestError, match=words) as caught:
-            async for _ in front.outputs(job):
+            async for _ in front.outputs(request):
                 pass
         assert type(caught.value) is RequestError and caught.value.field == field
 
@@ -339,5 +352,5 @@ def test_the_child_sleeps_when_there_is_nothing_to_do(shared: Shared) -> None:
 
 
 def test_the_parent_needs_no_jax() -> None:
-    code = "import sys, jaxserve.frontend.connect; print({'jax', 'jaxlib', 'flax'} & sys.modules.keys())"
+    code = "import sys, jaxserve.frontend.client; print({'jax', 'jaxlib', 'flax'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

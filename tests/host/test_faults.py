@@ -16,7 +16,7 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
 from jaxserve.frontend import process
-from jaxserve.frontend.client import Front
+from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.process import EngineProcess, EngineState
 from jaxserve.types.sampling_params import SamplingParams
 from tests.host import living
@@ -42,11 +42,11 @@ def gone(pid: int | None) -> bool:
         return True
 
 
-async def fail(engine: EngineProcess, front: Front, cause: Callable[[], object]) -> tuple[list[str], float]:
+async def fail(engine: EngineProcess, front: EngineClient, cause: Callable[[], object]) -> tuple[list[str], float]:
     """What five streams and a call end with, and how long after the cause the last of them does."""
 
     async def consume(first: int) -> None:
-        async for _ in front.outputs(front.intake.ready([first], PARAMS)):
+        async for _ in front.outputs(front.preparer.prepare([first], PARAMS)):
             pass
 
     tasks = [asyncio.create_task(consume(i)) for i in range(5)]
@@ -58,7 +58,7 @@ async def fail(engine: EngineProcess, front: Front, cause: Callable[[], object])
     assert all(type(each) is EngineError for each in found)
     for _ in range(2):
         with pytest.raises(EngineError):
-            front.open(front.intake.ready([1], PARAMS))
+            front.open(front.preparer.prepare([1], PARAMS))
         with pytest.raises(EngineError):
             await front.call("metrics")
     with pytest.raises(EngineError):
@@ -95,8 +95,8 @@ def test_a_child_that_is_killed_and_another_after_it(config: EngineConfig) -> No
         assert engine._process is not None and engine._process.returncode == 0  # by itself
 
 
-async def opened(front: Front) -> Any:
-    return front.open(front.intake.ready([3], PARAMS))
+async def opened(front: EngineClient) -> Any:
+    return front.open(front.preparer.prepare([3], PARAMS))
 
 
 async def to_the_end(stream: Any) -> None:

@@ -124,7 +124,7 @@ def main() -> NoReturn:
         time.sleep(faults.get("load", 0.0))
         if "refuse" in faults:
             raise CheckpointError("there is no model here", "give another")
-        opened = wire.Opened(
+        opened = wire.ModelOpened(
             folder=start.config["model"],
             limits=LIMITS,
             sampling_defaults={},

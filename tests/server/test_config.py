@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import JaxserveError
 from jaxserve.flags.setting import flags_of
-from jaxserve.frontend.prepare import Ready
 from jaxserve.server import lifecycle
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.http import listening
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.histogram import Histogram, token_counts
-from jaxserve.server.observe.request_record import Record
+from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 from tests.server.fake_engine import FakeEngine
@@ -54,7 +53,7 @@ from tests.server.fake_engine import FakeEngine
         {"keep_alive_timeout": float("inf")},
         {"header_timeout": 0},
         {"watchdog_timeout": None},
-        {"tokenizer_workers": 1},
+        {"tokenizer_threads": 1},
         {"max_body_bytes": 0},
         {"ssl_keyfile": "key.pem"},
         {"enable_log_outputs": True},
@@ -224,7 +223,7 @@ def test_any_text_is_one_line(text: str, form: str) -> None:
 
 
 def test_what_a_request_says(caplog: pytest.LogCaptureFixture) -> None:
-    record = Record("id\n7", arrival=0.0, error="no\x1b[31m")
+    record = RequestRecord("id\n7", arrival=0.0, error="no\x1b[31m")
     logger = logging.getLogger("jaxserve.server")
     logger.propagate = True
     with caplog.at_level(logging.INFO, "jaxserve.server"):
@@ -240,10 +239,10 @@ def test_what_a_request_says(caplog: pytest.LogCaptureFixture) -> None:
 def test_paces_that_are_none(caplog: pytest.LogCaptureFixture) -> None:
     """Of requests that ended before their first tokens were told of, and of those where nobody knows."""
     logging.getLogger("jaxserve.server").propagate = True
-    prompt = Ready(Request(id="a", prompt_token_ids=[5], params=SamplingParams()), None)
+    prompt = Request(id="a", prompt_token_ids=[5], params=SamplingParams())
     with caplog.at_level(logging.INFO, "jaxserve.server"):
         for count, known in ((0, True), (1, True), (9, False), (5, True)):
-            record = Record("x", arrival=0.0, first_token=1.0, last_token=2.0, jobs=[prompt])
+            record = RequestRecord("x", arrival=0.0, first_token=1.0, last_token=2.0, prepared=[prompt])
             record.generated_tokens, record.all_counted = count, known
             logs.request_line(record, method="POST", path="/a", status=504, config=ServerConfig())
     lines = [vars(entry)["fields"] for entry in caplog.records]

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import RequestError
-from jaxserve.frontend.prepare import Intake
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.text.text_length import GENEROUS, text_length
 from jaxserve.types.sampling_params import SamplingParams
@@ -96,7 +96,7 @@ def test_the_longest_token_is_reached() -> None:
 def test_a_text_that_is_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = REAL["byte-level"]
     longest = max(map(len, cast(Any, tokenizer)._backend.get_vocab(with_added_tokens=True)))
-    intake = Intake(tokenizer, LIMITS)
+    intake = Preparer(tokenizer, LIMITS)
     encoded: list[int] = []
     encode = tokenizers.Tokenizer.encode
 
@@ -108,13 +108,13 @@ def test_a_text_that_is_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPatch)
     words = r"maximum context length is 64 tokens, and the prompt has 5000000 characters, which are \d+ tokens or more"
     for prompt in (5_000_000 * "x", {"prompt": 5_000_000 * "x"}):
         with pytest.raises(RequestError, match=words) as caught:
-            intake.ready(prompt, SamplingParams())
+            intake.prepare(prompt, SamplingParams())
         assert caught.value.field == "prompt"
     with pytest.raises(RequestError, match="characters"):
         intake.encode((64 * longest + 1) * "x", add_special_tokens=False)
     assert encoded == []
     with pytest.raises(RequestError, match=r"the prompt has \d+ tokens"):
-        intake.ready(64 * longest * "x", SamplingParams())  # the tokens decide
+        intake.prepare(64 * longest * "x", SamplingParams())  # the tokens decide
     assert encoded == [64 * longest]
     assert intake.encode("hello", add_special_tokens=False) == encode(tokenizer, "hello", add_special_tokens=False)
 

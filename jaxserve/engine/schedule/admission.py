@@ -16,7 +16,7 @@ from jaxserve.engine.schedule.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
 from jaxserve.types.checks import Biases, TokenIds, TopTokens
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import BAD_WORD_TOKENS, FIELDS, MAX_BAD_WORDS
+from jaxserve.types.sampling_params import BAD_WORD_TOKENS, FIELDS, MAX_BAD_WORDS, BeamSearchParams
 
 MAX_SALT = 128
 _TOKEN_IDS = tuple(each.name for each in FIELDS if isinstance(each.kind, TokenIds | Biases))
@@ -30,6 +30,8 @@ def check(request: Request, limits: Limits) -> None:
     if request.embed:
         _check_embeds(request)
     _check_prompt(request, limits)
+    if request.beam_search is not None:
+        _check_beams(request.beam_search, limits)
     if params.n > limits.max_num_seqs:
         problem = f"n is {params.n}, the engine runs {limits.max_num_seqs} sequences at once"
         raise RequestError("n", problem, f"give at most {limits.max_num_seqs}")
@@ -82,6 +84,17 @@ def _check_embeds(request: Request) -> None:
             raise RequestError(each.name, problem, "remove it")
     if request.score_only:
         raise RequestError("embed", "embed and score_only are both set", "ask for one of them")
+
+
+def _check_beams(params: BeamSearchParams, limits: Limits) -> None:
+    """That the engine can give as many candidates and run as many beams."""
+    width = params.beam_width
+    if limits.max_logprobs != -1 and 2 * width > limits.max_logprobs:
+        problem = f"beam_width is {width}, and twice as many log-probabilities are above max_logprobs"
+        raise RequestError("beam_width", f"{problem} {limits.max_logprobs}", "lower it, or raise max_logprobs")
+    if width > limits.max_num_seqs:
+        problem = f"beam_width is {width}, the engine runs {limits.max_num_seqs} sequences"
+        raise RequestError("beam_width", problem, "lower it")
 
 
 def _check_prompt(request: Request, limits: Limits) -> None:

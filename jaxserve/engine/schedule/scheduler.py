@@ -56,7 +56,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Sequences that wait for a row."""
-        return len(self._waiting)
+        return self._waiting.count
 
     @property
     def unfinished(self) -> bool:
@@ -64,8 +64,9 @@ class Scheduler:
 
     # --- arrivals and departures ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, held: bool = False) -> None:
-        """Into the queue. A request that cannot be served as asked is refused by a RequestError."""
+    def add(self, request: Request, *, hold: int = 0) -> None:
+        """Into the queue. Raises a RequestError if it cannot be served as asked. `hold`: it is a beam search of so many
+        beams."""
         limits, params = self.limits, request.params
         admission.check(request, limits)
         if request.id in self.requests:
@@ -80,9 +81,13 @@ class Scheduler:
             for index in range(params.n)
         ]
         leader, *leader.siblings = group
-        leader.held = held
         self.requests[request.id] = group
-        self._enqueue(leader)
+        if hold:
+            leader.held = hold
+            self._waiting.put_search(leader)
+            self._start_searches()
+        else:
+            self._enqueue(leader)
         if request.deadline is not None:
             self._deadlines.put(request.deadline, self._arrivals, request.id)
 
@@ -90,7 +95,7 @@ class Scheduler:
         """End a request, or one of its samples, in whatever state it is. Unknown ids have ended already."""
         for sequence in list(self.requests.get(request_id, ())):
             if index in (None, sequence.index):
-                self._end(sequence, reason)
+                self._end(sequence, reason, all_of_it=index is None)
 
     def abort_all(self, error: str) -> list[Update]:
         """End everything, as after a fault: nothing that is kept of it is trusted, all of it starts anew."""
@@ -111,16 +116,20 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         for request_id in self._deadlines.passed(now):
             for sequence in list(self.requests[request_id]):
-                self._end(sequence, "abort", error="the deadline has passed")
+                self._end(sequence, "abort", error="the deadline has passed", all_of_it=True)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> None:
-        """It ends for a reason that no step found."""
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, all_of_it: bool = False
+    ) -> None:
+        """It ends for a reason that no step found. Of a search that ends as a whole one beam gives an update."""
+        if sequence.held and all_of_it and len(self.requests[sequence.request.id]) > 1:
+            return self.drop(sequence)
         update = Update(request_id=sequence.request.id, index=sequence.index)
         update.error, update.policy_version = error, self.policy_version
         self._ended.append(self._finish(sequence, update, reason))
 
     def drop(self, sequence: Sequence) -> None:
-        """Ends a held one that nobody asks after any more; nothing is told of it."""
+        """Ends a beam that does not continue, without an update."""
         self._finish(sequence, Update(request_id=sequence.request.id, index=sequence.index), "abort")
 
     def _finish(self, sequence: Sequence, update: Update, reason: FinishReason) -> Update:
@@ -140,6 +149,9 @@ class Scheduler:
             del self.requests[request.id]
             if request.deadline is not None:
                 self._deadlines.remove(request.deadline, sequence.order[1], request.id)
+            if sequence.held:
+                self._waiting.end_search(sequence)
+                self._start_searches()
         sequence.status = Status.FINISHED
         update.finish_reason = reason
         update.num_cached_tokens = sequence.cached
@@ -158,6 +170,10 @@ class Scheduler:
             if heir.status == Status.RUNNING:
                 self._preempt(heir)  # it has computed the prompt already, and does it again
             heir.scored = heir.scores_told = sequence.scores_told
+
+    def _start_searches(self) -> None:
+        for leader in self._waiting.next_searches():
+            self._enqueue(leader)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
@@ -371,20 +387,23 @@ class Scheduler:
 
     # --- beams ------------------------------------------------------------------------------------------------------
 
+    def sequence(self, request_id: str, index: int) -> Sequence:
+        return next(sequence for sequence in self.requests[request_id] if sequence.index == index)
+
     def extend(self, sequence: Sequence, token: int) -> None:
-        """A held sequence goes on with this token."""
+        """A held sequence continues with this token."""
         sequence.tokens.append(token)
         if sequence.status == Status.BESIDE:
             self._enqueue(sequence)
 
     def branch(self, sequence: Sequence, index: int) -> Sequence:
-        """A twin of a held sequence, to be extended another way."""
+        """A twin of a held sequence, to be extended with another token."""
         request, group = sequence.request, self.requests[sequence.request.id]
         if any(other.index == index for other in group):
             raise RuntimeError(f"request {request.id!r} has a sample {index}")
         order = (*sequence.order[:2], index)
         twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed)
-        twin.held, twin.tokens, twin.told = True, list(sequence.tokens), sequence.told
+        twin.held, twin.tokens, twin.told = sequence.held, list(sequence.tokens), sequence.told
         group.append(twin)
         if sequence.status == Status.RUNNING and self._free_rows:
             self._tables.begin_as(twin, sequence)
@@ -393,5 +412,5 @@ class Scheduler:
 
 
 def _idles(sequence: Sequence) -> bool:
-    """A held one that has told what it sampled and was not told how to go on."""
+    """A held one that gave its candidates and was not extended since."""
     return sequence.told == len(sequence.tokens)

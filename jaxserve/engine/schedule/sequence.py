@@ -93,7 +93,7 @@ class Sequence:
         self.published = 0  # how many of its blocks are shared under these keys
         self.generation = -1  # of the pool, when its KV began to be computed
         self.siblings: list[Sequence] = []  # other samples of the request, until its prompt is computed
-        self.held = False  # sampling stops after each token, until told how to go on: a beam
+        self.held = 0  # above 0: a beam. It stops after each token, until `extend`; its search may take so many rows
         self.told = 0  # how many tokens a held one had when it last told what could follow
         self.scheduled: float | None = None  # when it first got a row, until that is told
 

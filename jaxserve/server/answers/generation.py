@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What completions and chats have in common: from jobs to an answer, whole or streamed. The shapes are theirs."""
+"""What completions and chats have in common: from requests to an answer, whole or streamed. The shapes are theirs."""
 
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from jaxserve.errors import EngineError
-from jaxserve.server import params
+from jaxserve.server import params, requests
 from jaxserve.server.answers.logprobs import TokenNames
 from jaxserve.server.answers.replies import Chunks, Head, Usage, check_sound, json_response
 from jaxserve.server.answers.sse import DONE, EventStream
@@ -18,24 +18,22 @@ from jaxserve.server.errors import ApiError, as_api_error
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.server.state import RECORD, SERVING
 from jaxserve.types.outputs import RequestOutput
-
-if TYPE_CHECKING:
-    from jaxserve.frontend.prepare import Ready
+from jaxserve.types.request import Request
 
 LOG = logging.getLogger("jaxserve.server")
-# An answer with more log-probabilities than this is put together in a thread: it takes longer than a few milliseconds.
+# An answer with more log-probabilities than this is built in a thread: it takes more than a few milliseconds.
 MANY = 2000
 
 type Chunker = Callable[[int, RequestOutput, Usage], bytes]
-"""The events of what one output adds: the job's place, the output, the usage so far."""
+"""The events of what one output adds: the request's position, the output, the usage so far."""
 
 
 class Answer[B: Sampling]:
-    """What is to be answered, and with what."""
+    """What is to be answered, and from what."""
 
-    def __init__(self, request: web.Request, body: B, jobs: "Sequence[Ready]", *, id: str, object: str) -> None:
+    def __init__(self, request: web.Request, body: B, prepared: Sequence[Request], *, id: str, object: str) -> None:
         serving = request.app[SERVING]
-        self.request, self.body, self.jobs, self.serving = request, body, jobs, serving
+        self.request, self.body, self.prepared, self.serving = request, body, prepared, serving
         as_ids = serving.config.return_tokens_as_token_ids
         if body.return_tokens_as_token_ids is not None:
             as_ids = body.return_tokens_as_token_ids
@@ -49,11 +47,11 @@ class Answer[B: Sampling]:
 
 async def whole(answer: Answer[Any], reply: Callable[[list[RequestOutput]], dict[str, Any]]) -> web.Response:
     last: dict[int, RequestOutput] = {}
-    async with aclosing(answer.serving.run(answer.request, answer.jobs)) as outputs:
+    async with aclosing(requests.run(answer.request, answer.prepared)) as outputs:
         async for place, output in outputs:
             check_sound(output)
             last[place] = output
-    ordered = [last[place] for place in range(len(answer.jobs))]
+    ordered = [last[place] for place in range(len(answer.prepared))]
     if _logprobs(ordered) <= MANY:
         return json_response(reply(ordered))
     return await answer.serving.prepare(lambda: json_response(reply(ordered)))
@@ -75,19 +73,19 @@ async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
     except Exception as error:
         if not to_client.started:
             raise
-        told = as_api_error(error)
-        if not isinstance(error, ApiError | EngineError):  # an engine's end is told once, by who watches it
+        shown = as_api_error(error)
+        if not isinstance(error, ApiError | EngineError):  # the end of an engine is logged once, elsewhere
             LOG.error("an answer failed after it had begun", exc_info=error)
-        answer.request[RECORD].error = told.message
-        await to_client.fail(told)
+        answer.request[RECORD].error = shown.message
+        await to_client.fail(shown)
     return await to_client.close()
 
 
 async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) -> Usage:
-    usage = Usage(prompt=sum(len(job.request.prompt_token_ids) for job in answer.jobs))
-    cached = [0] * len(answer.jobs)
-    pace, large = Pace(answer.body.stream_interval or 1), _Large(answer.jobs)
-    async with aclosing(answer.serving.run(answer.request, answer.jobs)) as outputs:
+    usage = Usage(prompt=sum(len(each.prompt_token_ids) for each in answer.prepared))
+    cached = [0] * len(answer.prepared)
+    pace, large = Pace(answer.body.stream_interval or 1), _Large(answer.prepared)
+    async with aclosing(requests.run(answer.request, answer.prepared)) as outputs:
         async for place, output in outputs:
             check_sound(output)
             usage.completion += sum(len(sample.token_ids) for sample in output.outputs)
@@ -104,15 +102,15 @@ async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) 
 
 
 class _Large:
-    """Which of a stream's outputs are put together in a thread."""
+    """Which of a stream's outputs are built in a thread."""
 
-    def __init__(self, jobs: "Sequence[Ready]") -> None:
-        self._jobs = jobs
+    def __init__(self, prepared: Sequence[Request]) -> None:
+        self._prepared = prepared
         self._begun: set[tuple[int, int]] = set()
 
     def takes_long(self, place: int, output: RequestOutput) -> bool:
-        """Whether it holds more than MANY log-probabilities. A prompt's are told with each sample's first tokens."""
-        request = self._jobs[place].request
+        """Whether it holds more than MANY log-probabilities. A prompt's come with each sample's first tokens."""
+        request = self._prepared[place]
         first = {(place, sample.index) for sample in output.outputs} - self._begun
         self._begun |= first
         echoed = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) * len(first)

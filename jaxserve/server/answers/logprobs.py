@@ -5,12 +5,10 @@ Text is taken from tokens, never from the answer: where in it a token begins is 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.outputs import Logprob, PositionLogprobs
-
-if TYPE_CHECKING:
-    from jaxserve.text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no infinity
 
@@ -18,7 +16,7 @@ LEAST = -9999.0  # JSON has no infinity
 class TokenNames:
     """How tokens are written."""
 
-    def __init__(self, tokenizer: "Tokenizer | None", *, as_ids: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool) -> None:
         self.tokenizer = tokenizer
         self._as_ids = as_ids or tokenizer is None
 
@@ -28,13 +26,13 @@ class TokenNames:
         return self.tokenizer.token_text(token)
 
     def bytes_of(self, token: int) -> list[int] | None:
-        """Those of its text in UTF-8, also where they are a part of a character only; None where nobody knows."""
+        """Those of its text in UTF-8, also where they are a part of a character only; None if unknown."""
         found = None if self.tokenizer is None else self.tokenizer.token_bytes(token)
         return None if found is None else list(found)
 
 
 class CompletionLogprobs:
-    """Those of one choice, for as long as it goes on."""
+    """The log-probabilities of one choice, in pieces as its tokens come."""
 
     def __init__(
         self, names: TokenNames, wanted: int, *, after: Sequence[int], skip_special_tokens: bool, spaces: bool
@@ -48,7 +46,7 @@ class CompletionLogprobs:
                 after, skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces
             )
 
-    def add(self, ids: Sequence[int], positions: "Sequence[PositionLogprobs | None]") -> dict[str, Any]:
+    def add(self, ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> dict[str, Any]:
         """The next tokens in OpenAI's shape."""
         names = self._names
         offsets, chances, tops = list[int](), list[float | None](), list[dict[str, float] | None]()
@@ -88,8 +86,8 @@ def _entry(names: TokenNames, token: int, entry: Logprob) -> dict[str, Any]:
 
 
 def prompt_logprobs(
-    names: TokenNames, positions: "Sequence[PositionLogprobs | None] | None"
-) -> "list[dict[str, Any] | None] | None":
+    names: TokenNames, positions: Sequence[PositionLogprobs | None] | None
+) -> list[dict[str, Any] | None] | None:
     """vLLM's: by token id, with ranks; null for the first token."""
     if positions is None:
         return None

@@ -100,8 +100,8 @@ def finish(sample: CompletionOutput) -> bytes:
 
 
 def check_sound(output: RequestOutput) -> None:
-    """Raises what a client is to be told if the engine could not go on with this request."""
+    """Raises the client's error if the engine could not continue this request."""
     for sample in output.outputs:
         if sample.finish_reason == "error":
-            told = one_line(scrubbed(sample.error or "the model gave no usable numbers"), limit=300)
-            raise ApiError(500, f"The engine gave up on this request: {told}.")
+            reason = one_line(scrubbed(sample.error or "the model gave no usable numbers"), limit=300)
+            raise ApiError(500, f"The engine gave up on this request: {reason}.")

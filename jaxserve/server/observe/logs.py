@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxserve.errors import one_line
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.observe.request_record import Record
+from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.sampling_params import SamplingParams
 
@@ -68,14 +68,14 @@ def _shown(value: object) -> str:
 
 
 def request_line(
-    record: Record, *, method: str, path: str, status: int, config: ServerConfig, level: int = logging.INFO
+    record: RequestRecord, *, method: str, path: str, status: int, config: ServerConfig, level: int = logging.INFO
 ) -> None:
     """Log a finished HTTP request."""
     if not LOG.isEnabledFor(level):
         return
     now = time.monotonic()
     shown: dict[str, Any] = {"id": record.id, "status": status, "seconds": now - record.arrival, "error": record.error}
-    if record.jobs:
+    if record.prepared:
         shown |= {
             "prompt_tokens": record.prompt_tokens,
             "cached_tokens": record.cached_tokens,
@@ -85,14 +85,14 @@ def request_line(
             "finish": ",".join(sorted(set(record.finish_reasons))) or "left",
         }
         if config.enable_log_requests:
-            shown["params"] = _differing(record.jobs[0].request.params)
+            shown["params"] = _differing(record.prepared[0].params)
         if config.enable_log_outputs:
-            shown["prompt"] = repr((record.jobs[0].prompt or "")[: config.max_log_len])
+            shown["prompt"] = repr((record.prepared[0].prompt or "")[: config.max_log_len])
             shown["answer"] = repr("".join(record.texts)[: config.max_log_len])
     LOG.log(level, "%s %s", method, one_line(path), extra={"fields": shown})
 
 
-def _pace(record: Record) -> float | None:
+def _pace(record: RequestRecord) -> float | None:
     """Tokens per second after the first."""
     if record.first_token is None or record.last_token is None or record.last_token <= record.first_token:
         return None

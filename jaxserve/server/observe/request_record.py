@@ -3,14 +3,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jaxserve.frontend.prepare import Ready
+from jaxserve.types.request import Request
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """Times are read from the monotonic clock."""
 
     id: str
@@ -22,7 +20,7 @@ class Record:
     first_token: float | None = None
     last_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list[str])
-    jobs: "Sequence[Ready]" = ()
+    prepared: Sequence[Request] = ()  # the requests to the engine
     error: str | None = None  # message of the error response
     texts: list[str] = field(default_factory=list[str])  # generated text, up to the length to log
     text_length: int = 0  # of `texts`, in characters

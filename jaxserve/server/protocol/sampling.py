@@ -16,6 +16,14 @@ from jaxserve.unsupported import GENERATION_FIELDS
 MAX_METADATA = 16
 SENT = tuple(each.name for each in FIELDS if each.sent)
 
+# What would change which answers are the likeliest, with the values that do not.
+NEUTRAL_FOR_BEAMS: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("temperature", "min_p", "presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
+    **dict.fromkeys(("top_p", "repetition_penalty"), (1,)),
+    "top_k": (0, -1),
+    **dict.fromkeys(("logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "prompt_logprobs"), ()),
+}
+
 
 class StreamOptions(Strict):
     include_usage: Annotated[bool | None, Field(description="Send the usage in a last chunk.")] = None
@@ -95,9 +103,13 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
         Field(description="Other types than text are not supported yet."),
         Expected('{"type": "text"}'),
     ] = None
-    use_beam_search: NeverTrue = None
+    use_beam_search: Annotated[
+        bool | None,
+        Field(description="The n likeliest answers that a beam search of width n finds, best first. Not in a stream."),
+    ] = None
     length_penalty: Annotated[
-        float | None, Field(ge=1, le=1, description="Without effect: beam search is not supported yet.")
+        float | None,
+        Field(ge=-100, le=100, description="With use_beam_search: beams rank by log-probability / length ** this."),
     ] = None
 
     return_token_offsets: NeverTrue = None
@@ -117,3 +129,16 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that have a value."""
         return {name: value for name in SENT if (value := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _check_beams(self) -> Self:
+        if self.use_beam_search:
+            if self.stream:
+                raise ValueError("use_beam_search gives nothing before its end; do not stream")
+            for name, neutral in NEUTRAL_FOR_BEAMS.items():
+                if getattr(self, name) not in (None, [], {}, *neutral):
+                    hint = "leave it out" + (f", or set it to {neutral[0]}" if neutral else "")
+                    raise ValueError(f"{name} does not combine with use_beam_search; {hint}")
+        elif self.length_penalty not in (None, 1):
+            raise ValueError("length_penalty ranks beams; set use_beam_search")
+        return self

@@ -173,15 +173,15 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
     """Abort requests: each ends with finish_reason "abort". Ids that are not in flight are ignored."""
     serving = request.app[SERVING]
     body = await _body(request, AbortRequest)
-    front = serving.check_engine()
+    client = serving.check_engine()
     names: list[str] = []
     if body.request_ids is not None:
         wanted = set(body.request_ids)
-        names = [name for name in front.names() if name in wanted or name.rpartition("-")[0] in wanted]
+        names = [name for name in client.names() if name in wanted or name.rpartition("-")[0] in wanted]
         if not names:
             return reply({"aborted": 0})
     try:
-        return reply({"aborted": await front.abort(*names)})
+        return reply({"aborted": await client.abort(*names)})
     except EngineError as error:
         raise serving.lost(error) from None
 

@@ -2,10 +2,11 @@
 """POST /v1/chat/completions: renders messages with the chat template and returns what the model generates."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers import generation
 from jaxserve.server.answers.generation import Answer
@@ -17,9 +18,7 @@ from jaxserve.server.protocol.chat import ChatRequest, Conversation
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING, Serving
 from jaxserve.types.outputs import CompletionOutput, RequestOutput
-
-if TYPE_CHECKING:
-    from jaxserve.frontend.prepare import Intake, Ready
+from jaxserve.types.request import Request
 
 # Fields of OpenAI's message that this server does not fill in.
 EMPTY = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "reasoning": None}
@@ -27,13 +26,13 @@ EMPTY = {"refusal": None, "annotations": None, "audio": None, "function_call": N
 
 async def create(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
-    intake = serving.check_ready().intake
+    preparer = serving.check_ready().preparer
     body = await params.read(request, ChatRequest)
     order = params.order(request, body, kind="chatcmpl", add_special_tokens=False)
-    jobs = await serving.prepare(_jobs, serving, intake, body, order)
+    prepared = await serving.prepare(_prepared, serving, preparer, body, order)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    answer = Answer(request, body, jobs, id=order.name, object=kind)
-    choices = _Choices(answer)
+    answer = Answer(request, body, prepared, id=order.name, object=kind)
+    choices = _ChatChoices(answer)
     if body.stream:
         return await generation.stream(answer, choices.events)
     return await generation.whole(answer, choices.reply)
@@ -56,21 +55,26 @@ def prompt_text(serving: Serving, body: Conversation) -> str:
     )
 
 
-def _jobs(serving: Serving, intake: "Intake", body: ChatRequest, order: Order) -> "list[Ready]":
+def _prepared(serving: Serving, preparer: Preparer, body: ChatRequest, order: Order) -> list[Request]:
     text = prompt_text(serving, body)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted: int | None = getattr(body, field)
+    order = replace(order, max_tokens_field=field)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if body.use_beam_search:
+        most = preparer.limits.max_model_len if wanted is None else wanted
+        return params.prepare_beams(preparer, [text], body, order, max_tokens=most, logprobs=logprobs, field="messages")
     sampling = params.sampling_params(
         body,
-        intake,
+        preparer,
         max_tokens=wanted,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
     )
-    return params.jobs(intake, [text], sampling, replace(order, max_tokens_field=field), field="messages")
+    return params.prepare(preparer, [text], sampling, order, field="messages")
 
 
-class _Choices:
+class _ChatChoices:
     """Builds the choices of a response, whole or as stream events."""
 
     def __init__(self, answer: Answer[ChatRequest]) -> None:

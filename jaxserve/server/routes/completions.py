@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/completions: prompts go on, in one answer or in chunks. Choices go by prompts, then by samples."""
+"""POST /v1/completions: continues prompts, in one answer or in chunks. Choices go by prompt, then by sample."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers import generation
 from jaxserve.server.answers.generation import Answer
@@ -17,27 +18,25 @@ from jaxserve.server.protocol.completion import MAX_CHOICES, CompletionRequest, 
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING
 from jaxserve.types.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-
-if TYPE_CHECKING:
-    from jaxserve.frontend.prepare import Intake, Ready
+from jaxserve.types.request import Request
 
 DEFAULT_MAX_TOKENS = 16
 
 
 async def create(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
-    intake = serving.check_ready().intake
+    preparer = serving.check_ready().preparer
     body = await params.read(request, CompletionRequest)
     order = params.order(request, body, kind="cmpl", add_special_tokens=True)
-    jobs = await serving.prepare(_jobs, intake, body, order)
-    answer = Answer(request, body, jobs, id=order.name, object="text_completion")
-    choices = _Choices(answer)
+    prepared = await serving.prepare(_prepared, preparer, body, order)
+    answer = Answer(request, body, prepared, id=order.name, object="text_completion")
+    choices = _CompletionChoices(answer)
     if body.stream:
         return await generation.stream(answer, choices.events)
     return await generation.whole(answer, choices.reply)
 
 
-def _jobs(intake: "Intake", body: CompletionRequest, order: Order) -> "list[Ready]":
+def _prepared(preparer: Preparer, body: CompletionRequest, order: Order) -> list[Request]:
     prompts = as_list(body.prompt)
     if not prompts:
         raise bad_request("prompt", "the prompt is an empty list", "give at least one prompt")
@@ -46,24 +45,35 @@ def _jobs(intake: "Intake", body: CompletionRequest, order: Order) -> "list[Read
         raise bad_request("n", problem, f"ask for at most {MAX_CHOICES}")
     scores = body.max_tokens == 0
     wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.use_beam_search:
+        if scores:
+            raise bad_request("max_tokens", "max_tokens is 0, which leaves nothing to search", "raise it")
+        if body.echo and body.logprobs is not None:
+            problem = "echo with logprobs needs those of the prompt, which a beam search does not give"
+            raise bad_request("echo", problem, "leave one of them out")
+        return params.prepare_beams(
+            preparer, prompts, body, order, max_tokens=wanted, logprobs=body.logprobs, field="prompt"
+        )
     asked = [each for each in (body.prompt_logprobs, body.logprobs if body.echo else None) if each is not None]
     sampling = params.sampling_params(
         body,
-        intake,
+        preparer,
         max_tokens=max(wanted, 1),
         logprobs=None if scores else body.logprobs,
         prompt_logprobs=-1 if -1 in asked else max(asked, default=None),
     )
-    return params.jobs(intake, prompts, sampling, replace(order, score_only=scores), field="prompt")
+    return params.prepare(preparer, prompts, sampling, replace(order, score_only=scores), field="prompt")
 
 
-class _Choices:
-    """All choices of an answer, as far as they have come."""
+class _CompletionChoices:
+    """All choices of an answer, as they come."""
 
     def __init__(self, answer: Answer[CompletionRequest]) -> None:
         self._answer, self._body, self._names = answer, answer.body, answer.names
         self._begun: dict[tuple[int, int], CompletionLogprobs | None] = {}
-        self._prompts: dict[int, list[PositionLogprobs | None]] = {}  # their log-probabilities, told once for all n
+        self._prompts: dict[
+            int, list[PositionLogprobs | None]
+        ] = {}  # their log-probabilities, which come once for all n
 
     def _news(self, place: int, output: RequestOutput, sample: CompletionOutput) -> tuple[str, dict[str, Any] | None]:
         """The text and log-probabilities that this output adds, with the prompt's before them if it is echoed."""
@@ -91,7 +101,7 @@ class _Choices:
         return CompletionLogprobs(self._names, body.logprobs, after=after, skip_special_tokens=skip, spaces=spaces)
 
     def _prompt(self, place: int, output: RequestOutput) -> str:
-        text, tokenizer = self._answer.jobs[place].prompt, self._names.tokenizer
+        text, tokenizer = self._answer.prepared[place].prompt, self._names.tokenizer
         if text is not None or tokenizer is None:
             return text or ""
         skip = self._body.skip_special_tokens is not False
@@ -104,12 +114,14 @@ class _Choices:
         choices: list[dict[str, Any]] = []
         body = self._body
         for place, output in enumerate(outputs):
-            told = prompt_logprobs(self._names, output.prompt_logprobs if body.prompt_logprobs is not None else None)
+            of_prompt = prompt_logprobs(
+                self._names, output.prompt_logprobs if body.prompt_logprobs is not None else None
+            )
             for sample in output.outputs:
                 text, logprobs = self._news(place, output, sample)
                 shape: dict[str, Any] = {"index": self._index(place, sample), "text": text, "logprobs": logprobs}
                 shape |= {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
-                shape["prompt_logprobs"] = told
+                shape["prompt_logprobs"] = of_prompt
                 if body.return_token_ids:
                     shape |= {"token_ids": sample.token_ids, "prompt_token_ids": output.prompt_token_ids}
                 choices.append(shape)

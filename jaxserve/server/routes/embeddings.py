@@ -4,12 +4,13 @@
 import base64
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from aiohttp import web
 
-from jaxserve.server import params
+from jaxserve.frontend.prepare import Preparer
+from jaxserve.server import params, requests
 from jaxserve.server.answers.replies import check_sound, json_response
 from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.params import Order
@@ -18,35 +19,33 @@ from jaxserve.server.protocol.others import EmbeddingRequest
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING
 from jaxserve.types.outputs import RequestOutput
+from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from jaxserve.frontend.prepare import Intake, Ready
 
 
 async def create(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
-    intake = serving.check_ready().intake
+    preparer = serving.check_ready().preparer
     body = await params.read(request, EmbeddingRequest)
     order = params.order(request, body, kind="embd", add_special_tokens=True)
-    jobs = await serving.prepare(_jobs, intake, body, replace(order, embed=True))
+    prepared = await serving.prepare(_prepared, preparer, body, replace(order, embed=True))
     last: dict[int, RequestOutput] = {}
-    at_once = intake.limits.max_num_queued_reqs or len(jobs)  # never more than the queue holds
-    for begin in range(0, len(jobs), at_once):
-        async with aclosing(serving.run(request, jobs[begin : begin + at_once])) as outputs:
+    at_once = preparer.limits.max_num_queued_reqs or len(prepared)  # never more than the queue holds
+    for begin in range(0, len(prepared), at_once):
+        async with aclosing(requests.run(request, prepared[begin : begin + at_once])) as outputs:
             async for place, output in outputs:
                 check_sound(output)
                 last[begin + place] = output
-    reply = await serving.prepare(_reply, body, [last[place] for place in range(len(jobs))])
+    reply = await serving.prepare(_reply, body, [last[place] for place in range(len(prepared))])
     return json_response({"id": order.name, "model": params.model_name(serving, body), **reply})
 
 
-def _jobs(intake: "Intake", body: EmbeddingRequest, order: Order) -> "list[Ready]":
+def _prepared(preparer: Preparer, body: EmbeddingRequest, order: Order) -> list[Request]:
     prompts = as_list(body.input)
     if not prompts:
         raise bad_request("input", "input is an empty list", "send at least one item")
     sampling = SamplingParams(max_tokens=1, detokenize=False)
-    return params.jobs(intake, prompts, sampling, order, field="input")
+    return params.prepare(preparer, prompts, sampling, order, field="input")
 
 
 def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ async def one(request: web.Request) -> web.Response:
 
 
 def _card(serving: Serving, name: str) -> dict[str, Any]:
-    longest = None if serving.front is None else serving.front.intake.limits.max_model_len
+    longest = None if serving.client is None else serving.client.preparer.limits.max_model_len
     return {
         "id": name,
         "object": "model",

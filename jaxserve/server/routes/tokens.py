@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """POST /tokenize and /detokenize: text or messages to token ids, and back."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from jaxserve.errors import RequestError
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers.replies import json_response
 from jaxserve.server.errors import bad_request
@@ -13,10 +14,7 @@ from jaxserve.server.protocol.others import DetokenizeRequest, TokenizeRequest
 from jaxserve.server.routes.chat import prompt_text
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING, Serving
-
-if TYPE_CHECKING:
-    from jaxserve.frontend.prepare import Intake
-    from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer
 
 # Tokenizing this much takes up to three seconds. Clients send longer texts in pieces.
 MAX_CHARACTERS = 2**20
@@ -24,25 +22,25 @@ MAX_CHARACTERS = 2**20
 
 async def tokenize(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
-    intake = serving.check_ready().intake
+    preparer = serving.check_ready().preparer
     body = await params.read(request, TokenizeRequest)
-    return json_response(await serving.prepare(_tokens, serving, intake, body))
+    return json_response(await serving.prepare(_tokens, serving, preparer, body))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
-    intake = serving.check_ready().intake
+    preparer = serving.check_ready().preparer
     body = await params.read(request, DetokenizeRequest)
-    return json_response(await serving.prepare(_text, serving, intake, body.tokens))
+    return json_response(await serving.prepare(_text, serving, preparer, body.tokens))
 
 
-def _tokenizer(serving: Serving) -> "Tokenizer":
+def _tokenizer(serving: Serving) -> Tokenizer:
     if serving.tokenizer is None:
         raise bad_request(None, "this server has no tokenizer", "start the server with --tokenizer")
     return serving.tokenizer
 
 
-def _tokens(serving: Serving, intake: "Intake", body: TokenizeRequest) -> dict[str, Any]:
+def _tokens(serving: Serving, preparer: Preparer, body: TokenizeRequest) -> dict[str, Any]:
     tokenizer = _tokenizer(serving)
     field = "messages" if body.prompt is None else "prompt"
     text = prompt_text(serving, body) if body.prompt is None else body.prompt
@@ -55,15 +53,15 @@ def _tokens(serving: Serving, intake: "Intake", body: TokenizeRequest) -> dict[s
     except RequestError as error:
         raise RequestError(field, error.problem, error.hint) from None
     names = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
-    return {"count": len(ids), "max_model_len": intake.limits.max_model_len, "tokens": ids, "token_strs": names}
+    return {"count": len(ids), "max_model_len": preparer.limits.max_model_len, "tokens": ids, "token_strs": names}
 
 
-def _text(serving: Serving, intake: "Intake", ids: list[int]) -> dict[str, str]:
+def _text(serving: Serving, preparer: Preparer, ids: list[int]) -> dict[str, str]:
     tokenizer = _tokenizer(serving)
-    most = max(MAX_CHARACTERS // 8, intake.limits.max_model_len)
+    most = max(MAX_CHARACTERS // 8, preparer.limits.max_model_len)
     if len(ids) > most:
         raise bad_request("tokens", f"tokens has {len(ids)} ids", f"send at most {most} per request")
-    known = max(tokenizer.vocab_size, intake.limits.vocab_size)
+    known = max(tokenizer.vocab_size, preparer.limits.vocab_size)
     bad = next((token for token in ids if not 0 <= token < known), None)
     if bad is not None:
         shown = bad if abs(bad) < 2**64 else "with more than 64 bits"

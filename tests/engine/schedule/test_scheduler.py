@@ -346,7 +346,7 @@ def test_kv_memory_is_at_most_four_percent_above_the_tokens_held() -> None:
 def test_a_beam_waits_to_be_told() -> None:
     """Sampled tokens of a held sequence are never fed to it."""
     engine = FakeEngine(limits(), depth=2)
-    engine.add(request("a", [1, 2, 3], temperature=0, logprobs=1), held=True)
+    engine.add(request("a", [1, 2, 3], temperature=0, logprobs=1), hold=2)
     [sequence] = engine.sequences()
     for _ in range(5):
         engine.turn()

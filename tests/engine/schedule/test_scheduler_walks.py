@@ -179,7 +179,7 @@ class Beams:
 
     def __init__(self, engine: FakeEngine, prompt: list[int], *, width: int, rounds: int, seed: int) -> None:
         self.engine, self.width, self.rounds, self.draws = engine, width, rounds, random.Random(seed)
-        engine.add(request("beams", prompt, temperature=0, logprobs=2, max_tokens=rounds + 1), held=True)
+        engine.add(request("beams", prompt, temperature=0, logprobs=2, max_tokens=rounds + 1), hold=width)
         self.beams: dict[int, Sequence] = {0: engine.scheduler.requests["beams"][0]}
         self.told: set[int] = set()
         self.next_index = 1

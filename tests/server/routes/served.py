@@ -70,8 +70,8 @@ class Served(Client):
         state = SimpleNamespace(phase="ready", detail="", done=0, total=0, error=None)
         engine = SimpleNamespace(state=state, stats=None, pid=None)
         self.serving = serving = Serving(self._config, cast(Any, engine), metrics=Metrics("jaxserve", MODEL))
-        front = self.llm._front  # pyright: ignore[reportPrivateUsage]
-        serving.front, serving.tokenizer = front, front.intake.tokenizer
+        front = self.llm._client  # pyright: ignore[reportPrivateUsage]
+        serving.client, serving.tokenizer = front, front.preparer.tokenizer
         runner = web.AppRunner(make_app(serving), handler_cancellation=True, access_log=None, shutdown_timeout=1)
         await runner.setup()
         assert runner.server is not None
@@ -92,5 +92,5 @@ class Served(Client):
         return self._client
 
     def in_flight(self) -> int:
-        assert self.serving.front is not None
-        return len(self.serving.front.names())
+        assert self.serving.client is not None
+        return len(self.serving.client.names())

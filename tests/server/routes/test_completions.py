@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """/v1/completions as OpenAI's own client sees it, against the model computed densely."""
 
+import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ import openai
 import pytest
 from openai.types import Completion
 
+from jaxserve.types.sampling_params import BeamSearchParams
+from tests.server.routes.checks import check_error
 from tests.server.routes.served import Served, flat
 from tests.tiny_llm import Reference
 
@@ -300,3 +303,47 @@ def test_ids_of_answers(served: Served) -> None:
     for wild in ("a b<c>\t", "é", "x" * 4000):
         id = served.post("/v1/completions", body, X_Request_Id=wild).json["id"]
         assert id.isascii() and id.isprintable() and len(id) <= 80 and " " not in id and "<" not in id
+
+
+# --- beams ----------------------------------------------------------------------------------------------------------
+
+
+def test_beams_are_those_of_the_python_api(served: Served) -> None:
+    ids = ids_of(served, PROMPT)
+    params = BeamSearchParams(beam_width=3, max_tokens=6, length_penalty=0.5, ignore_eos=True)
+    expected = asyncio.run(served.llm.beam_search(ids, params)).sequences
+    body = {"prompt": [PROMPT, ids], "n": 3, "max_tokens": 6, "length_penalty": 0.5, "ignore_eos": True}
+    body |= {"use_beam_search": True, "temperature": 0, "logprobs": 2, "return_token_ids": True}
+    answer = served.post("/v1/completions", body).json
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    for choice, beam in zip(answer["choices"], 2 * expected, strict=True):
+        assert choice["token_ids"] == beam.tokens[len(ids) :] and choice["finish_reason"] == beam.finish_reason
+        assert sum(choice["logprobs"]["token_logprobs"]) == pytest.approx(beam.cum_logprob, abs=1e-3)
+        assert all(2 <= len(top) <= 3 for top in choice["logprobs"]["top_logprobs"])
+        assert text_of(served, ids) + choice["text"] == text_of(served, beam.tokens)
+    assert answer["usage"]["completion_tokens"] == 36
+    chat = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "max_tokens": 4, "use_beam_search": True}
+    choices = served.post("/v1/chat/completions", chat).json["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1] and choices[0] != choices[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream": True}, "use_beam_search"),
+        *(({name: 0.5}, name) for name in ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty")),
+        *(({name: 2}, name) for name in ("top_k", "min_tokens", "prompt_logprobs")),
+        *(
+            ({"stop": "a"}, "stop"),
+            ({"logit_bias": {"5": 1}}, "logit_bias"),
+            ({"stop_token_ids": [5]}, "stop_token_ids"),
+        ),
+        *(({"n": 5}, "n"), ({"n": 0}, "n"), ({"logprobs": 9}, "logprobs"), ({"echo": True, "logprobs": 1}, "echo")),
+        *(({"max_tokens": 0, "echo": True}, "max_tokens"), ({"length_penalty": 1000}, "length_penalty")),
+        ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),
+    ],
+    ids=repr,
+)
+def test_what_does_not_combine_with_beams(served: Served, fields: dict[str, Any], param: str) -> None:
+    body = {"prompt": "hello", "max_tokens": 2, "use_beam_search": True, **fields}
+    check_error(served.post("/v1/completions", body), 400, param)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import EngineError, OverloadedError, RequestError
-from jaxserve.frontend.prepare import Intake
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.errors import ApiError, as_api_error, scrubbed
 from jaxserve.server.params import Order
@@ -168,7 +168,7 @@ def test_nothing_of_this_machine_is_told() -> None:
 # --- jobs -----------------------------------------------------------------------------------------------------------
 
 
-def intake(vocab_size: int) -> Intake:
+def intake(vocab_size: int) -> Preparer:
     limits = Limits(
         vocab_size=vocab_size,
         max_model_len=64,
@@ -178,26 +178,26 @@ def intake(vocab_size: int) -> Intake:
         num_blocks=64,
         max_logprobs=4,
     )
-    return Intake(tokenizers.load(TOKENIZER), limits)
+    return Preparer(tokenizers.load(TOKENIZER), limits)
 
 
 def test_a_tokenizer_that_knows_more_than_the_model() -> None:
     """Its added tokens have no row in the embedding: text that holds one is refused, before any device reads it."""
     small, order = intake(420), Order(name="cmpl-x", add_special_tokens=False)
     with pytest.raises(RequestError, match="prompt holds the token id 42"):
-        params.jobs(small, ["a<|eot_id|>b"], SamplingParams(), order, field="prompt")
+        params.prepare(small, ["a<|eot_id|>b"], SamplingParams(), order, field="prompt")
     with pytest.raises(RequestError) as caught:
-        params.jobs(small, ["a"], SamplingParams(allowed_token_ids=[420]), order, field="prompt")
+        params.prepare(small, ["a"], SamplingParams(allowed_token_ids=[420]), order, field="prompt")
     assert caught.value.field == "allowed_token_ids"
-    assert params.jobs(small, ["ab"], SamplingParams(), order, field="prompt")
+    assert params.prepare(small, ["ab"], SamplingParams(), order, field="prompt")
 
 
 def test_jobs_are_told_apart_under_the_same_name() -> None:
     order = Order(name="cmpl-a-b")
-    made = params.jobs(intake(426), ["a", "b"], SamplingParams(), order, field="prompt")
-    made += params.jobs(intake(426), ["a"], SamplingParams(), order, field="prompt")
-    assert [job.request.id.rpartition("-")[0] for job in made] == ["cmpl-a-b"] * 3
-    assert made[0].request.id != made[1].request.id
+    made = params.prepare(intake(426), ["a", "b"], SamplingParams(), order, field="prompt")
+    made += params.prepare(intake(426), ["a"], SamplingParams(), order, field="prompt")
+    assert [each.id.rpartition("-")[0] for each in made] == ["cmpl-a-b"] * 3
+    assert made[0].id != made[1].id
 
 
 # --- the document ---------------------------------------------------------------------------------------------------

@@ -191,8 +191,6 @@ def test_values_out_of_range(served: Served, fields: dict[str, Any], param: str 
 LATER = {
     "suffix": "x",
     "prompt_embeds": "AAAA",
-    "use_beam_search": True,
-    "length_penalty": 2.0,
     "response_format": {"type": "json_object"},
     "structured_outputs": {"json": {}},
     "guided_json": {},
