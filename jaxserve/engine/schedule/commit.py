@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step's result says of one sequence: its next token, why it ends, log-probabilities, its embedding. Changes
-nobody else.
+"""Applies a step's result to one sequence: its next token, why it ends, log-probabilities, its embedding. Changes no
+other sequence.
 """
 
 from collections.abc import Set
@@ -13,7 +13,7 @@ from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 def sampled(
     sequence: Sequence, result: StepResult, entry: int, update: Update, ends_of_text: Set[int]
 ) -> FinishReason | None:
-    """Takes the token of this row of logits, if it is not for others to choose; whether the sequence ends by it."""
+    """Appends the token of this row of logits, unless the sequence is held. Returns why it ends by it, if it does."""
     params, token = sequence.request.params, result.tokens[entry]
     sequence.pending -= 1
     if params.logprobs is not None:
@@ -33,7 +33,7 @@ def sampled(
 
 
 def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
-    """Log-probabilities of the prompt tokens that the slice scores; the rows of logits begin with this one."""
+    """Log-probabilities of the prompt tokens that the slice scores. `first`: their first row of logits."""
     wanted = slice.sequence.request.params.prompt_logprobs or 0
     return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
 
@@ -45,7 +45,7 @@ def embedding(result: StepResult, entry: int) -> bytes:
 
 
 def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs:
-    """With the `wanted` likeliest tokens, -1 for all: other rows of the step may want more than this one."""
+    """With the `wanted` likeliest tokens, -1 for all. The result may hold more, for other rows of the step."""
     logprobs, ranks = result.logprobs, result.ranks
     if logprobs is None or ranks is None:
         raise RuntimeError("the step computed no log-probabilities, and a row wants them")

@@ -92,13 +92,13 @@ class Scheduler:
             self._deadlines.put(request.deadline, self._arrivals, request.id)
 
     def abort(self, request_id: str, *, index: int | None = None, reason: FinishReason = "abort") -> None:
-        """End a request, or one of its samples, in whatever state it is. Unknown ids have ended already."""
+        """Ends a request, or one of its samples, in any state. Unknown ids have ended already."""
         for sequence in list(self.requests.get(request_id, ())):
             if index in (None, sequence.index):
                 self._end(sequence, reason, all_of_it=index is None)
 
     def abort_all(self, error: str) -> list[Update]:
-        """End everything, as after a fault: nothing that is kept of it is trusted, all of it starts anew."""
+        """Ends everything after a fault. No state is trusted: queues, rows and blocks start empty."""
         for sequence in (sequence for group in self.requests.values() for sequence in group):
             update = Update(request_id=sequence.request.id, index=sequence.index, finish_reason="error", error=error)
             update.num_cached_tokens, update.policy_version = sequence.cached, self.policy_version
@@ -109,7 +109,7 @@ class Scheduler:
         return self.take_ended()
 
     def take_ended(self) -> list[Update]:
-        """Ends that no step brought about."""
+        """Ends for other reasons than a step's result."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -121,7 +121,7 @@ class Scheduler:
     def _end(
         self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, all_of_it: bool = False
     ) -> None:
-        """It ends for a reason that no step found. Of a search that ends as a whole one beam gives an update."""
+        """Ends it for another reason than a step's result. If a whole search ends, one of its beams gives an update."""
         if sequence.held and all_of_it and len(self.requests[sequence.request.id]) > 1:
             return self.drop(sequence)
         update = Update(request_id=sequence.request.id, index=sequence.index)
@@ -159,7 +159,7 @@ class Scheduler:
         return update
 
     def _hand_on(self, sequence: Sequence, group: list[Sequence]) -> None:
-        """What it was to do for the others of its request: to compute their prompt, to tell how likely it is."""
+        """Gives its duties to another sample of its request: to compute the prompt, to give its log-probabilities."""
         if sequence.siblings:
             leader, *leader.siblings = sequence.siblings
             sequence.siblings = []
@@ -213,7 +213,7 @@ class Scheduler:
         draft = Draft()
         self._admit(draft, self._go_on(draft))
         while not draft.tokens and self._waiting and self.running and all(map(_idles, self.running)):
-            # Beams that wait for one that has no room: nobody would ever give any up.
+            # All rows are held by beams that wait for a beam without a row, which none of them would give up.
             self._preempt(self.running[-1])
             self._admit(draft, [])
         if not draft.tokens:

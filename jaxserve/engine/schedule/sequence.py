@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's state of one sample of a request. Only the scheduler changes it; nobody else keeps one.
+"""The host's state of one sample of a request. Only the scheduler changes and keeps it.
 
 tokens    the prompt and what was generated, as far as the host knows it
 pending   tokens after those that steps in flight are sampling
@@ -17,7 +17,9 @@ from jaxserve.types.request import Request
 
 class Status(IntEnum):
     WAITING = 0
-    BESIDE = 1  # in no queue: another sample of its request computes the prompt, or it is held and without a row
+    BESIDE = (
+        1  # in no queue: another sample computes the prompt, or it is held and has no row, or a search waits to begin
+    )
     RUNNING = 2
     FINISHED = 3
 
@@ -94,7 +96,7 @@ class Sequence:
         self.generation = -1  # of the pool, when its KV began to be computed
         self.siblings: list[Sequence] = []  # other samples of the request, until its prompt is computed
         self.held = 0  # above 0: a beam. It stops after each token, until `extend`; its search may take so many rows
-        self.told = 0  # how many tokens a held one had when it last told what could follow
+        self.told = 0  # how many tokens a held one had when it last gave its candidates
         self.scheduled: float | None = None  # when it first got a row, until that is told
 
     @property
@@ -109,7 +111,7 @@ class Sequence:
 
 
 def order_of(sequence: Sequence) -> tuple[int, int, int]:
-    """Whose turn is before whose: priority, arrival, which of the samples."""
+    """The order of scheduling: priority, arrival, index of the sample."""
     return sequence.order
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who waits for a row, in the order of their turn, and who may wait; whose time runs out when.
+"""The queue for rows, with its limits and the turns of beam searches; the deadlines of requests.
 
-Both hold what lives and nothing else: whoever leaves is taken out at once. Lists kept in order do that; moving their
-tails by memmove costs 20 us with 100,000 waiting.
+Both hold only what has not ended: entries are removed at once. Sorted lists do that; moving their tails by memmove
+costs 20 us with 100,000 entries.
 """
 
 from bisect import bisect_left, insort
@@ -34,7 +34,7 @@ class Waiting:
         return self._queue[0]
 
     def check_room(self, tokens: int) -> None:
-        """Whether one more request with so long a prompt may wait."""
+        """Raises an OverloadedError if one more request with so long a prompt may not wait."""
         count, most = self.count, self._limits.max_num_queued_reqs
         if most is not None and count >= most:
             problem = f"{count} requests are waiting, at most {most} may (max_num_queued_reqs)"
@@ -81,7 +81,7 @@ class Waiting:
 
 class Deadlines:
     def __init__(self) -> None:
-        self._next: list[tuple[float, int, str]] = []  # when, the number of the arrival, whose
+        self._next: list[tuple[float, int, str]] = []  # deadline, number of the arrival, request id
 
     def __len__(self) -> int:
         return len(self._next)
@@ -93,6 +93,6 @@ class Deadlines:
         del self._next[bisect_left(self._next, (deadline, arrival, request_id))]
 
     def passed(self, now: float) -> list[str]:
-        """The requests whose time is over; they stay until they are removed."""
+        """The requests past their deadline; they stay until they are removed."""
         count = bisect_left(self._next, (now, float("inf"), ""))
         return [request_id for _, _, request_id in self._next[:count]]
