@@ -165,7 +165,7 @@ def prepare_beams(
     given = _given(body, "length_penalty", "include_stop_str_in_output", "ignore_eos")
     shown = _given(body, "skip_special_tokens", "spaces_between_special_tokens")
     try:
-        search = BeamSearchParams(beam_width=body.n or 1, max_tokens=max_tokens, **given)
+        search = BeamSearchParams(beam_width=1 if body.n is None else body.n, max_tokens=max_tokens, **given)
         detokenize = preparer.tokenizer is not None
         sampling = beams.sampling_params(search, logprobs=logprobs, detokenize=detokenize, **shown)
         return prepare(preparer, prompts, sampling, replace(order, beam_search=search), field=field)

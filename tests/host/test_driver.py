@@ -47,11 +47,11 @@ class Walk:
         self._turns -= 1
         if self._turns > 0 and self._draws.random() < 0.6:
             prompt, width = self._draws.choice(PROMPTS), self._draws.randrange(5)
-            preparer, late = self._llm._preparer, {"deadline": 0.0} if self._draws.random() < 0.05 else {}
+            preparer, deadline = self._llm._preparer, 0.0 if self._draws.random() < 0.05 else None
             if width:
-                request = preparer.prepare_beams(prompt, search(width), **late)
+                request = preparer.prepare_beams(prompt, search(width), deadline=deadline)
             else:
-                request = preparer.prepare(prompt, PLAIN, **late)
+                request = preparer.prepare(prompt, PLAIN, deadline=deadline)
             self._llm._driver.add(request)
             self.requests[request.id] = request
             self._builders[request.id] = OutputBuilder(preparer.tokenizer, request)

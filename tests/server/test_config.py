@@ -53,7 +53,7 @@ from tests.server.fake_engine import FakeEngine
         {"keep_alive_timeout": float("inf")},
         {"header_timeout": 0},
         {"watchdog_timeout": None},
-        {"tokenizer_threads": 1},
+        {"tokenizer_workers": 1},
         {"max_body_bytes": 0},
         {"ssl_keyfile": "key.pem"},
         {"enable_log_outputs": True},

@@ -312,7 +312,7 @@ def test_beams_are_those_of_the_python_api(served: Served) -> None:
     ids = ids_of(served, PROMPT)
     params = BeamSearchParams(beam_width=3, max_tokens=6, length_penalty=0.5, ignore_eos=True)
     expected = asyncio.run(served.llm.beam_search(ids, params)).sequences
-    body = {"prompt": [PROMPT, ids], "n": 3, "max_tokens": 6, "length_penalty": 0.5, "ignore_eos": True}
+    body = {"prompt": [PROMPT, PROMPT], "n": 3, "max_tokens": 6, "length_penalty": 0.5, "ignore_eos": True}
     body |= {"use_beam_search": True, "temperature": 0, "logprobs": 2, "return_token_ids": True}
     answer = served.post("/v1/completions", body).json
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
