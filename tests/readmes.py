@@ -20,7 +20,7 @@ from jaxserve.types.sampling_params import FIELDS
 ROOT = Path(__file__).parents[1]
 READMES = (
     *("README.md", "jaxserve/README.md", "jaxserve/server/README.md", "jaxserve/deploy/README.md"),
-    *("convert/README.md", "benchmarks/README.md", "tests/README.md"),
+    *("convert/README.md", "pallas_kernels/README.md", "benchmarks/README.md", "tests/README.md"),
 )
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

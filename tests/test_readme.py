@@ -102,7 +102,8 @@ def run_example(readme: str, *, mentions: str) -> dict[str, Any]:
 
 
 def test_every_example_is_run() -> None:
-    counts = {name: len(readmes.examples(name)) for name in readmes.READMES}
+    elsewhere = "pallas_kernels/README.md"  # tests/pallas_kernels/test_readme.py runs them all
+    counts = {name: len(readmes.examples(name)) for name in readmes.READMES if name != elsewhere}
     assert {name: count for name, count in counts.items() if count} == {"README.md": 4, "convert/README.md": 1}
 
 
