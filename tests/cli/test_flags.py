@@ -225,7 +225,8 @@ def test_wrong_values_in_python(wrong: dict[str, Any], problem: str, hint: str) 
 
 
 def test_right_values_in_python() -> None:
-    found = Ranges(count=9, size=64, share=0.1, rate=float("inf"), **{"names": ["a"]})
+    names: Any = ["a"]
+    found = Ranges(count=9, size=64, share=0.1, rate=float("inf"), names=names)
     assert found.names == ("a",)
 
 
