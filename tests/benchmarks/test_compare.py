@@ -67,7 +67,7 @@ def test_bodies_are_chats_or_prompts() -> None:
 
 
 def test_a_server_that_is_not_there_is_told() -> None:
-    with pytest.raises(SystemExit, match=r"^error: nothing answers at http://127\.0\.0\.1:1; start a server"):
+    with pytest.raises(SystemExit, match=r"^error: cannot connect to http://127\.0\.0\.1:1; start a server"):
         serving.model_of("http://127.0.0.1:1", None)
 
 

@@ -319,12 +319,12 @@ def test_sets_of_inputs_differ_and_exceed_the_cache() -> None:
     case = decode_case(models.LLAMA_8B, 8, 1024)
     arrays = case.abstract()
     assert len(arrays.sets) * case.bytes > timing.BEYOND_CACHE
-    tables = np.concatenate([np.asarray(t) for t in _walks(case)])
+    tables = np.concatenate([np.asarray(ragged.block_tables) for ragged in _walks(case)])
     assert np.unique(tables).size == tables.size
 
 
 def _walks(case: timing.Timed) -> Any:
-    """The block tables, from arrays made with a stand-in for the pool."""
+    """The batches, from arrays made with a stand-in for the pool."""
     return case.arrays((jnp.zeros(()),) * 2).sets
 
 

@@ -77,7 +77,7 @@ def test_the_client_notes_when_there_was_news() -> None:
 
 @pytest.mark.parametrize(
     ("parts", "told"),
-    [((b"HTTP/1.1 503 Service Unavailable\r\n\r\n",), "503"), ((HEAD, b'data: {"a": 1}\n\n'), "before its time")],
+    [((b"HTTP/1.1 503 Service Unavailable\r\n\r\n",), "503"), ((HEAD, b'data: {"a": 1}\n\n'), "ended early")],
 )
 def test_the_client_takes_no_half_answer(parts: tuple[bytes, ...], told: str) -> None:
     with saying(*parts) as port, pytest.raises(SystemExit, match=told):

@@ -31,5 +31,5 @@ def test_the_table_has_medians() -> None:
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"the server ended with code 1: error: .*no folder"):
+    with pytest.raises(SystemExit, match=r"the server ended with code 1: error: folder .* does not exist"):
         startup.once(tmp_path / "none", tmp_path, [])

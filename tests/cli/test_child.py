@@ -16,7 +16,7 @@ SCRIPT = """
 import sys
 from jaxserve.config import ConfigError
 from jaxserve.errors import EngineError
-from jaxserve.process import child
+from jaxserve.host import child
 def fails(*_):
     error = {error}
     error.__cause__ = {cause}

@@ -241,7 +241,7 @@ def test_killed_half_way(source: Path, tmp_path: Path, convert: Callable[..., Ru
     command = [sys.executable, "-c", STOPS, "convert", str(source), str(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "half way\n"
-        user_error(convert(source, place), "another conversion is writing", "wait for it")
+        user_error(convert(source, place), "another conversion is writing", "wait until it ends")
         process.kill()
     only(tmp_path, "source", "new.converting")
     assert convert(source, place).code == 0
@@ -268,7 +268,7 @@ def test_ctrl_c(source: Path, tmp_path: Path, convert: Callable[..., Run], monke
 def test_no_room(source: Path, tmp_path: Path, convert: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6, free=1000))
-        user_error(convert(source, tmp_path / "new"), "needs 1 MB, and its disk has 0 MB free")
+        user_error(convert(source, tmp_path / "new"), "needs 1 MB, but its disk has 0 MB free")
     only(tmp_path, "source")
 
 

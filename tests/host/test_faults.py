@@ -188,10 +188,10 @@ def test_a_stop_while_it_starts_does_not_wait(config: EngineConfig) -> None:
 PARENT = """
 import sys, time
 from jaxserve.config import EngineConfig
-from jaxserve.process import wire
+from jaxserve.frontend import wire
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.types.request import Request
-from tests.process import living
+from tests.host import living
 config = EngineConfig(model=sys.argv[1], **living.OPTIONS)
 engine = EngineProcess(config, command=living.faulty(sys.argv[2]), watchdog=3)
 engine.start()
