@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests in, tokens out. Host files say what to run, device files run it."""
+"""The engine turns requests into tokens: schedule/ decides what each step computes, execute/ runs it on the devices."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of steps that are compiled before the engine is ready; a step is padded to the smallest that holds it.
+"""The step sizes that are compiled before the engine is ready; a step is padded to the smallest one that fits it.
 
 rows    of decoding steps, and of logits: 1 2 4 8 16 32 64 96 128 192 256 384 ...
-tokens  of steps that compute chunks of prompts: the same, from 64
+tokens  of steps with prompt chunks: the same, from 64
 """
 
 from bisect import bisect_left
@@ -13,7 +13,7 @@ SMALLEST_MIXED = 64
 
 
 def ladder(top: int) -> tuple[int, ...]:
-    """From 64 on, each size is at most 1.5 times the one before; the last is `top` itself."""
+    """Sizes up to `top`: powers of two, and from 64 on also 1.5 times each. The last is `top` itself."""
     steps = [1, 2, 4, 8, 16, 32]
     while steps[-1] < top:
         power = 1 << (steps[-1].bit_length() - 1)
@@ -22,27 +22,27 @@ def ladder(top: int) -> tuple[int, ...]:
 
 
 def fitting(steps: tuple[int, ...], size: int) -> int:
-    """The smallest that holds `size`."""
+    """The smallest step that is at least `size`."""
     return steps[bisect_left(steps, size)]
 
 
 def default_score_rows(tokens: int) -> int:
-    """How many prompt tokens a step of `tokens` scores. Few: for the others the last layer computes only their KV."""
+    """How many prompt tokens a step can score. Few, since the last layer computes only the KV of all other tokens."""
     return min(tokens, max(64, min(tokens // 8, 256)))
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """All sizes that are compiled, each ladder in rising order."""
+    """All compiled sizes, each ladder in ascending order."""
 
     decode: tuple[int, ...]  # rows, each with one token
     mixed: tuple[int, ...]  # tokens
     heads: tuple[int, ...]  # rows of logits
-    scoring_heads: tuple[int, ...]  # the same for variants that take longest to compile: coarser
+    scoring_heads: tuple[int, ...]  # the same, but coarser, for the variants that take longest to compile
 
     @classmethod
     def of(cls, rows: int, tokens: int, score_rows: int | None = None) -> Self:
-        """For `rows` sequences at once, `tokens` in a step, and `score_rows` prompt tokens scored in a step."""
+        """For `rows` concurrent sequences, `tokens` in a step, and `score_rows` prompt tokens scored in a step."""
         entries = rows + (default_score_rows(tokens) if score_rows is None else score_rows)
         decode = ladder(rows)
         heads = (*decode, entries)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How big everything in an engine is: `resolve` works it out from the settings, the model and the devices' memory.
+"""The sizes of everything in an engine: `resolve` computes them from the settings, the model and the devices' memory.
 
-Plain arithmetic: no device is asked, nothing is compiled, jax is not imported. The engine, `jaxserve check` and the
-checks before a start all call it. What the engine learns later, such as the memory that the largest compiled step
-takes, it puts into `Memory` and calls `resolve` again.
+Plain arithmetic: it queries no device, compiles nothing and does not import jax. The engine, `jaxserve check` and the
+checks before startup all call it. When the engine learns more, such as the memory that the largest compiled step takes,
+it updates `Memory` and calls `resolve` again.
 
-On an accelerator: usable memory - what is in use there, weights included - state - the largest step's temporaries -
-slack = KV cache. On a CPU the KV cache is what all rows can use, at most 4 GiB and a quarter of the free memory.
+On an accelerator: KV cache = usable memory - memory in use, weights included - state - the largest step's temporaries -
+slack. On a CPU the KV cache is large enough for all rows, but at most 4 GiB and a quarter of the free memory.
 """
 
 import re
@@ -27,77 +27,77 @@ WHOLE = Fit()  # a model on one device
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an engine accepts: the numbers that requests are checked against, wherever the engine runs."""
+    """The engine's limits, which requests are checked against."""
 
     vocab_size: int  # the width of the logits
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int  # slots in a KV block
-    num_blocks: int  # with the null block
+    num_blocks: int  # including the null block
     max_logprobs: int
     eos_token_ids: frozenset[int] = frozenset()
-    window: int | None = None  # no layer sees further back
+    window: int | None = None  # the longest sliding window; None if a layer attends to all tokens
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = True
     priority: bool = False
-    # What the rotary angles depend on, given a sequence's length; sequences with equal keys may share blocks.
+    # Maps a sequence's length to what its rotary angles depend on; sequences with equal keys may share blocks.
     rope_key: Callable[[int], int] | None = None
 
     @property
     def width(self) -> int:
-        """Blocks of the longest sequence: a row of the block tables."""
+        """The blocks of the longest sequence: the width of the block tables."""
         return -(-self.max_model_len // self.block_size)
 
     def blocks_for(self, tokens: int) -> int:
-        """The most blocks that a sequence of this length holds at any one time."""
+        """The most blocks that a sequence of this length holds at any time."""
         if self.window is not None:
-            # A window, the chunk that is being computed, and the parts of blocks at either end.
+            # The window, the chunk being computed, and a partial block at either end.
             tokens = min(tokens, self.window + self.max_num_batched_tokens + 2 * self.block_size)
         return -(-tokens // self.block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What `resolve` must know of the devices, in bytes of each."""
+    """What `resolve` needs to know about the devices; bytes are per device."""
 
     on_cpu: bool
     dtype: str  # of parameters and KV
     fitted: Fit = WHOLE
     weights: int = 0
-    usable: int | None = None  # by this process; None: unknown, the KV cache has the size that all rows can use
-    used: int = 0  # of that, once the weights are loaded
-    step: int | None = None  # temporaries of the largest step; estimated where None
+    usable: int | None = None  # by this process; None: unknown, the KV cache is large enough for all rows
+    used: int = 0  # of `usable`, once the weights are loaded
+    step: int | None = None  # temporaries of the largest step; None: estimated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Sizes of all that an engine holds and computes; bytes are of each device."""
+    """The sizes of everything that an engine holds and computes; bytes are per device."""
 
     limits: Limits
     buckets: Buckets
     memory: Memory
-    wanted_len: int  # max_model_len as configured, or the model's
-    insisted: bool  # it is configured, and must not be shortened
-    fixed: tuple[str, int] | None  # the setting that fixes the KV cache's size
+    wanted_len: int  # the configured max_model_len, or the model's
+    insisted: bool  # max_model_len is configured, so it must not be reduced
+    fixed: tuple[str, int] | None  # the setting that fixes the KV cache's size, and its value
     block_bytes: int
     state: int  # block tables, last tokens, sampling controls
     step: int  # temporaries of the largest step
 
     @property
     def blocks(self) -> int:
-        """That sequences can use: all but the null block."""
+        """The usable blocks: all except the null block."""
         return max(self.limits.num_blocks - 1, 0)
 
     @property
     def tokens(self) -> int:
-        """Slots of those blocks."""
+        """The slots of the usable blocks."""
         return self.blocks * self.limits.block_size
 
     @property
     def held(self) -> int:
-        """The most blocks that a sequence of the wanted length holds."""
+        """The most blocks that a sequence of `wanted_len` holds."""
         return self.limits.blocks_for(self.wanted_len)
 
     @property
@@ -106,12 +106,12 @@ class Capacity:
 
     @property
     def longest(self) -> int:
-        """What the KV cache holds of the wanted length."""
+        """The longest sequence that the KV cache holds, up to `wanted_len`."""
         return self.wanted_len if self.blocks >= self.held else self.tokens
 
     @property
     def concurrency(self) -> float:
-        """How many sequences of the longest kind fit into the KV cache at once."""
+        """How many of the longest sequences fit into the KV cache together."""
         return self.blocks / min(self.held, max(self.blocks, 1))
 
     @property
@@ -123,13 +123,13 @@ class Capacity:
         return replace(self, limits=replace(self.limits, num_blocks=2, max_model_len=self.wanted_len))
 
     def checked(self) -> Self:
-        """Raises a ConfigError if no engine can run with it."""
+        """Raises a ConfigError if an engine cannot run with these sizes."""
         if not self.fits:
             raise self.misfit()
         return self
 
     def misfit(self) -> ConfigError:
-        """What to say where it does not fit."""
+        """The error for sizes that do not fit."""
         longest = self.wanted_len if self.insisted else 2
         too_few = f"the KV cache holds {self.tokens:,} tokens, too few for a sequence of {longest:,}"
         if self.fixed is not None:
@@ -142,13 +142,13 @@ class Capacity:
         if self.blocks:
             return ConfigError(too_few, "lower max_model_len, or give the KV cache more memory")
         taken = self.memory.used + self.state + self.step + SLACK
-        problem = f"no memory is left for a KV cache: of {size(self.memory.usable or 0)} per device {size(taken)}"
+        problem = f"no memory is left for a KV cache: {size(taken)} of {size(self.memory.usable or 0)} per device"
         return ConfigError(f"{problem} are taken", "use more devices, or a higher gpu_memory_utilization")
 
     # --- for people -------------------------------------------------------------------------------------------------
 
     def parts(self) -> list[tuple[str, int, str]]:
-        """What takes memory: its name, bytes, and the setting that it grows with."""
+        """The parts of memory use: name, bytes, and the setting that the part grows with."""
         memory, limits = self.memory, self.limits
         found = [("weights", memory.weights, "")]
         if memory.usable is not None and not memory.on_cpu:
@@ -169,7 +169,7 @@ class Capacity:
         return "per device" if memory.usable is None else f"per device, {size(memory.usable)} usable"
 
     def cache_lines(self) -> list[str]:
-        """What the KV cache holds."""
+        """The KV cache's capacity, for a report."""
         if not self.blocks:
             return []
         longest = self.longest
@@ -182,7 +182,7 @@ class Capacity:
         return lines
 
     def lines(self) -> list[str]:
-        """All of it, for a log."""
+        """The whole report, for a log."""
         return [
             f"memory {self.usable()}: {', '.join(f'{name} {size(count)}' for name, count, _ in self.parts())}",
             *(f"KV cache: {line}" if i == 0 else line for i, line in enumerate(self.cache_lines())),
@@ -190,7 +190,7 @@ class Capacity:
 
 
 def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
-    """Settings that contradict each other or the model are a ConfigError; one that does not fit is not, see `fits`."""
+    """Raises a ConfigError for settings that contradict each other or the model; check `fits` for lack of memory."""
     rows, tokens = step_sizes(config, on_cpu=memory.on_cpu)
     longest = _wanted_length(config, spec)
     limits = Limits(
@@ -227,7 +227,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
 
 
 def step_sizes(config: EngineConfig, *, on_cpu: bool) -> tuple[int, int]:
-    """How many sequences run at once, and how many tokens a step computes at most."""
+    """The most sequences that run at once, and the most tokens in a step."""
     rows = config.max_num_seqs or (32 if on_cpu else 256)
     tokens = config.max_num_batched_tokens or max(rows, 512 if on_cpu else 2048)
     if tokens < rows:
@@ -238,10 +238,10 @@ def step_sizes(config: EngineConfig, *, on_cpu: bool) -> tuple[int, int]:
 def _wanted_length(config: EngineConfig, spec: ModelSpec) -> int:
     longest = config.max_model_len or spec.max_positions
     if longest > spec.max_positions:
-        problem = f"max_model_len is {longest}, and the model takes {spec.max_positions}"
+        problem = f"max_model_len is {longest}, but the model supports {spec.max_positions}"
         raise ConfigError(problem, f"give at most {spec.max_positions}")
     if longest < 2:
-        raise ConfigError(f"max_model_len is {longest}", "give 2 or more: a prompt and its answer need that")
+        raise ConfigError(f"max_model_len is {longest}", "give 2 or more: one token of prompt and one of answer")
     return longest
 
 
@@ -267,7 +267,7 @@ def _num_blocks(sizes: Capacity) -> int:
 
 
 def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
-    """With so many blocks, and a length that they hold unless the configured one must be kept."""
+    """The same with this many blocks; reduces the length to what they hold, unless it is configured."""
     found = replace(sizes, limits=replace(sizes.limits, num_blocks=blocks))
     if found.blocks >= found.held or found.insisted or not found.blocks:
         return found
@@ -275,15 +275,15 @@ def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
 
 
 def _state_bytes(limits: Limits) -> int:
-    """Block tables, last tokens and sampling controls: all are integers or floats of 4 bytes."""
-    from jaxserve.sampling.control_row import row_size  # which imports numpy: `jaxserve check --help` does without
+    """Block tables, last tokens and sampling controls; every value takes 4 bytes."""
+    from jaxserve.sampling.control_row import row_size  # imports numpy, which `jaxserve check --help` does not need
 
-    controls = limits.vocab_size + row_size(limits.vocab_size) - 1  # of the row itself there is no copy
+    controls = limits.vocab_size + row_size(limits.vocab_size) - 1  # the row's number is not stored
     return 4 * limits.max_num_seqs * (limits.width + 1 + controls)
 
 
 def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int) -> int:
-    """About what the largest programs hold at once: a layer's activations, or logits and their copy for sampling."""
+    """Estimate of the largest program's temporaries: a layer's activations, or logits and their copy for sampling."""
     widest = 0
     for mlp in (layer.mlp for layer in spec.layers):
         width = mlp.width if isinstance(mlp, Mlp) else mlp.width * mlp.router.top_k
@@ -293,13 +293,13 @@ def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int)
 
 
 def window_of(spec: ModelSpec) -> int | None:
-    """How far back the layer sees that sees furthest; None if one sees everything."""
+    """The longest sliding window of all layers; None if a layer attends to all tokens."""
     windows = [layer.attention.window if isinstance(layer.attention, Attention) else None for layer in spec.layers]
     return None if None in windows else max(window for window in windows if window is not None)
 
 
 def rope_key_of(spec: ModelSpec) -> Callable[[int], int] | None:
-    """What the rotary angles depend on: lengths with equal keys give equal angles. None if they depend on nothing."""
+    """Maps a length to a key; lengths with equal keys give equal rotary angles. None if the length has no effect."""
     scalings = [layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None]
     for scaling in scalings:
         if isinstance(scaling, Dynamic):
@@ -310,7 +310,7 @@ def rope_key_of(spec: ModelSpec) -> Callable[[int], int] | None:
 
 
 def item_bytes(dtype: str) -> int:
-    """Of a number: 2 for bfloat16, 1 for float8_e4m3fn."""
+    """The bytes of one number: 2 for bfloat16, 1 for float8_e4m3fn."""
     return int(re.findall(r"\d+", dtype)[0]) // 8
 
 
@@ -322,5 +322,5 @@ def size(count: float) -> str:
 
 
 def _flag_size(count: int) -> str:
-    """In whole MiB where it is that much, in a form that a flag takes."""
+    """As a flag's value: in whole MiB, rounded up, from 1 MiB on."""
     return f"{-(-count // 2**20)}MiB" if count >= 2**20 else str(count)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: puts scheduler, batch and runner together, and orders their work. For one thread.
+"""The engine: connects scheduler, batcher and runner, and runs their steps. Not thread-safe.
 
-    add, abort            requests in and out, between steps
-    step() -> updates     plans and launches a step, then reads the one before it: the host works while devices do
+    add, abort            add and end requests, between steps
+    step() -> updates     plans and launches a step, then reads the previous one, so that host and devices overlap
     update_weights, sleep, wake, reset_prefix_cache       between steps
 
-What each part does is in its own file; no request can make a step fail. If one fails all the same, the engine is dead:
-all that was in flight ends with an error, and nothing more is taken.
+Requests are checked when they are added, so none can make a step fail. If a step fails nevertheless, the engine is
+dead: all requests in flight end with an error, and it accepts no more.
 """
 
 import sys
@@ -55,10 +55,10 @@ class Engine:
         told: Told | None = None,
         opened: "Callable[[Engine], object] | None" = None,
     ) -> None:
-        """`params` of a program that holds them already, in public or engine layout, in place of the folder's.
+        """`params`: parameters that the program already holds, in public or engine layout, instead of the folder's.
 
-        `told` hears how far loading is, and then compiling, which may have begun before; `opened` is called once limits
-        are known.
+        `told` is called with the progress of loading, then of compiling, which may overlap. `opened` is called once the
+        limits are known.
         """
         self.config, self.report = config, report
         memory.reserve_memory(config)
@@ -98,64 +98,64 @@ class Engine:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, *, hold: int = 0) -> None:
-        """Raises a RequestError if it cannot be served as asked.
+        """Queue a request. Raises RequestError if it cannot be served as sent.
 
-        hold: it stops after each token, and waits for `extend`; `branch` makes up to so many sequences of it.
+        hold: the number of beams, if not 0. Each stops after every token and waits for `extend`; `branch` forks them.
         """
         self.check_alive()
         if self.asleep:
-            raise JaxserveError("the engine sleeps", "wake it first")
+            raise JaxserveError("the engine is asleep", "wake it first")
         self.scheduler.add(request, hold=hold)
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
 
     def branch(self, request_id: str, index: int, new: int) -> None:
-        """A held sequence becomes two with the same tokens; `new` is the other's index."""
+        """Fork a held sequence; `new` is the fork's index."""
         self.scheduler.branch(self.scheduler.sequence(request_id, index), new)
 
     def extend(self, request_id: str, index: int, token: int) -> None:
-        """A held sequence continues with this token, and stops after the next."""
+        """Continue a held sequence with this token. It stops again after the next."""
         self.scheduler.extend(self.scheduler.sequence(request_id, index), token)
         self._counters.generated_tokens += 1
 
     def drop(self, request_id: str, index: int | None = None) -> None:
-        """Ends a held sequence, or all that are left of its request, without an update."""
+        """End a held sequence, or all remaining ones of its request, without an update."""
         for sequence in list(self.scheduler.requests.get(request_id, ())):
             if index in (None, sequence.index):
                 self.scheduler.drop(sequence)
 
     def in_flight(self) -> list[str]:
-        """The ids of the requests that have not ended."""
+        """The ids of unfinished requests."""
         return list(self.scheduler.requests)
 
     @property
     def queued(self) -> int:
-        """How many sequences wait for a row."""
+        """The number of sequences that wait for a row."""
         return self.scheduler.queued
 
     def also_ends(self, token_ids: Iterable[int]) -> None:
-        """These end a text too, beside those that the checkpoint names: what its tokenizer knows."""
+        """Add the tokenizer's end-of-text tokens to those of the checkpoint."""
         known = {token for token in token_ids if 0 <= token < self.limits.vocab_size}
         self.limits = replace(self.limits, eos_token_ids=self.limits.eos_token_ids | known)
         self.scheduler.limits = self.limits
 
     def abort(self, request_id: str, *, index: int | None = None, reason: FinishReason = "abort") -> None:
-        """The request, or one of its samples, ends; its blocks are free at once. The next step tells."""
+        """End a request, or one of its samples, and free its blocks immediately. The next step returns the update."""
         self.scheduler.abort(request_id, index=index, reason=reason)
 
     @property
     def unfinished(self) -> bool:
-        """Whether steps are needed: for requests, or to tell what ended."""
+        """Whether steps are needed, for requests or to return the updates of those that ended."""
         return self.scheduler.unfinished or bool(self._in_flight)
 
     def step(self) -> list[Update]:
-        """One turn: launches a step if there is one, and reads the oldest when enough are in flight."""
+        """Launch the next step, if any, and read the oldest once enough are in flight."""
         self.check_alive()
         try:
             return self._count(self._turn())
         except BaseException as error:
             self.error = f"{type(error).__name__}: {error}"
-            if not isinstance(error, Exception):  # a Ctrl-C: what the step left half done is as lost
+            if not isinstance(error, Exception):  # Ctrl-C: the interrupted step leaves the engine as unusable
                 raise
             raise EngineError(f"the engine failed: {self.error}", "start it again") from error
 
@@ -180,12 +180,12 @@ class Engine:
         return updates
 
     def fail_all(self) -> list[Update]:
-        """After a fault: an end for each request that was in flight."""
+        """End every request in flight, after a fault; return their last updates."""
         self._in_flight.clear()
         return self.scheduler.abort_all(self.error or "the engine was stopped")
 
     def close(self) -> None:
-        """Gives the devices' memory back, for good."""
+        """Shut down: free the devices' memory."""
         self.error = self.error or "it was shut down"
         self.fail_all()
         if not self.asleep:
@@ -199,7 +199,7 @@ class Engine:
     # --- between steps ----------------------------------------------------------------------------------------------
 
     def drain(self) -> list[Update]:
-        """Reads what is in flight, so that the host knows all that the devices did."""
+        """Read all steps in flight."""
         updates: list[Update] = []
         while self._in_flight:
             plan, handle = self._in_flight.popleft()
@@ -207,10 +207,10 @@ class Engine:
         return self._count(updates)
 
     def update_weights(self, params: Params, *, version: int | None = None) -> None:
-        """These parameters from the next step on; a tree of another model is refused and the old ones stay.
+        """Use these parameters from the next step on. Raises, and keeps the old ones, if they are of another model.
 
-        Engine layout with equal shapes, dtype and shardings is taken as it is, without a copy; the public layout is
-        converted on the devices. Cached prompts are forgotten. Requests in flight go on: what they computed stays.
+        Arrays in engine layout with equal shapes, dtype and shardings are used without a copy; public layout is
+        converted on the devices. Resets the prefix cache. Requests in flight continue and keep their computed KV.
         """
         self.check_alive()
         if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -226,44 +226,44 @@ class Engine:
         return loading.as_engine(runner.spec, params, runner.mesh, dtype=runner.dtype, device=runner.device)
 
     def sleep(self, level: int = 1) -> None:
-        """Gives the devices' memory back: the KV cache, and the weights, which level 1 keeps on the host and level 2
-        forgets. Nothing may be in flight.
+        """Free the devices' memory: the KV cache and the weights. Level 1 keeps the weights on the host, level 2 drops
+        them. No request may be in flight.
         """
         self.check_alive()
         if level not in (1, 2):
-            raise JaxserveError(f"there is no sleep of level {level!r}", "give 1 (weights to the host) or 2 (dropped)")
+            raise JaxserveError(f"unknown sleep level {level!r}", "give 1 (weights to the host) or 2 (drop them)")
         if self.unfinished:
             raise JaxserveError("requests are in flight", "finish or abort them before the engine sleeps")
         if self.asleep:
-            raise JaxserveError("the engine sleeps already", "wake it first")
+            raise JaxserveError("the engine is already asleep", "wake it first")
         runner = self.runner
         self.scheduler.pool.reset()
         if level == 1:
             self._asleep_weights = jax.tree.map(np.asarray, runner.params)
-        # Arrays that a trainer shares with us stay: only our hold on them ends.
+        # Only drop the references: a trainer may still use these arrays.
         runner.params = {}
         runner.free()
         self.asleep = True
 
     def wake(self) -> None:
-        """Takes memory again and brings the weights back. After level 2 they are those that `update_weights` has given
-        since, else the checkpoint's, read again, which are version 0."""
+        """Allocate memory again and restore the weights. After level 2 these are the ones from `update_weights`, if it
+        was called since, else the checkpoint's, read again, as version 0."""
         if not self.asleep:
-            raise JaxserveError("the engine does not sleep", "there is nothing to wake")
+            raise JaxserveError("the engine is not asleep", "call sleep before wake")
         runner = self.runner
         if self._asleep_weights is not None:
             runner.params = self._placed(self._asleep_weights)
             self._asleep_weights = None
         if not runner.params:
             if not self._has_checkpoint:
-                raise JaxserveError("the weights were dropped", "give new ones with update_weights, then wake")
+                raise JaxserveError("the weights were dropped", "give new ones with update_weights, then call wake")
             runner.params = loading.read(loading.open_folder(self.config, runner.mesh))
             self.scheduler.policy_version = 0
         runner.allocate()
         self.asleep = False
 
     def reset_prefix_cache(self) -> None:
-        """Cached prompts are forgotten; requests in flight keep what they have."""
+        """Drop all cached prefixes. Requests in flight keep their blocks."""
         self.scheduler.pool.reset()
 
     def start_profile(self, folder: str | Path) -> None:
@@ -299,7 +299,8 @@ class Engine:
 
 
 class _Progress:
-    """`compiling 7/18 (12 s)`, in place on a terminal once weights are read; elsewhere now and then, and the last."""
+    """Reports `compiling 7/18 (12 s)` once the weights are read: in place on a terminal, else every `EVERY` seconds and
+    at the end."""
 
     EVERY = 15.0  # seconds
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an engine: in this process, in a thread, in a child process. May use jax."""
+"""Runs an engine in this process, in a thread, or in a child process. May use jax."""

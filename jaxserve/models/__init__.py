@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder for every architecture. Knows nothing of files, requests or schedules."""
+"""One decoder for all architectures. Independent of files, requests and scheduling."""

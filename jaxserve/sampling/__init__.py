@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request may ask of sampling beyond temperature, top-k, top-p and min-p."""
+"""Per-request sampling parameters on the devices: packed columns, and controls such as penalties and biases."""

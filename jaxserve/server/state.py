@@ -46,7 +46,7 @@ class Serving:
         """The engine's client; a 503 while it can take no requests."""
         client = self.check_engine()
         if self.asleep:
-            raise unavailable("The engine sleeps. POST /wake_up wakes it.", wait=10)
+            raise unavailable("The engine is asleep. Wake it with POST /wake_up.", wait=10)
         return client
 
     def check_engine(self) -> EngineClient:

@@ -276,7 +276,7 @@ def test_a_length_that_is_too_long_takes_no_jax(model: Path) -> None:
     ask = [sys.executable, "-c", script + "sys.exit(code)", *words]
     result = subprocess.run(ask, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2, result.stderr
-    assert result.stderr == "error: --max-model-len is 1048576, and the model takes 128  hint: give at most 128\n"
+    assert result.stderr == "error: --max-model-len is 1048576, but the model supports 128  hint: give at most 128\n"
 
 
 def test_help(command: Command) -> None:

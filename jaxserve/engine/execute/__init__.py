@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds devices: parameters, the KV cache, and the programs that use them."""
+"""Device work: the parameters, the KV cache, and the programs that use them."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the configured model onto its devices: finds its files, its end-of-text tokens, and reads its parameters.
+"""Loads the configured model onto its devices: finds its files and end-of-text tokens, and reads its parameters.
 
-`open_folder` finds all that is known without reading weights, which is all that compilers need. `read` reads them; for
-an accelerator, `reading` does so in a thread.
+`open_folder` collects everything that is known without reading weights, which is enough to compile. `read` reads them;
+for an accelerator, `reading` does so in a thread.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from jaxserve.types.sampling_params import FIELDS
 
-type Told = Callable[[str, int, int], object]  # what is under way, how much of it is done, of how much
+type Told = Callable[[str, int, int], object]  # progress: phase, amount done, total
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model without its parameters. If their holder replaces them, the old ones are freed."""
+    """A model without its parameters: it holds no reference to them, so replaced ones are freed."""
 
     spec: ModelSpec
     shapes: Params  # of the parameters in engine layout, with shardings
@@ -41,7 +41,7 @@ class Opened:
     folder: Path | None = None
     eos_token_ids: frozenset[int] = frozenset()
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])  # from generation_config.json
-    plan: LoadPlan | None = None  # of what is still to be read
+    plan: LoadPlan | None = None  # how to read the parameters; None if the program already holds them
 
 
 def on_mesh(config: EngineConfig, given: Any) -> Any:
@@ -69,7 +69,7 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
 
 
 def read(opened: Opened, told: Told | None = None) -> Params:
-    """The parameters of a folder, into their shardings."""
+    """Read a folder's parameters into their shardings."""
     plan, so_far = opened.plan, 0
     assert plan is not None
     with _on(opened.mesh, _device(opened)), progress.bar("loading", plan.bytes) as shown:
@@ -109,13 +109,13 @@ def reading(opened: Opened, params: Params | None = None, told: Told | None = No
 
 
 def reads_beside(opened: Opened) -> bool:
-    """Whether programs are compiled while weights are read. Not on a CPU, where both compete for cores and memory: on
-    two cores a model of 1.2 billion parameters took 16 to 22 seconds to start instead of 15 to 18."""
+    """Whether to compile programs while weights are read. Not on a CPU, where both compete for cores and memory: on two
+    cores a 1.2-billion-parameter model took 16 to 22 seconds to start instead of 15 to 18."""
     return _device(opened).platform != "cpu"
 
 
 def done(params: Params) -> Future[Params]:
-    """A future that has these parameters already."""
+    """A completed future with these parameters."""
     future: Future[Params] = Future()
     future.set_result(params)
     return future
@@ -126,7 +126,7 @@ def _device(opened: Opened) -> Any:
 
 
 def _on(mesh: Any, device: Any) -> Any:
-    """For this thread: each has its own context."""
+    """The context that selects the mesh or device, for this thread only."""
     return jax.set_mesh(mesh) if mesh is not None else jax.default_device(device)
 
 
@@ -149,7 +149,7 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
 
 
 def shapes_of(arrays: Any) -> Any:
-    """Shapes, dtypes and shardings: what compilers need."""
+    """The arrays' shapes, dtypes and shardings, enough to compile with."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays)
 
 
@@ -162,7 +162,7 @@ def _only_device(params: Params) -> Any:
 
 
 def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, device: Any = None) -> Params:
-    """In engine layout, on the mesh or on the one device. Leaves that are there already are not copied."""
+    """The parameters in engine layout, on the mesh or the single device. Leaves already in place are not copied."""
     with jax.set_mesh(on):
         given = _leaves(params)
         dtype = dtype or getattr(given.get(("embed", "weight")), "dtype", jnp.dtype(jnp.float32))
@@ -180,7 +180,7 @@ def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, de
 def _leaves(params: object) -> dict[param_layout.Path, Any]:
     if not isinstance(params, Mapping):
         problem = f"the parameters are of type {type(params).__name__}"
-        raise JaxserveError(problem, "give a dict, as load_model returns it")
+        raise JaxserveError(problem, "give a dict, as returned by load_model")
     found = dict(param_layout.leaves(params))
     for path, leaf in found.items():
         if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the devices have and what a model's weights take of it: the measured side of capacity.py, which computes.
+"""Measures the devices' memory and the size of a model's weights, as input for capacity.py.
 
-`available` asks before the weights are read, so that programs can be compiled meanwhile. `sized` then compiles the
-largest programs where the size of the KV cache depends on their temporaries.
+`available` measures before the weights are read, so that programs can be compiled meanwhile. `sized` then compiles the
+largest programs if the size of the KV cache depends on their temporaries.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax's own variable: the share
 
 
 def available(config: EngineConfig, model: Opened) -> Memory:
-    """For this model on its devices; what is free is asked only if the KV cache's size depends on it."""
+    """The memory for this model on its devices. Free memory is queried only if the KV cache's size depends on it."""
     devices = devices_of(model)
     on_cpu = devices[0].platform == "cpu"
     memory = of_weights(model.spec, model.shapes, model.mesh, on_cpu=on_cpu)
@@ -42,7 +42,7 @@ def available(config: EngineConfig, model: Opened) -> Memory:
 
 
 def of_weights(spec: ModelSpec, shapes: Params, on: Any, *, on_cpu: bool) -> Memory:
-    """What is known without asking a device: the weights, and how the model is divided among the mesh `on`."""
+    """What is known without querying a device: the weights, and how the model is sharded over the mesh `on`."""
     with jax.set_mesh(on) if on is not None else contextlib.nullcontext():
         fitted = fit(spec, *mesh.shards())
     dtype = shapes["embed"]["weight"].dtype
@@ -52,14 +52,14 @@ def of_weights(spec: ModelSpec, shapes: Params, on: Any, *, on_cpu: bool) -> Mem
 
 
 def free_on_cpu(coming: int = 0) -> int:
-    """Free bytes of this machine; where it does not say, enough for a KV cache of full size beside what is `coming`."""
+    """This machine's free bytes; if unknown, enough for a full-size KV cache and the `coming` bytes."""
     if not hasattr(os, "sysconf"):
         return 4 * capacity.CPU_CACHE + coming
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def sized(config: EngineConfig, model: Opened, memory: Memory, store: Store | None = None) -> Capacity:
-    """What an engine of this memory can hold. A ConfigError if that is less than it must."""
+    """The capacity of an engine with this memory. Raises a ConfigError if it is too small."""
     found = capacity.resolve(config, model.spec, memory)
     if memory.usable is not None and not memory.on_cpu:
         probe = Runner.of(config, model, found.smallest(), store)
@@ -69,14 +69,13 @@ def sized(config: EngineConfig, model: Opened, memory: Memory, store: Store | No
 
 
 def reserve_memory(config: EngineConfig) -> None:
-    """Makes jax take as much of a GPU as the engine may use. Has no effect if the program has used a device before, or
-    has set the variable itself.
-    """
+    """Make jax reserve as much of a GPU as the engine may use. No effect if the program has already used a device or
+    has set the variable itself."""
     os.environ.setdefault(MEMORY_SHARE, str(config.gpu_memory_utilization))
 
 
 def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
-    """Bytes that may be used of the device with the least left, and bytes in use there."""
+    """Usable bytes and bytes in use, of the device with the least left."""
 
     def of(device: Any) -> tuple[int, int]:
         stats = device.memory_stats() or {}
@@ -84,7 +83,7 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
             problem = f"{device} does not report how much memory it has"
             raise ConfigError(problem, "give num_blocks or kv_cache_memory_bytes")
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
-        # jax takes a share of the memory for itself; the utilization is of the whole.
+        # The limit is jax's share of the memory; the utilization refers to all of it.
         share = float(os.environ.get(MEMORY_SHARE, "0.75"))
         return int(min(limit, limit / share * utilization)), used
 
@@ -98,6 +97,6 @@ def devices_of(model: Opened) -> list[Any]:
 
 
 def shard_bytes(leaf: Any) -> int:
-    """Of an array or the shape of one, on each device."""
+    """The bytes per device of an array or its shape."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize

@@ -33,7 +33,7 @@ class Profiler:
         return folder
 
     def step(self, number: int) -> AbstractContextManager[object]:
-        """Annotate a step in the trace; free of cost while no trace runs."""
+        """Annotate a step in the trace; costs nothing while no trace is running."""
         if self._folder is None:
             return nullcontext()
         return jax.profiler.StepTraceAnnotation("step", step_num=number)

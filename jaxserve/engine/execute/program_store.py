@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores executables of the engine's programs on disk: the next start neither traces nor compiles them.
+"""Stores executables of the engine's programs on disk, so that the next start neither traces nor compiles them.
 
-jax's own cache needs the lowered program first, and tracing and lowering are most of a warm start: 7 of the demo's
-12.5 s on two cores. Here the key is what a program is made from: its function, static arguments and shapes, the
-devices, this code, the libraries and every setting of jax. In case of doubt the keys differ, and it is compiled.
+jax's own cache needs the lowered program first, and tracing and lowering take most of a warm start: 7 of the demo's
+12.5 s on two cores. Here the key covers everything that a program is made from: its function, static arguments and
+shapes, the devices, this code, the libraries and every jax setting. When in doubt, keys differ and it is compiled.
 
-Files are unpickled and their content is run: only files of this user or root that no other user may write are read.
+Files are unpickled and their content is executed, so only files owned by this user or root that no other user can write
+are read.
 """
 
 import contextlib
@@ -31,13 +32,13 @@ import jaxserve
 import pallas_kernels
 
 SUFFIX, PARTIAL = ".executable", ".partial"
-DAYS = 30  # a file that no start has read for so long is deleted
+DAYS = 30  # a file not read for this long is deleted
 _FORM = 1  # version of the file format
 
 
 def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
     """None if storing is turned off or not possible."""
-    if not folder or jax.process_count() > 1:  # processes that run together compile together
+    if not folder or jax.process_count() > 1:  # the processes of a multi-process run must compile together
         return None
     if jax.config.jax_compilation_cache_dir is not None or not _certain():
         return None
@@ -54,8 +55,8 @@ def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
 
 
 def _certain() -> bool:
-    """Whether the key can cover what programs are made from: not if source files changed since they were imported, nor
-    if XLA reads its flags from a file."""
+    """Whether the key can cover everything that programs are made from: not if source files have changed since import,
+    nor if XLA reads its flags from a file."""
     flags = os.environ.get("XLA_FLAGS", "").strip()
     return sources() == LOADED and (not flags or flags.startswith("--"))
 
@@ -66,11 +67,11 @@ class Store:
         self._prune()
 
     def place(self, program: str) -> Path:
-        """Its file under the present settings, which may change: ask before it is compiled, and again before `save`."""
+        """The program's file under the current settings. These may change: compare it before compiling and `save`."""
         return self.folder / f"{hashlib.sha256(f'{environment()}\n{program}'.encode()).hexdigest()}{SUFFIX}"
 
     def load(self, file: Path, devices: Sequence[Any]) -> Any:
-        """The executable on these devices; None if there is none that can be used."""
+        """The executable on these devices; None if there is no usable one."""
         try:
             with file.open("rb") as opened:
                 if not _trusted(os.fstat(opened.fileno())):
@@ -92,7 +93,7 @@ class Store:
         return found
 
     def save(self, file: Path, executable: Any) -> None:
-        """Atomically. If that fails, the next start compiles."""
+        """Write the file atomically. If that fails, the next start compiles again."""
         if jax.config.jax_compilation_cache_dir is not None:
             # An executable from jax's own cache cannot be serialized again: on a CPU it then lacks its functions, and
             # running it fails (NOT_FOUND).
@@ -122,8 +123,8 @@ def _trusted(file: os.stat_result) -> bool:
 
 
 def environment() -> str:
-    """All that two starts must have in common apart from the program itself."""
-    # Not cached: a program may change settings between two engines, some of them for this thread alone.
+    """Everything but the program itself that two starts must have in common."""
+    # Not cached: a program may change settings between two engines, some of them only for this thread.
     known = sorted(jax.config.values.items())
     settings = {name: getattr(jax.config, name, value) for name, value in known if "cache" not in name}
     flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "NPROC")}
@@ -140,7 +141,7 @@ def _machine() -> tuple[object, ...]:
 
 
 def _processor() -> str:
-    """Its model and features."""
+    """The processor's model and features."""
     try:
         content = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
@@ -151,7 +152,7 @@ def _processor() -> str:
 
 
 def sources(*roots: Path) -> str:
-    """A digest of the code that programs are traced from, as it is on disk now."""
+    """A digest of the code that programs are traced from, as currently on disk."""
     digest = hashlib.sha256()
     for root in roots or (Path(package.__file__ or "").parent for package in (jaxserve, pallas_kernels)):
         for file in sorted((*root.rglob("*.py"), *root.glob("*.json"))):

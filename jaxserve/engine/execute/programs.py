@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every program that an engine runs on the devices, as pure functions, and the table of their compiled forms.
+"""All programs that an engine runs on the devices, as pure functions, and the cache of their executables.
 
     model     (params, cache, tables, last, vector) -> hidden, entries, cache, tables      decode[B], mixed[T]
     head      (params, last, controls, hidden, entries) -> result, last, controls           head[S, need]
     embed     (params, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
-    edit      (cache, tables, vector) -> cache, tables       block table edits and block copies out of turn
+    edit      (cache, tables, vector) -> cache, tables       block table edits and block copies before a step
     set_row, add_counts   (controls, vector) -> controls     when a request with sampling controls takes a row
 
-A step is `model`, then `head` where logits are wanted, and `embed` where hidden states are. They are apart because the
-head's variants would otherwise multiply the models' compile time; the hidden states and entries between them have one
-shape, whatever the bucket. State is donated: cache, tables [rows, width], last [rows] (each row's last sampled token:
-the next step's input, without a way through the host), controls. The vector's layout: packing.py.
+A step is `model`, then `head` if logits are needed and `embed` if hidden states are. They are separate programs because
+the head's variants would otherwise multiply the compile time of `model`; the hidden states and entries passed between
+them have one shape for all buckets. State is donated: cache, tables [rows, width], last [rows] (each row's last sampled
+token, the next step's input, which thus stays on the device), controls. For the vector's layout see packing.py.
 """
 
 import contextvars
@@ -49,7 +49,7 @@ type Cache = list[LayerCache]
 
 
 def fresh(tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Cache, jax.Array, jax.Array, Controls]:
-    """Zeros of these shapes."""
+    """The initial state: zeros of these shapes."""
     return jax.tree.unflatten(tree, map(mesh.zeros, shapes))
 
 
@@ -63,7 +63,7 @@ def model(
     last: jax.Array,
     vector: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
-    """Its entries are padded to `most`, which all layouts have in common."""
+    """Pads the entries to `most`, so that they have the same shape in all layouts."""
 
     def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
         parts = {name: vector[at] for name, at in packing.places(layout).items()}
@@ -93,7 +93,7 @@ def _inputs(
         line, real = place, kv_lens > 0
         positions = jnp.maximum(kv_lens - 1, 0)
     else:
-        # Not by halves, which would be a loop on the device.
+        # Not a binary search, which would be a loop on the device.
         line = jnp.searchsorted(starts[1:], place, side="right", method="compare_all").astype(jnp.int32)
         real = line < layout.rows
         line = jnp.minimum(line, layout.rows - 1)
@@ -118,7 +118,7 @@ def _inputs(
 
 
 def edited(tables: jax.Array, cells: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Cells count through the rows; negative ones are skipped."""
+    """Apply block table edits. A cell is row * width + column; negative ones are skipped."""
     width = tables.shape[1]
     rows = jnp.where(cells < 0, tables.shape[0], cells // width)
     return tables.at[rows, cells % width].set(blocks, mode="drop")
@@ -143,9 +143,9 @@ def head(
     hidden: jax.Array,
     entries: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
-    """The result is int32 [rows, 2]: token, valid; from Need.SCORED on [rows, 4 + 2 * n]: logprob, rank, n likeliest
-    tokens and their log-probabilities too. n is `top_n` for Need.FULL, else 0. Log-probabilities are of the model's own
-    distribution, or with `processed` of the one that is sampled from.
+    """The result is int32 [rows, 2]: token, valid; from Need.SCORED on [rows, 4 + 2 * n]: also logprob, rank, the n
+    most likely tokens and their log-probabilities. n is `top_n` for Need.FULL, else 0. Log-probabilities are those of
+    the model's raw distribution, or with `processed` of the distribution that is sampled from.
     """
     logits = decoder.logits(spec, params, hidden[:rows])
     pick = partial(_pick, need, top_n if need == Need.FULL else 0, processed)
@@ -153,7 +153,7 @@ def head(
 
 
 def embed(spec: ModelSpec, rows: int, params: Params, hidden: jax.Array) -> jax.Array:
-    """Float32 [rows, hidden]: what the head multiplies."""
+    """Float32 [rows, hidden]: the head's input."""
     return decoder.final(spec, params, hidden[:rows]).astype(jnp.float32)
 
 
@@ -187,7 +187,7 @@ def _pick(
     result = [tokens, out.valid.astype(jnp.int32)]
     if need >= Need.SCORED:
         likely = sampling.token_logprobs(logits, tokens, top_n=top_n)
-        if out.logprobs is not None:  # prompts are always scored by the model's own distribution
+        if out.logprobs is not None:  # prompts are always scored by the model's raw distribution
             likely = jax.tree.map(
                 lambda raw, own: jnp.where(samples.reshape(-1, *(1,) * (raw.ndim - 1)), own, raw), likely, out.logprobs
             )
@@ -196,7 +196,8 @@ def _pick(
 
 
 def _sampled_by(columns: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.SamplingParams:
-    """Entries that sample nothing get values without effect: padding is zeros, which some parameters cannot be."""
+    """Sampling parameters of the entries. Those that sample nothing get neutral values, since some parameters cannot be
+    the zeros of the padding."""
 
     def column(name: str, dtype: str) -> jax.Array:
         return jax.lax.bitcast_convert_type(columns[name], jnp.dtype(dtype))
@@ -209,7 +210,7 @@ def _bits(values: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
-# --- compiled forms -------------------------------------------------------------------------------------------------
+# --- executables ----------------------------------------------------------------------------------------------------
 
 DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: (),
@@ -230,14 +231,14 @@ STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Program:
-    """A function with its static arguments, and the shapes of the others."""
+    """A function with its static arguments and the shapes of the others."""
 
     function: Callable[..., Any]
     static: tuple[Any, ...]
     shapes: tuple[Any, ...]
 
 
-# Engines of one process share what is equal: the same shapes on the same devices.
+# Engines of one process share executables of the same program, shapes and devices.
 _COMPILED: OrderedDict[Any, Any] = OrderedDict()
 _KEPT = 1024
 _LOCK = threading.Lock()
@@ -251,8 +252,8 @@ def compile_all(
     progress: Callable[[int, int, float], None] | None = None,
     beside: Future[Any] | None = None,
 ) -> list[Any]:
-    """Executables, compiled side by side: XLA does not hold Python's lock. Progress: how many of all, seconds. If what
-    is done `beside` fails, nothing more is compiled."""
+    """Compile the programs in parallel threads: XLA does not hold the GIL. `progress` gets the number done, the total
+    and the seconds. If the future `beside` fails, compilation stops."""
     started, done = time.monotonic(), 0
 
     def report(future: Any) -> None:
@@ -275,24 +276,24 @@ def compile_all(
             future.result()
         return [future.result() for future in futures]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C those that run end by themselves
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C, running compilations finish on their own
 
 
 def _options(platform: str) -> dict[str, Any] | None:
-    """What XLA is told, unless XLA_FLAGS tell it. LLVM's third level makes programs for CPUs slower: the second gave 5
-    to 16 % more tokens per second with 8 and 32 rows of the demo, 7 with 32 of a model of 110M, else about the same."""
+    """Compiler options, unless XLA_FLAGS set them. LLVM's level 3 makes CPU programs slower: level 2 gave 5 to 16 %
+    more tokens per second with 8 and 32 rows of the demo, 7 % with 32 rows of a 110M model, else about the same."""
     level = "xla_backend_optimization_level"
     return {level: 2} if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else None
 
 
 def _compile_on(context: Any, device: Any, program: Program, store: Store | None) -> Any:
-    """A thread has contexts of its own."""
+    """Compile in a pool thread, which does not inherit the mesh or default device."""
     with jax.default_device(device) if context is None else jax.set_mesh(context):
         return compiled(program, store)
 
 
 def compiled(program: Program, store: Store | None = None, *, fresh: bool = False) -> Any:
-    """On the mesh in context. From this process, from the store, or compiled; `fresh`: compiled in any case."""
+    """The executable for the current mesh: from this process, from the store, or compiled. `fresh` always compiles."""
     leaves, tree = jax.tree.flatten(program.shapes)
     shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
     context = jax.sharding.get_mesh() if mesh.in_mesh() else None
@@ -304,10 +305,10 @@ def compiled(program: Program, store: Store | None = None, *, fresh: bool = Fals
             return _COMPILED[key]
     devices: list[Any] = list(where.devices.flat) if context is not None else [where or jax.devices()[0]]
     kind = devices[0].platform, devices[0].device_kind, devices[0].client.platform_version
-    # Told apart by where they are defined; what a mesh prints leaves its devices out.
+    # The function's qualified name identifies it. The devices are added because a mesh's repr omits them.
     named = repr((program.function.__module__, program.function.__qualname__, key[1:], devices, kind))
     if key[-1] != ("kernel" if kind[0] in ("gpu", "cuda") else "cpu"):
-        store = None  # a test's choice: jax may have traced parts of it under another
+        store = None  # set by a test: jax may have traced parts of the program with another implementation
     file = store.place(named) if store is not None else None
     executable = store.load(file, devices) if store is not None and file is not None and not fresh else None
     if executable is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds all device arrays: parameters, KV cache, block tables, last tokens, sampling controls. Nothing else does.
 
-    warm(progress)        compiles every program that a step can need; nothing is compiled after it
+    warm(progress)        compiles every program that a step can need, so that nothing is compiled later
     launch(packed)        dispatches one step to the devices and returns without waiting
     read(handle)          waits for its result
 
@@ -55,7 +55,7 @@ class Handle:
 
 SETTLING = 0.02  # seconds
 
-# Of a program: a bucket of `model`, `head` or `embed`, or the name of another.
+# Identifies a program: a bucket of `model`, `head` or `embed`, or the name of another program.
 type Key = Layout | tuple[int, Need] | tuple[str, int] | str
 
 
@@ -64,8 +64,8 @@ _RUNNERS: "WeakSet[Runner]" = WeakSet()
 
 @atexit.register
 def settle() -> None:
-    """jax's threads take Python's lock after copying a result to the host, which aborts a process that is exiting: so
-    wait for steps in flight, and release the lock once."""
+    """Wait for steps in flight, and release the GIL once, before the process exits: jax's threads take the GIL after
+    copying a result to the host, which aborts an exiting process."""
     for runner in _RUNNERS:
         with suppress(Exception):  # its arrays are freed, or its device has failed
             jax.block_until_ready(runner.last)
@@ -73,7 +73,7 @@ def settle() -> None:
 
 
 class Runner:
-    """On the mesh; without one, on the device that holds the parameters."""
+    """Runs steps on the mesh, or without one on the device that holds the parameters."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Runner:
         mesh: Any = None,
         store: Store | None = None,
     ) -> None:
-        """`processed`: log-probabilities are of the distribution that is sampled from, not of the model's own."""
+        """`processed`: log-probabilities are those of the distribution that is sampled from, not of the raw one."""
         self.spec, self.limits, self.buckets, self.mesh = spec, capacity.limits, capacity.buckets, mesh
         self._processed, self._store = processed, store
-        self.params: Params = params  # until `warm`, while they are being read, their shapes alone
+        self.params: Params = params  # only their shapes until `warm`, if they are still being read
         self._param_shapes: Params = shapes_of(params)
         self.dtype = params["embed"]["weight"].dtype
         self.device = None if mesh is not None else next(iter(params["embed"]["weight"].sharding.device_set))
@@ -96,26 +96,26 @@ class Runner:
         self._executables: dict[Key, Any] = {}
         _RUNNERS.add(self)
         self.compiled_late = 0
-        # Shapes alone until `allocate`: compilers try out what is fastest, in memory that the KV pool would take.
+        # Only shapes until `allocate`: compilers autotune, in memory that the KV cache would take.
         self._state = self._abstract_state()
         self.cache, self.tables, self.last, self.controls = self._state
 
     @classmethod
     def of(cls, config: EngineConfig, model: Opened, capacity: Capacity, store: Store | None) -> Self:
-        """For a model whose parameters need not have been read yet."""
+        """For a model with parameters that may still be unread."""
         processed = config.logprobs_mode == "processed_logprobs"
         return cls(model.spec, model.shapes, capacity, processed=processed, mesh=model.mesh, store=store)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def allocate(self) -> None:
-        """All device state except the parameters, as zeros made on the devices."""
+        """Allocate all device state except the parameters, as zeros."""
         with self.on_mesh():
             try:
                 self.cache, self.tables, self.last, self.controls = self._executable("fresh")()
                 jax.block_until_ready(self.cache)
             except jax.errors.JaxRuntimeError as error:
-                problem = f"the devices have no memory for {self.limits.num_blocks} KV blocks: {error}"
+                problem = f"the devices have too little memory for {self.limits.num_blocks} KV blocks: {error}"
                 raise ConfigError(
                     problem, "lower num_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
                 ) from None
@@ -134,12 +134,12 @@ class Runner:
         return cache, tables, last, controls.abstract(rows, self.spec.vocab_size, self._everywhere)
 
     def free(self) -> None:
-        """Gives back the memory of all device state except the parameters."""
+        """Free all device state except the parameters."""
         for array in jax.tree.leaves((self.cache, self.tables, self.last, self.controls)):
             array.delete()
 
     def largest_step(self) -> int:
-        """Bytes of temporaries and results on each device, of the largest programs, which are compiled for this."""
+        """Bytes per device of the temporaries and results of the largest programs, which it compiles."""
         buckets = self.buckets
         tokens = packing.mixed_layout(buckets.tokens, buckets, self.limits.block_size)
         analyses = [self._analysis(key) for key in (tokens, (buckets.entries, Need.FULL))]
@@ -147,7 +147,7 @@ class Runner:
         return max(sizes, default=0)
 
     def _analysis(self, key: Key) -> Any:
-        """The compiler's count of its memory. A program that was stored on disk may have lost it."""
+        """The compiler's memory analysis of a program; recompiles if an executable from disk lacks it."""
         found = self._executable(key).memory_analysis()
         if not found or not found.temp_size_in_bytes:
             with self.on_mesh():
@@ -161,7 +161,7 @@ class Runner:
     # --- programs ---------------------------------------------------------------------------------------------------
 
     def every_key(self) -> list[Key]:
-        """All that a step can need, the largest first: they take longest to compile."""
+        """All programs that a step can need, the largest first, since they take longest to compile."""
         buckets = self.buckets
         return [
             *(packing.mixed_layout(tokens, buckets, self.limits.block_size) for tokens in reversed(buckets.mixed)),
@@ -172,8 +172,8 @@ class Runner:
         ]
 
     def warm(self, progress: Progress | None = None, weights: Future[Params] | None = None) -> None:
-        """Compiles what is not compiled yet, meanwhile waits for `weights` if given, and then takes the memory.
-        `compiled_late` counts the programs that a step had to wait for."""
+        """Compile all remaining programs while `weights`, if given, are read; then allocate the state. Programs that
+        are compiled later, during a step, are counted in `compiled_late`."""
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
             wanted = [self.program(key) for key in keys]
@@ -190,11 +190,11 @@ class Runner:
             self.exercise()
 
     def exercise(self) -> None:
-        """Runs every program once, on padding alone: a device loads code and captures graphs at the first run."""
+        """Run every program once, on padding: a device loads code and captures graphs at the first run."""
         nothing = np.full(packing.EDIT_SIZE, -1, np.int32)
         self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
         hidden = entries = None
-        for key in self.every_key():  # those of `model` come first
+        for key in self.every_key():  # the keys of `model` come first
             match key:
                 case Layout():
                     vector = self._put(packing.padding(key, self.buckets))

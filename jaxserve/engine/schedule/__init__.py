@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host decides: which rows compute what in the next step, and where their KV lies. No jax."""
+"""Host decisions: what each row computes in the next step, and which KV blocks it uses. No jax."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an engine can serve a request as asked: every id and length against the model's, on the host.
+"""Checks on the host that an engine can serve a request as sent: all token ids and lengths against its limits.
 
-On the device an id out of range raises nothing and reads or writes what belongs to others.
+On the device, an id out of range raises no error: it reads or writes another request's data.
 """
 
 import math
@@ -24,7 +24,7 @@ _TOP_TOKENS = tuple(each.name for each in FIELDS if isinstance(each.kind, TopTok
 
 
 def check(request: Request, limits: Limits) -> None:
-    """Raises a RequestError that names the field, the value and what is possible."""
+    """Raises a RequestError that names the field, its value and the limit."""
     params = request.params
     _check_kinds(request)
     if request.embed:
@@ -47,23 +47,23 @@ def check(request: Request, limits: Limits) -> None:
             raise RequestError(name, problem, f"give at most {most}")
     room = limits.max_model_len - len(request.prompt_token_ids)
     if params.min_tokens > max(room, 0):
-        problem = f"min_tokens is {params.min_tokens}, and after the prompt there is room for {max(room, 0)}"
+        problem = f"min_tokens is {params.min_tokens}, but after the prompt there is room for {max(room, 0)}"
         raise RequestError("min_tokens", problem, "lower it")
     if params.min_tokens:
         _check_something_is_left(request, limits)
 
 
 def _check_something_is_left(request: Request, limits: Limits) -> None:
-    """Until min_tokens are made nothing that ends the text can be sampled: something else must be possible."""
+    """Until min_tokens are generated, stop tokens are masked: at least one other token must remain."""
     stops, allowed = stops_of(request, limits), request.params.allowed_token_ids
     left = limits.vocab_size - len(stops) if allowed is None else len(set(allowed) - stops)
     if left <= 0:
-        problem = f"min_tokens is {request.params.min_tokens}, and every token that may be sampled ends the text"
+        problem = f"min_tokens is {request.params.min_tokens}, but every token that may be sampled ends the text"
         raise RequestError("min_tokens", problem, "allow other tokens, or give min_tokens=0")
 
 
 def _check_kinds(request: Request) -> None:
-    """What a request holds beside its parameters, which check themselves."""
+    """Check the fields outside the sampling parameters, which check themselves."""
     values: dict[str, object] = {name: getattr(request, name) for name in ("id", "cache_salt", "priority", "deadline")}
     if not isinstance(values["id"], str):
         raise _refused("request_id", values["id"], "a string")
@@ -87,7 +87,7 @@ def _check_embeds(request: Request) -> None:
 
 
 def _check_beams(params: BeamSearchParams, limits: Limits) -> None:
-    """That the engine can give as many candidates and run as many beams."""
+    """Check that the engine can return enough candidates and run all beams."""
     width = params.beam_width
     if limits.max_logprobs != -1 and 2 * width > limits.max_logprobs:
         problem = f"beam_width is {width}, and twice as many log-probabilities are above max_logprobs"
@@ -108,13 +108,13 @@ def _check_prompt(request: Request, limits: Limits) -> None:
     if request.generates:
         longest, use = longest - 1, "continued"
     if count > longest:
-        problem = f"the prompt has {count} tokens, and the longest that can be {use} has {longest}"
+        problem = f"the prompt has {count} tokens, but the longest that can be {use} has {longest}"
         raise RequestError("prompt", problem, "shorten it, or start the engine with a larger max_model_len")
     _check_ids("prompt", request.prompt_token_ids, limits)
 
 
 def _check_ids(name: str, ids: Collection[int], limits: Limits) -> None:
-    """With what runs in C over a list of plain ints: prompts are long."""
+    """Uses only builtins that run in C over a list of ints, since prompts are long."""
     kinds = set(map(type, ids))
     if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
         bad = next(token for token in ids if isinstance(token, bool) or not isinstance(token, Integral))

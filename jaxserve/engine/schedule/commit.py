@@ -31,7 +31,7 @@ def sampled(
 
 
 def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
-    """Log-probabilities of the prompt tokens that the slice scores; its rows of logits start at `entry`."""
+    """Log-probabilities of the prompt tokens that the slice scores; its rows of logits start at `first`."""
     wanted = slice.sequence.request.params.prompt_logprobs or 0
     return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
 

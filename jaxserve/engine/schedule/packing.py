@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A StepPlan as one int32 vector: all that the host tells the device in a step. Pure numpy.
+"""Packs a StepPlan into one int32 vector, the only input that the host sends with a step. Pure numpy.
 
-`Layout` is the one description of the vector; the device programs take it apart by the same slices. Sizes depend on
-the bucket alone. A decoding step of B rows has B tokens and B entries; a mixed one has the largest number of both rows
-and entries, whatever its tokens.
+`Layout` describes the vector; the device programs use the same slices. Sizes depend only on the bucket. A decoding step
+of B rows has B tokens and B entries; a mixed step has the maximum of rows and of entries, whatever its token count.
 
-An entry is a row of hidden states: which token's, of which row, and how to sample from its logits. Floats travel as
+An entry describes one row of hidden states: its token, its row, and how to sample from its logits. Floats are stored as
 their bits.
 """
 
@@ -26,13 +25,13 @@ type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 ENTRY = ("token", "row", "position", "given", "samples", *COLUMNS)
 TOKEN, ROW, POSITION, GIVEN, SAMPLES, FIXED = range(6)
 SPARE_EDITS = 8
-EDITS_AT_ONCE, COPIES_AT_ONCE = 2048, 64  # by the program that does nothing else
+EDITS_AT_ONCE, COPIES_AT_ONCE = 2048, 64  # in one call of the `edit` program
 EDIT_SIZE = 2 * EDITS_AT_ONCE + 2 * COPIES_AT_ONCE
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where what lies in the vector of a step with `tokens` tokens."""
+    """The parts of the vector of a step with `tokens` tokens."""
 
     decode: bool
     tokens: int
@@ -44,13 +43,13 @@ class Layout:
     def parts(self) -> dict[str, int]:
         """Sizes, in order."""
         return {
-            "tokens": self.tokens,  # negative: the row's last one, which the device knows
+            "tokens": self.tokens,  # negative: the row's last sampled token, which is on the device
             "rows": self.rows,
             "kv_lens": self.rows,
             "rope_lengths": self.rows,
             "starts": self.rows + 1,  # cu_q_lens
             "distribution": 2,
-            "cells": self.edits,  # of the block tables; negative: none
+            "cells": self.edits,  # of the block tables; negative: padding
             "blocks": self.edits,
             "entries": self.entries * len(ENTRY),
         }
@@ -85,16 +84,16 @@ def mixed_layout(tokens: int, buckets: Buckets, block_size: int) -> Layout:
 @dataclass(slots=True)
 class Packed:
     layout: Layout
-    entries: int  # rows of hidden states that are wanted
-    embeds: int  # of these, as they are: all others for their logits
+    entries: int  # the rows of hidden states that the step needs
+    embeds: int  # how many of them are returned as embeddings; the others become logits
     need: Need
     vector: Ints
-    edits: list[Ints]  # for the program of block table edits and block copies, to be run before the step
-    controlled: list[Sequence]  # whose rows of sampling controls are to be set up before the step
+    edits: list[Ints]  # vectors for the `edit` program, which runs before the step
+    controlled: list[Sequence]  # sequences that need their row of sampling controls set before the step
 
 
 class Batcher:
-    """Packs steps. Keeps each row's sampling columns, which are set when a sequence takes the row."""
+    """Packs steps. Keeps the sampling columns of each row, set when a sequence takes the row."""
 
     def __init__(self, limits: Limits, buckets: Buckets) -> None:
         self.limits, self.buckets = limits, buckets
@@ -105,7 +104,7 @@ class Batcher:
             params, controlled = sequence.request.params, sequence.controlled
             self._columns[sequence.row] = columns.pack(params, controlled=controlled, seed=sequence.seed)
         slices = plan.slices
-        # Sorted by their count of tokens, with none last: if the last has one, all have.
+        # Slices of one token come first, so if the last slice has one, all have.
         decode = slices[-1].count == 1 and plan.entries == len(slices)
         if decode:
             layout = decode_layout(fitting(self.buckets.decode, len(slices)))
@@ -114,7 +113,7 @@ class Batcher:
         vector = np.zeros(layout.size, np.int32)
         parts = {name: vector[at] for name, at in places(layout).items()}
         entries = parts["entries"].reshape(layout.entries, len(ENTRY))
-        entries[:, ROW] = self.buckets.rows  # beyond the last: nothing is kept of it
+        entries[:, ROW] = self.buckets.rows  # past the last row: the result is dropped
         entries[:, GIVEN] = -1
         (self._fill_decode if decode else self._fill_mixed)(plan, parts, entries)
         edits = self._fill_edits(plan, parts)
@@ -152,7 +151,7 @@ class Batcher:
         rows, lengths, ropes = list[int](), list[int](), list[int]()
         table: list[tuple[int, int, int, int, int]] = []
         singles = 0
-        last: dict[int, int] = {}  # where the last token of a slice lies, for those that sample from it
+        last: dict[int, int] = {}  # the position of each slice's last token, for the forks that sample from it
         for s in plan.slices:
             sequence, base, stop = s.sequence, len(tokens), s.start + s.count
             if s.count:
@@ -185,7 +184,7 @@ class Batcher:
             used[:, FIXED:] = self._columns[used[:, ROW]]
 
     def _fill_edits(self, plan: StepPlan, parts: dict[str, Ints]) -> list[Ints]:
-        """Block table edits into the vector if they fit, else into vectors of their own; copies always."""
+        """Put block table edits into the vector if they fit, else into separate vectors, where copies always go."""
         cells = np.fromiter(plan.edits.keys(), np.int32, len(plan.edits))
         blocks = np.fromiter(plan.edits.values(), np.int32, len(plan.edits))
         if cells.size:
@@ -220,7 +219,7 @@ def padding(layout: Layout, buckets: Buckets) -> Ints:
     if layout.decode:
         parts["starts"][:] = np.arange(len(parts["starts"]))
     entries = parts["entries"].reshape(layout.entries, len(ENTRY))
-    entries[:, ROW] = buckets.rows  # beyond the last: nothing is kept of it
+    entries[:, ROW] = buckets.rows  # past the last row: the result is dropped
     entries[:, GIVEN] = -1
     return vector
 
@@ -238,7 +237,8 @@ def edit_vector(cells: Ints, blocks: Ints, copies: list[tuple[int, int]]) -> Int
 
 
 def in_turns(copies: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Blocks move in no order within one call: a block that was read or written is written in a later call."""
+    """Split copies into calls. Within one call they run in no order, so a block read or written in it is written only
+    in a later call."""
     turns: list[list[tuple[int, int]]] = []
     touched: set[int] = set()
     written: set[int] = set()
@@ -253,6 +253,6 @@ def in_turns(copies: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def _within(what: str, values: Ints, low: int, high: int) -> None:
-    """jax would clamp or wrap such an index, and write what belongs to others."""
+    """Raise on an index out of range, which jax would clamp or wrap, overwriting another request's data."""
     if values.size and (int(values.min()) < low or int(values.max()) >= high):
-        raise RuntimeError(f"{what}s reach from {values.min()} to {values.max()}, expected {low} to {high - 1}")
+        raise RuntimeError(f"{what}s are {values.min()} to {values.max()}, expected {low} to {high - 1}")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's state of one sample of a request. Only the scheduler changes and keeps it.
+"""The host state of one sample of a request, owned by the scheduler.
 
-tokens    the prompt and what was generated, as far as the host knows it
-pending   tokens after those that steps in flight are sampling
-computed  tokens whose KV is written, or will be by the steps in flight
-epoch     raised when the sequence leaves its row: results that a step in flight still brings are then stale
+tokens    the prompt and the generated tokens that the host knows
+pending   the number of tokens that steps in flight are sampling
+computed  the number of tokens with KV written, or to be written by steps in flight
+epoch     incremented when the sequence leaves its row, which makes results of steps in flight stale
 """
 
 from enum import IntEnum
@@ -17,15 +17,13 @@ from jaxserve.types.request import Request
 
 class Status(IntEnum):
     WAITING = 0
-    BESIDE = (
-        1  # in no queue: another sample computes the prompt, or it is held and has no row, or a search waits to begin
-    )
+    BESIDE = 1  # not queued: another sample computes the prompt, or it is held without a row, or its search waits
     RUNNING = 2
     FINISHED = 3
 
 
 class Need(IntEnum):
-    """What sampling a row takes; a step does what its most demanding row needs."""
+    """What sampling a row requires; a step does what its most demanding row needs."""
 
     GREEDY = 0
     RANDOM = 1
@@ -76,7 +74,7 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         wanted = limits.max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
         self.end = min(wanted, limits.max_model_len) if request.generates else self.prompt_len
-        # How many tokens' KV it takes: the last token of an answer is looked at by nobody.
+        # The tokens that need KV: nothing attends to the last token of an answer.
         self.goal = self.end - 1 if request.generates else self.prompt_len
         self.min_end = self.prompt_len + params.min_tokens
         self.stops = stops_of(request, limits)
@@ -84,24 +82,24 @@ class Sequence:
         self.controlled = needs_controls(params, request.bad_word_ids)
         self.need = sampling_need(request, controlled=self.controlled)
         self.scoring_need = None if params.prompt_logprobs is None else scoring_need(params.prompt_logprobs)
-        # Prompt tokens whose log-probabilities are told, and will be by the steps in flight. The first has none.
+        # Prompt tokens scored, including by steps in flight, and those already reported. The first token has no score.
         self.scored = self.scores_told = 1 if self.scoring_need is not None and index == 0 else self.prompt_len
         self.seed = seed & 0xFFFF_FFFF
         self.status = Status.BESIDE
         self.row, self.epoch, self.computed, self.pending, self.cached = -1, 0, 0, 0, 0
         self.blocks: list[int] = []
-        self.first_block = 0  # those before it left every layer's window and are given back
-        self.keys: list[bytes] = []  # of its full blocks, as far as they were needed
-        self.published = 0  # how many of its blocks are shared under these keys
-        self.generation = -1  # of the pool, when its KV began to be computed
-        self.siblings: list[Sequence] = []  # other samples of the request, until its prompt is computed
-        self.held = 0  # above 0: a beam. It stops after each token, until `extend`; its search may take so many rows
-        self.told = 0  # how many tokens a held one had when it last gave its candidates
-        self.scheduled: float | None = None  # when it first got a row, until that is told
+        self.first_block = 0  # blocks before it are outside every layer's window and are freed
+        self.keys: list[bytes] = []  # prefix-cache keys of its full blocks, computed on demand
+        self.published = 0  # the number of its blocks published under these keys
+        self.generation = -1  # the pool's generation when its KV was begun
+        self.siblings: list[Sequence] = []  # the other samples of the request, until its prompt is computed
+        self.held = 0  # above 0: a beam, which stops after each token until `extend`; the number of beams in its search
+        self.told = 0  # for a beam: its token count when it last reported its candidates
+        self.scheduled: float | None = None  # when it first got a row; None once reported
 
     @property
     def length(self) -> int:
-        """Tokens that the next step can assume, known to the host or not."""
+        """Its number of tokens, including those still being sampled."""
         return len(self.tokens) + self.pending
 
     @property
@@ -116,7 +114,7 @@ def order_of(sequence: Sequence) -> tuple[int, int, int]:
 
 
 def stops_of(request: Request, limits: Limits) -> frozenset[int]:
-    """The tokens that end it."""
+    """The tokens that end the request."""
     own = frozenset(request.params.stop_token_ids or ())
     return own if request.params.ignore_eos else own | limits.eos_token_ids
 

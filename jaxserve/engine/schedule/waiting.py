@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue of waiting sequences with its limits, the turns of beam searches, and the deadlines of requests.
+"""The queue of waiting sequences with its limits, the queue of beam searches, and the deadlines of requests.
 
 Both are sorted lists with only live entries: a removed entry leaves at once. The memmove costs 20 us with 100,000
 entries.
@@ -17,12 +17,12 @@ class Waiting:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._queue: list[Sequence] = []
-        self._searches: list[Sequence] = []  # beam searches that have not begun
-        self._begun = 0  # beams of those that have
+        self._searches: list[Sequence] = []  # beam searches that have not started
+        self._begun = 0  # the beams of all searches that have started
         self.tokens = 0  # prompt tokens of all waiting sequences
 
     def __len__(self) -> int:
-        """How many may have a row at once."""
+        """The number of sequences that can take a row now; searches that have not started are not counted."""
         return len(self._queue)
 
     @property
@@ -52,15 +52,15 @@ class Waiting:
         del self._queue[bisect_left(self._queue, sequence.order, key=order_of)]
         self.tokens -= sequence.prompt_len
 
-    # Beams wait for each other's tokens. If the beams of more searches than there are rows for ran at once, they would
-    # take the rows from each other and be recomputed in turn. So searches begin in order, while rows last for all.
+    # Beams of a search wait for each other's tokens. With more beams than rows, searches would keep preempting and
+    # recomputing each other. So searches start in order, and only while there are rows for all their beams.
 
     def put_search(self, leader: Sequence) -> None:
         insort(self._searches, leader, key=order_of)
         self.tokens += leader.prompt_len
 
     def next_searches(self) -> Iterator[Sequence]:
-        """Those that may begin now."""
+        """The searches that can start now."""
         while self._searches:
             leader = self._searches[0]
             if self._begun and self._begun + leader.held > self._limits.max_num_seqs:
@@ -71,7 +71,7 @@ class Waiting:
             yield leader
 
     def end_search(self, last: Sequence) -> None:
-        """Its last beam has ended, or its only one before it began."""
+        """Called when a search's last beam has ended, or when the search ends before it started."""
         if last in self._searches:
             self._searches.remove(last)
             self.tokens -= last.prompt_len

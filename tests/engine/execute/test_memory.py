@@ -90,7 +90,7 @@ def test_a_length_that_is_not_configured_is_fitted_and_logged() -> None:
 @pytest.mark.parametrize(
     "config, match",
     [
-        (dict(max_model_len=65), "max_model_len is 65, and the model takes 64"),
+        (dict(max_model_len=65), "max_model_len is 65, but the model supports 64"),
         (dict(max_model_len=1), "give 2 or more"),
         (
             dict(max_model_len=41, num_blocks=6),
@@ -203,7 +203,7 @@ def test_a_device_that_does_not_report_its_memory(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ConfigError, match=r"no memory is left for a KV cache: of 3\.00 GiB per device 3\.2\d GiB are taken"
+        ConfigError, match=r"no memory is left for a KV cache: 3\.2\d GiB of 3\.00 GiB per device are taken"
     ):
         on_gpu(monkeypatch, FakeDevice(4 * GIB, 2 * GIB))
 

@@ -45,7 +45,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (dict(prompt_token_ids=[1, float("nan")]), {}, "prompt", "prompt holds nan"),
     (dict(prompt_token_ids=[1, None]), {}, "prompt", "prompt holds None"),
     (dict(prompt_token_ids=["1"]), {}, "prompt", "prompt holds '1'"),
-    (dict(prompt_token_ids=[1] * 20), {}, "prompt", "has 20 tokens, and the longest that can be continued has 19"),
+    (dict(prompt_token_ids=[1] * 20), {}, "prompt", "has 20 tokens, but the longest that can be continued has 19"),
     (dict(prompt_token_ids=[1] * 21, score_only=True), {}, "prompt", "longest that can be scored has 20"),
     (dict(prompt_token_ids=[1] * 21, embed=True), {}, "prompt", "longest that can be embedded has 20"),
     *(
