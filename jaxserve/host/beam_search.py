@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search with an engine's verbs: held sequences stop after each token; a search branches, extends and drops them.
+"""Beam search on an engine: its sequences are held after each token, and the search branches, extends and drops them.
 
-With vLLM's meaning: the 2 * width likeliest tokens of each beam are candidates; those that end the text complete a
-beam, of the others the `width` best go on; at the end the best of all are returned. A beam's score is the sum of its
-log-probabilities over length ** length_penalty, where the prompt counts as length and the end of text does not.
+Same semantics as vLLM: the 2 * width most likely tokens of each beam are candidates; those that end the text complete a
+beam, and the `width` best of the others continue; at the end the best of all are returned. A beam's score is the sum of
+its log-probabilities over length ** length_penalty, where the length includes the prompt but not the end of text.
 
 Beams share the KV blocks of their common prefix. A beam that continues in several ways is branched, and the first to
-write into a shared block gets a copy of it. When memory is short, the scheduler preempts beams that wait here and
-recomputes them when they continue.
+write into a shared block gets a copy of it. When memory is short, the scheduler preempts waiting beams and recomputes
+them when they continue.
 
-Only ids and log-probabilities come out: the text is made where the tokenizer is.
+The result has only ids and log-probabilities; the frontend, which has the tokenizer, makes the text.
 """
 
 from collections import Counter
@@ -34,8 +34,8 @@ class _Step:
     logprob: float
     rank: int
     candidates: TokenLogprobs
-    total: float  # of the log-probabilities so far
-    count: int  # of the tokens so far
+    total: float  # the sum of the log-probabilities so far
+    count: int  # the number of tokens so far
 
     def chain(self) -> "list[_Step]":
         steps: list[_Step] = []
@@ -67,7 +67,7 @@ class BeamSearch:
         self._beams: dict[int, _Beam] = {0: _Beam()}  # by the index of their sequence
         self._next_index = 1
         self._completed: list[_Step] = []
-        self._result: list[_Step] | None = None  # chosen, and to be returned with the engine's last update
+        self._result: list[_Step] | None = None  # the chosen beams, returned with the engine's last update
         self._first: Update | None = None
 
     def start(self) -> None:
@@ -77,9 +77,9 @@ class BeamSearch:
         self._engine.add(replace(self._request, params=params), hold=self._width)
 
     def take(self, update: Update) -> list[Update]:
-        """One update of the engine. Beams continue once the engine has computed the candidates of all.
+        """Take one update of the engine. Beams continue once it has computed the candidates of all beams.
 
-        Returns nothing until the search ends; then an update for each of the best beams, best first.
+        Returns an empty list until the search ends, then an update for each of the best beams, best first.
         """
         if self._first is None:
             self._first = update
@@ -119,7 +119,7 @@ class BeamSearch:
     def _continue(self, kept: list[tuple[_Step, int]]) -> None:
         engine, request_id = self._engine, self._request.id
         left = Counter(index for _, index in kept)
-        for index in self._beams.keys() - left.keys():  # first, which frees their rows and blocks
+        for index in self._beams.keys() - left.keys():  # drop these first, to free their rows and blocks
             engine.drop(request_id, index)
         beams: dict[int, _Beam] = {}
         for step, index in kept:
@@ -142,14 +142,14 @@ class BeamSearch:
         return sorted([*self._completed, *alive], key=self._score, reverse=True)[: self._width]
 
     def _end(self, update: Update, reason: FinishReason) -> list[Update]:
-        """The result: what was chosen, or the best so far if a fault, an abort or a deadline ended the search."""
+        """The result: the chosen beams, or the best so far if a fault, an abort or a deadline ended the search."""
         whole = self._result is not None
         best = self._result
         if best is None:
-            self._engine.drop(self._request.id)  # after a fault in one beam, the others
+            self._engine.drop(self._request.id)  # after a fault in one beam, drop the others
             best = self._best([beam.step for beam in self._beams.values() if beam.step])
         results = [self._update(step) for step in best]
-        # Fewer beams than samples, after an end before the first token: each of the samples gets an end.
+        # If the search ended before its first token there are fewer beams than samples: end each of these too.
         results += [Update(request_id=self._request.id, index=0) for _ in range(self._width - len(best))]
         for index, result in enumerate(results):
             result.index = index

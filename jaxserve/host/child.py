@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's process: `python -m jaxserve.host.child --fd N`, N being its end of a socket pair.
+"""The engine's process: `python -m jaxserve.host.child --fd N`, where N is its end of a socket pair.
 
-    reader  reads messages; when the parent is gone it ends the process, whatever that is doing
-    main    loads the model, then runs the engine: handles messages, one step, one message back; sleeps when idle
-    beat    sends each second how long ago the last turn ended, so that the parent notices a hang
+    reader  reads messages; if the parent is gone, ends the process immediately
+    main    loads the model, then runs the engine: handles messages, one step, one message back; waits when idle
+    beat    reports every second how long ago the last turn ended, so that the parent can detect a hang
 
-The parent decides when this ends. Signals to all processes of a terminal or a service are ignored.
+The parent decides when the process ends: it ignores signals sent to all processes of a terminal or a service.
 """
 
 import argparse
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
 
 BEAT = 1.0
-REPORT_EVERY = 0.1  # seconds between two messages of progress, or between two with metrics alone
+REPORT_EVERY = 0.1  # seconds between two progress messages, or between two messages with only metrics
 LAST_WORDS = 2.0  # seconds for sending the last message
 
 
 class Inbox:
-    """Messages from the parent that are not handled yet."""
+    """Messages from the parent that have not been handled yet."""
 
     def __init__(self, receiver: wire.Receiver) -> None:
         self._receiver = receiver
         self._changed = threading.Condition()
         self._messages: list[Any] = []
-        self.stoppable = True  # `Stop` ends the process at once: there is no engine to close
+        self.stoppable = True  # `Stop` ends the process immediately, while there is no engine to close
 
     def read(self) -> None:
         """The reader thread, until the process ends."""
@@ -65,7 +65,7 @@ class Inbox:
         _exit(0)
 
     def take(self, timeout: float | None) -> list[Any]:
-        """Waits for messages, at most `timeout` seconds; None: as long as it takes."""
+        """Wait for messages, at most `timeout` seconds; None: without limit."""
         with self._changed:
             if not self._messages and timeout != 0:
                 self._changed.wait(timeout)
@@ -74,7 +74,7 @@ class Inbox:
 
 
 class Child:
-    """The Host that runs the engine here."""
+    """The Host that runs the engine in this process."""
 
     def __init__(self, engine: "Engine", inbox: Inbox, outbox: Outbox) -> None:
         self._engine, self._driver, self._inbox, self._outbox = engine, Driver(engine), inbox, outbox
@@ -84,7 +84,7 @@ class Child:
 
     @property
     def working(self) -> bool:
-        """Whether a turn should be under way."""
+        """Whether a turn should be in progress."""
         return self._engine.unfinished and not self._outbox.kept
 
     def run(self) -> None:
@@ -108,7 +108,7 @@ class Child:
         return messages
 
     def take(self, updates: list[Update]) -> Iterable[Abort]:
-        """The parent sends aborts: it has the text."""
+        """Send the updates. Returns no aborts: the parent, which has the text, sends them as messages."""
         engine, outbox, now = self._engine, self._outbox, time.monotonic()
         replies, self._replies = self._replies, []
         if updates or replies or now - self._reported > REPORT_EVERY or not engine.unfinished:
@@ -131,7 +131,7 @@ class Child:
             case wire.Call():
                 self._replies.append(self._called(message))
             case _:
-                raise TypeError(f"a {type(message).__name__} came while the engine runs")
+                raise TypeError(f"unexpected {type(message).__name__} while the engine is running")
 
     def _called(self, call: wire.Call) -> wire.Returned:
         try:
@@ -145,8 +145,8 @@ class Child:
 
 
 class Heartbeat:
-    """Sends signs of life. If Python itself hangs, none is sent; after a while the stacks are printed and the process
-    ends, because nothing else would end it if the parent were gone too."""
+    """Sends heartbeats. If Python itself hangs, none are sent; after a timeout the stacks are printed and the process
+    ends, since nothing else would end it if the parent were gone too."""
 
     def __init__(self, outbox: Outbox, watchdog: float | None) -> None:
         self._outbox, self._watchdog = outbox, watchdog
@@ -200,13 +200,13 @@ def _load(start: wire.Start, outbox: Outbox) -> "Engine":
 
 
 def _is_fault_of_ours(error: BaseException) -> bool:
-    """Whether to print its traceback. For what a user can fix a line is enough."""
+    """Whether to print its traceback. One line is enough for an error that the user can fix."""
     cause = error.__cause__ if isinstance(error, EngineError) and error.__cause__ is not None else error
     return not isinstance(cause, JaxserveError)
 
 
 def serve(end: socket.socket) -> int:
-    """The exit code."""
+    """Run until the parent sends Stop; return the exit code."""
     receiver = wire.Receiver(end, of_parent=True)
     first = receiver.receive()
     if first is None:
@@ -226,7 +226,7 @@ def serve(end: socket.socket) -> int:
         outbox.send(wire.Failed(wire.fault_of(error)))
         outbox.finish(LAST_WORDS)
         return 1
-    return 0  # the system frees all memory, the devices' too
+    return 0  # the system frees all memory, including the devices'
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # how the parent asks where it hangs
+    faulthandler.register(signal.SIGUSR1)  # the parent sends it to a hung process, to print the stacks
     parser = argparse.ArgumentParser(prog="jaxserve.host.child")
     parser.add_argument("--fd", type=int, required=True)
     number = parser.parse_args(arguments).fd
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """At once: threads of jax, or of a compiler, are not waited for."""
+    """Exit without waiting for threads of jax or of a compiler."""
     with suppress(OSError, ValueError):
         sys.stderr.flush()
     os._exit(code)

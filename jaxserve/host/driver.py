@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop that runs an engine: calls in, a step, updates out, aborts back in. For LLM, threads and child processes.
 
-host.calls      -> add, abort, and whatever else callers want between two steps
-engine.step     -> updates, with the beams of a search replaced by its result
-host.take       -> updates to whoever waits for them; what it gives back is aborted: samples at a stop string
+host.calls      runs the callers' calls between two steps: add, abort, ...
+engine.step     returns updates; those of a beam search are replaced by its result
+host.take       delivers updates to consumers; returns what to abort, such as samples that reached a stop string
 """
 
 from collections.abc import Iterable
@@ -15,32 +15,31 @@ from jaxserve.host.beam_search import BeamSearch
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Abort, Request
 
-if TYPE_CHECKING:  # it imports jax, which takes seconds; a child process reports that it starts before that
+if TYPE_CHECKING:  # it imports jax, which takes seconds; a child process reports that it is starting before that
     from jaxserve.engine.engine import Engine
 
 
 class Host(Protocol):
-    """Who runs an engine: the callers' side of the loop."""
+    """The callers' side of the loop."""
 
     def calls(self, *, idle: bool) -> bool:
-        """Does what callers asked for since the last turn; False ends the loop. An idle engine has nothing to compute
-        until then, so this may wait."""
+        """Run the calls made since the last turn; return False to end the loop. May block while the engine is idle."""
         ...
 
     def take(self, updates: list[Update]) -> Iterable[Abort]:
-        """Once per turn, also without updates. Returns what the engine must end early."""
+        """Deliver the updates; called once per turn, even without updates. Returns what the engine must end early."""
         ...
 
 
 class Driver:
-    """One engine and the beam searches that run in it. For one thread."""
+    """One engine and its beam searches. Not thread-safe."""
 
     def __init__(self, engine: "Engine") -> None:
         self.engine = engine
         self._searches: dict[str, BeamSearch] = {}  # by request id
 
     def run(self, host: Host) -> None:
-        """Turns until the host ends it, or the engine fails."""
+        """Run turns until the host ends the loop or the engine fails."""
         engine = self.engine
         while host.calls(idle=not engine.unfinished):
             updates = self.step() if engine.unfinished else []
@@ -48,7 +47,7 @@ class Driver:
                 engine.abort(abort.request_id, index=abort.index, reason=abort.reason)
 
     def add(self, request: Request) -> None:
-        """Raises a RequestError if the engine cannot serve it."""
+        """Add a request. Raises a RequestError if the engine cannot serve it."""
         if request.beam_search is None:
             self.engine.add(request)
         else:
@@ -75,7 +74,7 @@ class Driver:
         return shown
 
     def end_all(self) -> None:
-        """Leaves nothing in the engine: aborts every request, and drops their last updates."""
+        """Clear the engine: abort every request and drop their last updates."""
         engine = self.engine
         with suppress(EngineError):
             engine.check_alive()

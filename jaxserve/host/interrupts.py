@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defers Ctrl-C to where it does no harm: a signal that comes while state changes is handled after the change."""
+"""Defers Ctrl-C to a safe point: a signal that arrives during a state change is handled after the change."""
 
 import signal
 import threading
@@ -9,8 +9,8 @@ from types import FrameType
 class Deferred:
     """with Deferred() as interrupts: ...  SIGINT waits for `interrupts.allow()`, or for the end of the block.
 
-    A second one does not wait. Only the main thread is interrupted: in other threads, or if the program ignores SIGINT,
-    this does nothing.
+    A second SIGINT is handled immediately. No effect outside the main thread, which alone is interrupted, or if the
+    program ignores SIGINT.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Deferred:
         self.allow()
 
     def allow(self) -> None:
-        """Handles a signal that came as the program would have: usually by a KeyboardInterrupt."""
+        """Handle a deferred signal with the program's own handler, which usually raises KeyboardInterrupt."""
         if self._came is not None:
             came, self._came = self._came, None
             self._handle(*came)

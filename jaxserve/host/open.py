@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens an engine in this process with its tokenizer: how LLM and AsyncLLM begin."""
+"""Opens an engine and its tokenizer in this process, for LLM and AsyncLLM."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from jaxserve.frontend.prepare import Preparer, preparer_for, tokenizer_of
 
 
 def open_engine(model: str, settings: Mapping[str, Any], **given: Any) -> tuple[Engine, Preparer]:
-    """`given`: params, spec and mesh, of a program that has them."""
+    """`given`: params, spec and mesh, if the program already has them."""
     config = EngineConfig(model=model, **settings)
-    # Before the engine, which may download and compile for long.
+    # Load it before the engine, which may take long to download and compile: its errors then appear early.
     tokenizer = tokenizer_of(config, loads_model=given.get("params") is None)
-    with jax.set_mesh(None):  # a mesh in the caller's context is not meant for the engine
+    with jax.set_mesh(None):  # the engine must not use a mesh from the caller's context
         engine = Engine(config, **given)
     defaults = engine.model.sampling_defaults
     return engine, preparer_for(engine.limits, tokenizer, defaults=defaults, also_ends=engine.also_ends)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sends a child's messages to its parent without blocking: the engine's steps continue while the parent is busy.
 
-The socket takes what it has room for; the rest is kept here and goes first the next time. When more than MOST_KEPT
-bytes are kept, `wait` blocks. So the child does not compute for a parent that hangs, its memory is bounded, nothing is
-lost or merged, and work continues when the parent does. If the parent is gone, the child's reader ends the process.
+What the socket has no room for is kept here and sent first the next time. While more than MOST_KEPT bytes are kept,
+`wait` blocks. So the child does not compute for a hung parent, its memory is bounded, no message is lost or merged, and
+work continues when the parent does. If the parent is gone, the child's reader ends the process.
 """
 
 import select
@@ -26,7 +26,7 @@ class Outbox:
 
     @property
     def kept(self) -> int:
-        """Bytes that the socket has not taken yet."""
+        """The number of bytes not sent yet."""
         return len(self._kept)
 
     def send(self, *messages: Any) -> None:
@@ -55,17 +55,17 @@ class Outbox:
         del self._kept[:done]
 
     def wait(self) -> None:
-        """While too much is kept."""
+        """Block while too much is kept."""
         while self.kept > MOST_KEPT:
             self._until_room(None)
 
     def finish(self, seconds: float) -> None:
-        """Sends the rest, as long as the parent takes some of it within so many seconds."""
+        """Send the rest; give up if the parent reads nothing for `seconds`."""
         while self.kept and self._until_room(seconds):
             pass
 
     def _until_room(self, seconds: float | None) -> bool:
-        room = select.poll()  # select() takes no descriptor above 1023
+        room = select.poll()  # select() does not support descriptors above 1023
         room.register(self._end, select.POLLOUT)
         ready = bool(room.poll(None if seconds is None else 1000 * seconds))
         self.flush()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine in a thread, for callers in this process.
 
-    caller --- calls, done between steps ---> thread --- one hand-over per step and loop ---> Streams
+    caller --- calls, run between steps ---> thread --- one delivery per step and event loop ---> Streams
 
-Only the thread touches the engine. It sleeps while there is nothing to do. When it ends, by a fault or by `stop`, every
-stream and every waiting call ends with an EngineError, and new ones are refused.
+Only the thread uses the engine. It waits while there is nothing to do. When it ends, by a fault or by `stop`, every
+stream and every waiting call ends with an EngineError, and new ones are rejected.
 """
 
 import threading
@@ -47,11 +47,11 @@ class EngineThread:
 
     def drop(self, stream: Stream) -> None:
         if self._streams.remove(stream):
-            with suppress(EngineError):  # then it has ended with the engine
+            with suppress(EngineError):  # the request has ended with the engine
                 self.call("abort", request_id=stream.request.id)
 
     def call(self, what: str | Callable[[], Any], /, **arguments: Any) -> Future[Any]:
-        """Calls the engine's method of this name, or a function, between two steps."""
+        """Call the engine's method of this name, or a function, between two steps."""
         function = partial(getattr(self._engine, what), **arguments) if isinstance(what, str) else what
         future: Future[Any] = Future()
         with self._changed:
@@ -61,7 +61,7 @@ class EngineThread:
         return future
 
     def stop(self) -> None:
-        """Returns when the thread has ended."""
+        """End the thread and wait for it."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -71,7 +71,7 @@ class EngineThread:
     # --- the engine's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error = EngineError("the engine was shut down", "make another")
+        error = EngineError("the engine was shut down", "create a new one")
         try:
             self._driver.run(self)
         except EngineError as fault:

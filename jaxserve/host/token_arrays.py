@@ -17,9 +17,9 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 class GeneratedArrays(NamedTuple):
     """For B prompts with n samples each. T is the largest max_tokens: equal parameters give equal shapes."""
 
-    tokens: jax.Array  # int32 [B, n, T], pad_id after the end
+    tokens: jax.Array  # int32 [B, n, T]; pad_id after the end
     logprobs: jax.Array  # float32 [B, n, T], of these tokens; 0 after the end
-    mask: jax.Array  # bool [B, n, T], which are tokens
+    mask: jax.Array  # bool [B, n, T]; False after the end
     lengths: jax.Array  # int32 [B, n]
     finish_reasons: jax.Array  # int32 [B, n], indices into FINISH_REASONS
 
@@ -32,7 +32,7 @@ def prompt_rows(prompts: Any) -> list[Any]:
             problem = f"tokens have shape {list(tokens.shape)} and lengths are {lengths.dtype}{list(lengths.shape)}"
             raise RequestError("prompts", problem, "give one whole number for each row")
         if lengths.size and not (lengths.min() >= 0 and lengths.max() <= tokens.shape[1]):
-            problem = f"lengths reach from {lengths.min()} to {lengths.max()}, the rows have {tokens.shape[1]} tokens"
+            problem = f"lengths are {lengths.min()} to {lengths.max()}, but the rows have {tokens.shape[1]} tokens"
             raise RequestError("prompts", problem, "correct the lengths")
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     if is_one(prompts):
@@ -43,7 +43,7 @@ def prompt_rows(prompts: Any) -> list[Any]:
 def as_arrays(
     outputs: Sequence[RequestOutput], *, samples: int, width: int, pad_id: int, place: Any
 ) -> GeneratedArrays:
-    """Final outputs as arrays on the devices. Their requests asked for log-probabilities."""
+    """Final outputs as arrays on the devices. Their requests must have log-probabilities enabled."""
     shape = (len(outputs), samples, width)
     tokens, logprobs = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
     lengths, reasons = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.int32)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of one layer, and the two ways to carry it out: over paged KV (serving), or dense (scoring, training).
+"""Attention of one layer and its two implementations: over paged KV (serving) and dense (scoring, training).
 
-A layer computes queries, keys and values and hands them to a `Core`; it does not know which. Queries are grouped by
-the KV head they share, so that one cut along the KV heads serves all of attention.
+A layer computes queries, keys and values and passes them to either kind of `Core`. Queries are grouped by the KV head
+they share, so that sharding along the KV heads covers all of attention.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention import paged_attention
 
 @dataclass(frozen=True)
 class Options:
-    """What a core needs to know beyond the arrays."""
+    """A core's parameters besides the arrays."""
 
     scale: float
     window: int | None = None
@@ -46,13 +46,13 @@ class GroupedAttention(nnx.Module):
         self.spec = spec
         kv_heads, group = spec.kv_heads * kv_repeat, spec.group // kv_repeat
         heads = {"kv_heads": kv_heads, "group": group, "head_dim": spec.head_dim}
-        # Of each KV head: its queries, then its key, then its value.
+        # For each KV head: its queries, then its key, then its value.
         self.qkv = Linear(heads | {"group": group + 2}, {"hidden": hidden}, bias=spec.qkv_bias, dtype=dtype)
         self.out = Linear({"hidden": hidden}, heads, bias=spec.out_bias, dtype=dtype)
         keys = {"kv_heads": kv_heads, "head_dim": spec.head_dim}
         if spec.qk_norm_over == "head":
             heads = keys = {"head_dim": spec.head_dim}
-        own = spec.qk_norm_over == "own_head"  # then the axes that name the head are not normalized over
+        own = spec.qk_norm_over == "own_head"  # each head has its own weights, but the norm is not over the head axes
         self.q_norm = Normalize(spec.qk_norm, heads, own=2 * own, dtype=dtype) if spec.qk_norm else None
         self.k_norm = Normalize(spec.qk_norm, keys, own=1 * own, dtype=dtype) if spec.qk_norm else None
         self.sinks = param({"kv_heads": kv_heads, "group": group}, jnp.dtype(jnp.float32)) if spec.sinks else None
@@ -131,12 +131,12 @@ class Paged:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense:
-    """Causal attention within [batch, length] sequences, padded on the right if at all; keeps nothing."""
+    """Causal attention within [batch, length] sequences, optionally padded on the right; keeps no cache."""
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
     ) -> tuple[jax.Array, LayerCache | None]:
-        # The scores of all queries at once would be length^2 per head: take a few queries at a time.
+        # The scores of all queries together would be length^2 per head, so process them in chunks.
         length = q.shape[1]
         chunk = min(length, 512)
         starts = range(0, length, chunk)
@@ -152,7 +152,8 @@ class Dense:
 def _attend_chunk(
     q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, ahead: int, options: Options
 ) -> jax.Array:
-    """Queries over all keys up to the last of them; the first query stands `ahead` behind the first key."""
+    """Attention of queries over all keys up to the last query; the first query is `ahead` positions after the first
+    key."""
     scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32) * options.scale
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)

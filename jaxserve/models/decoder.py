@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one decoder that runs every architecture. Its modules declare the parameters, which travel as a nested dict.
+"""The decoder that runs every architecture. Its modules declare the parameters, which are passed as a nested dict.
 
     logits, cache = step(spec, params, cache, inputs)         serving, over paged KV
     logits = forward(spec, params, tokens)                    scoring and training, dense, differentiable
 
-Both run the same blocks. `spec` is static: equal specs share an executable. Layers are unrolled, each an inner jit,
-so that equal layers are traced once and every layer keeps weights and cache of its own.
+Both run the same blocks. `spec` is static: equal specs share an executable. Layers are unrolled, each as an inner jit,
+so that equal layers are traced once and every layer has separate weights and cache.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, turn: Angles | None, core: Core, wanted: jax.Array | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Of the tokens that are wanted, or of all."""
+        """The hidden states of the `wanted` tokens, or of all; and the layer's cache."""
 
         def through(norm: Normalize | None, value: jax.Array) -> jax.Array:
             return value if norm is None else norm(value)
@@ -107,10 +107,10 @@ class Decoder(nnx.Module):
         rope_lengths: jax.Array | None = None,
         remat: bool = False,
     ) -> tuple[jax.Array, list[LayerCache | None]]:
-        """Tokens and positions of any one shape -> hidden states after the last block, and the layers' caches.
+        """Tokens and positions of equal shape -> hidden states after the last block, and the layers' caches.
 
-        `wanted` [n] names the tokens whose hidden states are given, of tokens [T]; else all are. The last block's KV
-        is that of every token, but what follows its attention nobody else reads.
+        `wanted` [n]: indices of the tokens [T] to return hidden states of; default: all. The last block computes KV for
+        every token, but what follows its attention only for these.
         """
         spec = self.spec
         x = self.embed(tokens)
@@ -127,7 +127,7 @@ class Decoder(nnx.Module):
         for place, (block, core) in enumerate(zip(self.layers, cores, strict=True)):
             declared, state = nnx.split(block)
             rope = block.spec.attention.rope
-            with jax.named_scope(f"layer{place}"):  # traces show it
+            with jax.named_scope(f"layer{place}"):  # shown in traces
                 turn = None if rope is None else turns[rope]
                 only = wanted if place == len(cores) - 1 else None
                 x, updated = run(declared, nnx.to_pure_dict(state), x, turn, core, only)
@@ -135,13 +135,13 @@ class Decoder(nnx.Module):
         return x, caches
 
     def final(self, x: jax.Array) -> jax.Array:
-        """Hidden states after the last block -> those that the head multiplies."""
+        """Hidden states after the last block -> the head's input."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x if self.embed_out is None else self.embed_out(x)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states [..., hidden] -> float32 [..., vocab_size], whole on every device."""
+        """Hidden states [..., hidden] -> float32 [..., vocab_size], replicated on every device."""
         spec, x = self.spec, self.final(x)
         weight = self.embed.weight[...] if self.head is None else self.head[...]
         logits = contract(x, weight, count=1, outs=("vocab",), dtype=jnp.dtype(jnp.float32))
@@ -173,25 +173,25 @@ def _run_block(
 
 
 def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Places are in bounds."""
+    """The rows at `places`, which must be in bounds."""
     return x.at[places].get(mode="promise_in_bounds")
 
 
 @cache
 def declare(spec: ModelSpec, fitted: Fit, dtype: str) -> tuple[Any, Any]:
-    """The decoder without its arrays: flax's graph, which knows no sizes, and its abstract state."""
+    """The decoder without arrays: flax's graph, which is independent of sizes, and the abstract state."""
     return nnx.split(nnx.eval_shape(partial(Decoder, spec, fitted, dtype=jnp.dtype(dtype))))
 
 
 def bind(spec: ModelSpec, params: Params) -> Decoder:
-    """The decoder around these parameters (engine layout); to be called inside a trace."""
+    """The decoder with these parameters (engine layout); call it inside a trace."""
     check_engine(spec, params)
     graph, _ = declare(spec, Fit(), str(params["embed"]["weight"].dtype))
     return nnx.merge(graph, params)
 
 
 def check_engine(spec: ModelSpec, params: Params) -> None:
-    """That the tree is one of engine layout for this spec, by its names."""
+    """Check by its names that the tree is in engine layout for this spec."""
     _, state = declare(spec, Fit(), "float32")
     wanted, found = (jax.tree.structure(tree) for tree in (nnx.to_pure_dict(state), params))
     if wanted != found:
@@ -202,7 +202,7 @@ def check_engine(spec: ModelSpec, params: Params) -> None:
 def step(
     spec: ModelSpec, params: Params, cache: list[LayerCache], inputs: ModelInputs
 ) -> tuple[jax.Array, list[LayerCache]]:
-    """One ragged batch: logits [sampled, vocab] in float32, and the cache, which the caller's jit should donate."""
+    """Run one ragged batch: float32 logits [sampled, vocab], and the cache, which the caller's jit should donate."""
     rows, cache = hidden(spec, params, cache, inputs)
     return logits(spec, params, rows), cache
 
@@ -210,7 +210,7 @@ def step(
 def hidden(
     spec: ModelSpec, params: Params, cache: list[LayerCache], inputs: ModelInputs
 ) -> tuple[jax.Array, list[LayerCache]]:
-    """`step` without its end: what the last block gives for the sampled tokens, [sampled, hidden]."""
+    """The first part of `step`: the last block's output for the sampled tokens, [sampled, hidden]."""
     decoder = bind(spec, params)
     cores = [Paged(inputs, pools) for pools in cache]
     wanted = inputs.sampled
@@ -222,12 +222,13 @@ def hidden(
 
 
 def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
-    """The end of `step`: float32 logits of such rows. Of the parameters it reads the last norm and the head alone."""
+    """The second part of `step`: float32 logits of these rows. Reads only the parameters of the last norm and the
+    head."""
     return bind(spec, params).logits(rows)
 
 
 def final(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
-    """Such rows as the head gets them: what models that embed texts call the last hidden state."""
+    """These rows as the head receives them, which embedding models call the last hidden state."""
     return bind(spec, params).final(rows)
 
 
@@ -239,11 +240,11 @@ def forward(
     rope_lengths: jax.Array | None = None,
     remat: bool = False,
 ) -> jax.Array:
-    """Logits [batch, length, vocab] in float32 of int32 tokens [batch, length], padded on the right if at all.
+    """Float32 logits [batch, length, vocab] of int32 tokens [batch, length], optionally padded on the right.
 
-    Pure and differentiable in `params` (engine layout: see layout.to_engine_layout, differentiable too). `remat`
-    recomputes each block in the backward pass. `rope_lengths` [batch] is how long each sequence is taken to be by
-    RoPE kinds that ask (dynamic, longrope); by default all of `length`.
+    Pure and differentiable in `params` (engine layout; param_layout.to_engine_layout is differentiable too). `remat`
+    recomputes each block in the backward pass. `rope_lengths` [batch]: the sequence lengths for length-dependent RoPE
+    (dynamic, longrope); default: `length`.
     """
     _check_tokens(spec, tokens)
     batch, length = tokens.shape
@@ -260,17 +261,17 @@ def forward(
 
 
 def _check_tokens(spec: ModelSpec, tokens: jax.Array) -> None:
-    """What can be seen of them; under jit an id out of range turns its sequence's logits into NaN."""
+    """Check what is known at trace time; under jit an id out of range turns its sequence's logits into NaN."""
     if not isinstance(tokens, jax.Array | np.ndarray):
         raise ValueError(f"tokens are a {type(tokens).__name__}, expected an array int32[batch, length]")
     if tokens.ndim != 2 or tokens.dtype != jnp.int32 or tokens.shape[1] == 0:
         raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int32[batch, length]")
     if tokens.shape[1] > spec.max_positions:
-        raise ValueError(f"tokens have length {tokens.shape[1]}, the model takes {spec.max_positions}")
+        raise ValueError(f"tokens have length {tokens.shape[1]}, but the model supports {spec.max_positions}")
     if is_concrete(tokens) and tokens.size:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= spec.vocab_size:
-            raise ValueError(f"token ids reach from {low} to {high}, expected 0 to {spec.vocab_size - 1}")
+            raise ValueError(f"token ids are {low} to {high}, expected 0 to {spec.vocab_size - 1}")
 
 
 def _as(array: jax.Array) -> Any:

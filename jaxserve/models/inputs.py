@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The input of the decoder in one step of serving: a ragged batch over paged KV, as arrays of fixed shapes."""
+"""The decoder's input in one serving step: a ragged batch over paged KV, as arrays of fixed shape."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class ModelInputs:
     positions: jax.Array  # [T]
     slots: jax.Array  # [T]  block * block_size + offset of the token's KV; negative for padding, which is not written
     ragged: Ragged  # the rows of these tokens
-    sampled: jax.Array  # [S]  the tokens whose logits are wanted
+    sampled: jax.Array  # [S]  indices of the tokens that need logits
     # [T]  the length that length-dependent RoPE assumes for the token's sequence, constant over a request's life; None
     # unless spec.needs_rope_length
     rope_lengths: jax.Array | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged KV cache: one dict of pools per layer, so that each pool is donated and updated in place by itself.
+"""The paged KV cache: one dict of pools per layer, so that each pool is donated and updated in place separately.
 
 {"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
 """
@@ -26,7 +26,7 @@ _AXES: dict[str, mesh.Axes] = {
 
 
 def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any) -> int:
-    """Over all layers and all devices together."""
+    """The bytes of one block over all layers and devices."""
     pools = jax.tree.leaves(abstract_cache(spec, blocks=1, block_size=block_size, dtype=dtype))
     return sum(math.prod(pool.shape) for pool in pools) * jnp.dtype(dtype).itemsize
 
@@ -34,7 +34,7 @@ def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any) -> int:
 def abstract_cache(
     spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes, with shardings where a mesh is in context."""
+    """The pools' shapes, sharded if a mesh is in context."""
     fitted = fit(spec, *mesh.shards())
     return [
         {
@@ -46,18 +46,18 @@ def abstract_cache(
 
 
 def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
-    """Zeroed pools, made on the devices: the host never holds one."""
+    """Zeroed pools, created directly on the devices."""
     shapes = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype)
     return jax.jit(lambda: jax.tree.map(mesh.zeros, shapes))()
 
 
 def block_size(cache: list[LayerCache]) -> int:
-    """How many slots the blocks of these pools have."""
+    """The number of slots in a block of these pools."""
     return next(iter(cache[0].values())).shape[1]
 
 
 def move_blocks(cache: list[LayerCache], sources: jax.Array, destinations: jax.Array) -> list[LayerCache]:
-    """Copies whole blocks in every layer; see block_copy. The caller's jit should donate the cache."""
+    """Copy whole blocks in every layer; see block_copy. The caller's jit should donate the cache."""
 
     def move(name: str, pool: jax.Array) -> jax.Array:
         cut = mesh.partition(_AXES[name])

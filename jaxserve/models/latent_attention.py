@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek's multi-head latent attention.
 
-Serving uses the absorbed form: the up-projection of the keys is folded into the query and that of the values follows
-attention, so that all heads read one latent per token. The dense way expands keys and values, as in training.
+Serving uses the absorbed form: the keys' up-projection is folded into the query and the values' is applied after
+attention, so that all heads read one latent per token. The dense form expands keys and values, as in training.
 """
 
 import jax
@@ -53,7 +53,7 @@ class MultiHeadLatentAttention(nnx.Module):
         v = jnp.einsum("bsr,hdr->bshd", latent, self.v_up[...])
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], spec.rope_dim), out_sharding=_like(k_nope))
         k = jnp.concatenate((k_nope, k_rope), axis=-1)
-        query = jnp.concatenate((q_nope, q_rope), axis=-1)[..., None, :]  # every head has a key of its own
+        query = jnp.concatenate((q_nope, q_rope), axis=-1)[..., None, :]  # every head has its own key
         out, _ = core.attend(query, k, v, sinks=None, options=Options(scale=spec.scale))
         return self.out(out[..., 0, :]), None
 

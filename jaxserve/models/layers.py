@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts every block is made of. Weights lie as Hugging Face stores them, outputs first, so that loading copies
-and never transposes, and a tied embedding is the output head as it is.
+"""The building blocks of every layer. Weights have the layout of Hugging Face, outputs first, so that loading copies
+without transposing, and a tied embedding serves as the output head unchanged.
 
-Every parameter carries the logical names of its axes; parallel.mesh says how those are cut.
+Every parameter has logical axis names; parallel.mesh defines how these are sharded.
 """
 
 import math
@@ -16,20 +16,21 @@ from jaxserve.models.spec import Activation, ClampedSwiglu, Norm
 from jaxserve.parallel import mesh
 from pallas_kernels import dispatch
 
-# Up to here weights on the left are the faster on two cores of a CPU with AVX-512: 14 against 19 ms with 8 tokens for
-# all of a 110M model's layers, 24 against 29 with 32, 66 against 75 with 128; then 130 against 125 with 256.
+# Up to this many tokens a product with the weights on the left is faster. Measured on two CPU cores with AVX-512, for
+# all layers of a 110M model: 14 instead of 19 ms with 8 tokens, 24 instead of 29 with 32, 66 instead of 75 with 128,
+# but 130 instead of 125 with 256.
 FEW_TOKENS = 128
 
 AxisSizes = Mapping[str, int]  # logical axis -> size, in order
 
 
 def param(sizes: AxisSizes, dtype: jnp.dtype) -> nnx.Param[jax.Array]:
-    # Decoders are only ever built abstractly: nothing is allocated here.
+    # Decoders are only built abstractly, so nothing is allocated here.
     return nnx.Param(jnp.zeros(tuple(sizes.values()), dtype), axes=tuple(sizes))
 
 
 def lift(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """Axes of size 1 in front, up to the rank of `like`."""
+    """Prepend axes of size 1, up to the rank of `like`."""
     return jax.lax.expand_dims(vector, range(like.ndim - vector.ndim))
 
 
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
 def contract(
     x: jax.Array, kernel: jax.Array, *, count: int, outs: tuple[str, ...], dtype: jnp.dtype | None = None
 ) -> jax.Array:
-    """Sum over the last `count` axes of both; where those are cut, this is an all-reduce."""
+    """Contract the last `count` axes of both; an all-reduce if these are sharded."""
     lead = x.ndim - count
     dtype = jnp.dtype(dtype or x.dtype)
     if dispatch.implementation() == "cpu" and not mesh.in_mesh():
@@ -65,14 +66,14 @@ def contract(
 
 
 def _contract_on_cpu(x: jax.Array, kernel: jax.Array, lead: int, count: int, dtype: jnp.dtype) -> jax.Array:
-    """The same as one matrix product. Of a kernel with more axes than two, XLA's CPU compiler makes a transposed copy
-    in every call, which takes ten times as long as multiplying it with one token."""
+    """The same as a single matrix product. For a kernel with more than two axes, XLA's CPU compiler makes a transposed
+    copy in every call, which takes ten times as long as the product with one token."""
     outs, ins = kernel.shape[: kernel.ndim - count], kernel.shape[kernel.ndim - count :]
     tokens = x.reshape(-1, math.prod(ins))
     matrix = kernel.reshape(math.prod(outs), math.prod(ins))
     if 1 < tokens.shape[0] <= FEW_TOKENS:
-        # With the weights on the left they are read as they lie; on the right they are packed first, however few the
-        # tokens are. The barriers keep XLA from turning the product around again.
+        # Weights on the left are read in place; on the right they are packed first, even for few tokens. The barriers
+        # keep XLA from swapping the operands back.
         columns = jax.lax.optimization_barrier(tokens.T)
         y = jnp.matmul(matrix, columns, preferred_element_type=dtype)
         y = jax.lax.optimization_barrier(y).T
@@ -82,7 +83,7 @@ def _contract_on_cpu(x: jax.Array, kernel: jax.Array, lead: int, count: int, dty
 
 
 class Normalize(nnx.Module):
-    """RMS or layer norm over the last axes, as many as `sizes` has less `own`; weights of shape `sizes`."""
+    """RMS or layer norm over the last len(sizes) - own axes, with weights of shape `sizes`."""
 
     def __init__(self, spec: Norm, sizes: AxisSizes, *, dtype: jnp.dtype, own: int = 0) -> None:
         self.spec, self.count = spec, len(sizes) - own
@@ -103,14 +104,14 @@ class Normalize(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows by id; also the output head where the two are tied."""
+    """Token embeddings by id; also the output head if the two are tied."""
 
     def __init__(self, sizes: AxisSizes, *, dtype: jnp.dtype) -> None:
         self.axes = tuple(sizes)
         self.weight = param(sizes, dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        # Whoever calls checks ids on the host; one that slips through must not become another token's row.
+        # Callers check ids on the host; an invalid id must give NaN, not another token's row.
         return (
             self.weight[...]
             .at[ids]

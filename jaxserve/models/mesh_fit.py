@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model's parameters and KV are divided among the devices of a mesh. Plain arithmetic, without jax.
+"""How a model's parameters and KV are sharded over the devices of a mesh. Plain arithmetic, without jax.
 
-What does not divide is padded with zeros (vocabulary, MLP columns), repeated (KV heads), or refused with the numbers
+Dimensions that do not divide evenly are padded with zeros (vocabulary, MLP columns), repeated (KV heads), or rejected
 (query heads, experts).
 """
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from jaxserve.errors import JaxserveError
 from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec
 
-# XLA splits the sum of a wide product for decode over up to 16 programs that load 8 elements at a time. Where that does
-# not divide, it copies a weight in every step to pad it.
+# For decode XLA splits the sum of a wide product over up to 16 programs that load 8 elements at a time. If the width
+# does not divide by this, XLA pads a copy of the weight in every step.
 WIDE, UNIT = 1024, 128
 
 
@@ -27,7 +27,7 @@ class Fit:
         return _up(width, self.shards * (UNIT if width >= WIDE else 1))
 
     def slots(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """The shape of one token's KV in each pool of a layer, over all devices together."""
+        """The shape of one token's KV in each pool of a layer, over all devices."""
         attention = layer.attention
         if isinstance(attention, LatentAttention):
             return {"latent": (attention.kv_rank + attention.rope_dim,)}
@@ -35,7 +35,7 @@ class Fit:
         return {"k": shape, "v": shape}
 
     def slot_values(self, layer: Layer) -> int:
-        """How many numbers a token's KV takes in a layer on each device: heads are divided, the latent is not."""
+        """The number of values of a token's KV per layer and device: heads are sharded, the latent is not."""
         attention = layer.attention
         if isinstance(attention, LatentAttention):
             return attention.kv_rank + attention.rope_dim
@@ -47,7 +47,7 @@ def _up(count: int, unit: int) -> int:
 
 
 def fit(spec: ModelSpec, tensor: int = 1, experts: int = 1) -> Fit:
-    """For a mesh that divides heads among `tensor` shards and experts among `experts`; see parallel.mesh.shards."""
+    """The Fit to a mesh with `tensor` shards of heads and `experts` shards of experts; see parallel.mesh.shards."""
     repeats = {1}
     for layer in spec.layers:
         attention = layer.attention

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture of experts: exact top-k routing, no token dropped, no shape that depends on the data.
+"""Mixture of experts: exact top-k routing, no dropped tokens, no data-dependent shapes.
 
 The rows of all tokens, one per chosen expert, are sorted by expert; a grouped matmul then reads each expert's weights
-once. Under a mesh every device runs its own experts on all tokens, and one sum puts the parts together.
+once. On a mesh every device runs its own experts on all tokens, and an all-reduce sums the results.
 """
 
 import jax
@@ -17,7 +17,7 @@ from jaxserve.models.spec import Moe, Router
 from jaxserve.parallel import mesh
 from pallas_kernels.grouped_matmul import grouped_matmul
 
-# Up to so many comparisons of all with all are one small kernel; a GPU's sort of as few elements is several.
+# Up to this many pairwise comparisons, ranking by comparison is one small kernel; a GPU sort takes several.
 _FEW = 2**22
 
 
@@ -32,7 +32,7 @@ class Routing(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The chosen experts of each token, best first, and their weights in float32: [..., top_k] each."""
         spec = self.spec
-        # Products of bfloat16 are exact in float32: no need for a float32 copy of the weights.
+        # Products of bfloat16 values are exact in float32, so the weights need no float32 copy.
         logits = contract(x, self.kernel[...], count=1, outs=("router",), dtype=jnp.dtype(jnp.float32))
         if self.bias is not None:
             logits = logits + lift(self.bias[...].astype(jnp.float32), logits)
@@ -66,7 +66,7 @@ def _keep_best_groups(ranked: jax.Array, spec: Router) -> jax.Array:
 
 
 def best(scores: jax.Array, k: int) -> jax.Array:
-    """The indices of the k highest of each row, highest first, of equals the first."""
+    """The indices of the k highest scores of each row, highest first; ties go to the lower index."""
     width = scores.shape[-1]
     if scores.size * width > _FEW:
         return jax.lax.top_k(scores, k)[1]
@@ -79,7 +79,7 @@ def best(scores: jax.Array, k: int) -> jax.Array:
 
 
 def placed(ids: jax.Array) -> jax.Array:
-    """Where each entry goes when all are sorted, equals in their order."""
+    """The position of each entry after a stable sort."""
     count = ids.size
     numbers = jnp.arange(count, dtype=jnp.int32)
     if count * count > _FEW:
@@ -119,7 +119,7 @@ class Experts(nnx.Module):
     def _run_shard(
         self, x: jax.Array, chosen: jax.Array, weights: jax.Array, arrays: dict[str, jax.Array]
     ) -> jax.Array:
-        """The experts that live here, a slice of each; the sum over the mesh is the whole."""
+        """Run this shard's experts, or its slice of each, and sum over the mesh."""
         here, _, width, hidden = arrays["gate_up"].shape
         ids = chosen.reshape(-1)
         rows = jnp.arange(ids.size, dtype=jnp.int32)
@@ -129,7 +129,7 @@ class Experts(nnx.Module):
         bounds = first + jnp.arange(here + 1, dtype=jnp.int32)
         offsets = jnp.sum(ids[None, :] < bounds[:, None], axis=-1, dtype=jnp.int32)
         tokens = x.reshape(-1, hidden)[order // chosen.shape[-1]]
-        mine = jnp.clip(ids[order] - first, 0, here - 1)  # of rows that are not mine, anything: they come out zero
+        mine = jnp.clip(ids[order] - first, 0, here - 1)  # any index for rows of other shards: their result is zero
 
         both = grouped_matmul(tokens, arrays["gate_up"].reshape(here, 2 * width, hidden), offsets)
         both = both.reshape(-1, 2, width)
@@ -137,10 +137,10 @@ class Experts(nnx.Module):
             both = both + arrays["gate_up_bias"][mine]
         out = grouped_matmul(gate(self.spec.activation, both[:, 0], both[:, 1]), arrays["down"], offsets)
         if "down_bias" in arrays:
-            # Once, not once per slice of the width; and not for rows of other shards.
+            # Add the bias on one slice of the width only, and not to rows of other shards.
             ours = (rows >= offsets[0]) & (rows < offsets[-1]) & (mesh.shard_index("mlp") == 0)
             out = out + jnp.where(ours[:, None], arrays["down_bias"][mine], jnp.zeros((), out.dtype))
-        # Back to the tokens' order: a gather, as a scatter-add would sum in any order.
+        # Back to the tokens' order by a gather, since a scatter-add would sum in an undefined order.
         unsorted = out[place].reshape(*chosen.shape, hidden).astype(jnp.float32)
         total = jnp.sum(unsorted * weights[..., None], axis=-2)
         return mesh.sum_over(total.astype(x.dtype), "mlp", "experts")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions: angles from a Rope, and turning queries and keys by them.
+"""Rotary position embeddings: computes a Rope's angles, and rotates queries and keys by them.
 
-Where the angles depend on a sequence's length (dynamic, longrope), that is a length given per token, fixed for a
-request's life: then chunked and whole prefill, decode and recomputation all see the same angles.
+If the angles depend on a sequence's length (dynamic, longrope), the length is given per token and is constant over a
+request's life, so that chunked and whole prefill, decode and recomputation use the same angles.
 """
 
 import math
@@ -17,7 +17,7 @@ Angles = tuple[jax.Array, jax.Array]  # cos and sin, float32 [..., dim / 2]
 
 
 def angles(rope: Rope, positions: jax.Array, lengths: jax.Array | None = None) -> Angles:
-    """`lengths`, of positions' shape, is needed where `rope.needs_length`."""
+    """`lengths`, shaped like `positions`, is required if `rope.needs_length`."""
     if rope.needs_length and lengths is None:
         raise ValueError("this RoPE needs the sequence length of every token")
     turned = positions.astype(jnp.float32)[..., None] * _frequencies(rope, positions.ndim, lengths)
@@ -25,7 +25,7 @@ def angles(rope: Rope, positions: jax.Array, lengths: jax.Array | None = None) -
 
 
 def rotate(x: jax.Array, turn: Angles, *, interleaved: bool) -> jax.Array:
-    """x [..., heads, dim] by angles [..., dim' / 2], dim' <= dim: the dims behind dim' pass."""
+    """Rotate x [..., heads, dim] by angles [..., dim' / 2], dim' <= dim; the dims after dim' are unchanged."""
     cos, sin = (part[..., None, :].astype(x.dtype) for part in turn)
     turned = 2 * cos.shape[-1]
     head, tail = x[..., :turned], x[..., turned:]
@@ -39,7 +39,7 @@ def rotate(x: jax.Array, turn: Angles, *, interleaved: bool) -> jax.Array:
 
 
 def _frequencies(rope: Rope, ndim: int, lengths: jax.Array | None) -> jax.Array:
-    """Turns per position, with `ndim` axes before the dims: of size 1, unless they depend on the length."""
+    """Radians per position, with `ndim` axes before the dims, of size 1 unless they depend on the length."""
     scaling = rope.scaling
     powers = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     plain = 1.0 / np.float32(rope.base) ** powers
@@ -71,7 +71,7 @@ def _frequencies(rope: Rope, ndim: int, lengths: jax.Array | None) -> jax.Array:
 
 
 def _llama3(plain: np.ndarray, scaling: Llama3) -> np.ndarray:
-    """Long waves are slowed by `factor`, short ones kept, those between blended."""
+    """Divide the frequencies of long waves by `factor`, keep those of short ones, and blend those in between."""
     turns = scaling.original * plain / (2 * math.pi)  # within the original context
     blend = (turns - scaling.low_freq) / (scaling.high_freq - scaling.low_freq)
     slowed = plain / scaling.factor
@@ -81,7 +81,7 @@ def _llama3(plain: np.ndarray, scaling: Llama3) -> np.ndarray:
 
 def _yarn(plain: np.ndarray, rope: Rope, scaling: Yarn) -> np.ndarray:
     def dim_of(turns: float) -> float:
-        """The dim whose wave turns this often within the original context."""
+        """The dim with a wave that makes this many turns within the original context."""
         return rope.dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
     low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)

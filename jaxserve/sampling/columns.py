@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers that a row is sampled by, as each step's vector holds them: a column of int32 each, floats as their bits.
+"""The per-row sampling parameters in each step's vector: one int32 column each, floats as their bits.
 
-The columns follow from the sampling parameters that act on rows; before them are two that a sequence has besides:
-whether it uses a row of controls, and the seed of its noise. Knows no jax.
+The columns are derived from the sampling parameters that act on rows. Two columns precede them: whether the sequence
+uses a row of controls, and its random seed. No jax.
 """
 
 from operator import attrgetter
@@ -16,7 +16,7 @@ from jaxserve.types.sampling_params import FIELDS, SamplingParams
 
 OF_PARAMS = tuple(each for each in FIELDS if each.acts is Acts.ROW)
 COLUMNS = ("controlled", "seed", *(each.name for each in OF_PARAMS))
-# Rows that use one of these take the sampling kernel's mode for all filters.
+# If a row uses one of these, the sampling kernel runs in the mode that applies all filters.
 _FILTERS = tuple((each.name, each.off) for each in OF_PARAMS if each.name != "temperature")
 
 _ROW = Struct("<iI" + "".join({"float32": "f", "int32": "i"}[each.dtype] for each in OF_PARAMS))
@@ -29,5 +29,5 @@ def pack(params: SamplingParams, *, controlled: bool, seed: int) -> npt.NDArray[
 
 
 def filters(params: SamplingParams) -> bool:
-    """Whether sampling is from some of the tokens alone."""
+    """Whether sampling is restricted to a subset of the tokens."""
     return any(getattr(params, name) != off for name, off in _FILTERS)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of controls as the host sends it: int32 vectors of fixed sizes, floats and masks among them by their bits.
+"""A row of controls as the host sends it: int32 vectors of fixed size, with floats and masks stored as their bits.
 
-Owns the layout of these vectors and the codes in them; knows no jax. What the device does with them: controls.py.
+Owns the layout of these vectors and the codes in them. No jax; controls.py applies them on the device.
 
-    row vector    [row_size(vocabulary)]    sets everything of a row anew: nothing of its former tenant is left
-    count vector  [1 + 2 * COUNT_PAIRS]     the row, tokens, their codes; as many vectors as it takes
+    row vector    [row_size(vocabulary)]    overwrites a whole row, so that nothing of its previous request remains
+    count vector  [1 + 2 * COUNT_PAIRS]     the row, tokens, their codes; as many vectors as needed
 
-A token's code is 2 * (times it was generated) + (whether the prompt has it). It is 0 where no penalty of the request
-would read it: of all tokens without penalties, of the prompt's without a repetition penalty. So what has a code is
-edited, and what has none keeps its bits. Ids outside the vocabulary must not come this far.
+A token's code is 2 * (times it was generated) + (whether it is in the prompt). It is 0 if no penalty of the request
+reads it: without penalties for all tokens, without a repetition penalty for those of the prompt. Only logits with a
+nonzero code are edited; all others keep their bits. Ids must already have been checked against the vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,29 +28,29 @@ from jaxserve.types.sampling_params import (
 
 type Vector = npt.NDArray[np.int32]
 
-MAX_MASKED_STOPS = 2 * MAX_STOP_IDS  # the request's stop ids, and as many ids for the end of a text
+MAX_MASKED_STOPS = 2 * MAX_STOP_IDS  # the request's stop ids, and as many end-of-text ids
 COUNT_PAIRS = 2048
 COUNT_SIZE = 1 + 2 * COUNT_PAIRS
-RECENT_TOKENS = BAD_WORD_TOKENS - 1  # generated ones, the last at the end; as many as a bad word can ask for
+RECENT_TOKENS = BAD_WORD_TOKENS - 1  # the last generated tokens, as many as a bad word can match
 PENALTIES_OFF = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
-NOWHERE = 2**31 - 1  # an id that no vocabulary has: a place in a list that is not in use
-ANY = -1  # in a bad word: in front of its first token
-NO_TOKEN = -2  # in the recent tokens: before the first generated one; equals nothing
+NOWHERE = 2**31 - 1  # an id outside every vocabulary: marks an unused list entry
+ANY = -1  # in a bad word: padding before its first token, which matches any token
+NO_TOKEN = -2  # in the recent tokens: padding before the first generated one, which matches no token
 
-# Repetition penalties beyond these would turn logits into infinities, and these already settle what is sampled.
+# Larger repetition penalties would turn logits into infinities; these are already decisive.
 _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 1e-6, 1e6
 
 _CONTROLS = tuple((each.name, each.off) for each in FIELDS if each.acts is Acts.CONTROL)
 
 
 def mask_words(vocab_size: int) -> int:
-    """uint32 words of a mask with a bit per token, the lowest bit first."""
+    """The uint32 words of a mask with one bit per token, lowest bit first."""
     return -(-vocab_size // 32)
 
 
 def sections(vocab_size: int) -> dict[str, slice]:
-    """Where a row vector holds what; after the row itself, by the names of the fields of `Controls`."""
+    """The sections of a row vector: the row's number, then the fields of `Controls` by name."""
     sizes = {
         "row": 1,
         "bias_ids": MAX_BIASES,
@@ -87,8 +87,8 @@ def pack_row(
 ) -> tuple[Vector, list[Vector]]:
     """The row vector, and the count vectors to add after it.
 
-    `output` is what was generated before, where a preempted request comes back. `stops` cannot be sampled before
-    min_tokens are generated.
+    `output`: the tokens generated so far, if a preempted request resumes. `stops` are masked until min_tokens are
+    generated.
     """
     at = sections(vocab_size)
     vector = np.full(row_size(vocab_size), NOWHERE, np.int32)
@@ -133,7 +133,7 @@ def _penalties(params: SamplingParams) -> npt.NDArray[np.float32]:
 
 
 def _bad_word_table(bad_words: Sequence[tuple[int, ...]]) -> Vector:
-    """[MAX_BAD_WORDS, BAD_WORD_TOKENS], each sequence at the right end of its line."""
+    """[MAX_BAD_WORDS, BAD_WORD_TOKENS], each sequence right-aligned."""
     table = np.full((MAX_BAD_WORDS, BAD_WORD_TOKENS), ANY, np.int32)
     table[:, -1] = NOWHERE
     for line, tokens in enumerate(bad_words):

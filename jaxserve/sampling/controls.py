@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The edits of logits that a request may ask for, and the device state they need: a row of `Controls` per request.
+"""The edits of logits that a request can specify, and their device state: a row of `Controls` per request.
 
     logit_bias, allowed_token_ids, min_tokens -> repetition, frequency, presence penalties -> bad_words
 
-All are pure functions for the caller to jit: `set_row` and then `add_counts` when a request takes a row (again, after
-a preemption), `apply` to the logits of a step, `update` with what was sampled from them. With controls donated they
-are updated in place. A row means nothing before its first `set_row`; a request that asks for nothing needs no row.
+All are pure functions for the caller to jit: `set_row` then `add_counts` when a request takes a row (again after a
+preemption), `apply` on a step's logits, `update` with the sampled tokens. Donated controls are updated in place. A row
+is undefined until its first `set_row`; a request without such edits needs no row.
 
-Knows nothing of requests, of steps, or of how tokens are sampled. How the host packs its vectors: control_row.py.
+Independent of requests, steps and sampling. control_row.py packs the vectors on the host.
 """
 
 import math
@@ -32,9 +32,9 @@ from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_B
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """R rows over a vocabulary of V. Lists have a fixed size: what is not in use holds an id that no token has."""
+    """R rows over a vocabulary of V. Lists have a fixed size; unused entries hold an id outside the vocabulary."""
 
-    counts: jax.Array  # int32 [R, V]: 2 * times generated + in the prompt; 0 where no penalty would read it
+    counts: jax.Array  # int32 [R, V]: 2 * times generated + in the prompt; 0 if no penalty reads it
     bias_ids: jax.Array  # int32 [R, MAX_BIASES]
     bias_values: jax.Array  # float32 [R, MAX_BIASES]
     allowed: jax.Array  # uint32 [R, ceil(V / 32)]: a bit per token, the lowest first
@@ -46,7 +46,7 @@ class Controls:
 
 
 def allocate(rows: int, vocab_size: int) -> Controls:
-    """Zeros. Under jit, with the sizes static, they are made on the device."""
+    """Zeros, created on the device when jitted with static sizes."""
     return Controls(
         counts=jnp.zeros((rows, vocab_size), jnp.int32),
         bias_ids=jnp.zeros((rows, MAX_BIASES), jnp.int32),
@@ -61,7 +61,7 @@ def allocate(rows: int, vocab_size: int) -> Controls:
 
 
 def abstract(rows: int, vocab_size: int, sharding: jax.sharding.Sharding | None = None) -> Controls:
-    """Shapes and dtypes, and where a sharding is given, that of every array."""
+    """Shapes and dtypes, with the given sharding on every array."""
     shapes = jax.eval_shape(lambda: allocate(rows, vocab_size))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
@@ -71,7 +71,7 @@ def nbytes(rows: int, vocab_size: int) -> int:
 
 
 def set_row(controls: Controls, vector: jax.Array) -> Controls:
-    """Everything of one row, from a row vector; its counts become 0."""
+    """Overwrite one row from a row vector, and set its counts to 0."""
     vocab_size = controls.counts.shape[1]
     parts = {name: vector[place] for name, place in sections(vocab_size).items()}
     row = parts.pop("row")[0]
@@ -87,7 +87,7 @@ def _row_of(array: jax.Array, part: jax.Array) -> jax.Array:
 
 
 def add_counts(controls: Controls, vector: jax.Array) -> Controls:
-    """The codes of one count vector, each token of which must not have been counted yet."""
+    """Add the codes of one count vector. Each token must still have count 0."""
     row, tokens, codes = vector[0], vector[1 : 1 + COUNT_PAIRS], vector[1 + COUNT_PAIRS :]
     return _with(controls, counts=controls.counts.at[row, tokens].add(codes, mode="drop"))
 
@@ -95,10 +95,9 @@ def add_counts(controls: Controls, vector: jax.Array) -> Controls:
 def apply(
     controls: Controls, logits: jax.Array, *, rows: jax.Array, active: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Logits float32 [S, V] after the edits of their rows; `positions` [S] is how many tokens come before.
+    """Apply their rows' edits to logits float32 [S, V]; `positions` [S]: the number of preceding tokens.
 
-    Where not `active`, and where an edit was not asked for, every bit stays. An entry that is masked is -inf,
-    whatever it was.
+    Logits that are not `active`, or not affected by an edit, keep every bit. Masked entries become -inf.
     """
     vocab_size = logits.shape[1]
     rows = jnp.where(active, rows, 0)
@@ -108,7 +107,7 @@ def apply(
     edited = _edit(logits, controls.counts[rows], bits, penalties)
     edited = jnp.where(active[:, None], edited, logits)
 
-    # Biases come before the penalties, yet are few: their entries are computed apart and put in place, instead of
+    # Biases are applied before penalties, but there are few: compute and set their entries separately, to avoid
     # another pass over all logits.
     ids = jnp.where(active[:, None], controls.bias_ids[rows], vocab_size)
     inside = jnp.minimum(ids, vocab_size - 1)
@@ -124,9 +123,9 @@ def apply(
 
 
 def _edit(logits: jax.Array, codes: jax.Array, allowed: jax.Array, penalties: jax.Array) -> jax.Array:
-    """Penalties and the mask, entry by entry: all are [S, n], of `allowed` the lowest bit counts; penalties [S, 3]."""
+    """Apply penalties [S, 3] and the mask, elementwise over [S, n]; `allowed` is read from its lowest bit."""
     repetition, frequency, presence = (penalties[:, i, None] for i in range(3))
-    # No arithmetic where there is no code: even a multiplication by 1 changes subnormals and negative zeros.
+    # No arithmetic on logits without a code: even a multiplication by 1 changes subnormals and negative zeros.
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(codes > 0, repeated, logits)
     generated = codes >> 1
@@ -135,7 +134,7 @@ def _edit(logits: jax.Array, codes: jax.Array, allowed: jax.Array, penalties: ja
 
 
 def _bad_ids(controls: Controls, rows: jax.Array) -> jax.Array:
-    """[S, MAX_BAD_WORDS]: the last tokens of the sequences that would be complete now."""
+    """[S, MAX_BAD_WORDS]: the last token of each sequence that the next token could complete."""
     words = controls.bad_words[rows]
     before, last = words[:, :, :-1], words[:, :, -1]
     here = jnp.all((before == ANY) | (before == controls.recent[rows][:, None, :]), axis=2)
@@ -149,7 +148,7 @@ def _put(logits: jax.Array, ids: jax.Array, values: jax.Array | float) -> jax.Ar
 
 
 def update(controls: Controls, *, rows: jax.Array, active: jax.Array, tokens: jax.Array) -> Controls:
-    """After `tokens` [S] were sampled. No two active places may have the same row."""
+    """Record the sampled `tokens` [S]. Active entries must have distinct rows."""
     outside = controls.counts.shape[0]
     safe = jnp.where(active, rows, 0)
     recent = jnp.concatenate([controls.recent[safe, 1:], tokens[:, None]], axis=1)
