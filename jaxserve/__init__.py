@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving language models from JAX. Importing this must not import jax: `jaxserve --help` waits.
+"""A server for language models, in JAX. Importing this package must not import jax, to keep `jaxserve --help` fast.
 
-So the names below are looked up when they are first used; __init__.pyi tells them to type checkers.
+So the names below are resolved on first use; __init__.pyi declares them for type checkers.
 """
 
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AsyncLLM: a model in this process, for programs with an event loop. Requests come and go at any time.
+"""AsyncLLM: a model in this process, for programs with an event loop. Requests can be added and ended at any time.
 
 The engine runs in a thread (host/thread.py); callers may be in any number of event loops (frontend/client.py).
 """
@@ -42,7 +42,7 @@ class AsyncLLM:
         self._engine, self._preparer = open_engine(model, settings, params=params, spec=spec, mesh=mesh)
         self._thread = EngineThread(self._engine)
         self._client = EngineClient(self._thread, self._preparer)
-        self._end = weakref.finalize(self, self._thread.stop)  # when this is garbage, or Python exits
+        self._end = weakref.finalize(self, self._thread.stop)  # on garbage collection, or when Python exits
 
     async def generate(
         self,
@@ -53,10 +53,10 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
-        """Yields outputs of `sampling_params.output_kind` as they come.
+        """Yield outputs of `sampling_params.output_kind` as they arrive.
 
         A request that takes longer than `timeout` seconds, including the time in the queue, ends with finish_reason
-        "abort". Outputs that come while the consumer is busy are merged. Leaving the loop early aborts the request.
+        "abort". Outputs that arrive while the consumer is busy are merged. Leaving the loop early aborts the request.
         """
         self._thread.check_alive()
         request = self._preparer.prepare(
@@ -80,7 +80,7 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput]:
-        """Answers a conversation, formatted with the model's chat template. Otherwise as `generate`."""
+        """Answer a conversation, formatted with the model's chat template. Otherwise like `generate`."""
         text = self.get_tokenizer().chat_text(
             messages,
             chat_template=chat_template,
@@ -104,10 +104,10 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
     ) -> BeamSearchOutput:
-        """As LLM.beam_search, for one prompt. Searches and other requests run at the same time.
+        """Like LLM.beam_search, for one prompt. Searches and other requests run concurrently.
 
-        Cancelling the call aborts the search. After `abort` or `timeout` seconds the sequences are the best so far,
-        with finish_reason "abort".
+        Cancelling the call aborts the search. After `abort`, or `timeout` seconds, the result is the best sequences so
+        far, with finish_reason "abort".
         """
         self._thread.check_alive()
         request = self._preparer.prepare_beams(
@@ -117,17 +117,17 @@ class AsyncLLM:
             return beam_search_output(await anext(outputs), params, self._preparer.tokenizer)
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its consumer gets a last output. Unknown ids have ended already."""
+        """End a request; its consumer gets a last output. Unknown ids are ignored."""
         await self._client.abort(request_id)
 
     # --- between steps ----------------------------------------------------------------------------------------------
 
     async def update_weights(self, params: Params, version: int | None = None) -> None:
-        """As LLM.update_weights. Requests in flight use the new parameters from their next token."""
+        """Like LLM.update_weights. Requests in flight use the new parameters from their next token."""
         await self._client.call("update_weights", params=params, version=version)
 
     async def sleep(self, level: int = 1) -> None:
-        """As LLM.sleep; refused while requests are in flight."""
+        """Like LLM.sleep. Raises while requests are in flight."""
         await self._client.call("sleep", level=level)
 
     async def wake(self) -> None:
@@ -162,11 +162,11 @@ class AsyncLLM:
         return self._preparer.tokenizer
 
     def check_health(self) -> None:
-        """Raises an EngineError if the engine failed or was shut down."""
+        """Raise an EngineError if the engine has failed or was shut down."""
         self._thread.check_alive()
 
     async def shutdown(self) -> None:
-        """Ends the engine's thread; requests in flight end with an EngineError."""
+        """End the engine's thread; requests in flight end with an EngineError."""
         await asyncio.get_running_loop().run_in_executor(None, self._end)
 
     async def __aenter__(self) -> "AsyncLLM":

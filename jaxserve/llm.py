@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLM: a model in this process, called from one thread at a time. Its methods return when all of their work is done.
+"""LLM: a model in this process, called from one thread at a time. Its methods return when their work is complete.
 
-Names and shapes are those of vLLM. frontend/prepare.py checks what users give; the engine computes; frontend/outputs.py
-makes the text.
+The API follows vLLM's. frontend/prepare.py checks the arguments, the engine computes, and frontend/outputs.py makes the
+text.
 """
 
 import sys
@@ -53,8 +53,8 @@ class LLM:
     ) -> None:
         """`settings` are the fields of EngineConfig: max_model_len, max_num_seqs, dtype, tensor_parallel_size, ...
 
-        A program that has the parameters gives them, in public or engine layout, with their spec and their mesh. It
-        must not donate or delete them while they are in use here.
+        `params`: parameters that the program already holds, in public or engine layout, with their spec and mesh. Do
+        not donate or delete them while this LLM uses them.
         """
         with _usual_jax():
             self._engine, self._preparer = open_engine(model, settings, params=params, spec=spec, mesh=mesh)
@@ -63,7 +63,7 @@ class LLM:
 
     @contextmanager
     def _alone(self) -> Generator[Deferred]:
-        """One caller at a time, outside the caller's jax contexts; Ctrl-C waits until nothing is half done."""
+        """Allow one caller at a time, outside the caller's jax contexts, and defer Ctrl-C to a safe point."""
         if not self._lock.acquire(blocking=False):
             raise JaxserveError("this LLM is in use by another call", "call it from one thread, or use AsyncLLM")
         try:
@@ -82,10 +82,10 @@ class LLM:
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Continues each prompt; the outputs are in the order of the prompts.
+        """Continue each prompt; the outputs are in the order of the prompts.
 
-        All requests are checked before any runs; a bad one is a RequestError that gives the position of its prompt. A
-        list of numbers is one prompt. `sampling_params` default to those of the model's generation_config.json.
+        All requests are checked before any runs; an invalid one raises a RequestError with the position of its prompt.
+        A list of numbers is one prompt. `sampling_params` default to those of the model's generation_config.json.
         """
         with self._alone() as interrupts:
             requests = self._prepared(listed(prompts), sampling_params, priority=priority)
@@ -103,7 +103,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation or each of a list, formatted with the model's chat template."""
+        """Answer one conversation, or each of a list, formatted with the model's chat template."""
         tokenizer = self.get_tokenizer()
 
         def prompt(conversation: Sequence[ChatMessage]) -> Prompt:
@@ -126,10 +126,10 @@ class LLM:
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` likeliest continuations of each prompt that a beam search finds, best first.
+        """The `beam_width` most likely continuations of each prompt that a beam search finds, best first.
 
-        Tokens and text of a sequence begin with the prompt. The tokens include the end of text; the text does so if
-        include_stop_str_in_output is set.
+        A sequence's tokens and text begin with the prompt. The tokens include the end of text; the text includes it
+        only with include_stop_str_in_output.
         """
         with self._alone() as interrupts:
             requests = each_named(lambda prompt: self._preparer.prepare_beams(prompt, params), listed(prompts))
@@ -152,7 +152,7 @@ class LLM:
         def take(update: Update) -> Iterable[Abort]:
             builder = builders.get(update.request_id)
             if builder is None:
-                return ()  # a stop string ended it
+                return ()  # it has ended at a stop string
             output = builder.add(update)
             if output is not None:
                 outputs[update.request_id] = output
@@ -167,7 +167,7 @@ class LLM:
     def _run(
         self, requests: Sequence[Request], take: Callable[[Update], Iterable[Abort]], interrupts: Deferred
     ) -> None:
-        """Until all have ended; whatever happens, nothing is left in the engine."""
+        """Run all requests to their end. After an error, none are left in the engine."""
         self._engine.check_alive()
         try:
             self._driver.run(_Batch(self._driver, requests, take, interrupts))
@@ -178,7 +178,7 @@ class LLM:
     # --- numbers ----------------------------------------------------------------------------------------------------
 
     def score(self, tokens: Any) -> list[np.ndarray]:
-        """The log-probability of each token of a sequence given those before it: one value fewer than tokens.
+        """The log-probability of each token given those before it: one value fewer than tokens, for each sequence.
 
         `tokens` is a list of ids or a list of such lists.
         """
@@ -207,7 +207,7 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[np.ndarray]:
         """The embedding of each prompt, in order: float32 [hidden], the output of the model's last norm for the last
-        token, the only one that has seen all others.
+        token, the only one that attends to all others.
 
         A prompt may be as long as max_model_len. Embeddings are not normalized; `e / np.linalg.norm(e)` has length 1.
         """
@@ -224,7 +224,7 @@ class LLM:
         *,
         pad_id: int = 0,
     ) -> GeneratedArrays:
-        """Like `generate`, for programs that compute with the tokens: ids in, arrays on the engine's devices out.
+        """Like `generate`, for programs that compute with tokens: takes ids, returns arrays on the engine's devices.
 
         `prompts` is a list of lists or arrays of ids, or (tokens [B, S], lengths [B]). n must be equal for all prompts.
         """
@@ -257,21 +257,22 @@ class LLM:
     # --- weights and state ------------------------------------------------------------------------------------------
 
     def update_weights(self, params: Params, version: int | None = None) -> None:
-        """Replaces the parameters, in public or engine layout. A tree of another model is refused; the old ones stay.
-        Outputs carry the version as policy_version; the default is the last version plus one.
+        """Replace the parameters, given in public or engine layout. Raises, and keeps the old ones, if they are of
+        another model. Outputs have the version as policy_version; default: the last version plus one.
 
-        Engine layout with equal shapes, dtype and shardings is used without a copy: do not donate it elsewhere.
+        Arrays in engine layout with equal shapes, dtype and shardings are used without a copy: do not donate them.
         """
         with self._alone():
             self._engine.update_weights(params, version=version)
 
     def sleep(self, level: int = 1) -> None:
-        """Frees the devices' memory; level 1 keeps the weights on the host, level 2 drops them."""
+        """Free the devices' memory. Level 1 keeps the weights on the host, level 2 drops them."""
         with self._alone():
             self._engine.sleep(level)
 
     def wake(self) -> None:
-        """After level 2 with the weights that `update_weights` gave since, else with the checkpoint's, version 0."""
+        """Restore the engine. After level 2 it uses the weights from `update_weights`, if called since, else the
+        checkpoint's, as version 0."""
         with self._alone():
             self._engine.wake()
 
@@ -287,11 +288,11 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """In engine layout, on the devices; empty while asleep."""
+        """The parameters in engine layout, on the devices; empty while asleep."""
         return self._engine.runner.params
 
     def public_params(self) -> Params:
-        """In public layout, one entry per matrix of the architecture: copies."""
+        """A copy of the parameters in public layout, with one entry per matrix of the architecture."""
         with self._alone(), self._engine.runner.on_mesh():
             return param_layout.to_public_layout(self.spec, self.params)
 
@@ -310,7 +311,7 @@ class LLM:
         return self._engine.metrics()
 
     def start_profile(self, folder: str | Path) -> None:
-        """Records a trace until `stop_profile`, for XProf or Perfetto."""
+        """Record a trace for XProf or Perfetto, until `stop_profile`."""
         with self._alone():
             self._engine.profiler.start(folder)
 
@@ -321,20 +322,20 @@ class LLM:
 
 @contextmanager
 def _usual_jax() -> Generator[None]:
-    """Settings of the caller's jax contexts are not meant for the engine, and would break it."""
+    """Shield the engine from the caller's jax contexts, which would break it."""
     with jax.set_mesh(None), jax.transfer_guard("allow"), jax.disable_jit(False):
         yield
 
 
 def _check_all(what: str, errors: Sequence[str | None]) -> None:
-    """A request that failed has no number to return."""
+    """Raise the first error: a failed request has no result."""
     for place, error in enumerate(errors):
         if error is not None:
-            raise JaxserveError(f"{what} {place}: {error}", "check the model's weights; the others may be sound")
+            raise JaxserveError(f"{what} {place}: {error}", "check the model's weights; the others may be valid")
 
 
 class _Batch:
-    """The Host for one call: adds its requests, some ahead of what the engine can run, and passes on each update."""
+    """The Host for one call: adds its requests, a few more than the engine can run, and passes on each update."""
 
     def __init__(
         self,
@@ -354,7 +355,7 @@ class _Batch:
         while todo and engine.queued < engine.limits.max_num_seqs:
             try:
                 self._driver.add(todo[0])
-            except OverloadedError:  # more than the configuration lets wait
+            except OverloadedError:  # the configured queue is full
                 break
             todo.popleft()
         return True
@@ -364,7 +365,7 @@ class _Batch:
 
 
 class _ProgressBar:
-    """How many prompts are done, and tokens per second; only on a terminal, and only if it takes long."""
+    """Shows the finished prompts and tokens per second; only on a terminal, and only after a second."""
 
     def __init__(self, count: int, wanted: bool) -> None:
         shown = wanted and sys.stderr.isatty()

@@ -331,7 +331,7 @@ def test_weights_change_between_steps(engine: AsyncLLM, reference: Reference) ->
         [*_, last] = await task
         assert last.outputs[0].policy_version == 3
         assert await answer(engine, PROMPT, GREEDY) == Reference(new).greedy(PROMPT, 6)
-        with pytest.raises(JaxserveError, match="lack"):
+        with pytest.raises(JaxserveError, match="have no"):
             await engine.update_weights({})
         await engine.sleep()
         with pytest.raises(JaxserveError, match="asleep"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search as its callers see it: what a request for one shows, and the sequences of its result with their text."""
+"""The caller's side of beam search: the sampling parameters of its request, and its result as sequences with text."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, 
 
 
 def sampling_params(beams: BeamSearchParams, **shown: Any) -> SamplingParams:
-    """A sample for each beam, all at the end. `shown`: logprobs, skip_special_tokens, ..."""
+    """Parameters that return a sample for each beam, all at the end. `shown`: logprobs, skip_special_tokens, ..."""
     return SamplingParams(
         n=beams.beam_width,
         max_tokens=beams.max_tokens,

@@ -25,22 +25,22 @@ from jaxserve.types.request import Request
 
 
 class EngineLink(Protocol):
-    """The way to an engine. Any thread may call; nothing here waits for the engine."""
+    """The connection to an engine. Thread-safe; no method waits for the engine."""
 
     def check_alive(self) -> None:
-        """Raises the EngineError that it ended with."""
+        """Raise the EngineError that the engine ended with, if it has ended."""
         ...
 
     def add(self, stream: Stream) -> None:
-        """Sends its request. Outputs come to the stream; so does the error, if the engine refuses the request."""
+        """Send its request. The stream gets the outputs, or the error if the engine rejects the request."""
         ...
 
     def drop(self, stream: Stream) -> None:
-        """Its consumer has left: ends the request, unless the engine has ended."""
+        """End the request of a stream without a consumer."""
         ...
 
     def call(self, name: str, /, **arguments: Any) -> Future[Any]:
-        """Has the engine's method of this name called between two steps."""
+        """Call the engine's method of this name between two steps."""
         ...
 
 
@@ -48,24 +48,24 @@ class EngineClient:
     def __init__(self, link: EngineLink, preparer: Preparer) -> None:
         self.link, self.preparer = link, preparer
         self._lock = threading.Lock()
-        self._streams: dict[str, Stream] = {}  # by the callers' names, those that are not finished
+        self._streams: dict[str, Stream] = {}  # unfinished streams, by the callers' names
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._ids = itertools.count()
 
     def open(self, request: Request, *, name: str | None = None) -> Stream:
-        """Sends a request to the engine. Only the calling event loop may take the outputs, and must close the stream.
+        """Send a request to the engine. Only the calling event loop may take the outputs; it must close the stream.
 
-        `name`: what `abort` and `names` call it; default: the request's id.
+        `name`: the request's name in `abort` and `names`; default: its id.
         """
         self.link.check_alive()
         loop = asyncio.get_running_loop()
         name = request.id if name is None else name
         builder = OutputBuilder(self.preparer.tokenizer, request)
-        # The engine's id is never used twice: late updates of an earlier request are ignored.
+        # Engine ids are never reused, so that late updates of an earlier request are ignored.
         request = replace(request, id=f"{next(self._ids)}:{name}", prompt=None)
         with self._lock:
             if name in self._streams:
-                raise RequestError("request_id", f"a request {name!r} is in flight", "give another id")
+                raise RequestError("request_id", f"request {name!r} is already in flight", "use another id")
             stream = self._streams[name] = Stream(request, builder, self._mailbox(loop), name=name)
         try:
             self.link.add(stream)
@@ -75,15 +75,16 @@ class EngineClient:
         return stream
 
     def close(self, stream: Stream) -> None:
-        """Aborts the request if it has not ended. May be called again."""
+        """Abort the request if it has not ended. May be called again."""
         self._forget(stream)
         if not stream.finished:
             stream.finished = True
-            with suppress(EngineError):  # then it has ended with the engine
+            with suppress(EngineError):  # the request has ended with the engine
                 self.link.drop(stream)
 
     async def outputs(self, request: Request, *, name: str | None = None) -> AsyncGenerator[RequestOutput]:
-        """As they come; what came while the consumer was busy comes as one. Leaving early aborts the request."""
+        """Yield outputs as they arrive; those that arrive while the consumer is busy are merged. Leaving early aborts
+        the request."""
         stream = self.open(request, name=name)
         try:
             while not stream.finished:
@@ -111,8 +112,8 @@ class EngineClient:
             return list(self._streams)
 
     async def abort(self, *names: str) -> int:
-        """Ends these requests, or all; each consumer gets a last output. Returns how many there were: unknown ones have
-        ended."""
+        """End these requests, or all; each consumer gets a last output. Returns how many were still in flight; unknown
+        names are ignored."""
         with self._lock:
             chosen = (self._streams.get(name) for name in names) if names else self._streams.values()
             found = [stream for stream in chosen if stream is not None]
@@ -126,18 +127,18 @@ class EngineClient:
 
 
 def connect(engine: EngineProcess, config: EngineConfig) -> EngineClient:
-    """The client of an engine process that has read its model. May be called while the engine still compiles.
+    """The client of an engine process that has opened its model. May be called while the engine still compiles.
 
     Loads the tokenizer, which takes a second or more.
     """
     opened = engine.opened
     if opened is None:
-        raise JaxserveError("the engine has not read its model", "wait until it has")
+        raise JaxserveError("the engine has not opened its model yet", "wait until it has")
     folder = None if opened.folder is None else Path(opened.folder)
     tokenizer = tokenizer_of(config, loads_model=True, model_folder=folder)
 
     def also_ends(token_ids: list[int]) -> None:
-        engine.call("also_ends", token_ids=token_ids)  # done before any request that comes after it
+        engine.call("also_ends", token_ids=token_ids)  # runs before any request sent after it
 
     defaults = opened.sampling_defaults
     return EngineClient(engine, preparer_for(opened.limits, tokenizer, defaults=defaults, also_ends=also_ends))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an engine's Updates to the RequestOutputs that users see: text, stop strings, log-probabilities.
+"""Turns an engine's Updates into the RequestOutputs that users get: text, stop strings, log-probabilities.
 
-Runs where the tokenizer is; does not depend on where the engine is. An embedding is an output without text.
+Runs in the process that has the tokenizer, wherever the engine is. An embedding is an output without text.
 
-Every output is a snapshot that no later one changes, because users keep them. So with CUMULATIVE an update copies the
-text and a pointer per earlier token of its sample; DELTA and FINAL_ONLY copy nothing. Outputs share what no longer
-changes: the prompt's lists, the dicts of log-probabilities, samples without news.
+Every output is an immutable snapshot, because users keep them. So with CUMULATIVE an update copies the text and a
+pointer per earlier token of its sample; DELTA and FINAL_ONLY copy nothing. Outputs share what no longer changes: the
+prompt's lists, the dicts of log-probabilities, samples without new tokens.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from jaxserve.types.sampling_params import RequestOutputKind
 class OutputBuilder:
     """Makes the outputs of one request.
 
-    An output lists all n samples in their order, or with DELTA the one that has something new.
+    An output lists all n samples in order, or with DELTA only the one with new tokens.
 
     for update in updates:
         output = builder.add(update)  # None if there is nothing to show yet
@@ -41,7 +41,7 @@ class OutputBuilder:
     def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
         params = request.params
         if tokenizer is None and params.stops:
-            raise RequestError("stop", "stop strings need a tokenizer, and there is none", "give stop_token_ids")
+            raise RequestError("stop", "stop strings need a tokenizer, but there is none", "give stop_token_ids")
         self._request = request
         self._prompt = request.prompt
         self._prompt_token_ids = list(request.prompt_token_ids)
@@ -56,13 +56,13 @@ class OutputBuilder:
         self._embedding: np.ndarray | None = None
 
     def add(self, update: Update) -> RequestOutput | None:
-        """What to show after this update. Updates of a sample that has ended are ignored."""
+        """The output after this update, if any. Updates of a sample that has ended are ignored."""
         sample = self._samples[update.index]
         if sample.finish_reason is not None:
             return None
         self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
         if update.prompt_logprobs and self._prompt_logprobs is not None:
-            # In a new list: an earlier output may hold this one.
+            # Make a new list, since an earlier output may hold the old one.
             self._prompt_logprobs = self._prompt_logprobs + self._prompt_positions(update.prompt_logprobs)
         if update.embedding is not None:
             self._embedding = np.frombuffer(update.embedding, "<f4").astype(np.float32)
@@ -83,7 +83,7 @@ class OutputBuilder:
         return self._output([each.shown for each in self._samples])
 
     def take_aborts(self, request_id: str) -> list[Abort]:
-        """Aborts of the samples that stop strings ended since the last call. `request_id`: the engine's id of this
+        """Aborts for the samples that reached a stop string since the last call. `request_id`: the engine's id of this
         request, which may differ from the user's."""
         stopped, self._stopped = self._stopped, []
         return [Abort(request_id, index, "stop") for index in stopped]
@@ -110,7 +110,7 @@ class OutputBuilder:
 
 
 class _Sample:
-    """One of the n samples, so far."""
+    """The state of one of the n samples."""
 
     def __init__(self, index: int, tokenizer: Tokenizer | None, request: Request) -> None:
         params = request.params
@@ -149,18 +149,18 @@ class _Sample:
                 self._cumulative += token.logprob
 
     def whole(self) -> CompletionOutput:
-        """All of it, for the end."""
+        """The whole sample, for the final output."""
         return self._completion(self._ready(), self._token_ids, self._logprobs)
 
     def news(self) -> CompletionOutput:
-        """What came since the last call."""
+        """What was added since the last call."""
         output = self._completion(self._ready(), self._token_ids, self._logprobs)
         self._token_ids = []
         self._logprobs = None if self._logprobs is None else []
         return output
 
     def renew(self) -> None:
-        """Makes `shown` a snapshot of all so far."""
+        """Set `shown` to a snapshot of the sample."""
         logprobs = None if self._logprobs is None else self._logprobs.copy()
         self.shown = self._completion(self.shown.text + self._ready(), self._token_ids.copy(), logprobs)
 
@@ -182,7 +182,7 @@ class _Sample:
 
 
 def position_logprobs(token: TokenLogprobs, wanted: int | None, tokenizer: Tokenizer | None) -> PositionLogprobs:
-    """The chosen token first, then up to `wanted` of the likeliest ones; all of them if -1 or None."""
+    """The chosen token first, then up to `wanted` of the most likely ones; -1 or None: all of them."""
     kept = len(token.top_tokens) if wanted is None or wanted < 0 else wanted
 
     def entry(other: int, logprob: float, rank: int) -> Logprob:

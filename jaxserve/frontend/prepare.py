@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what users give to requests that an engine will take: prompts in all their forms, parameters, the tokenizer.
+"""Turns users' prompts and parameters into valid requests for an engine, and loads the tokenizer.
 
-Everything is checked here against the engine's limits, before it is sent to the engine. The engine itself may be in
-another process: only its limits are known here.
+Everything is checked against the engine's limits before it is sent. The engine may be in another process, so only its
+limits are used here.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
 class Array(Protocol):
-    """numpy's arrays, jax's, and others."""
+    """An array of numpy, jax or another library."""
 
     def __array__(self) -> np.ndarray: ...
 
@@ -48,7 +48,7 @@ class Preparer:
         self.tokenizer, self.limits = tokenizer, limits
         self._defaults = dict(defaults or {})
         self._ids = itertools.count()
-        self._spelled: tuple[object, tuple[tuple[int, ...], ...]] = (None, ())  # the last bad words, and their ids
+        self._spelled: tuple[object, tuple[tuple[int, ...], ...]] = (None, ())  # the last bad_words and their ids
 
     def default_params(self) -> SamplingParams:
         """The defaults of the model's generation_config.json."""
@@ -73,10 +73,10 @@ class Preparer:
             problem = f"sampling_params is of type {type(params).__name__}"
             raise RequestError("sampling_params", problem, "give a SamplingParams")
         if priority and not self.limits.priority:
-            problem = f"priority is {priority!r}, and the engine schedules by order of arrival"
+            problem = f"priority is {priority!r}, but the engine schedules by order of arrival"
             raise RequestError("priority", problem, 'start it with scheduling_policy="priority"')
         if params.stops and self.tokenizer is None:
-            raise RequestError("stop", "stop strings need a tokenizer, and there is none", "give stop_token_ids")
+            raise RequestError("stop", "stop strings need a tokenizer, but there is none", "give stop_token_ids")
         text, ids, salt = self._parsed(prompt)
         request = Request(
             id=self.next_id() if request_id is None else request_id,
@@ -92,7 +92,7 @@ class Preparer:
         return request
 
     def prepare_beams(self, prompt: Prompt, params: BeamSearchParams, **more: Any) -> Request:
-        """A checked request for a beam search that shows the log-probabilities of all its candidates."""
+        """A checked request for a beam search that returns the log-probabilities of all its candidates."""
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("params", f"params are of type {type(params).__name__}", "give BeamSearchParams")
         shown = beams.sampling_params(params, logprobs=2 * params.beam_width)
@@ -138,23 +138,23 @@ class Preparer:
         return text, token_ids(ids), prompt.get("cache_salt")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt. A text whose length alone shows that it has too many is refused before tokenizing."""
+        """The ids of a prompt. A text too long for any tokenization to fit is rejected before tokenizing."""
         if self.tokenizer is None:
-            problem = "the prompt is text, and there is no tokenizer"
+            problem = "the prompt is text, but there is no tokenizer"
             raise RequestError("prompt", problem, "give token ids, or name a tokenizer when you start")
         longest = self.limits.max_model_len
         if len(text) > longest:
             least = self.tokenizer.text_length.fewest_tokens(text)
             if least > longest:
-                problem = f"this model's maximum context length is {longest} tokens, and the prompt has {len(text)}"
-                raise RequestError("prompt", f"{problem} characters, which are {least} tokens or more", "shorten it")
+                problem = f"this model's maximum context length is {longest} tokens, but the prompt has {len(text)}"
+                raise RequestError("prompt", f"{problem} characters, which are at least {least} tokens", "shorten it")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
             return ()
         if self.tokenizer is None:
-            raise RequestError("bad_words", "bad_words need a tokenizer, and there is none", "use logit_bias")
+            raise RequestError("bad_words", "bad_words need a tokenizer, but there is none", "use logit_bias")
         words, ids = self._spelled
         if words is not params.bad_words:
             ids = self.tokenizer.bad_word_ids(params.bad_words)
@@ -163,7 +163,7 @@ class Preparer:
 
 
 def token_ids(given: object) -> list[Any]:
-    """A list of ids, also from arrays of numpy and jax. admission checks the values."""
+    """A list of ids, from a sequence or an array. admission checks the values."""
     if hasattr(given, "__array__"):
         given = np.asarray(given)
         if given.ndim != 1:
@@ -175,13 +175,13 @@ def token_ids(given: object) -> list[Any]:
 
 
 def is_one(prompts: object) -> bool:
-    """Whether this is one prompt, not a list of prompts. A list of ids is one prompt."""
+    """Whether this is a single prompt, not a list of prompts. A list of ids is a single prompt."""
     if isinstance(prompts, str | bytes | Mapping):
         return True
     if hasattr(prompts, "__array__"):
         return np.ndim(cast(Any, prompts)) < 2
     if not isinstance(prompts, Sequence):
-        return True  # refused with the error for a prompt
+        return True  # rejected later, with the error for a prompt
     first = cast("Sequence[object]", prompts)[:1]
     return bool(first) and isinstance(first[0], Integral | float)
 
@@ -219,7 +219,7 @@ def preparer_for(
     defaults: Mapping[str, Any],
     also_ends: Callable[[list[int]], object],
 ) -> Preparer:
-    """For an engine, which `also_ends` gives the tokenizer's end-of-text tokens."""
+    """A Preparer for an engine. `also_ends` passes the tokenizer's end-of-text tokens to the engine."""
     limits = engine_limits
     if tokenizer is not None:
         ends = sorted(token for token in tokenizer.eos_token_ids if 0 <= token < limits.vocab_size)
@@ -229,10 +229,10 @@ def preparer_for(
 
 
 def tokenizer_of(config: EngineConfig, *, loads_model: bool, model_folder: Path | None = None) -> Tokenizer | None:
-    """The configured tokenizer; None if skip_tokenizer_init is set, or if the weights come from a program and no
-    tokenizer is named.
+    """The configured tokenizer; None if skip_tokenizer_init is set, or if a program passes the weights and no tokenizer
+    is configured.
 
-    `model_folder`: where the model is, if it was resolved already.
+    `model_folder`: the model's folder, if already resolved.
     """
     if config.skip_tokenizer_init:
         return None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a child process, for a parent that does not import jax: starts it, talks to it, watches and ends it.
+"""Runs an engine in a child process, for a parent that does not import jax: starts, watches and ends it.
 
-    callers --- Add, Abort, Call ---> sender --- all there is, in one message ---> child
-    streams, calls, `on_change` <--- receiver <--- one message per turn --- child
+    callers --- Add, Abort, Call ---> sender --- all pending messages, in one frame ---> child
+    streams, calls, `on_change` <--- receiver <--- one frame per turn --- child
 
-Only `stop` waits for the child. However it ends (a fault, a signal, a hang that the watchdog sees), its streams and
-calls end with an EngineError at once, and it is reaped. It cannot be started again: make another.
+Only `stop` waits for the child. However it ends (a fault, a signal, a hang that the watchdog detects), its streams and
+calls immediately end with an EngineError, and it is reaped. It cannot be restarted; create a new EngineProcess instead.
 """
 
 import os
@@ -32,9 +32,9 @@ from jaxserve.types.request import Abort
 
 type Phase = Literal["starting", "ready", "failed", "stopped"]
 
-START_SECONDS = 60.0  # imports from a slow disk can delay beats: the least patience during the start
-# Pages of 2 MB for what its malloc gives out, unless the environment says otherwise. With a CPU as the device: the demo
-# 9 to 10 % more tokens per second at 1 and 32 streams, a model of 110M up to 2 %, programs read half a second sooner.
+START_SECONDS = 60.0  # the shortest timeout during the start, when imports from a slow disk can delay heartbeats
+# Huge pages for the child's malloc, unless the environment sets this variable. On a CPU the demo makes 9 to 10 % more
+# tokens per second at 1 and 32 streams, a 110M model up to 2 %, and programs load half a second faster.
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 EXIT_SECONDS = 0.5  # for a child that closed its end to exit
 DUMP_SECONDS = 0.5  # for a hanging child to print its stacks
@@ -43,7 +43,7 @@ DUMP_SECONDS = 0.5  # for a hanging child to print its stacks
 @dataclass(frozen=True, slots=True)
 class EngineState:
     phase: Phase = "starting"
-    detail: str = "starting"  # what is under way: "loading 35 %", "compiling 7/18"; empty when nothing is
+    detail: str = "starting"  # current activity: "loading 35 %", "compiling 7/18"; empty if there is none
     done: int = 0
     total: int = 0
     error: str | None = None  # if it failed: the fault and the remedy
@@ -61,12 +61,12 @@ class EngineProcess:
         on_change: Callable[[EngineState], object] | None = None,
     ) -> None:
         """
-        watchdog: seconds without a completed turn while there is work, or without a sign of life, that count as a hang.
+        watchdog: seconds without a completed turn while there is work, or without a heartbeat, that count as a hang.
         on_change: called with each new state, in order, from any thread; it must not block.
         """
         self.state = EngineState()
         self.stats: EngineMetrics | None = None  # as of the last turn
-        self.opened: wire.ModelOpened | None = None  # once the model was read
+        self.opened: wire.ModelOpened | None = None  # once the model is opened
         self._config, self._watchdog, self._on_change = config, watchdog, on_change
         self._command = [*(command or _command())]
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,7 +79,7 @@ class EngineProcess:
         self._stopping = False
         self._reporting = threading.RLock()  # guards the state
         self._ended = threading.Event()
-        self._heard = 0.0  # when anything last came
+        self._heard = 0.0  # when the last message arrived
         self._beat = wire.Beat(0.0, False)
 
     @property
@@ -87,10 +87,10 @@ class EngineProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Returns at once; `state` and `on_change` report progress."""
+        """Start the child without waiting for it; `state` and `on_change` report progress."""
         mine, its = socket.socketpair()
         with its:
-            # The child ignores signals to the whole group; until it has set that up, none must reach it.
+            # The child ignores signals to the process group. Block them until it has set that up.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
             try:
                 self._process = subprocess.Popen(
@@ -105,7 +105,7 @@ class EngineProcess:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self._heard = time.monotonic()
-        with suppress(OSError):  # gone already: the receiver finds out
+        with suppress(OSError):  # the child has already ended; the receiver detects this
             mine.sendall(wire.frame([wire.Start(asdict(self._config), self._watchdog)]))
         sender = threading.Thread(target=self._send, args=(mine,), name="jaxserve-sender", daemon=True)
         receiver = threading.Thread(
@@ -119,7 +119,7 @@ class EngineProcess:
             thread.start()
 
     def stop(self, grace: float = 5.0) -> None:
-        """Ends the child, by force after `grace` seconds; streams end at once. Returns when it is gone."""
+        """End the child and wait for it; kill it after `grace` seconds. Streams end immediately."""
         error = EngineError("the engine was shut down", "start it again")
         with self._changed:
             self._stopping = True
@@ -150,7 +150,7 @@ class EngineProcess:
             self._post(wire.encode(Abort(stream.request.id)))
 
     def call(self, name: str, /, **arguments: Any) -> Future[Any]:
-        """Has the engine's method of this name called between two steps. Only those in wire.CALLS."""
+        """Call the engine's method of this name, one of wire.CALLS, between two steps."""
         wire.check_call(name)
         future: Future[Any] = Future()
         with self._changed:
@@ -180,7 +180,7 @@ class EngineProcess:
                 outgoing, self._outgoing = self._outgoing, []
             try:
                 end.sendall(wire.frame(outgoing))
-            except OSError:  # gone: the receiver finds out
+            except OSError:  # the child has ended; the receiver detects this
                 return
 
     # --- the receiver -----------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
-        if not self._stopping:  # else `stop` says so
+        if not self._stopping:  # otherwise `stop` sets the state
             self._end("failed", _ended_with(code))
         sender.join()
         receiver.close()
@@ -232,7 +232,7 @@ class EngineProcess:
     def _return(self, returned: wire.Returned) -> None:
         with self._changed:
             call = self._calls.pop(returned.number, None)
-        if call is None:  # it was ended by `stop`
+        if call is None:  # `stop` has ended it
             return
         name, future = call
         if not future.set_running_or_notify_cancel():
@@ -251,7 +251,7 @@ class EngineProcess:
         last = time.monotonic()
         while not self._ended.wait(every):
             now = time.monotonic()
-            if now - last > every + 1:  # this process stood still itself: what came meanwhile was not read
+            if now - last > every + 1:  # this process itself was suspended, so it has not read what arrived meanwhile
                 self._heard = now
             last = now
             patience = seconds if self.state.phase == "ready" else max(seconds, START_SECONDS)
@@ -263,7 +263,7 @@ class EngineProcess:
                 continue
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
-            time.sleep(DUMP_SECONDS)  # before the failure is reported: that would kill it while it prints
+            time.sleep(DUMP_SECONDS)  # let it print before the failure is reported, which kills it
             self._end("failed", EngineError(problem, "see where it hangs in its log"))
             process.kill()
 
@@ -280,7 +280,7 @@ class EngineProcess:
             self._on_change(state)
 
     def _end(self, phase: Literal["failed", "stopped"], error: EngineError) -> None:
-        """Only once: the first reason counts."""
+        """Set the final state. Only the first call has an effect."""
         with self._reporting:
             if self._ended.is_set():
                 return
@@ -288,13 +288,13 @@ class EngineProcess:
                 self._ended.set()
                 self._changed.notify_all()
             reason = str(error) if phase == "failed" else None
-            try:  # first, so that whoever sees a stream end finds the new state
+            try:  # set the state first: the consumer of a stream that ends must find the new one
                 self._set(replace(self.state, phase=phase, detail="", error=reason))
             finally:
                 self._fail_all(error)
 
     def _fail_all(self, error: EngineError) -> None:
-        self._streams.close(error)  # from here on nothing is taken
+        self._streams.close(error)  # no more requests are accepted
         with self._changed:
             calls, self._calls = list(self._calls.values()), {}
         for _, future in calls:
@@ -303,7 +303,7 @@ class EngineProcess:
 
 
 def _command() -> list[str]:
-    """This Python with the same -O, and without modules from the current folder."""
+    """Run this Python interpreter with the same -O, without modules from the current folder."""
     return [sys.executable, *["-O"] * sys.flags.optimize, "-P", "-m", "jaxserve.host.child"]
 
 

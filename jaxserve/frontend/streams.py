@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings an engine's updates to consumers in event loops, from whichever thread they arrive in.
+"""Delivers an engine's updates to consumers in event loops, from any thread.
 
     updates --- one thread ---> Streams: outputs with their text --- at most one wake-up per loop ---> Mailbox -> Stream
 
-Does not depend on where the engine is. What a slow consumer has not taken waits for it as one output that grows.
+Independent of where the engine runs. Outputs that a slow consumer has not taken are merged into one.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class Mailbox:
         self._called = False
 
     def post(self, news: News) -> bool:
-        """From any thread. False if the loop is closed and nobody listens."""
+        """Deliver outputs, from any thread. False if the event loop is closed."""
         with self.lock:
             for stream, item in news:
                 stream.put(item)
@@ -52,25 +52,25 @@ class Mailbox:
 
 
 class Stream:
-    """The outputs of one request: built where its updates arrive, taken in its consumer's event loop.
+    """The outputs of one request: built in the thread where its updates arrive, taken in its consumer's event loop.
 
-    Times are on the monotonic clock; None until it happened.
+    Times are on the monotonic clock; None: not yet.
     """
 
     def __init__(self, request: Request, builder: OutputBuilder, mailbox: Mailbox, *, name: str) -> None:
         self.request, self.builder, self.mailbox, self.name = request, builder, mailbox, name
-        self.finished = False  # the consumer has had the last output, or the error
+        self.finished = False  # the consumer has received the last output or the error
         self.arrival = request.arrival
         self.scheduled: float | None = None  # when it first got a row
-        self.first_output: float | None = None  # when its first token came here
-        self.last_output: float | None = None  # and its last so far
+        self.first_output: float | None = None  # when its first token arrived here
+        self.last_output: float | None = None  # when its latest token arrived
         self._merges = request.params.output_kind is RequestOutputKind.DELTA
         self._waiting: RequestOutput | None = None
         self._error: Exception | None = None
         self._event = asyncio.Event()
 
     def note(self, update: Update, now: float) -> None:
-        """Records the times."""
+        """Record the times."""
         if self.scheduled is None:
             self.scheduled = update.scheduled
         if update.token_ids:
@@ -105,7 +105,7 @@ class Stream:
 
 
 def _merge(into: RequestOutput, later: RequestOutput) -> None:
-    """Adds one DELTA to another that nobody has seen yet."""
+    """Append a DELTA output to another that has not been taken yet."""
     for sample in later.outputs:
         before = next((other for other in into.outputs if other.index == sample.index), None)
         if before is None:
@@ -126,7 +126,7 @@ def _merge(into: RequestOutput, later: RequestOutput) -> None:
 
 
 class Streams:
-    """The streams of the requests in an engine, by the engine's ids. Any thread may call; only one brings updates."""
+    """The streams of an engine's requests, by the engine's ids. Thread-safe, but only one thread may call `take`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -146,20 +146,20 @@ class Streams:
             self._open[stream.request.id] = stream
 
     def remove(self, stream: Stream) -> bool:
-        """Nothing more comes to it. False if its request has ended already."""
+        """Stop delivering to a stream. False if its request has already ended."""
         with self._lock:
             return self._open.pop(stream.request.id, None) is not None
 
     def fail(self, request_id: str, error: Exception) -> None:
-        """Ends it with this error."""
+        """End a stream with this error."""
         with self._lock:
             stream = self._open.pop(request_id, None)
         if stream is not None:
             stream.mailbox.post([(stream, error)])
 
     def take(self, updates: Iterable[Update]) -> list[Abort]:
-        """Brings news to consumers. Returns what the engine must end early: samples at a stop string, requests whose
-        text fails, requests whose consumer's event loop has closed."""
+        """Deliver updates to consumers. Returns what the engine must end early: samples that reached a stop string, and
+        requests with a fault in their text or a closed event loop."""
         now = time.monotonic()
         aborts: list[Abort] = []
         news: dict[Mailbox, News] = {}
@@ -186,7 +186,7 @@ class Streams:
         return [Abort(name) for name in ids]
 
     def close(self, error: EngineError) -> None:
-        """Ends every stream, and refuses later ones. Each gets its own error object."""
+        """End every stream with this error, and reject later ones. Each gets a separate copy of the error."""
         with self._lock:
             if self._error is None:
                 self._error = error
@@ -201,7 +201,7 @@ class Streams:
 def _output(stream: Stream, update: Update, aborts: list[Abort]) -> RequestOutput | Exception | None:
     try:
         output = stream.builder.add(update)
-    except Exception as fault:  # in this request's text; the others continue
+    except Exception as fault:  # a fault in this request's text; the other requests continue
         aborts.append(Abort(update.request_id))
         return EngineError(f"the output failed: {type(fault).__name__}: {fault}", "report this")
     aborts += stream.builder.take_aborts(update.request_id)

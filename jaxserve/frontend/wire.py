@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The messages between a parent and an engine's process: MessagePack in frames over a socket. No pickle, so no code.
 
-    frame     8 bytes of length, then that many bytes: a list of all messages that its sender had
+    frame     8 bytes of length, then that many bytes: a list of all messages that were pending
     parent    Start, then Add, Abort, Call, Stop, handled in order
     child     Progress, ModelOpened, Started first; Turn, Refused, Returned after each turn; Beat; Failed at the end
 
-Both run on one machine from one installation: times are on its monotonic clock, and messages have no versions.
+Both processes run on one machine from one installation: times are on its monotonic clock, and messages have no version.
 """
 
 import socket
@@ -26,7 +26,7 @@ from jaxserve.types.outputs import Update
 from jaxserve.types.request import Abort, Request
 
 LENGTH = struct.Struct("<Q")
-# Far above what any step can give; a greater length is an error in the stream.
+# Far more than any step can produce; a greater length means that the stream is corrupt.
 MOST_BYTES = 2**36
 READ_AHEAD = 1 << 20
 
@@ -52,11 +52,11 @@ class Start(WireMessage):
 
 class Add(WireMessage):
     request_id: str
-    request: msgspec.Raw  # a Request, encoded by itself: if it cannot be read, it alone is refused
+    request: msgspec.Raw  # a Request, encoded separately: if it cannot be decoded, only this request is rejected
 
 
 class Call(WireMessage):
-    number: int  # the result has the same
+    number: int  # repeated in the Returned message
     name: str
     arguments: dict[str, Any]
 
@@ -69,7 +69,7 @@ class Stop(WireMessage):
 
 
 class Fault(msgspec.Struct, array_like=True, frozen=True):
-    """An error that is raised again on the other side."""
+    """An error to raise again in the parent."""
 
     kind: str
     problem: str
@@ -84,20 +84,20 @@ class Progress(WireMessage):
 
 
 class ModelOpened(WireMessage):
-    """The model, once its configuration is read and before anything is compiled."""
+    """The model's properties, sent once its configuration is read and before anything is compiled."""
 
-    folder: str | None  # where the model is
+    folder: str | None  # the model's folder
     limits: Limits
     sampling_defaults: dict[str, Any]
     family: str
     layers: int
     dtype: str
-    parameters: int  # how many numbers, padding included
-    weight_bytes: int  # on each device
+    parameters: int  # the number of parameters, including padding
+    weight_bytes: int  # per device
 
 
 class Started(WireMessage):
-    """Requests are taken from now on."""
+    """The engine accepts requests from now on."""
 
 
 class Turn(WireMessage):
@@ -117,7 +117,7 @@ class Returned(WireMessage):
 
 
 class Beat(WireMessage):
-    """A sign of life: seconds since the last turn ended, and whether there is work."""
+    """A heartbeat: seconds since the last turn ended, and whether there is work."""
 
     age: float
     working: bool
@@ -138,7 +138,7 @@ _from_child = msgspec.msgpack.Decoder(list[FromChild])
 
 
 def _plain(value: object) -> object:
-    """As plain data: values that users put into requests, and results of calls."""
+    """Convert values that users put into requests, and results of calls, to plain data."""
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, np.ndarray | np.generic):
@@ -157,7 +157,7 @@ encode: Callable[[object], bytes] = _encoder.encode
 
 
 def frame(messages: Sequence[Any]) -> bytearray:
-    """Of messages, or of their encoded form as msgspec.Raw."""
+    """A frame of messages, plain or already encoded as msgspec.Raw."""
     made = bytearray(LENGTH.size)
     _encoder.encode_into(messages, made, LENGTH.size)
     LENGTH.pack_into(made, 0, len(made) - LENGTH.size)
@@ -181,7 +181,7 @@ def request_of(add: Add) -> Request:
 
 
 def result_of(name: str, answer: Returned) -> Any:
-    """The result of a call of this name; raises its error."""
+    """The result of a call of this method; raises its error."""
     if answer.fault is not None:
         raise error_of(answer.fault)
     return msgspec.msgpack.decode(answer.result, type=CALLS[name], dec_hook=_made)
@@ -201,7 +201,7 @@ _KINDS: dict[str, type[JaxserveError]] = {
 
 
 def fault_of(error: BaseException) -> Fault:
-    """An error of another library becomes an EngineError of one line."""
+    """The fault to send. An error that is not a JaxserveError becomes an EngineError of one line."""
     kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in _KINDS), "")
     if isinstance(error, JaxserveError) and kind:
         return Fault(kind, error.problem, error.hint, getattr(error, "field", ""))
@@ -226,7 +226,7 @@ class Receiver:
         self._decode = cast("Callable[[bytes], list[Any]]", (_from_parent if of_parent else _from_child).decode)
 
     def receive(self) -> list[Any] | None:
-        """Waits for the next messages; None when the other end is closed."""
+        """Wait for the next messages; None if the other end is closed."""
         [size] = LENGTH.unpack(self._read(LENGTH.size) or LENGTH.pack(0))
         if size > MOST_BYTES:
             raise EngineError(f"a message of {size} bytes was announced", "report this")
@@ -234,7 +234,7 @@ class Receiver:
         return self._decode(data) if data else None
 
     def _read(self, size: int) -> bytes:
-        """All of it or nothing. A killed process with unread data resets its sockets."""
+        """Read all bytes, or return none at the end. A killed process with unread data resets its sockets."""
         try:
             data = self._file.read(size)
         except ConnectionResetError:

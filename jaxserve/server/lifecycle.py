@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the server: opens the port first, then the engine's child, then takes requests, then drains.
+"""Runs the server: opens the port, starts the engine's process, serves requests, and drains at the end.
 
     serve(engine, server) -> exit code
       0          SIGTERM or SIGINT: ended after the requests in flight, or after shutdown_timeout
-      128 + n    a second signal: ended at once
-      1          the engine failed, and restarts are off or used up
+      128 + n    a second signal: ended immediately
+      1          the engine failed, and restarts are off or exhausted
 
-A fault in the configuration, the port or the certificate is a JaxserveError, raised before anything is loaded; so is an
-engine that does not start.
+Raises a JaxserveError for a fault in the configuration, the port or the certificate, before anything is loaded, and for
+an engine that does not start.
 """
 
 import asyncio
@@ -41,15 +41,15 @@ from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.state import Serving
 
 MAX_RESTARTS = 3
-RESTART_WINDOW = 600.0  # seconds in which so many are allowed
-LAST_WORDS = 2.0  # seconds for the last answers, to requests that were ended
-ENGINE_GRACE = 5.0  # seconds for an engine to end
+RESTART_WINDOW = 600.0  # seconds within which MAX_RESTARTS are allowed
+LAST_WORDS = 2.0  # seconds to send the last responses
+ENGINE_GRACE = 5.0  # seconds for an engine to exit
 HANDSHAKE_SECONDS = 10.0
-GC_OBJECTS = 20_000  # allocations between two collections of cycles
+GC_OBJECTS = 20_000  # allocations between two garbage collections
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, *, command: Sequence[str] | None = None) -> int:
-    """Serves until a signal. `command` starts the engine's child in place of the usual one."""
+    """Serve until a signal. `command` replaces the default command that starts the engine's process."""
     config = server_config.with_environment(os.environ)
     config.template()
     if engine_config.max_num_queued_reqs is None:
@@ -76,7 +76,7 @@ class Life:
     ) -> None:
         self._engine_config, self._config = engine_config, config
         self._sockets, self._context, self._command = sockets, context, command
-        self._changed = asyncio.Event()  # the engine's state, or signals that came
+        self._changed = asyncio.Event()  # set on a change of the engine's state, and on signals
         self._signals: list[int] = []
         self._restarts: list[float] = []
 
@@ -131,7 +131,7 @@ class Life:
             line.tell(serving.engine.stats)
             await asyncio.sleep(logs.STATS_SECONDS)
 
-    # --- news -------------------------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------
 
     def _engine(self) -> EngineProcess:
         loop = asyncio.get_running_loop()
@@ -174,7 +174,7 @@ class Life:
             logs.LOG.warning("starting the engine again")
 
     async def _served(self, serving: Serving) -> bool:
-        """Until the engine fails or a signal comes. Returns whether it was ever ready."""
+        """Run one engine until it fails or a signal arrives. Returns whether it was ever ready."""
         engine = serving.engine
         engine.start()
         opening = asyncio.create_task(self._open(serving))
@@ -190,11 +190,11 @@ class Life:
             ending.cancel()
 
     async def _open(self, serving: Serving) -> None:
-        """Until requests are taken. The tokenizer is loaded while the engine still compiles."""
+        """Wait until the engine is ready, then accept requests. Loads the tokenizer while the engine compiles."""
         engine = serving.engine
         importing = None
         if not self._engine_config.skip_tokenizer_init:
-            # A second or more, while the engine's process does the same with jax.
+            # The import takes a second or more; it overlaps with the import of jax in the engine's process.
             importing = _in_thread(partial(import_module, "transformers.models.auto.tokenization_auto"))
         await self._when(lambda: engine.opened is not None)
         if importing is not None:
@@ -206,8 +206,8 @@ class Life:
         await self._when(lambda: engine.state.phase == "ready")
         serving.take_engine(client)
         gc.collect()
-        gc.freeze()  # imported modules are not searched for cycles again while requests wait
-        # Tokens make no cycles; Python's default rate of collections takes 6 % of the time.
+        gc.freeze()  # exclude imported modules from later collections, which delay requests
+        # Generating tokens creates no cycles; Python's default thresholds would take 6 % of the time.
         gc.set_threshold(GC_OBJECTS, 20, 50)
         url, everywhere = listening.url(self._config, self._sockets), listening.everywhere(self._sockets)
         lines = await asyncio.to_thread(banner.ready, serving, url, everywhere=everywhere)
@@ -227,11 +227,15 @@ class Life:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     async def _drain(self, serving: Serving) -> int:
-        """Probes see at once that it ends; requests in flight may finish."""
+        """Report to probes that the server is shutting down, and let requests in flight finish."""
         serving.draining = True
         timeout = self._config.shutdown_timeout
         if serving.in_flight:
-            logs.LOG.info("ending: %d requests in flight have %g s; again to end now", serving.in_flight, timeout)
+            logs.LOG.info(
+                "shutting down: waiting up to %g s for %d requests in flight; signal again to end now",
+                timeout,
+                serving.in_flight,
+            )
         idle = asyncio.create_task(serving.wait_idle(timeout))
         now = asyncio.create_task(self._when(lambda: len(self._signals) > 1 or serving.engine.state.phase == "failed"))
         await asyncio.wait((idle, now), return_when=asyncio.FIRST_COMPLETED)
@@ -242,7 +246,7 @@ class Life:
         return 1 if serving.engine.state.phase == "failed" else 0
 
     async def _end(self, serving: Serving, runner: web.AppRunner, listeners: list[asyncio.Server]) -> None:
-        """Requests that still wait get an error."""
+        """Stop the engine and the listeners. Requests still in flight get an error."""
         serving.draining = True
         at_once = len(self._signals) != 1 or serving.engine.state.phase == "failed"
         await asyncio.to_thread(serving.engine.stop, 0.0 if at_once else ENGINE_GRACE)
@@ -254,7 +258,7 @@ class Life:
 
 
 def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":
-    """As asyncio.to_thread, but the process can end without waiting for it: it may be downloading."""
+    """Like asyncio.to_thread, but does not delay the process's exit: the function may be downloading."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

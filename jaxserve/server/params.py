@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bodies of HTTP requests to requests for the engine: sampling parameters, token ids, names, deadlines.
+"""Turns the bodies of HTTP requests into requests for the engine: sampling parameters, token ids, names, deadlines.
 
-`prepare` does the slow work, tokenizing and checking, and is meant for a thread. Here are also the defaults of fields
-that the body leaves out: those of the model's generation_config.json, then OpenAI's.
+`prepare` does the slow work, tokenizing and checking; run it in a thread. Fields that the body omits have the defaults
+of the model's generation_config.json, then OpenAI's.
 """
 
 import math
@@ -29,13 +29,13 @@ ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQ
 
 
 async def read[B: Body](request: web.Request, kind: type[B]) -> B:
-    """The body of a request. Raw bytes go to the checks: aiohttp's own parsing of JSON fails in ways of its own."""
+    """The parsed body of a request. Parses the raw bytes itself, since aiohttp's JSON parsing has different errors."""
     serving = request.app[SERVING]
     media = request.content_type
     if media != "application/json" and not media.endswith("+json"):
         raise bad_request(None, f"the body is sent as {media}", "send JSON, with Content-Type: application/json")
     body = parse(kind, await request.read(), allow_unknown=serving.config.allow_unknown_fields)
-    request[HELD].let_go()  # an answer may take long
+    request[HELD].let_go()  # the answer may take long
     if body.model and serving.model_names and body.model not in serving.model_names:
         raise ApiError(404, f"The model `{_shown(body.model)}` does not exist.", param="model")
     return body
@@ -46,19 +46,19 @@ def _shown(name: str) -> str:
 
 
 def model_name(serving: Serving, body: Body) -> str:
-    """As the client calls it."""
+    """The model's name as the client sent it, else the first served name."""
     return body.model or serving.model_names[0]
 
 
 def answer_id(kind: str, request: web.Request, body: Ordered) -> str:
-    """The id that the client sees. Nothing in here is looked up by what a client sends."""
+    """The response's id. The server never looks up anything by the part that the client sends."""
     sent = request.headers.get("X-Request-Id") or body.request_id or ""
     kept = "".join(c for c in sent[:MAX_CALL_ID] if c in ID_CHARACTERS)
     return f"{kind}-{kept or request[RECORD].id}"
 
 
 def deadline(request: web.Request) -> float | None:
-    """When the answer must be there: as the server or the client wants it, whichever is sooner."""
+    """The request's deadline: the server's or the client's, whichever is earlier."""
     server = request.app[SERVING].deadline()
     sent = request.headers.get(TIMEOUT_HEADER)
     if sent is None:
@@ -68,7 +68,7 @@ def deadline(request: web.Request) -> float | None:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds <= 0:
-        raise bad_request(TIMEOUT_HEADER, f"{TIMEOUT_HEADER} is no number of seconds", "send one above 0")
+        raise bad_request(TIMEOUT_HEADER, f"{TIMEOUT_HEADER} is not a number of seconds", "send a number above 0")
     client = time.monotonic() + seconds
     return client if server is None else min(client, server)
 
@@ -76,7 +76,7 @@ def deadline(request: web.Request) -> float | None:
 def sampling_params(
     body: Sampling, preparer: Preparer, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
-    """From the body, else the model's own defaults. The arguments are what bodies spell in different ways."""
+    """The body's sampling parameters, else the model's defaults. The arguments are the fields that differ by body."""
     values: dict[str, Any] = {
         **body.sampling,
         "max_tokens": max_tokens,
@@ -90,16 +90,16 @@ def sampling_params(
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """How all prompts of a body are to be treated."""
+    """The options that apply to all prompts of a body."""
 
-    name: str  # the answer's id: what /abort_requests calls the requests
+    name: str  # the response's id, which /abort_requests takes
     deadline: float | None = None
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str | None = None
-    truncate: int | None = None  # to so many tokens; below zero to all that fit
-    keep_right: bool = True  # the end of the prompt is kept, its beginning cut off
-    max_tokens_field: str = "max_tokens"  # what the client calls it
+    truncate: int | None = None  # truncate the prompt to this many tokens; negative: to as many as fit
+    keep_right: bool = True  # truncation keeps the end of the prompt
+    max_tokens_field: str = "max_tokens"  # the field's name in the body
     score_only: bool = False
     embed: bool = False
     beam_search: BeamSearchParams | None = None
@@ -110,10 +110,10 @@ class Order:
 
 
 def order(request: web.Request, body: Ordered, *, kind: str, add_special_tokens: bool) -> Order:
-    """`kind` begins the answer's id. `add_special_tokens`: where the client does not say."""
+    """`kind`: the prefix of the response's id. `add_special_tokens`: the default if the body does not set it."""
     if body.truncation_side is not None and body.truncate_prompt_tokens is None:
-        problem = "truncation_side is given and truncate_prompt_tokens is not"
-        raise bad_request("truncation_side", problem, "say to how many tokens the prompt is to be cut")
+        problem = "truncation_side requires truncate_prompt_tokens"
+        raise bad_request("truncation_side", problem, "set it, or remove truncation_side")
     return Order(
         name=answer_id(kind, request, body),
         deadline=deadline(request),
@@ -143,7 +143,7 @@ def prepare(
         except RequestError as error:
             named = field if error.field == "prompt" else error.field
             problem, hint = error.problem, error.hint
-            if order.embed:  # as the client calls it
+            if order.embed:  # use the field's name in the body
                 problem, hint = problem.replace("prompt", field), hint.replace("prompt", field)
             if len(prompts) > 1 and named == field:
                 problem = f"{field} {place}: {problem}"
@@ -161,7 +161,7 @@ def prepare_beams(
     logprobs: int | None,
     field: str,
 ) -> list[Request]:
-    """As `prepare`, for a beam search whose width is the body's n."""
+    """Like `prepare`, for a beam search of width n."""
     given = body.given("length_penalty", "include_stop_str_in_output", "ignore_eos")
     shown = body.given("skip_special_tokens", "spaces_between_special_tokens")
     try:
@@ -175,15 +175,15 @@ def prepare_beams(
 
 
 def _check_queue(count: int, limits: Limits, field: str) -> None:
-    """Of too many for the longest queue none is taken, however often they are sent."""
+    """Reject a body with more prompts than the server can ever hold, for which retrying would not help."""
     rows, queue = limits.max_num_seqs, limits.max_num_queued_reqs
     if queue is not None and count > rows + queue:
-        problem = f"{field} has {count} prompts, and the server holds {rows + queue} requests at once: {rows} that run"
-        raise bad_request(field, f"{problem} and {queue} that wait (max_num_queued_reqs)", "send fewer in one body")
+        problem = f"{field} has {count} prompts, but the server holds at most {rows + queue} requests: {rows} running"
+        raise bad_request(field, f"{problem} and {queue} waiting (max_num_queued_reqs)", "send fewer in one body")
 
 
 def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingParams, order: Order) -> Request:
-    if not prompt:  # before a tokenizer puts its special tokens there
+    if not prompt:  # checked before the tokenizer adds its special tokens
         raise RequestError("prompt", "the prompt is empty", "give at least one token")
     text = prompt if isinstance(prompt, str) else None
     ids = preparer.encode(prompt, add_special_tokens=order.add_special_tokens) if isinstance(prompt, str) else prompt
@@ -191,7 +191,7 @@ def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingPar
     if order.truncate is not None:
         keep = longest if order.truncate < 0 else order.truncate
         if len(ids) > keep:
-            text = None  # what is left of it is told from its ids
+            text = None  # the ids alone define the truncated prompt
             ids = ids[len(ids) - keep :] if order.keep_right else ids[:keep]
     check_length(len(ids), sampling, order, preparer.limits)
     given: Mapping[str, Any] = {"prompt_token_ids": ids, "prompt": text, "cache_salt": order.cache_salt}
@@ -208,12 +208,12 @@ def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingPar
 
 
 def check_length(count: int, sampling: SamplingParams, order: Order, limits: Limits) -> None:
-    """With the words that clients look for when a conversation has become too long."""
+    """Check a prompt's length. The error has the words that clients search for when a conversation is too long."""
     longest = limits.max_model_len
-    told = f"this model's maximum context length is {longest} tokens"
+    limit = f"this model's maximum context length is {longest} tokens"
     if count > longest - order.generates:
         leaves = ", which leaves no room for an answer" if count == longest else ""
-        raise RequestError("prompt", f"{told}, and the prompt has {count}{leaves}", "shorten the prompt")
+        raise RequestError("prompt", f"{limit}, but the prompt has {count}{leaves}", "shorten the prompt")
     if order.generates and sampling.max_tokens is not None and sampling.max_tokens > longest:
-        problem = f"{told}, and {order.max_tokens_field} is {sampling.max_tokens}"
+        problem = f"{limit}, but {order.max_tokens_field} is {sampling.max_tokens}"
         raise RequestError(order.max_tokens_field, problem, f"ask for at most {longest - count} after this prompt")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the engine's requests of one HTTP request: merges their outputs, measures, ends them when the client leaves.
+"""Runs the engine requests of one HTTP request: merges outputs, records metrics, and aborts when the client leaves.
 
 Independent of protocols: the handlers decide what an output looks like to a client.
 """
@@ -22,14 +22,14 @@ from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind
 
-LONGEST_LOGGED = 2**20  # characters of an answer that are kept for the log
+LONGEST_LOGGED = 2**20  # the most characters of an answer that are kept for the log
 
 
 async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of these requests as they come, each with its request's position.
+    """The outputs of these requests as they arrive, each with its request's position.
 
-    Leaving it aborts what has not ended: use contextlib.aclosing. A full queue is a 503 and a deadline that has passed
-    a 504, raised here.
+    Use it with contextlib.aclosing: closing it aborts unfinished requests. Raises a 503 if the queue is full, and a 504
+    if the deadline has passed.
     """
     serving, record = request.app[SERVING], request[RECORD]
     client = serving.check_ready()
@@ -67,7 +67,7 @@ async def _single(
 async def _merged(
     client: EngineClient, streams: list[Stream], prepared: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """At most one output of each waits here: what a slow client does not take stays in the streams."""
+    """Holds at most one output of each request; what a slow client has not taken stays in the streams."""
     for request in prepared:
         streams.append(client.open(request))
     pending = {asyncio.ensure_future(stream.next()): place for place, stream in enumerate(streams)}
@@ -83,26 +83,26 @@ async def _merged(
     finally:
         for task in pending:
             if task.done() and not task.cancelled():
-                task.exception()  # retrieved: several may end with the engine, and one error is raised
+                task.exception()  # mark it as retrieved: several may fail with the engine, but one error is raised
             task.cancel()
 
 
 class _Tally:
-    """What one request has produced so far."""
+    """Counts and times of one request's output."""
 
     def __init__(self, serving: Serving, record: RequestRecord, request: Request) -> None:
         self._serving, self._record, self._request = serving, record, request
         self._generated = [0] * request.params.n
         self._cached = 0
-        self._seen = 0  # gaps between tokens that were measured
-        self._last: list[float | None] = [None] * request.params.n  # when each sample's last tokens came
-        # Outputs carry the counts: for an answer that was to come whole and did not, they are unknown.
+        self._seen = 0  # the number of gaps between tokens that were measured
+        self._last: list[float | None] = [None] * request.params.n  # when each sample's last tokens arrived
+        # The counts come with the outputs, so they are unknown for a non-streamed answer without an output.
         self._counted = request.params.output_kind is RequestOutputKind.DELTA
         self._ended = False
 
     def add(self, output: RequestOutput, stream: Stream) -> None:
         now = time.monotonic()
-        came = stream.last_output or now  # a slow client must not look like a slow engine
+        came = stream.last_output or now  # not `now`: a slow client must not look like a slow engine
         adds = self._request.params.output_kind is RequestOutputKind.DELTA
         for sample in output.outputs:
             count, last = len(sample.token_ids), self._last[sample.index]
@@ -140,7 +140,7 @@ class _Tally:
             return
         self._serving.note_end()
         longest = max(self._generated)
-        # Tokens that came together, or with the whole answer: their mean.
+        # For tokens that arrived together, or with the whole answer, use the mean gap.
         rest = sum(max(count - 1, 0) for count in self._generated) - self._seen
         if rest > 0 and stream.first_output is not None and stream.last_output is not None:
             metrics.token_gap((stream.last_output - stream.first_output) / (longest - 1), rest)

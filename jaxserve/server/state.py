@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the handlers share: the engine's client, the tokenizer, threads for slow work, requests in flight.
+"""State shared by the handlers: the engine's client, the tokenizer, threads for slow work, requests in flight.
 
-For one event loop. lifecycle.py starts and ends engines and fills in what becomes known.
+For one event loop. lifecycle.py starts and ends engines and updates this state.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ LONGEST_WAIT = 60  # the largest Retry-After
 class Serving:
     def __init__(self, config: ServerConfig, engine: EngineProcess, *, metrics: Metrics) -> None:
         self.config, self.engine, self.metrics = config, engine, metrics
-        self.client: EngineClient | None = None  # when requests can be taken
+        self.client: EngineClient | None = None  # None until requests can be accepted
         self.tokenizer: Tokenizer | None = None
         self.model_names: tuple[str, ...] = config.served_model_name
         self.chat_template = config.template()
@@ -43,14 +43,14 @@ class Serving:
         self._ended: list[float] = []  # when the last requests ended, for Retry-After
 
     def check_ready(self) -> EngineClient:
-        """The engine's client; a 503 while it can take no requests."""
+        """The engine's client. Raises a 503 if it cannot accept requests."""
         client = self.check_engine()
         if self.asleep:
             raise unavailable("The engine is asleep. Wake it with POST /wake_up.", wait=10)
         return client
 
     def check_engine(self) -> EngineClient:
-        """As check_ready, but a sleeping engine passes: /wake_up must reach it."""
+        """Like check_ready, but accepts a sleeping engine, which /wake_up must reach."""
         if self.draining:
             raise unavailable("The server is shutting down.", wait=5)
         if self.client is None:
@@ -59,7 +59,7 @@ class Serving:
         return self.client
 
     def take_engine(self, client: EngineClient) -> None:
-        """Requests are taken from now on."""
+        """Accept requests from now on."""
         self.client, self.tokenizer, self.asleep = client, client.preparer.tokenizer, False
         self.metrics.set_limits(client.preparer.limits)
         self.metrics.engine_up, self.metrics.sleep_level = True, 0
@@ -68,7 +68,7 @@ class Serving:
         self.client, self.asleep, self.metrics.engine_up = None, False, False
 
     def begin(self) -> None:
-        """One more HTTP request in flight."""
+        """Count an HTTP request as in flight."""
         self.in_flight += 1
         self._idle.clear()
 
@@ -78,13 +78,13 @@ class Serving:
             self._idle.set()
 
     async def wait_idle(self, seconds: float) -> None:
-        """Waits until nothing is in flight, at most so many seconds."""
+        """Wait until nothing is in flight, at most `seconds`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
 
     async def prepare[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Does slow work in a thread: tokenizing, templates, checks."""
+        """Do slow work (tokenizing, templates, checks) in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *args, **kwargs))
 
     def deadline(self) -> float | None:

@@ -239,7 +239,7 @@ def test_every_process_makes_the_same_program() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda public: public["layers"][0]["attention"].pop("q"), "lack layers.0.attention.q.kernel"),
+        (lambda public: public["layers"][0]["attention"].pop("q"), "have no layers.0.attention.q.kernel"),
         (lambda public: public.update(extra={"weight": jnp.ones(3)}), "no parameter extra.weight"),
         (lambda public: public.update(head=jnp.ones((98, 31))), r"head has shape \(98, 31\), expected \(98, 32\)"),
         (lambda public: public.update(head=[1.0]), "have no head"),

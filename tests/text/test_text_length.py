@@ -105,7 +105,7 @@ def test_a_text_that_is_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPatch)
         return encode(self, text, **options)
 
     monkeypatch.setattr(tokenizers.Tokenizer, "encode", noting)
-    words = r"maximum context length is 64 tokens, and the prompt has 5000000 characters, which are \d+ tokens or more"
+    words = r"maximum context length is 64 tokens, but the prompt has 5000000 characters, which are at least \d+ tokens"
     for prompt in (5_000_000 * "x", {"prompt": 5_000_000 * "x"}):
         with pytest.raises(RequestError, match=words) as caught:
             intake.prepare(prompt, SamplingParams())

@@ -199,7 +199,9 @@ def _check_not_engine(spec: ModelSpec, given: Set[param_layout.Path], targets: M
     if not given & (targets.keys() - public):
         return
     for path in targets.keys() - given:
-        raise JaxserveError(f"the parameters lack {param_layout.dotted(path)}", "give the whole tree in engine layout")
+        raise JaxserveError(
+            f"the parameters have no {param_layout.dotted(path)}", "give the whole tree in engine layout"
+        )
     for path in given - targets.keys():
         raise JaxserveError(f"the model has no parameter {param_layout.dotted(path)}", "give parameters of this model")
 

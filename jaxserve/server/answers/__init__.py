@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an engine's outputs to the bodies and streams that clients get."""
+"""Turns an engine's outputs into response bodies and streams."""

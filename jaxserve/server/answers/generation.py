@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What completions and chats have in common: from requests to an answer, whole or streamed. The shapes are theirs."""
+"""Shared by completions and chats: turns requests into an answer, whole or streamed. Each defines its own shapes."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ LOG = logging.getLogger("jaxserve.server")
 MANY = 2000
 
 type Chunker = Callable[[int, RequestOutput, Usage], bytes]
-"""The events of what one output adds: the request's position, the output, the usage so far."""
+"""Makes the events of one output, from the request's position, the output and the usage so far."""
 
 
 class Answer[B: Sampling]:
-    """What is to be answered, and from what."""
+    """One HTTP request to answer, with its body and its engine requests."""
 
     def __init__(self, request: web.Request, body: B, prepared: Sequence[Request], *, id: str, object: str) -> None:
         serving = request.app[SERVING]
@@ -63,7 +63,7 @@ def _logprobs(outputs: list[RequestOutput]) -> int:
 
 
 async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
-    """Headers go out with the first output: until then an error is a status, afterwards an event."""
+    """Stream an answer. Headers are sent with the first output: an error before that is a status, later an event."""
     to_client = EventStream(answer.request)
     try:
         usage = await _chunks(answer, events, to_client)
@@ -74,8 +74,8 @@ async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
         if not to_client.started:
             raise
         shown = as_api_error(error)
-        if not isinstance(error, ApiError | EngineError):  # the end of an engine is logged once, elsewhere
-            LOG.error("an answer failed after it had begun", exc_info=error)
+        if not isinstance(error, ApiError | EngineError):  # an engine's failure is logged once, in lifecycle.py
+            LOG.error("an answer failed after it had started", exc_info=error)
         answer.request[RECORD].error = shown.message
         await to_client.fail(shown)
     return await to_client.close()
@@ -102,14 +102,14 @@ async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) 
 
 
 class _Large:
-    """Which of a stream's outputs are built in a thread."""
+    """Decides which of a stream's outputs are built in a thread."""
 
     def __init__(self, prepared: Sequence[Request]) -> None:
         self._prepared = prepared
         self._begun: set[tuple[int, int]] = set()
 
     def takes_long(self, place: int, output: RequestOutput) -> bool:
-        """Whether it holds more than MANY log-probabilities. A prompt's come with each sample's first tokens."""
+        """Whether the output has more than MANY log-probabilities. A sample's first tokens also bring the prompt's."""
         request = self._prepared[place]
         first = {(place, sample.index) for sample in output.outputs} - self._begun
         self._begun |= first

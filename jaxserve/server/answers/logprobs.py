@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities in the two shapes that OpenAI gives them: of completions and of chats; and vLLM's of prompts.
+"""Log-probabilities in OpenAI's shapes for completions and for chats, and in vLLM's shape for prompts.
 
-Text is taken from tokens, never from the answer: where in it a token begins is counted along the way.
+Token texts and offsets are computed from the tokens, never from the answer's text.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ LEAST = -9999.0  # JSON has no infinity
 
 
 class TokenNames:
-    """How tokens are written."""
+    """The text of tokens in an answer: their own, or `token_id:N`."""
 
     def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool) -> None:
         self.tokenizer = tokenizer
@@ -26,20 +26,20 @@ class TokenNames:
         return self.tokenizer.token_text(token)
 
     def bytes_of(self, token: int) -> list[int] | None:
-        """Those of its text in UTF-8, also where they are a part of a character only; None if unknown."""
+        """The UTF-8 bytes of its text, which may be only part of a character; None if unknown."""
         found = None if self.tokenizer is None else self.tokenizer.token_bytes(token)
         return None if found is None else list(found)
 
 
 class CompletionLogprobs:
-    """The log-probabilities of one choice, in pieces as its tokens come."""
+    """The log-probabilities of one choice, added as its tokens arrive."""
 
     def __init__(
         self, names: TokenNames, wanted: int, *, after: Sequence[int], skip_special_tokens: bool, spaces: bool
     ) -> None:
-        """`after`: the tokens before the first one, which its text may depend on."""
+        """`after`: the preceding tokens, which the first token's text may depend on."""
         self._names, self._wanted = names, wanted
-        self._offset = 0  # of the next token, in the text of all before it
+        self._offset = 0  # the next token's offset in the text
         self._stream = None
         if names.tokenizer is not None:
             self._stream = names.tokenizer.stream(
@@ -60,7 +60,7 @@ class CompletionLogprobs:
         return {"text_offset": offsets, "token_logprobs": chances, "tokens": tokens, "top_logprobs": tops}
 
     def _top(self, token: int, position: PositionLogprobs) -> dict[str, float]:
-        """The likeliest, and the one that was chosen. Of tokens that are written alike the likelier one counts."""
+        """The most likely tokens and the chosen one. Of tokens with the same text, the most likely is kept."""
         top: dict[str, float] = {}
         for other, entry in sorted(position.items(), key=_rank):
             if other == token or (entry.rank or 0) <= self._wanted:
@@ -71,7 +71,7 @@ class CompletionLogprobs:
 def chat_logprobs(
     names: TokenNames, wanted: int, ids: Sequence[int], positions: Sequence[PositionLogprobs]
 ) -> dict[str, Any]:
-    """OpenAI's shape for chats. `wanted`: how many of the likeliest; -1 for all that there are."""
+    """OpenAI's shape for chats. `wanted`: how many of the most likely tokens; -1: all that are available."""
     content: list[dict[str, Any]] = []
     for token, position in zip(ids, positions, strict=False):
         ranked = sorted(position.items(), key=_rank)
@@ -88,7 +88,7 @@ def _entry(names: TokenNames, token: int, entry: Logprob) -> dict[str, Any]:
 def prompt_logprobs(
     names: TokenNames, positions: Sequence[PositionLogprobs | None] | None
 ) -> list[dict[str, Any] | None] | None:
-    """vLLM's: by token id, with ranks; null for the first token."""
+    """vLLM's shape for prompts: by token id, with ranks; null for the first token."""
     if positions is None:
         return None
     return [None if position is None else _by_id(names, position) for position in positions]

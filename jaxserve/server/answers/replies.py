@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of answers, whole and in chunks, as OpenAI and vLLM have them.
+"""The shapes of answers, whole and in chunks, as defined by OpenAI and vLLM.
 
-A chunk is put together from text that is prepared once per answer and what is new, encoded on its own: encoding the
-whole object for every token would cost several times as much.
+A chunk is assembled from text prepared once per answer and the separately encoded new part; encoding the whole object
+for every token would cost several times as much.
 """
 
 import time
@@ -29,7 +29,7 @@ def json_response(value: object) -> web.Response:
 
 @dataclass(slots=True)
 class Usage:
-    """What an answer has cost so far."""
+    """An answer's token counts so far."""
 
     prompt: int
     completion: int = 0
@@ -45,7 +45,7 @@ class Usage:
 
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput]) -> "Usage":
-        """Of whole answers."""
+        """The usage of whole answers."""
         return cls(
             prompt=sum(len(output.prompt_token_ids) for output in outputs),
             completion=sum(len(sample.token_ids) for output in outputs for sample in output.outputs),
@@ -55,7 +55,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What all chunks of an answer begin with, and the answer itself."""
+    """The first members of an answer and of each of its chunks."""
 
     id: str
     object: str
@@ -83,7 +83,7 @@ class Chunks:
         self._continuous = continuous_usage
 
     def chunk(self, choice: bytes, usage: Usage, more: bytes = b"") -> bytes:
-        """One choice's news. `more`: further members of the chunk, each with a comma before it."""
+        """A chunk with one choice. `more`: further members of the chunk, each preceded by a comma."""
         if self._continuous:
             more += b',"usage":' + encode(usage.shape())
         return b"%b%b%b%b}\n\n" % (self._begin, choice, self._end, more)
@@ -100,7 +100,7 @@ def finish(sample: CompletionOutput) -> bytes:
 
 
 def check_sound(output: RequestOutput) -> None:
-    """Raises the client's error if the engine could not continue this request."""
+    """Raise an error for the client if the engine could not continue this request."""
     for sample in output.outputs:
         if sample.finish_reason == "error":
             reason = one_line(scrubbed(sample.error or "the model gave no usable numbers"), limit=300)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Server-sent events: writing them to one client, no faster than it reads. How long it may stall is guard.py's.
+"""Writes server-sent events to a client, no faster than it reads; guard.py limits how long it may stall.
 
-Nothing is sent before the first event, so that an error before it can still be an HTTP status.
+Nothing is sent before the first event, so that an earlier error can still be an HTTP status.
 """
 
 from aiohttp import web
@@ -12,7 +12,7 @@ DONE = b"data: [DONE]\n\n"
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # else nginx collects the events
+    "X-Accel-Buffering": "no",  # otherwise nginx buffers the events
 }
 
 
@@ -29,11 +29,11 @@ class EventStream:
 
     @property
     def started(self) -> bool:
-        """Whether the client has its status, so that errors can only be events."""
+        """Whether the status was sent, so that errors can only be events."""
         return self._response.prepared
 
     async def send(self, events: bytes) -> None:
-        """Writes whole events; a ConnectionResetError where the client has left. Waits while too much is unread."""
+        """Write whole events; wait while too much is unread. Raises ConnectionResetError if the client has left."""
         if not events:
             return
         if not self._response.prepared:
@@ -41,7 +41,7 @@ class EventStream:
         await self._response.write(events)
 
     async def fail(self, error: ApiError) -> None:
-        """What ends an answer that cannot go on."""
+        """End an answer that cannot continue."""
         await self.send(event(error.body()) + DONE)
 
     async def close(self) -> web.StreamResponse:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""stream_interval: a client that wants fewer, larger chunks gets tokens by the number it named."""
+"""stream_interval: merges a stream's outputs into chunks of the number of tokens that the client sets."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from jaxserve.types.outputs import CompletionOutput, RequestOutput
 
 
 class Pace:
-    """What is due of a streamed answer. The first tokens of a sample and its last are due at once."""
+    """Decides what to send of a streamed answer. A sample's first and last tokens are sent immediately."""
 
     def __init__(self, interval: int) -> None:
         self._interval = interval

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of all request bodies: strict values, no unknown fields, and errors that name the field.
 
-Fields of other servers that this one does not support are declared too: with a value other than null (or false) they
-are refused by name, never ignored.
+Fields of other servers that this one does not support are declared too: any value other than null (or false) is
+rejected with an error that names the field, never ignored.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ NeverTrue = Annotated[Literal[False] | None, Field(description="Not supported ye
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Annotates a field with what is expected of its value, for errors."""
+    """Annotates a field with a description of valid values, for errors."""
 
     words: str
 
@@ -44,13 +44,13 @@ class Strict(BaseModel):
 class Body(Strict):
     """A whole body."""
 
-    model: Annotated[
-        str | None, Field(max_length=MAX_MODEL_NAME, description="A name that /v1/models lists; may be left out.")
-    ] = None
+    model: Annotated[str | None, Field(max_length=MAX_MODEL_NAME, description="A name from /v1/models; optional.")] = (
+        None
+    )
 
 
 def parse[B: BaseModel](kind: type[B], raw: bytes, *, allow_unknown: bool = False) -> B:
-    """The body as an object, or an ApiError that says what is wrong with it."""
+    """Parse a body. Raises an ApiError that names the fault."""
     unknown = bounds.check(raw, kind.model_fields)
     if unknown is not None and not allow_unknown:
         raise _unknown(one_line(unknown, limit=80), unknown, kind)
@@ -69,7 +69,7 @@ def as_api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
         return bad_request(None, f"the body is not valid JSON: {reason}", "send one JSON object in UTF-8")
     if fault["type"] == "model_type" and not fault["loc"]:
         return bad_request(None, "the body is not a JSON object", 'send an object: {"model": …}')
-    if fault["type"] == "value_error":  # from a validator below, whose text has problem and hint
+    if fault["type"] == "value_error":  # from a body's validator; its text is "problem; hint"
         problem, _, hint = str(fault.get("ctx", {}).get("error", "")).partition("; ")
         name = problem.split(" ", 1)[0]
         return bad_request(name if name.split(".")[0] in kind.model_fields else None, problem, hint)
@@ -82,26 +82,26 @@ def as_api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     if reason := next((note for note in notes if isinstance(note, Reason)), None):
         return bad_request(path, *reason.about(path))
     expected = next((note.words for note in notes if isinstance(note, Expected)), None)
-    # Not about an element: what is wrong with that one is more specific.
+    # For an element of a list, pydantic's fault is more specific than what is expected of the field.
     wanted = _wanted(fault) if expected is None or path.endswith("]") else f"be {expected}"
     return ApiError(400, f"{path} must {wanted}.", param=path)
 
 
-# Of several faults the first of these kinds is reported: a value that is refused by name, then a misspelled name,
-# which is often why another is missing.
+# Of several faults, the first in this order is reported: an unsupported field, then a misspelled name, which is often
+# the reason why another field is missing.
 _FIRST = {"json_invalid": 0, "none_required": 1, "literal_error": 2, "extra_forbidden": 3, "missing": 5}
 
 
 def _unknown(path: str, name: str, model: type[BaseModel]) -> ApiError:
     close = get_close_matches(name[:80], model.model_fields, n=1)
-    hint = f"did you mean {close[0]}?" if close else "leave it out, or start the server with --allow-unknown-fields"
+    hint = f"did you mean {close[0]}?" if close else "remove it, or start the server with --allow-unknown-fields"
     return bad_request(path, f"unknown field: {path}", hint)
 
 
 def _place(kind: type[BaseModel], fault: ErrorDetails) -> tuple[type[BaseModel], str, FieldInfo | None]:
-    """Where a fault is: the model, the path as clients write it, the field.
+    """The location of a fault: the model, the path in the client's notation, the field.
 
-    pydantic's own path also has the members of unions that it tried, and keys of objects that are not fields.
+    pydantic's path also has the union members that it tried, and keys of objects that are not fields.
     """
     model, path, field = kind, "", None
     for place, step in enumerate(fault["loc"]):
@@ -127,7 +127,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _wanted(fault: ErrorDetails) -> str:
-    """What was expected, from pydantic's kind of fault."""
+    """A description of valid values, from pydantic's kind of fault."""
     context: dict[str, Any] = fault.get("ctx", {})
     match fault["type"]:
         case "int_type":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a body may hold, told before it becomes objects: that happens in the event loop, where all others wait.
+"""Limits the size of a body before it is parsed into objects, which blocks the event loop and thus all other requests.
 
-pydantic collects every fault of an object before it gives up: half a million unknown keys would take it two seconds.
+pydantic collects every fault of an object before it fails: half a million unknown keys would take two seconds.
 """
 
 from collections.abc import Collection
@@ -10,26 +10,26 @@ import msgspec
 
 from jaxserve.server.errors import ApiError, bad_request
 
-# Every value of a body becomes a Python object while no other request is served. This many take about 0.2 s, among
-# them the ids of 1024 prompts of 500 tokens.
+# Every value of a body becomes a Python object while no other request is served. This many take about 0.2 s and are
+# enough for 1024 prompts of 500 token ids.
 MAX_VALUES = 2**19
 MAX_KEYS = 1024  # of an object within the body
-SMALL = 2**16  # bytes; less than this cannot hold enough to matter
+SMALL = 2**16  # bytes; smaller bodies need no check
 
 _Object = dict[str, msgspec.Raw]
 
 
 def check(raw: bytes, fields: Collection[str]) -> str | None:
-    """An ApiError for a body that holds too much; else its first key that is no field.
+    """Return the body's first unknown key, if any. Raises an ApiError for a body that is too large.
 
-    What is no JSON is let through: to say so is the parser's.
+    Invalid JSON passes; the parser rejects it.
     """
     if len(raw) < SMALL:
         return None
     values = sum(raw.count(mark) for mark in (b",", b"[", b"{")) if len(raw) > MAX_VALUES else 0
     if values > MAX_VALUES:
         raise ApiError(
-            400, f"The body has about {values} values, and at most {MAX_VALUES} are taken. Send less at once."
+            400, f"The body has about {values} values, but at most {MAX_VALUES} are allowed. Send less at once."
         )
     unknown: str | None = None
     try:

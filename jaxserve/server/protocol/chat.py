@@ -16,7 +16,7 @@ MAX_TEMPLATE_VALUES = 64
 
 
 class ContentPart(BaseModel):
-    """A part of a message. The tokenizer refuses all types but text, by name."""
+    """A part of a message. The tokenizer rejects all types except text, by name."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -25,7 +25,7 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
-    """The unsupported fields come back as null from clients that send one of our responses again."""
+    """A message. Clients that send a response back include the unsupported fields as null."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Annotated[
@@ -50,7 +50,7 @@ class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
 
 
 class Conversation(with_unsupported(Body, CONVERSATION_FIELDS)):
-    """Messages, and how a chat template turns them into a prompt."""
+    """Messages, and the options of the chat template."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
@@ -67,7 +67,7 @@ class Conversation(with_unsupported(Body, CONVERSATION_FIELDS)):
 
     @property
     def generation_prompt(self) -> bool:
-        """Whether the template opens the answer."""
+        """Whether the template adds the start of an assistant message."""
         return not self.continue_final_message and self.add_generation_prompt is not False
 
 

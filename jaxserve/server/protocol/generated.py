@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of request bodies that follow from tables: the sampling parameters, and what is not supported.
+"""Fields of request bodies that are generated from tables: the sampling parameters, and unsupported fields.
 
-Ranges are the parameters' own; a body is limited further where a parameter is not: in the length of lists and strings,
-and to integers of 64 bits.
+Ranges are those of the parameters. A body has additional limits: the length of lists and strings, and 64-bit integers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,12 +24,12 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def with_parameters[B: BaseModel](base: type[B], parameters: Iterable[Parameter]) -> type[B]:
-    """The body with a field for each parameter that requests may have; null, or no value, leaves the default."""
+    """The body with a field for each parameter that requests may set; null or no value means the default."""
     return _extended(base, {each.name: _field(each) for each in parameters if each.sent})
 
 
 def with_unsupported[B: BaseModel](base: type[B], reasons: Mapping[str, Reason]) -> type[B]:
-    """The body with fields that are refused by name if they have a value."""
+    """The body with fields that are rejected by name if they have a value."""
     null = Field(description="Not supported yet; must be null.")
     return _extended(base, {name: Annotated[None, null, reason] for name, reason in reasons.items()})
 
@@ -46,7 +45,7 @@ def _field(parameter: Parameter) -> Any:
 
 
 def _annotation(kind: Kind) -> tuple[Any, str]:
-    """The type of a field, and what is expected of a value in words."""
+    """The type of a field, and a description of valid values."""
     match kind:
         case Integer():
             kind = replace(kind, low=max(kind.low, -(2**63)), high=min(kind.high, 2**63 - 1))

@@ -13,7 +13,7 @@ from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Ordered
 from jaxserve.unsupported import EMBEDDING_FIELDS
 
-MAX_INPUTS = 2048  # as many as OpenAI takes
+MAX_INPUTS = 2048  # OpenAI's limit
 
 Inputs = (
     str
@@ -32,7 +32,7 @@ class EmbeddingRequest(with_unsupported(Ordered, EMBEDDING_FIELDS)):
 
 
 class TokenizeRequest(Conversation):
-    """Has a prompt, or messages."""
+    """Has either a prompt or messages."""
 
     prompt: str | None = None
     messages: Annotated[list[ChatMessage] | None, Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]

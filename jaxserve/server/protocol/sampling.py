@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields that completions and chats share: OpenAI's, and those that vLLM added to them.
+"""The fields shared by completions and chats: OpenAI's, and vLLM's additions.
 
-Sampling parameters are not written here: they follow from their declaration.
+The fields of sampling parameters are generated from the parameters' declarations.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -30,8 +30,8 @@ class TextFormat(Strict):
 
 
 class Ordered(Body):
-    """A body with prompts: how they are encoded, how the request is named and ranked, and OpenAI's fields that are
-    accepted without effect."""
+    """A body with prompts: the options of encoding, id and priority, and OpenAI's fields that are accepted without
+    effect."""
 
     user: Name | None = None
     metadata: Annotated[dict[Name, Name] | None, Field(max_length=MAX_METADATA)] = None
@@ -137,5 +137,5 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
         return self
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Those of the fields that have a value, by name."""
+        """The named fields that have a value."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}

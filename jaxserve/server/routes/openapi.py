@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GET /openapi.json: every route, its body's schema and the answers that it can give, as OpenAPI 3.1."""
+"""GET /openapi.json: every route with its body's schema and possible responses, as OpenAPI 3.1."""
 
 import functools
 from collections.abc import Iterable
@@ -31,16 +31,16 @@ ERROR = {
     },
 }
 STATUSES = {
-    400: "The request cannot be served as it is; param names the field.",
-    401: "A key is needed.",
-    403: "Not from here: a Host or Origin that this server does not answer to, or something that is switched off.",
-    404: "No such model.",
-    408: "The body did not come in time.",
-    409: "Not in the engine's present state.",
+    400: "Invalid request; param names the field.",
+    401: "Missing or invalid API key.",
+    403: "The Host or Origin header is not allowed, or the feature is disabled.",
+    404: "Unknown model.",
+    408: "Timeout while receiving the body.",
+    409: "Not possible in the engine's current state.",
     413: "The body is too large.",
     500: "The engine or the server failed on this request.",
-    503: "Not now: loading, overloaded, asleep or shutting down. Retry-After says when.",
-    504: "The request's time is over.",
+    503: "Unavailable: loading, overloaded, asleep or shutting down. Retry after Retry-After seconds.",
+    504: "The request's deadline has passed.",
 }
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 STREAMING = ("/v1/completions", "/v1/chat/completions")
