@@ -2,6 +2,7 @@
 """Every command in a README is run here, or is known to be run elsewhere; a new one fails until it is either.
 
 The server is `jaxserve run` with the demo model, as a reader would start it, but on a free port and with few shapes.
+Commands that need no server run in this process; a fresh one would spend most of its time importing jax.
 """
 
 import json
@@ -20,13 +21,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve import demo
+from jaxserve import cli, demo
 from tests import readmes
-from tests.fast import XLA_FLAGS
+from tests.fast import XLA_FLAGS, programs
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-FEW = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--max-model-len", "256", "--no-warmup"]
+FEW = ["--max-num-seqs", "1", "--max-num-batched-tokens", "16", "--max-model-len", "256", "--no-warmup"]
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": XLA_FLAGS,
@@ -49,13 +50,13 @@ ELSEWHERE = {
     "python -m benchmarks": "tests/benchmarks",
     "jaxserve run": "the fixture here",
     "jaxserve profile MODEL": "tests/cli/test_profile.py",
+    "jaxserve check MODEL": "test_check_in_a_fresh_process",
 }
 # A command as a README has it, and what is run for it. {url} is the server's, {demo} the demo model's folder.
 OFFLINE = {
     "jaxserve version [--json]": "jaxserve version --json",
     "jaxserve devices [--json]": "jaxserve devices --json",
     "jaxserve inspect PATH [--json]": "jaxserve inspect {demo} --json",
-    "jaxserve check MODEL": "jaxserve check {demo} --memory 1GiB",
     "jaxserve convert SRC DST [--revision R] [--dtype bfloat16] [--offline] [--overwrite]": (
         "jaxserve convert {demo} converted --dtype bfloat16 --offline --overwrite"
     ),
@@ -82,7 +83,7 @@ def port(traces: Path) -> Generator[int]:
         free = int(probe.getsockname()[1])
     command = [SCRIPTS / "jaxserve", "run", f"--port={free}", f"--profile-dir={traces}", *FEW]
     process = subprocess.Popen(
-        [*command, "--compilation-cache-dir="], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [*command, f"--compilation-cache-dir={programs()}"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     try:
         until = time.monotonic() + 100
@@ -125,8 +126,25 @@ def test_every_command_is_run_somewhere() -> None:
 
 
 @pytest.mark.parametrize("command", OFFLINE)
-def test_commands_without_a_server(command: str, tmp_path: Path) -> None:
-    assert run(OFFLINE[command].format(demo=demo.FOLDER), tmp_path)
+def test_commands_without_a_server(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = OFFLINE[command].format(demo=demo.FOLDER)
+    monkeypatch.chdir(tmp_path)
+    name, *words = shlex.split(line)
+    assert name == "jaxserve"
+    try:
+        code = cli.main(words)
+    except SystemExit as end:  # --help
+        code = end.code
+    said = capsys.readouterr()
+    assert code == 0, f"{line}\n{said.out}\n{said.err}"
+    assert said.out
+
+
+def test_check_in_a_fresh_process(tmp_path: Path) -> None:
+    """Where it sets up jax's devices itself."""
+    assert run(f"jaxserve check {demo.FOLDER} --memory 1GiB", tmp_path)
 
 
 @pytest.mark.parametrize("command", ONLINE)
