@@ -19,7 +19,7 @@ def whole(text: str, *, least: int = 1) -> int:
     except ValueError:
         raise _wrong(f"{text!r} is not a whole number") from None
     if value < least:
-        raise _wrong(f"{value} is below {least}")
+        raise _wrong(f"{value} is too small, expected at least {least}")
     return value
 
 
@@ -52,7 +52,7 @@ def some[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     def read(text: str) -> list[T]:
         values = several(kind)(text)
         if not values or len(set(values)) < len(values):
-            raise _wrong(f"{text!r} names none" if not values else f"{text!r} has duplicates")
+            raise _wrong(f"{text!r} is an empty list" if not values else f"{text!r} has duplicates")
         return values
 
     return read

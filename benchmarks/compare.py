@@ -161,7 +161,7 @@ def markdown(rows: Sequence[Row]) -> str:
     first = rows[0].server
     lines = [
         f"| streams | server | output tok/s | spread | TTFT p50 | p99 | TPOT p50 | failed | {first} is "
-        f"| its TTFT in times of {first}'s |",
+        f"| its TTFT as a multiple of {first}'s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -186,8 +186,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help=f"{', '.join(MODELS)} or a folder")
     parser.add_argument("--mix", default="fixed", choices=serving.MIXES, help="as for benchmarks.serving")
     parser.add_argument("--streams", type=arguments.some(whole), default="1,8,32", help="chats at once")
-    parser.add_argument("--prompt", type=whole, default=64, help="words in a prompt, or their median")
-    parser.add_argument("--new", type=whole, default=64, help="tokens in an answer, or their median")
+    parser.add_argument("--prompt", type=whole, default=64, help="words per prompt, or their median")
+    parser.add_argument("--new", type=whole, default=64, help="tokens per answer, or their median")
     parser.add_argument("--max-model-len", type=whole, default=1024, help="context length of the servers")
     parser.add_argument("--each", type=whole, default=2, help="requests per stream and round")
     parser.add_argument("--rounds", type=whole, default=3, help="timed rounds, after a warm-up")

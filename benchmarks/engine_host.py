@@ -164,7 +164,9 @@ def row_of(rows: int, steps: list[Step]) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_host", description="The host's share of a step.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine_host", description="Measure the host's time per step."
+    )
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
     parser.add_argument("--seed", type=int, default=0)

@@ -145,7 +145,7 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels", description="Paged attention on this CPU against dense attention."
+        prog="python -m benchmarks.kernels", description="Compare paged attention with dense attention on this CPU."
     )
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="time for each row")

@@ -175,7 +175,9 @@ def convert(source: Path, place: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description="Loading against reading.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.load", description="Compare loading a checkpoint with reading its file."
+    )
     parser.add_argument("--gb", type=arguments.positive, default=1.0, help="size of the checkpoint")
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--dir", type=Path, help="parent of the temporary folder")

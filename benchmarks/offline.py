@@ -195,7 +195,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Against transformers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.offline", description="Compare offline generation with transformers."
+    )
     parser.add_argument(
         "--peer", type=arguments.python, metavar="PYTHON", help="a Python that has torch and transformers"
     )

@@ -89,9 +89,7 @@ def kind_of(result: Result) -> Kind | None:
     for kind in KINDS:
         if kind.fits(result.content):
             return kind
-    raise ReportError(
-        f"{result.path} is of an unknown kind; add the kind to benchmarks/report_kinds.py or remove the file"
-    )
+    raise ReportError(f"{result.path} has an unknown kind; add it to benchmarks/report_kinds.py or remove the file")
 
 
 def of_kind(kind: Kind, results: Sequence[Result]) -> list[str]:

@@ -178,7 +178,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description="What the server costs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.server", description="Measure the overhead of the server."
+    )
     parser.add_argument("--streams", default="1,32,256", help="streams at once")
     parser.add_argument("--prompt", type=arguments.whole, default=32, help="tokens in a prompt")
     parser.add_argument("--new", type=arguments.whole, default=128, help="tokens per stream")

@@ -167,13 +167,11 @@ def main() -> None:
     )
     counts, rates = arguments.some(arguments.whole), arguments.several(arguments.positive)
     parser.add_argument("--url", type=arguments.url, default="http://127.0.0.1:8000", help="the server")
-    parser.add_argument("--model", default="", help="the model's name; default: the server's first")
-    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="the route")
-    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and prefixes vary, see above")
-    parser.add_argument(
-        "--prompt", type=arguments.whole, default=Work.prompt, help="words in a prompt, or their median"
-    )
-    parser.add_argument("--new", type=arguments.whole, default=Work.new, help="tokens in an answer, or their median")
+    parser.add_argument("--model", default="", help="model name (default: the first of the server)")
+    parser.add_argument("--path", default=COMPLETIONS, choices=(COMPLETIONS, CHAT), help="endpoint to send requests to")
+    parser.add_argument("--mix", default="fixed", choices=MIXES, help="how lengths and prefixes vary (see above)")
+    parser.add_argument("--prompt", type=arguments.whole, default=Work.prompt, help="words per prompt, or their median")
+    parser.add_argument("--new", type=arguments.whole, default=Work.new, help="tokens per answer, or their median")
     parser.add_argument("--concurrency", type=counts, default="1,8,32", help="requests at once; one load per number")
     parser.add_argument("--rate", type=rates, default="", help="requests per second, instead of --concurrency")
     parser.add_argument(
@@ -189,9 +187,9 @@ def main() -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="always generate the full length")
     parser.add_argument("--no-keep-alive", action="store_true", help="a new connection per request")
     parser.add_argument(
-        "--timeout", type=arguments.positive, default=600.0, help="seconds after which a request has failed"
+        "--timeout", type=arguments.positive, default=600.0, help="seconds after which a request counts as failed"
     )
-    parser.add_argument("--api-key", help="the server's key")
+    parser.add_argument("--api-key", help="API key of the server")
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()
     extra = (("ignore_eos", True),) if options.ignore_eos else ()
@@ -227,7 +225,7 @@ def main() -> None:
         content["settings"]["json"] = str(options.json)
         options.json.write_text(json.dumps(content | {"loads": dict(rows), "failures": failed}, indent=1) + "\n")
     if not any(one["completed"] for _, one in rows):
-        sys.exit("error: no request was answered")
+        sys.exit("error: no request succeeded")
 
 
 def model_of(url: str, api_key: str | None) -> str:

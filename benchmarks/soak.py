@@ -235,10 +235,13 @@ def report(soak: Soak) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Whether a server stays as it is.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak",
+        description="Check that a server's memory and counters stay stable under load.",
+    )
     parser.add_argument("--minutes", type=arguments.positive, default=30)
-    parser.add_argument("--url", help="a running server without other clients; needs --pid")
-    parser.add_argument("--pid", type=int, help="the server's process on this machine")
+    parser.add_argument("--url", help="URL of a running server without other clients; requires --pid")
+    parser.add_argument("--pid", type=int, help="process id of the server on this machine")
     parser.add_argument("--clients", type=arguments.whole, default=24, help="concurrent clients")
     parser.add_argument("--round", type=arguments.whole, default=500, help="requests per round")
     parser.add_argument("--seed", type=int, default=0)
@@ -247,7 +250,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if (options.url is None) != (options.pid is None):
-        parser.error("--url and --pid belong together: give both or neither")
+        parser.error("--url and --pid require each other: set both or neither")
     own = Server(CONFIG) if options.url is None else None
     try:
         url = f"http://127.0.0.1:{own.port}" if own else str(options.url)

@@ -140,7 +140,7 @@ def table(rows: dict[str, list[Start]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description="What a start takes.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description="Measure startup time.")
     parser.add_argument("--model", default="demo", help="demo, 1b or a folder")
     parser.add_argument("--rounds", type=arguments.whole, default=3, help="cold and warm starts (default: 3)")
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the figures to FILE")

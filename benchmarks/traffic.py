@@ -206,7 +206,7 @@ def check(asked: Ask, status: int, body: bytes) -> None:
         raise ValueError(f"{status} in place of {asked.status}")
     if status != 200:
         if set(json.loads(body)["error"]) != {"message", "type", "param", "code"}:
-            raise ValueError("no error as clients know it")
+            raise ValueError("not an error in OpenAI's format")
     elif asked.path in (COMPLETIONS, CHAT):
         (_check_stream if asked.body.get("stream") else _check_whole)(asked, body)
 
@@ -221,14 +221,14 @@ def _check_whole(asked: Ask, body: bytes) -> None:
     _check_ends(asked, [(choice["index"], choice["finish_reason"]) for choice in answer["choices"]])
     most = choices(asked.body) * asked.body.get("max_tokens", 16)
     if not answer["usage"]["completion_tokens"] <= most:
-        raise ValueError(f"more than the {most} tokens that were asked for")
+        raise ValueError(f"more than the {most} requested tokens")
 
 
 def events(body: bytes) -> list[Any]:
     """Of a whole stream, without the [DONE]."""
     parts = [part.removeprefix(b"data: ") for part in body.split(b"\n\n")]
     if parts[-2:] != [b"[DONE]", b""]:
-        raise ValueError("a stream without its end")
+        raise ValueError("a stream without its final event")
     return [json.loads(part) for part in parts[:-2]]
 
 
@@ -242,9 +242,9 @@ def _check_stream(asked: Ask, body: bytes) -> None:
 
 def _check_ends(asked: Ask, ends: list[tuple[int, str | None]]) -> None:
     if sorted(index for index, _ in ends) != list(range(choices(asked.body))):
-        raise ValueError("not one end for each choice")
+        raise ValueError("not exactly one finish reason per choice")
     if not {reason for _, reason in ends} <= {"stop", "length"}:
-        raise ValueError("an end that nobody asked for")
+        raise ValueError("a finish reason that was not requested")
 
 
 async def canary(session: aiohttp.ClientSession, *, stream: bool) -> tuple[str, list[int]]:

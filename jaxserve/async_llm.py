@@ -158,7 +158,7 @@ class AsyncLLM:
 
     def get_tokenizer(self) -> Tokenizer:
         if self._preparer.tokenizer is None:
-            raise JaxserveError("there is no tokenizer", "name one with tokenizer=")
+            raise JaxserveError("no tokenizer is loaded", "set tokenizer")
         return self._preparer.tokenizer
 
     def check_health(self) -> None:

@@ -41,7 +41,7 @@ class EngineConfig:
         str | None, Setting("Folder or Hub ID of the tokenizer (default: the model's).", "Model", common=True)
     ] = None
     skip_tokenizer_init: Annotated[
-        bool, Setting("Load no tokenizer: prompts must be token IDs, and outputs have no text.", "Model")
+        bool, Setting("Load no tokenizer: prompts must be token ids, and outputs have no text.", "Model")
     ] = False
     revision: Annotated[str | None, Setting("Branch, tag or commit of the model on the Hub.", "Model")] = None
     download_dir: Annotated[
@@ -207,6 +207,6 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check(self, ConfigError)
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
-            raise ConfigError("num_blocks and kv_cache_memory_bytes are both given", "give one of them")
+            raise ConfigError("num_blocks and kv_cache_memory_bytes are both set", "set only one of them")
         if self.max_num_batched_tokens and self.max_num_seqs and self.max_num_batched_tokens < self.max_num_seqs:
             raise too_few_tokens(self.max_num_batched_tokens, self.max_num_seqs)

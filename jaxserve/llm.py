@@ -230,7 +230,7 @@ class LLM:
         """
         rows = token_arrays.prompt_rows(prompts)
         if not isinstance(pad_id, int) or isinstance(pad_id, bool) or not -(2**31) <= pad_id < 2**31:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RequestError("pad_id", f"pad_id is {pad_id!r}", "give a whole number of at most 32 bits")
+            raise RequestError("pad_id", f"pad_id is {pad_id!r}", "use a whole number of at most 32 bits")
         with self._alone() as interrupts:
             given = by_prompt(sampling_params, len(rows), self._preparer.default_params)
             slim: dict[int, Any] = {
@@ -241,7 +241,9 @@ class LLM:
             requests = self._prepared(rows, [slim.get(id(each), each) for each in given])
             samples = {request.params.n for request in requests} or {1}
             if len(samples) > 1:
-                raise RequestError("n", f"n is {min(samples)} and {max(samples)}", "give the same n for all prompts")
+                raise RequestError(
+                    "n", f"n varies from {min(samples)} to {max(samples)}", "use the same n for all prompts"
+                )
             longest = self._engine.limits.max_model_len - 1
             room = (each.params.max_tokens or longest - len(each.prompt_token_ids) + 1 for each in requests)
             width = min(max(room, default=0), longest)
@@ -304,7 +306,7 @@ class LLM:
 
     def get_tokenizer(self) -> Tokenizer:
         if self._preparer.tokenizer is None:
-            raise JaxserveError("there is no tokenizer", "name one with tokenizer=")
+            raise JaxserveError("no tokenizer is loaded", "set tokenizer")
         return self._preparer.tokenizer
 
     def metrics(self) -> EngineMetrics:
@@ -331,7 +333,9 @@ def _check_all(what: str, errors: Sequence[str | None]) -> None:
     """Raise the first error: a failed request has no result."""
     for place, error in enumerate(errors):
         if error is not None:
-            raise JaxserveError(f"{what} {place}: {error}", "check the model's weights; the others may be valid")
+            raise JaxserveError(
+                f"{what} {place}: {error}", "check the model's weights: other requests may be unaffected"
+            )
 
 
 class _Batch:

@@ -334,7 +334,7 @@ def test_weights_change_between_steps(engine: AsyncLLM, reference: Reference) ->
         with pytest.raises(JaxserveError, match="have no"):
             await engine.update_weights({})
         await engine.sleep()
-        with pytest.raises(JaxserveError, match="asleep"):
+        with pytest.raises(JaxserveError, match="is asleep"):
             await outputs(engine, PROMPT, GREEDY)
         await engine.update_weights(tiny_llm.params(0))
         await engine.wake_up()

@@ -385,8 +385,8 @@ def test_arrays_hold_what_generate_says(llm: LLM, reference: Reference) -> None:
     ("prompts", "words"),
     [
         ([1, 2], "one prompt"),
-        ((np.zeros((2, 3), np.int32), np.array([3])), "one whole number for each row"),
-        ((np.zeros((2, 3), np.int32), np.array([3, 4])), "lengths are 3 to 4"),
+        ((np.zeros((2, 3), np.int32), np.array([3])), "one integer length per row"),
+        ((np.zeros((2, 3), np.int32), np.array([3, 4])), "lengths range from 3 to 4"),
         ((np.zeros((2, 3), np.int32), np.array([3, 0])), "prompt 1: the prompt is empty"),
         ([[1], [500]], "prompt 1: .*500"),
     ],

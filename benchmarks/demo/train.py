@@ -136,14 +136,14 @@ def _as_json(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train a demo model. What the numbers mean is said in class Plan.",
+        description="Train a demo model. Class Plan explains the numbers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--draft", action="store_true", help="the draft model, ten times smaller")
     for field in fields(Plan):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    parser.add_argument("--start", type=Path, help="a folder written before, to go on from")
+    parser.add_argument("--start", type=Path, help="folder of an earlier run to resume from")
     given = parser.parse_args()
     plan = Plan(**{field.name: getattr(given, field.name) for field in fields(Plan)})
     train(given.out, plan, draft=given.draft, begin=given.start)

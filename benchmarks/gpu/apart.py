@@ -67,7 +67,7 @@ def _child(group: Sequence[Section], settings: Settings, process: str, seconds: 
     if process == ENGINE:
         env.setdefault(MEMORY_SHARE, str(EngineConfig(model="any").gpu_memory_utilization))
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {TRACED_AS_RUN}".strip()
-    print(f"\nin a process of its own: {', '.join(names)}", flush=True)
+    print(f"\nin a separate process: {', '.join(names)}", flush=True)
     child = subprocess.Popen(command, cwd=children.ROOT, env=env, start_new_session=True)
     try:
         code = child.wait(timeout=seconds + GRACE)

@@ -18,25 +18,27 @@ from pallas_kernels import tuning
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Is every kernel right on this GPU, how fast, with which tiles."
+        prog="python -m benchmarks.gpu", description="Check and time every kernel on this GPU, and find the best tiles."
     )
     made.add_argument(
         "--section",
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="only these, in the book's order; `check`, `engine` and `time` mean all that begin so",
+        help="sections to run (default: all); `check`, `engine` and `time` select all that begin so",
     )
     made.add_argument("--seconds", type=float, default=500.0, help="budget for all sections together (%(default)s)")
-    made.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results/DATE-DEVICE")
-    made.add_argument("--seed", type=int, help="of the random inputs; default: the time, and it is recorded")
+    made.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/DATE-DEVICE)")
+    made.add_argument(
+        "--seed", type=int, help="seed of the random inputs (default: the time; recorded with the results)"
+    )
     made.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: toy shapes, on any backend")
     made.add_argument(
         "--apart",
         action=argparse.BooleanOptionalAction,
-        help="processes of their own for the sections of the engine; default: with --size full",
+        help="run the engine sections in separate processes (default: with --size full)",
     )
-    made.add_argument("--list", action="store_true", help="print the sections and end")
+    made.add_argument("--list", action="store_true", help="print the sections and exit")
     return made
 
 
@@ -68,7 +70,7 @@ def refusal(tiny: bool) -> str | None:
     try:
         jax.devices("cpu")
     except RuntimeError:
-        return "check_sampling compares with the CPU and jax was told to leave it out: unset JAX_PLATFORMS"
+        return "check_sampling compares with the CPU and JAX_PLATFORMS excludes it: unset JAX_PLATFORMS"
     return None
 
 

@@ -68,7 +68,7 @@ DEFAULTS = Variant("defaults")
 # In the order of what they promise. Each was tried with jax 0.11.2, which knows all flags but the last.
 VARIANTS = (
     DEFAULTS,
-    Variant("launches on a thread of their own", variables=(("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "1"),)),
+    Variant("launches on a separate thread", variables=(("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "1"),)),
     Variant("no Triton matmuls", "--xla_gpu_enable_triton_gemm=false"),
     Variant("no CUDA graphs", "--xla_gpu_enable_command_buffer="),
     Variant("graphs not updated for temporaries", "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"),
@@ -79,7 +79,7 @@ VARIANTS = (
     Variant("latency hiding scheduler", "--xla_gpu_enable_latency_hiding_scheduler=true"),
     Variant("raft select_k", "--xla_gpu_experimental_use_raft_select_k=true"),
 )
-UNKNOWN = Variant("a flag that there is not", "--xla_gpu_no_such_flag=true")
+UNKNOWN = Variant("an unknown flag", "--xla_gpu_no_such_flag=true")
 
 
 def run_flags(page: Page) -> None:

@@ -102,17 +102,17 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
                 leaves=file,
             )
         case _:
-            raise ValueError(f"there is no server {name!r}")
+            raise ValueError(f"unknown server {name!r}")
 
 
 def missing(name: str, venv: Path | None) -> str | None:
     """Why this server cannot be started, as far as can be seen without trying."""
     if name not in NAMES:
-        return f"there is no server {name!r}; there are {', '.join(NAMES)}"
+        return f"unknown server {name!r}; there are {', '.join(NAMES)}"
     if name.startswith("jaxserve"):
         return None
     if venv is None:
-        return f"{name} needs an environment, {name}=FOLDER; benchmarks/peers/servers.py tells what is in it"
+        return f"{name} needs an environment, {name}=FOLDER; see benchmarks/peers/servers.py for its contents"
     return None if (venv / "bin" / "python").exists() else f"there is no virtual environment in {venv}"
 
 

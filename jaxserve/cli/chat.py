@@ -154,7 +154,7 @@ class Session:
 
     def once(self, text: str) -> None:
         if not text.strip():
-            raise UsageError("the text is empty", "give one with -q TEXT, or on standard input")
+            raise UsageError("the text is empty", "pass one with -q TEXT, or on standard input")
         self.say(text)
 
     def say(self, text: str) -> None:

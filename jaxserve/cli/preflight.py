@@ -72,11 +72,11 @@ def check_tokenizer(engine: EngineConfig, model: Path) -> None:
     folder = model if engine.tokenizer is None else Path(engine.tokenizer).expanduser()
     if not folder.is_dir():
         if engine.tokenizer is not None and not _HUB_ID.fullmatch(engine.tokenizer):
-            raise CheckpointError(f"there is no folder {one_line(engine.tokenizer)}", "check --tokenizer")
+            raise CheckpointError(f"no such folder: {one_line(engine.tokenizer)}", "check --tokenizer")
         return
     if not any((folder / name).is_file() for name in VOCABULARIES):
         problem = f"{one_line(str(folder))} has no tokenizer: none of {', '.join(VOCABULARIES)}"
-        raise ConfigError(problem, "give --tokenizer, or --skip-tokenizer-init and send prompts as token ids")
+        raise ConfigError(problem, "set --tokenizer, or set --skip-tokenizer-init and send prompts as token ids")
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -102,13 +102,13 @@ def check_machine(engine: EngineConfig) -> None:
         return
     for option, size in _parallel(engine):
         if size > devices:
-            problem = f"{option} is {size}, and jax has {devices} device{'s' * (devices > 1)} here, its CPU"
-            raise UsageError(problem, f"leave it out, or set JAX_NUM_CPU_DEVICES={size} to try it on a CPU")
+            problem = f"{option} is {size}, but JAX has only {devices} CPU device{'s' * (devices > 1)}"
+            raise UsageError(problem, f"remove it, or set JAX_NUM_CPU_DEVICES={size} to try it on a CPU")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = engine.kv_cache_memory_bytes
     if size is not None and size > memory:
-        problem = f"--kv-cache-memory-bytes is {size:,}, and this machine has {memory:,} bytes of memory"
-        raise UsageError(problem, "give less, or leave it out")
+        problem = f"--kv-cache-memory-bytes is {size:,}, but this machine has {memory:,} bytes of memory"
+        raise UsageError(problem, "lower it, or remove it")
 
 
 def _parallel(engine: EngineConfig) -> Iterator[tuple[str, int]]:

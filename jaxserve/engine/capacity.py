@@ -135,15 +135,17 @@ class Capacity:
         if self.fixed is not None:
             name, given = self.fixed
             needed = 1 + self.limits.blocks_for(longest)
-            hint = f"give {needed if name == 'num_blocks' else _flag_size(needed * self.block_bytes)} or more"
+            hint = f"raise it to {needed if name == 'num_blocks' else _flag_size(needed * self.block_bytes)} or more"
             if self.insisted and self.blocks:
-                hint += f", or max_model_len {self.tokens} or less"
+                hint += f", or lower max_model_len to {self.tokens}"
             return ConfigError(f"{name} is {given}: {too_few}", hint)
         if self.blocks:
             return ConfigError(too_few, "lower max_model_len, or give the KV cache more memory")
-        taken = self.memory.used + self.state + self.step + SLACK
-        problem = f"no memory is left for a KV cache: {size(taken)} of {size(self.memory.usable or 0)} per device"
-        return ConfigError(f"{problem} are taken", "use more devices, or a higher gpu_memory_utilization")
+        taken, usable = self.memory.used + self.state + self.step + SLACK, self.memory.usable or 0
+        problem = (
+            f"no memory is left for the KV cache: of {size(usable)} usable per device, all else needs {size(taken)}"
+        )
+        return ConfigError(problem, "use more devices, or raise gpu_memory_utilization")
 
     # --- for people -------------------------------------------------------------------------------------------------
 
@@ -154,7 +156,7 @@ class Capacity:
         if memory.usable is not None and not memory.on_cpu:
             other = max(memory.used - memory.weights, 0)
             about = ", about" if memory.step is None else ""
-            found += [("in use already", other, "")] if other else []
+            found += [("already in use", other, "")] if other else []
             found += [
                 ("state", self.state, f"max_num_seqs {limits.max_num_seqs}"),
                 (f"largest step{about}", self.step, f"max_num_batched_tokens {limits.max_num_batched_tokens}"),
@@ -174,7 +176,7 @@ class Capacity:
             return []
         longest = self.longest
         blocks = f"{self.blocks:,} blocks of {self.limits.block_size} = {self.tokens:,} tokens"
-        lines = [f"{blocks}: {self.concurrency:.1f} sequences of {longest:,} at once"]
+        lines = [f"{blocks}: {self.concurrency:.1f} sequences of {longest:,} tokens at once"]
         if longest < self.wanted_len and not self.insisted:
             lines.append(
                 f"max_model_len is {longest:,}, not the model's {self.wanted_len:,}: the KV cache is too small"
@@ -238,10 +240,12 @@ def step_sizes(config: EngineConfig, *, on_cpu: bool) -> tuple[int, int]:
 def _wanted_length(config: EngineConfig, spec: ModelSpec) -> int:
     longest = config.max_model_len or spec.max_positions
     if longest > spec.max_positions:
-        problem = f"max_model_len is {longest}, but the model supports {spec.max_positions}"
-        raise ConfigError(problem, f"give at most {spec.max_positions}")
+        problem = f"max_model_len is {longest}, above the model's limit of {spec.max_positions}"
+        raise ConfigError(problem, f"lower it to {spec.max_positions} or less")
     if longest < 2:
-        raise ConfigError(f"max_model_len is {longest}", "give 2 or more: one token of prompt and one of answer")
+        raise ConfigError(
+            f"max_model_len is {longest}", "use at least 2: one token for the prompt and one for the output"
+        )
     return longest
 
 

@@ -157,7 +157,7 @@ class Engine:
             self.error = f"{type(error).__name__}: {error}"
             if not isinstance(error, Exception):  # Ctrl-C: the interrupted step leaves the engine as unusable
                 raise
-            raise EngineError(f"the engine failed: {self.error}", "start it again") from error
+            raise EngineError(f"the engine failed: {self.error}", "restart it") from error
 
     def _turn(self) -> list[Update]:
         plan = self.scheduler.schedule(time.monotonic())
@@ -194,7 +194,7 @@ class Engine:
 
     def check_alive(self) -> None:
         if self.error is not None:
-            raise EngineError(f"the engine failed before: {self.error}", "start it again")
+            raise EngineError(f"the engine has failed: {self.error}", "restart it")
 
     # --- between steps ----------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class Engine:
         """
         self.check_alive()
         if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise JaxserveError(f"the version is {version!r}", "give a whole number from 0")
+            raise JaxserveError(f"version is {version!r}", "use a whole number of at least 0")
         runner = self.runner
         runner.params = self._placed(params)
         self._asleep_weights = None
@@ -231,9 +231,11 @@ class Engine:
         """
         self.check_alive()
         if level not in (1, 2):
-            raise JaxserveError(f"unknown sleep level {level!r}", "give 1 (weights to the host) or 2 (drop them)")
+            raise JaxserveError(
+                f"unknown sleep level {level!r}", "use 1 to keep the weights in host memory, or 2 to discard them"
+            )
         if self.unfinished:
-            raise JaxserveError("requests are in flight", "finish or abort them before the engine sleeps")
+            raise JaxserveError("requests are in flight", "finish or abort them before putting the engine to sleep")
         if self.asleep:
             raise JaxserveError("the engine is already asleep", "wake it first")
         runner = self.runner
@@ -249,14 +251,16 @@ class Engine:
         """Allocate memory again and restore the weights. After level 2 these are the ones from `update_weights`, if it
         was called since, else the checkpoint's, read again, as version 0."""
         if not self.asleep:
-            raise JaxserveError("the engine is not asleep", "call sleep before wake")
+            raise JaxserveError("the engine is not asleep", "call sleep first")
         runner = self.runner
         if self._asleep_weights is not None:
             runner.params = self._placed(self._asleep_weights)
             self._asleep_weights = None
         if not runner.params:
             if not self._has_checkpoint:
-                raise JaxserveError("the weights were dropped", "give new ones with update_weights, then call wake")
+                raise JaxserveError(
+                    "the weights were discarded", "load new ones with update_weights, then wake the engine"
+                )
             runner.params = loading.read(loading.open_folder(self.config, runner.mesh))
             self.scheduler.policy_version = 0
         runner.allocate()

@@ -91,7 +91,7 @@ class Parser:
             value = values.from_text(flag, word)
             if found.setdefault(flag.name, value) != value:
                 problem = f"{flag.metavar} is given twice: {word} and {flag.option} {found[flag.name]}"
-                raise UsageError(problem, "give one of them")
+                raise UsageError(problem, "set only one of them")
 
     def look_up(self, name: str) -> tuple[Flag, bool]:
         """The flag that an option names, and whether it says yes. Underscores may stand for dashes."""

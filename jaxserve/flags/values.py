@@ -50,7 +50,7 @@ def from_data(flag: Flag, value: Any) -> Any:
     """The same for a value from a YAML file, which has a type already."""
     if value is None:
         if not flag.optional:
-            raise UsageError(f"{flag.shown} has no value", "give one, or remove the line")
+            raise UsageError(f"{flag.shown} has no value", "set one, or remove the line")
         return None
     if flag.many:
         items = cast("list[Any]", value) if isinstance(value, list) else [value]
@@ -108,7 +108,7 @@ def _fault(flag: Flag, value: Any) -> tuple[str, str] | None:
     if flag.many:
         return _fault_of_list(flag, value)
     if value == "" and flag.base is str and not flag.setting.empty and not flag.choices:
-        return f"{flag.name} is empty", "give a value, or leave it out"
+        return f"{flag.name} is empty", "set it to a value, or remove it"
     if _right_type(flag, value) and (value in flag.choices if flag.choices else _in_range(flag, value)):
         return None
     return f"{flag.name} is {'invalid' if flag.secret else repr(value)}", _expected(flag)

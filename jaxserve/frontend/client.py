@@ -133,7 +133,7 @@ def connect(engine: EngineProcess, config: EngineConfig) -> EngineClient:
     """
     opened = engine.opened
     if opened is None:
-        raise JaxserveError("the engine has not opened its model yet", "wait until it has")
+        raise JaxserveError("the engine is still loading its model", "wait until it is ready")
     folder = None if opened.folder is None else Path(opened.folder)
     tokenizer = tokenizer_of(config, loads_model=True, model_folder=folder)
 

@@ -41,7 +41,7 @@ class OutputBuilder:
     def __init__(self, tokenizer: Tokenizer | None, request: Request) -> None:
         params = request.params
         if tokenizer is None and params.stops:
-            raise RequestError("stop", "stop strings need a tokenizer, but there is none", "give stop_token_ids")
+            raise RequestError("stop", "stop strings need a tokenizer, but none is loaded", "use stop_token_ids")
         self._request = request
         self._prompt = request.prompt
         self._prompt_token_ids = list(request.prompt_token_ids)

@@ -71,12 +71,12 @@ class Preparer:
             params = SamplingParams(max_tokens=1) if more.get("embed") else self.default_params()
         if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             problem = f"sampling_params is of type {type(params).__name__}"
-            raise RequestError("sampling_params", problem, "give a SamplingParams")
+            raise RequestError("sampling_params", problem, "pass a SamplingParams")
         if priority and not self.limits.priority:
-            problem = f"priority is {priority!r}, but the engine schedules by order of arrival"
-            raise RequestError("priority", problem, 'start it with scheduling_policy="priority"')
+            problem = f"priority is {priority!r}, but the engine schedules requests in order of arrival"
+            raise RequestError("priority", problem, 'start the engine with scheduling_policy="priority"')
         if params.stops and self.tokenizer is None:
-            raise RequestError("stop", "stop strings need a tokenizer, but there is none", "give stop_token_ids")
+            raise RequestError("stop", "stop strings need a tokenizer, but none is loaded", "use stop_token_ids")
         text, ids, salt = self._parsed(prompt)
         request = Request(
             id=self.next_id() if request_id is None else request_id,
@@ -94,7 +94,7 @@ class Preparer:
     def prepare_beams(self, prompt: Prompt, params: BeamSearchParams, **more: Any) -> Request:
         """A checked request for a beam search that returns the log-probabilities of all its candidates."""
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RequestError("params", f"params are of type {type(params).__name__}", "give BeamSearchParams")
+            raise RequestError("params", f"params is of type {type(params).__name__}", "pass BeamSearchParams")
         shown = beams.sampling_params(params, logprobs=2 * params.beam_width)
         return self.prepare(prompt, shown, beam_search=params, **more)
 
@@ -109,10 +109,10 @@ class Preparer:
         """One for each prompt. The error of a bad prompt gives its position."""
         if len(params) != len(prompts):
             problem = f"{len(params)} sampling_params for {len(prompts)} prompts"
-            raise RequestError("sampling_params", problem, "give one for all, or one for each")
+            raise RequestError("sampling_params", problem, "pass one for all prompts, or one per prompt")
         if priority is not None and len(priority) != len(prompts):
             problem = f"{len(priority)} priorities for {len(prompts)} prompts"
-            raise RequestError("priority", problem, "give one for each")
+            raise RequestError("priority", problem, "pass one per prompt")
         levels = itertools.repeat(0) if priority is None else priority
         return each_named(
             lambda each: self.prepare(each[0], each[1], priority=each[2], **more),
@@ -127,21 +127,21 @@ class Preparer:
             return None, token_ids(prompt), None
         for key in prompt:
             if key not in KEYS:
-                raise RequestError("prompt", f"a prompt has no key {key!r}", f"known: {', '.join(KEYS)}")
+                raise RequestError("prompt", f"unknown prompt key {key!r}", f"known: {', '.join(KEYS)}")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if text is not None and not isinstance(text, str):
-            raise RequestError("prompt", f"the prompt is of type {type(text).__name__}", f"give {FORMS}")
+            raise RequestError("prompt", f"the prompt is of type {type(text).__name__}", f"pass {FORMS}")
         if ids is None:
             if text is None:
-                raise RequestError("prompt", "the prompt has neither prompt nor prompt_token_ids", f"give {FORMS}")
+                raise RequestError("prompt", "the prompt has neither prompt nor prompt_token_ids", f"pass {FORMS}")
             ids = self.encode(text)
         return text, token_ids(ids), prompt.get("cache_salt")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt. A text too long for any tokenization to fit is rejected before tokenizing."""
         if self.tokenizer is None:
-            problem = "the prompt is text, but there is no tokenizer"
-            raise RequestError("prompt", problem, "give token ids, or name a tokenizer when you start")
+            problem = "the prompt is text, but no tokenizer is loaded"
+            raise RequestError("prompt", problem, "send token ids, or set tokenizer")
         longest = self.limits.max_model_len
         if len(text) > longest:
             least = self.tokenizer.text_length.fewest_tokens(text)
@@ -154,7 +154,7 @@ class Preparer:
         if not params.bad_words:
             return ()
         if self.tokenizer is None:
-            raise RequestError("bad_words", "bad_words need a tokenizer, but there is none", "use logit_bias")
+            raise RequestError("bad_words", "bad_words need a tokenizer, but none is loaded", "use logit_bias")
         words, ids = self._spelled
         if words is not params.bad_words:
             ids = self.tokenizer.bad_word_ids(params.bad_words)
@@ -167,10 +167,10 @@ def token_ids(given: object) -> list[Any]:
     if hasattr(given, "__array__"):
         given = np.asarray(given)
         if given.ndim != 1:
-            raise RequestError("prompt", f"the prompt is an array of shape {given.shape}", f"give {FORMS}")
+            raise RequestError("prompt", f"the prompt is an array of shape {given.shape}", f"pass {FORMS}")
         return cast("list[Any]", given.tolist())
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-        raise RequestError("prompt", f"the prompt is of type {type(given).__name__}", f"give {FORMS}")
+        raise RequestError("prompt", f"the prompt is of type {type(given).__name__}", f"pass {FORMS}")
     return list(cast("Sequence[Any]", given))
 
 
@@ -250,5 +250,5 @@ def tokenizer_of(config: EngineConfig, *, loads_model: bool, model_folder: Path 
     try:
         return tokenizers.load(folder)
     except CheckpointError as error:
-        hint = "name another with tokenizer=, or set skip_tokenizer_init=True and give prompts as token ids"
+        hint = "set tokenizer, or set skip_tokenizer_init=True and send prompts as token ids"
         raise CheckpointError(error.problem, hint) from None

@@ -120,7 +120,7 @@ class EngineProcess:
 
     def stop(self, grace: float = 5.0) -> None:
         """End the child and wait for it; kill it after `grace` seconds. Streams end immediately."""
-        error = EngineError("the engine was shut down", "start it again")
+        error = EngineError("the engine was shut down", "restart it")
         with self._changed:
             self._stopping = True
         self._fail_all(error)
@@ -193,7 +193,9 @@ class EngineProcess:
                 for message in messages:
                     self._take(message)
         except Exception as fault:
-            error = EngineError(f"reading from the engine failed: {type(fault).__name__}: {fault}", "report this")
+            error = EngineError(
+                f"reading from the engine failed: {type(fault).__name__}: {fault}", "please report this bug"
+            )
             self._end("failed", error)
             process.kill()
         try:
@@ -258,13 +260,13 @@ class EngineProcess:
             if self._beat.working and self._beat.age > seconds:
                 problem = f"the engine completed no step for {self._beat.age:.0f} seconds"
             elif now - self._heard > patience:
-                problem = f"the engine gave no sign of life for {now - self._heard:.0f} seconds"
+                problem = f"the engine sent no heartbeat for {now - self._heard:.0f} seconds"
             else:
                 continue
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR1)
             time.sleep(DUMP_SECONDS)  # let it print before the failure is reported, which kills it
-            self._end("failed", EngineError(problem, "see where it hangs in its log"))
+            self._end("failed", EngineError(problem, "see its log for where it hangs"))
             process.kill()
 
     # --- states and the end -----------------------------------------------------------------------------------------
@@ -317,10 +319,10 @@ def _detail(progress: wire.Progress) -> str:
 
 def _ended_with(code: int) -> EngineError:
     if code >= 0:
-        return EngineError(f"the engine's process ended with exit code {code}", "see its log")
+        return EngineError(f"the engine process exited with code {code}", "see its log")
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
     hint = "the machine may have run out of memory: see its log" if code == -signal.SIGKILL else "see its log"
-    return EngineError(f"the engine's process was ended by {name}", hint)
+    return EngineError(f"the engine process was killed by {name}", hint)

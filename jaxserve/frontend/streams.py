@@ -203,7 +203,7 @@ def _output(stream: Stream, update: Update, aborts: list[Abort]) -> RequestOutpu
         output = stream.builder.add(update)
     except Exception as fault:  # a fault in this request's text; the other requests continue
         aborts.append(Abort(update.request_id))
-        return EngineError(f"the output failed: {type(fault).__name__}: {fault}", "report this")
+        return EngineError(f"the output failed: {type(fault).__name__}: {fault}", "please report this bug")
     aborts += stream.builder.take_aborts(update.request_id)
     return output
 

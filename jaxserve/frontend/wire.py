@@ -170,7 +170,7 @@ def add_of(request: Request) -> bytes:
         return encode(Add(request.id, msgspec.Raw(encode(request))))
     except (OverflowError, UnicodeEncodeError, NotImplementedError) as error:
         problem = f"the request cannot be sent to the engine: {error}"
-        raise RequestError("prompt", problem, "give numbers of 64 bits and valid Unicode") from None
+        raise RequestError("prompt", problem, "use numbers of at most 64 bits and valid Unicode") from None
 
 
 def request_of(add: Add) -> Request:
@@ -229,7 +229,7 @@ class Receiver:
         """Wait for the next messages; None if the other end is closed."""
         [size] = LENGTH.unpack(self._read(LENGTH.size) or LENGTH.pack(0))
         if size > MOST_BYTES:
-            raise EngineError(f"a message of {size} bytes was announced", "report this")
+            raise EngineError(f"a message of {size} bytes was announced", "please report this bug")
         data = self._read(size) if size else b""
         return self._decode(data) if data else None
 

@@ -77,7 +77,7 @@ class EngineThread:
         except EngineError as fault:
             error = fault
         except BaseException as fault:
-            error = EngineError(f"the engine's thread failed: {type(fault).__name__}: {fault}", "start it again")
+            error = EngineError(f"the engine's thread failed: {type(fault).__name__}: {fault}", "restart it")
         self._close(error)
 
     def calls(self, *, idle: bool) -> bool:

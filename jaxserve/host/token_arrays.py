@@ -29,14 +29,16 @@ def prompt_rows(prompts: Any) -> list[Any]:
     if isinstance(prompts, tuple) and len(prompts) == 2 and np.ndim(prompts[0]) == 2 and hasattr(prompts[0], "dtype"):
         tokens, lengths = np.asarray(prompts[0]), np.asarray(prompts[1])
         if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
-            problem = f"tokens have shape {list(tokens.shape)} and lengths are {lengths.dtype}{list(lengths.shape)}"
-            raise RequestError("prompts", problem, "give one whole number for each row")
+            problem = f"tokens has shape {list(tokens.shape)} and lengths is {lengths.dtype}{list(lengths.shape)}"
+            raise RequestError("prompts", problem, "pass one integer length per row")
         if lengths.size and not (lengths.min() >= 0 and lengths.max() <= tokens.shape[1]):
-            problem = f"lengths are {lengths.min()} to {lengths.max()}, but the rows have {tokens.shape[1]} tokens"
+            problem = (
+                f"lengths range from {lengths.min()} to {lengths.max()}, but each row has {tokens.shape[1]} tokens"
+            )
             raise RequestError("prompts", problem, "correct the lengths")
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     if is_one(prompts):
-        raise RequestError("prompts", "prompts is one prompt", "give a list of prompts, or tokens and lengths")
+        raise RequestError("prompts", "prompts is a single prompt", "pass a list of prompts, or tokens and lengths")
     return np.asarray(prompts).tolist() if hasattr(prompts, "__array__") else list(prompts)
 
 

@@ -195,8 +195,10 @@ def check_engine(spec: ModelSpec, params: Params) -> None:
     _, state = declare(spec, Fit(), "float32")
     wanted, found = (jax.tree.structure(tree) for tree in (nnx.to_pure_dict(state), params))
     if wanted != found:
-        problem = "these are not the model's parameters in engine layout"
-        raise JaxserveError(problem, "make them with load_model, or from the public tree with layout.to_engine_layout")
+        problem = "the parameters are not in this model's engine layout"
+        raise JaxserveError(
+            problem, "load them with load_model, or convert the public tree with layout.to_engine_layout"
+        )
 
 
 def step(
@@ -267,11 +269,11 @@ def _check_tokens(spec: ModelSpec, tokens: jax.Array) -> None:
     if tokens.ndim != 2 or tokens.dtype != jnp.int32 or tokens.shape[1] == 0:
         raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}, expected int32[batch, length]")
     if tokens.shape[1] > spec.max_positions:
-        raise ValueError(f"tokens have length {tokens.shape[1]}, but the model supports {spec.max_positions}")
+        raise ValueError(f"tokens have length {tokens.shape[1]}, above the model's limit of {spec.max_positions}")
     if is_concrete(tokens) and tokens.size:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= spec.vocab_size:
-            raise ValueError(f"token ids are {low} to {high}, expected 0 to {spec.vocab_size - 1}")
+            raise ValueError(f"token ids range from {low} to {high}, expected 0 to {spec.vocab_size - 1}")
 
 
 def _as(array: jax.Array) -> Any:

@@ -55,17 +55,17 @@ def fit(spec: ModelSpec, tensor: int = 1, experts: int = 1) -> Fit:
         if isinstance(attention, Attention):
             if attention.kv_heads % tensor and tensor % attention.kv_heads:
                 problem = f"{tensor} tensor shards do not divide among {attention.kv_heads} KV heads"
-                raise JaxserveError(problem, f"give a tensor_parallel_size that is a multiple of {attention.kv_heads}")
+                raise JaxserveError(problem, f"use a tensor_parallel_size that is a multiple of {attention.kv_heads}")
             repeats.add(max(1, tensor // attention.kv_heads))
         if not isinstance(layer.mlp, Mlp):
             _check_divides(layer.mlp.router.experts, experts, "experts", "expert")
     if len(repeats - {1}) > 1:
         problem = f"layers differ in their number of KV heads, which do not all divide among {tensor} tensor shards"
-        raise JaxserveError(problem, "give a smaller tensor_parallel_size")
+        raise JaxserveError(problem, "use a smaller tensor_parallel_size")
     return Fit(tensor, max(repeats))
 
 
 def _check_divides(count: int, shards: int, what: str, kind: str) -> None:
     if count % shards:
         problem = f"{count} {what} do not divide among {shards} {kind} shards"
-        raise JaxserveError(problem, f"give a {kind}_parallel_size that divides {count}")
+        raise JaxserveError(problem, f"use a {kind}_parallel_size that divides {count}")

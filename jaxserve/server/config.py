@@ -213,9 +213,9 @@ class ServerConfig:
         if not prefix.isascii() or not prefix.replace("_", "a").isalnum() or prefix[0].isdigit():
             raise ConfigError(f"metrics_prefix is {prefix!r}", "use letters, digits and _, not starting with a digit")
         if self.ssl_keyfile and not self.ssl_certfile:
-            raise ConfigError("ssl_keyfile requires ssl_certfile", "give both")
+            raise ConfigError("ssl_keyfile requires ssl_certfile", "set both")
         if self.enable_log_outputs and not self.enable_log_requests:
-            raise ConfigError("enable_log_outputs requires enable_log_requests", "give both")
+            raise ConfigError("enable_log_outputs requires enable_log_requests", "set both")
         if self.allow_credentials and "*" in self.allowed_origins:
             problem = "allow_credentials with allowed_origins * would let any page act as its visitor"
             raise ConfigError(problem, "list the origins in allowed_origins")
@@ -234,4 +234,4 @@ class ServerConfig:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             problem = f"cannot read the chat template {self.chat_template}: {getattr(error, 'strerror', None) or error}"
-            raise ConfigError(problem, "give a readable file, or the template itself") from None
+            raise ConfigError(problem, "name a readable file, or pass the template itself") from None

@@ -121,7 +121,7 @@ class Life:
         logs.LOG.info("listening on %s%s, loading %s", url, others, self._engine_config.model)
         if not self._config.api_key and not is_loopback(self._config.host):
             logs.LOG.warning(
-                "ANYONE WHO REACHES %s CAN USE THIS SERVER: there is no API key. Give --api-key, or --host 127.0.0.1",
+                "ANYONE WHO REACHES %s CAN USE THIS SERVER: no API key is set. Set --api-key, or use --host 127.0.0.1",
                 self._config.host,
             )
 
@@ -161,7 +161,7 @@ class Life:
             if self._signals:
                 return await self._drain(serving)
             serving.lose_engine()
-            error = serving.engine.state.error or "its process ended; see its log"
+            error = serving.engine.state.error or "the engine process exited; see its log"
             if not was_ready:
                 problem, _, hint = error.rpartition("; ")
                 raise EngineError(problem, hint)
@@ -171,7 +171,7 @@ class Life:
             await asyncio.to_thread(serving.engine.stop, 0.0)
             serving.engine = self._engine()
             serving.metrics.restarts += 1
-            logs.LOG.warning("starting the engine again")
+            logs.LOG.warning("restarting the engine")
 
     async def _served(self, serving: Serving) -> bool:
         """Run one engine until it fails or a signal arrives. Returns whether it was ever ready."""

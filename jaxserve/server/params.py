@@ -33,7 +33,7 @@ async def read[B: Body](request: web.Request, kind: type[B]) -> B:
     serving = request.app[SERVING]
     media = request.content_type
     if media != "application/json" and not media.endswith("+json"):
-        raise bad_request(None, f"the body is sent as {media}", "send JSON, with Content-Type: application/json")
+        raise bad_request(None, f"the body has content type {media}", "send JSON, with Content-Type: application/json")
     body = parse(kind, await request.read(), allow_unknown=serving.config.allow_unknown_fields)
     request[HELD].let_go()  # the answer may take long
     if body.model and serving.model_names and body.model not in serving.model_names:
@@ -113,7 +113,7 @@ def order(request: web.Request, body: Ordered, *, kind: str, add_special_tokens:
     """`kind`: the prefix of the response's id. `add_special_tokens`: the default if the body does not set it."""
     if body.truncation_side is not None and body.truncate_prompt_tokens is None:
         problem = "truncation_side requires truncate_prompt_tokens"
-        raise bad_request("truncation_side", problem, "set it, or remove truncation_side")
+        raise bad_request("truncation_side", problem, "set truncate_prompt_tokens, or remove truncation_side")
     return Order(
         name=answer_id(kind, request, body),
         deadline=deadline(request),
@@ -179,7 +179,7 @@ def _check_queue(count: int, limits: Limits, field: str) -> None:
     rows, queue = limits.max_num_seqs, limits.max_num_queued_reqs
     if queue is not None and count > rows + queue:
         problem = f"{field} has {count} prompts, but the server holds at most {rows + queue} requests: {rows} running"
-        raise bad_request(field, f"{problem} and {queue} waiting (max_num_queued_reqs)", "send fewer in one body")
+        raise bad_request(field, f"{problem} and {queue} waiting (max_num_queued_reqs)", "send fewer per request")
 
 
 def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingParams, order: Order) -> Request:
@@ -212,8 +212,8 @@ def check_length(count: int, sampling: SamplingParams, order: Order, limits: Lim
     longest = limits.max_model_len
     limit = f"this model's maximum context length is {longest} tokens"
     if count > longest - order.generates:
-        leaves = ", which leaves no room for an answer" if count == longest else ""
-        raise RequestError("prompt", f"{limit}, but the prompt has {count}{leaves}", "shorten the prompt")
+        leaves = ", which leaves no room for output" if count == longest else ""
+        raise RequestError("prompt", f"{told}, but the prompt has {count}{leaves}", "shorten the prompt")
     if order.generates and sampling.max_tokens is not None and sampling.max_tokens > longest:
-        problem = f"{limit}, but {order.max_tokens_field} is {sampling.max_tokens}"
-        raise RequestError(order.max_tokens_field, problem, f"ask for at most {longest - count} after this prompt")
+        problem = f"{told}, but {order.max_tokens_field} is {sampling.max_tokens}"
+        raise RequestError(order.max_tokens_field, problem, f"lower it to {longest - count} or less for this prompt")

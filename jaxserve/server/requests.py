@@ -121,7 +121,7 @@ class _Tally:
         self._counted = True
         if self._late(now) and any(sample.finish_reason == "abort" for sample in output.outputs):
             seconds = (self._request.deadline or now) - self._record.arrival
-            raise ApiError(504, f"The request took longer than its deadline of {seconds:.3g} seconds.")
+            raise ApiError(504, f"The request exceeded its deadline of {seconds:.3g} seconds.")
         self._ended = output.finished
 
     def _late(self, now: float) -> bool:

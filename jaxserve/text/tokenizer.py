@@ -123,7 +123,9 @@ class Tokenizer:
         for word in words:
             plain = tuple(self.encode(word.lstrip(), add_special_tokens=False))
             if not plain:
-                raise RequestError("bad_words", f"bad_words has {ascii(word)[:80]}, which no token spells", "remove it")
+                raise RequestError(
+                    "bad_words", f"bad_words has {ascii(word)[:80]}, which the tokenizer cannot represent", "remove it"
+                )
             spaced = tuple(self.encode(" " + word.lstrip(), add_special_tokens=False))
             found[plain] = None
             if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):

@@ -211,7 +211,7 @@ _TOKEN_ID = Integer(0, INT32_MAX)
 
 def _check_count(name: str, values: Sequence[object] | Mapping[object, object], most: int | None) -> None:
     if most is not None and len(values) > most:
-        raise RequestError(name, f"{name} has {len(values)} entries", f"give at most {most}")
+        raise RequestError(name, f"{name} has {len(values)} entries", f"use at most {most}")
 
 
 def _is_decimal(text: str) -> bool:

@@ -53,7 +53,7 @@ def _without_repeats(texts: tuple[str, ...]) -> tuple[str, ...]:
 class SamplingParams:
     """How to continue a prompt. Every value is checked here; a bad one is a RequestError that names it."""
 
-    n: int = parameter(1, Integer(1, MAX_SAMPLES), "How many completions to generate for the prompt.", embeds=False)
+    n: int = parameter(1, Integer(1, MAX_SAMPLES), "Number of completions to generate for the prompt.", embeds=False)
     presence_penalty: float = parameter(
         0.0,
         Number(low=-2, high=2),
@@ -78,7 +78,7 @@ class SamplingParams:
     temperature: float = parameter(
         1.0,
         Number(low=0, high=2),
-        "Divides the logits: higher is more random, 0 always takes the likeliest token.",
+        "Divides the logits: higher is more random, 0 always takes the most likely token.",
         acts=Acts.ROW,
         dtype="float32",
         off=0.0,
@@ -88,7 +88,7 @@ class SamplingParams:
     top_p: float = parameter(
         1.0,
         Number(above=0, high=1),
-        "Sample only from the likeliest tokens whose probabilities add up to this; 1 for all.",
+        "Sample only from the most likely tokens whose probabilities add up to this; 1 for all.",
         acts=Acts.ROW,
         dtype="float32",
         from_model=True,
@@ -96,7 +96,7 @@ class SamplingParams:
     top_k: int = parameter(
         0,
         Integer(-1, INT32_MAX),
-        "Sample only from this many of the likeliest tokens; 0 or -1 for all.",
+        "Sample only from this many most likely tokens; 0 or -1 for all.",
         acts=Acts.ROW,
         dtype="int32",
         then=lambda top_k: max(top_k, 0),
@@ -105,7 +105,7 @@ class SamplingParams:
     min_p: float = parameter(
         0.0,
         Number(low=0, high=1),
-        "Sample only from tokens at least this likely relative to the likeliest one; 0 for all.",
+        "Sample only from tokens at least this likely relative to the most likely one; 0 for all.",
         acts=Acts.ROW,
         dtype="float32",
         from_model=True,
@@ -136,21 +136,21 @@ class SamplingParams:
     max_tokens: int | None = parameter(
         16,
         Integer(1, INT32_MAX),
-        "How many tokens to generate at most; None for as many as the context holds.",
+        "Maximum number of tokens to generate; None for as many as the context holds.",
         optional=True,
         sent=False,
     )
     min_tokens: int = parameter(
         0,
         Integer(0, INT32_MAX),
-        "How many tokens to generate before a stop token or the end of the text is allowed.",
+        "Minimum number of tokens to generate before a stop token or the end of the text is allowed.",
         acts=Acts.CONTROL,
         embeds=False,
     )
     logprobs: int | None = parameter(
         None,
         TopTokens(),
-        "Return the log-probability of each token and of this many of the likeliest ones; -1 for all.",
+        "Return the log probability of each token and of this many most likely tokens; -1 for all.",
         optional=True,
         sent=False,
         embeds=False,
@@ -158,7 +158,7 @@ class SamplingParams:
     prompt_logprobs: int | None = parameter(
         None,
         TopTokens(),
-        "Return the log-probability of each prompt token and of this many of the likeliest ones; -1 for all.",
+        "Return the log probability of each prompt token and of this many most likely tokens; -1 for all.",
         optional=True,
         embeds=False,
         beams=False,
@@ -199,7 +199,7 @@ class SamplingParams:
     def __new__(cls, *args: object, **given: object) -> Self:
         check_names(cls, given)
         if args:
-            raise RequestError("sampling_params", "sampling parameters are given without names", "name each: n=1")
+            raise RequestError("sampling_params", "sampling parameters must be passed by name", "write n=1")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -207,14 +207,14 @@ class SamplingParams:
         for each in FIELDS:
             put(self, each.name, each.check(getattr(self, each.name)))
         if self.stop and not self.detokenize:
-            raise RequestError("stop", "stop strings need the text, but detokenize is false", "give stop_token_ids")
+            raise RequestError("stop", "stop strings need the text, but detokenize is false", "use stop_token_ids")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem = f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}"
             raise RequestError("min_tokens", problem, "lower it")
         if self.greedy:
             if self.n > 1:
                 problem = f"n is {self.n} with greedy sampling: all samples would be equal"
-                raise RequestError("n", problem, "give n=1, or a temperature above 0")
+                raise RequestError("n", problem, "set n=1, or use a temperature above 0")
             for each in FIELDS:
                 if each.acts is Acts.ROW:
                     put(self, each.name, each.off)
@@ -257,5 +257,5 @@ class BeamSearchParams:
         for name in ("ignore_eos", "include_stop_str_in_output"):
             Boolean()(name, getattr(self, name))
         if Number(low=0, high=2)("temperature", self.temperature) != 0:
-            problem = f"temperature is {self.temperature}, but beams are ranked by the model's own log-probabilities"
+            problem = f"temperature is {self.temperature}, but beams are ranked by the model's own log probabilities"
             raise RequestError("temperature", problem, "leave it at 0")

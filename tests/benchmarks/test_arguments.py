@@ -75,4 +75,4 @@ def test_a_load_that_nobody_answers_fails() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1 and " 8 " in done.stdout and " - " in done.stdout
     assert "2 at once: 8 failed: Cannot connect" in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: no request was answered"
+    assert done.stderr.splitlines()[-1] == "error: no request succeeded"

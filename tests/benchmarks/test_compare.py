@@ -208,8 +208,8 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "problem"),
     [
-        ("", "names none"),
-        ("jaxserve,x", "there is no server 'x'; there are jaxserve,"),
+        ("", "is an empty list"),
+        ("jaxserve,x", "unknown server 'x'; there are jaxserve,"),
         ("jaxserve,vllm", "vllm needs an environment, vllm=FOLDER"),
         ("jaxserve,transformers=/nonexistent", "there is no virtual environment in /nonexistent"),
         ("jaxserve,jaxserve", "has duplicates"),

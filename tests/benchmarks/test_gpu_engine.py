@@ -288,7 +288,7 @@ def test_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert apart.run([section("check_blocks"), section("engine_peer")], given, told) == 0
     assert book.read_rows(tmp_path / "check_blocks.json") and book.read_rows(tmp_path / "engine_peer.json")
     printed = capfd.readouterr().out
-    assert "in a process of its own: check_blocks" in printed and "engine_peer" in printed.split("all processes")[1]
+    assert "in a separate process: check_blocks" in printed and "engine_peer" in printed.split("all processes")[1]
 
 
 def test_a_process_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ def test_offline(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "lacks its date"),
         ('{"rows": []}', "lacks its date"),
-        (json.dumps(result(rows=[{"speed": 3}])), "is of an unknown kind"),
+        (json.dumps(result(rows=[{"speed": 3}])), "has an unknown kind"),
         (json.dumps(result(settings={}, same={}, rows=[])), "lacks fields of its kind"),
     ],
 )

@@ -208,7 +208,7 @@ class Ranges:
         ({"share": float("nan")}, "share is nan", "use a number above 0 and at most 1"),
         ({"ratio": 1}, "ratio is 1", "use a number of at least 0 and below 1"),
         ({"rate": 0}, "rate is 0", "use a number of seconds above 0, or inf"),
-        ({"text": ""}, "text is empty", "give a value, or leave it out"),
+        ({"text": ""}, "text is empty", "set it to a value, or remove it"),
         ({"text": 5}, "text is 5", "use a string"),
         ({"switch": 1}, "switch is 1", "use true or false"),
         ({"color": "blue"}, "color is 'blue'", "choose one of red, green"),

@@ -276,7 +276,10 @@ def test_a_length_that_is_too_long_takes_no_jax(model: Path) -> None:
     ask = [sys.executable, "-c", script + "sys.exit(code)", *words]
     result = subprocess.run(ask, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2, result.stderr
-    assert result.stderr == "error: --max-model-len is 1048576, but the model supports 128  hint: give at most 128\n"
+    assert (
+        result.stderr
+        == "error: --max-model-len is 1048576, above the model's limit of 128  hint: lower it to 128 or less\n"
+    )
 
 
 def test_help(command: Command) -> None:
@@ -296,12 +299,15 @@ def test_help(command: Command) -> None:
     ("words", "parts"),
     [
         (["--max-model-len", "129"], ("--max-model-len is 129", "at most 128")),
-        (["--max-model-len", "1"], ("--max-model-len is 1", "2 or more")),
+        (["--max-model-len", "1"], ("--max-model-len is 1", "at least 2")),
         (["--kv-cache-memory-bytes", "1KiB"], ("--kv-cache-memory-bytes is 1024", "or more")),
         (["--kv-cache-memory-bytes", "900TiB"], ("--kv-cache-memory-bytes is", "this machine has")),
-        (["--num-blocks", "3", "--max-model-len", "64"], ("--num-blocks is 3", "give 5 or more", "--max-model-len 32")),
+        (
+            ["--num-blocks", "3", "--max-model-len", "64"],
+            ("--num-blocks is 3", "raise it to 5 or more", "--max-model-len 32"),
+        ),
         (["--max-num-batched-tokens", "16"], ("--max-num-batched-tokens is 16", "--max-num-seqs")),
-        (["-tp", "2"], ("--tensor-parallel-size is 2, and jax has 1 device here",)),
+        (["-tp", "2"], ("--tensor-parallel-size is 2, but JAX has only 1 CPU device",)),
     ],
 )
 def test_sizes_that_cannot_be(

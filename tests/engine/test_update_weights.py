@@ -157,9 +157,9 @@ def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int
     llm.sleep(level)
     assert all(pool.is_deleted() for pool in cache)
     assert llm.params == {}
-    with pytest.raises(JaxserveError, match="asleep"):
+    with pytest.raises(JaxserveError, match="is asleep"):
         llm.generate(PROMPT, GREEDY)
-    with pytest.raises(JaxserveError, match="already asleep"):
+    with pytest.raises(JaxserveError, match="is already asleep"):
         llm.sleep()
     if level == 2:
         with pytest.raises(JaxserveError, match="give new ones"):
@@ -167,7 +167,7 @@ def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int
         llm.update_weights(OLD, version=0)
     llm.wake()
     assert answer(llm) == answers["old"]
-    with pytest.raises(JaxserveError, match="not asleep"):
+    with pytest.raises(JaxserveError, match="is not asleep"):
         llm.wake_up()
     with pytest.raises(JaxserveError, match="level 3"):
         llm.sleep(3)

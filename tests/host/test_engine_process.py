@@ -298,7 +298,7 @@ def test_calls(shared: Shared, tmp_path: Path) -> None:
         [*_, again] = await living.outputs(front, PROMPTS[2], GREEDY)
         assert again.num_cached_tokens == 0 and again.outputs == first.outputs
         await front.call("sleep", level=1)
-        with pytest.raises(JaxserveError, match="asleep"):
+        with pytest.raises(JaxserveError, match="is asleep"):
             await living.outputs(front, [1], GREEDY)
         await front.call("wake")
         [*_, again] = await living.outputs(front, PROMPTS[2], GREEDY)

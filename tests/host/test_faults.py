@@ -115,7 +115,7 @@ def test_a_step_that_raises(config: EngineConfig, capfd: pytest.CaptureFixture[s
     assert "Traceback" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("fault", "words"), [("loop", "completed no step"), ("hold", "no sign of life")])
+@pytest.mark.parametrize(("fault", "words"), [("loop", "completed no step"), ("hold", "no heartbeat")])
 def test_the_watchdog(config: EngineConfig, capfd: pytest.CaptureFixture[str], fault: str, words: str) -> None:
     """Both in Python that goes round in circles, and in C that lets no thread of Python run."""
     with living.process(config, command=living.faulty(fault), watchdog=2) as engine:

@@ -190,11 +190,11 @@ def test_an_id_out_of_range_harms_its_own_sequence_alone() -> None:
     spec = tiny.SPECS["moe"]
     params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens()
-    with pytest.raises(ValueError, match="token ids are -1 to"):
+    with pytest.raises(ValueError, match="token ids range from -1 to"):
         decoder.forward(spec, params, tokens.at[0, 3].set(-1))
     with pytest.raises(ValueError, match="to 98, expected 0 to 97"):
         decoder.forward(spec, params, tokens.at[0, 3].set(98))
-    with pytest.raises(ValueError, match="length 129, but the model supports 128"):
+    with pytest.raises(ValueError, match="length 129, above the model's limit of 128"):
         decoder.forward(spec, params, tiny.tokens(length=129))
     with pytest.raises(ValueError, match=r"int32\[20\], expected int32\[batch, length\]"):
         decoder.forward(spec, params, tokens[0])
@@ -261,9 +261,9 @@ def test_a_foreign_tree_is_refused_by_name(change: Callable[[decoder.Params], ob
 def test_trees_of_the_wrong_layout_are_refused() -> None:
     spec, tokens = tiny.SPECS["dense"], tiny.tokens()
     public = tiny.public_params(spec)
-    with pytest.raises(JaxserveError, match="not the model's parameters in engine layout; make them with load_model"):
+    with pytest.raises(JaxserveError, match="not in this model's engine layout; load them with load_model"):
         decoder.forward(spec, public, tokens)
-    with pytest.raises(JaxserveError, match="not the model's parameters in engine layout"):
+    with pytest.raises(JaxserveError, match="not in this model's engine layout"):
         param_layout.to_public_layout(spec, public)
 
 

@@ -179,7 +179,7 @@ def test_unknown_fields_are_refused(given: dict[str, Any], told: str) -> None:
 
 def test_values_without_names_are_refused() -> None:
     positional: Any = SamplingParams
-    with pytest.raises(RequestError, match="without names"):
+    with pytest.raises(RequestError, match="by name"):
         positional(1, 0.5)
 
 

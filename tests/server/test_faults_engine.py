@@ -207,7 +207,7 @@ def test_an_engine_that_hangs_is_started_again(tmp_path: Path) -> None:
         metrics = one.metrics()
         assert metrics["jaxserve:engine_restarts_total"] == 1
         assert metrics["jaxserve:engine_up"] == 1
-        assert "starting the engine again" in one.log
+        assert "restarting the engine" in one.log
         assert "most recent call first" in one.log  # where it hung
 
 
@@ -218,7 +218,7 @@ def test_an_engine_that_fails_again_and_again(tmp_path: Path) -> None:
             if one.process.poll() is None:
                 wait(lambda: one.process.poll() is not None or health(one) == 200, 60)
         assert one.wait_exit(10) == 1
-        assert one.log.count("starting the engine again") == 3
+        assert one.log.count("restarting the engine") == 3
         assert "the engine failed too often" in one.log
 
 

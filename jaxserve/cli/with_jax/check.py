@@ -84,7 +84,7 @@ def _accelerator() -> int | None:
 def _does_not_fit(plan: Capacity, others: list[tuple[str, Capacity]]) -> JaxserveError:
     error = plan.misfit()
     helps = [name for name, other in others if other.fits]
-    return ConfigError(error.problem, f"{helps[0]} would do" if helps else error.hint)
+    return ConfigError(error.problem, f"set {helps[0]}" if helps else error.hint)
 
 
 # --- as text --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _model_lines(model: Described, plan: Capacity) -> list[str]:
         f"model         {one_line(model.name)}, {one_line(model.architecture)}",
         f"parameters    {model.parameters:,} in {plan.memory.dtype}, stored as {model.stored.name}",
         f"layers        {len(spec.layers)}, hidden {spec.hidden:,}, {heads}, vocabulary {spec.vocab_size:,}",
-        f"longest       {spec.max_positions:,} tokens",
+        f"max length    {spec.max_positions:,} tokens",
         f"KV cache      {per_token:,} bytes per token and device, {size(plan.block_bytes)} per block of {block_size}",
         "",
     ]
@@ -118,7 +118,7 @@ def _other_lines(plan: Capacity, others: list[tuple[str, Capacity]]) -> list[str
     if not shown:
         return []
     wide = max(len(name) for name, _ in shown) + 2
-    head = f"  {'':<{wide}}{'weights':>12}{'KV cache, tokens':>18}{'longest':>11}{'at once':>10}"
+    head = f"  {'':<{wide}}{'weights':>12}{'KV cache, tokens':>18}{'max length':>11}{'at once':>10}"
     return ["", "with one flag changed", head, *(_row(name, one, wide) for name, one in [("unchanged", plan), *shown])]
 
 

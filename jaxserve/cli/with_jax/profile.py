@@ -43,7 +43,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         if self.engine is not None and self.url is not None:
-            raise UsageError("--url and a model are both given", "give one of them")
+            raise UsageError("--url and a model are both set", "set only one of them")
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Profile":
@@ -52,14 +52,14 @@ class Profile:
         own = {flag.name for flag in parser.flags if flag.own}
         if extra := [name for name in given if name not in own]:
             flag = parser.in_flags_words(extra[0])
-            raise UsageError(f"{flag} requires a model", "give --model, or remove it")
+            raise UsageError(f"{flag} requires a model", "set --model, or remove it")
         return cls(engine=None, **given)
 
     def run(self) -> None:
         folder = self._offline(self.engine, self.out) if self.engine else self._server(self.out)
         traces = sorted(folder.rglob("*.trace.json.gz"))
         if not traces:
-            raise JaxserveError(f"no trace appeared in {folder}", "give the server's --profile-dir as --out")
+            raise JaxserveError(f"no trace appeared in {folder}", "set --out to the server's --profile-dir")
         print(f"Perfetto: open https://ui.perfetto.dev and load {traces[-1]}")
         print(f"XProf:    pip install xprof, then xprof --logdir {folder}")
 

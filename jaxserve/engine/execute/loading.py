@@ -49,7 +49,7 @@ def on_mesh(config: EngineConfig, given: Any) -> Any:
     tensor, expert = config.tensor_parallel_size, config.expert_parallel_size
     if given is not None:
         if tensor * expert > 1:
-            raise ConfigError("both a mesh and parallel sizes are given", "give one of them")
+            raise ConfigError("both a mesh and parallel sizes are set", "set only one of them")
         return given
     return mesh.make_mesh(tensor=tensor, expert=expert) if tensor * expert > 1 else None
 
@@ -136,7 +136,7 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
     known = folder if (folder / "config.json").is_file() else None
     if spec is None:
         if known is None:
-            raise ConfigError("params are given without their spec", "give spec, or a model folder with a config.json")
+            raise ConfigError("params is set without spec", "set spec, or name a model folder with a config.json")
         spec = load.open_spec(known)
     if spec.tied and "head" in params:
         spec = replace(spec, tied=False)
@@ -157,7 +157,7 @@ def _only_device(params: Params) -> Any:
     """The device that holds them; None if they are on the host."""
     devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
     if len(devices) > 1:
-        raise ConfigError(f"the parameters are on {len(devices)} devices, and no mesh is given", "give mesh=")
+        raise ConfigError(f"the parameters are on {len(devices)} devices, but mesh is not set", "set mesh")
     return next(iter(devices), None)
 
 
@@ -180,16 +180,14 @@ def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, de
 def _leaves(params: object) -> dict[param_layout.Path, Any]:
     if not isinstance(params, Mapping):
         problem = f"the parameters are of type {type(params).__name__}"
-        raise JaxserveError(problem, "give a dict, as returned by load_model")
+        raise JaxserveError(problem, "pass a dict, as returned by load_model")
     found = dict(param_layout.leaves(params))
     for path, leaf in found.items():
         if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "give floating-point arrays")
+            raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "pass floating-point arrays")
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise JaxserveError(
-                f"{param_layout.dotted(path)} is deleted or was donated", "give arrays that still exist"
-            )
+            raise JaxserveError(f"{param_layout.dotted(path)} was deleted or donated", "pass arrays that still exist")
     return found
 
 
@@ -200,17 +198,17 @@ def _check_not_engine(spec: ModelSpec, given: Set[param_layout.Path], targets: M
         return
     for path in targets.keys() - given:
         raise JaxserveError(
-            f"the parameters have no {param_layout.dotted(path)}", "give the whole tree in engine layout"
+            f"the parameters have no {param_layout.dotted(path)}", "pass the complete tree in engine layout"
         )
     for path in given - targets.keys():
-        raise JaxserveError(f"the model has no parameter {param_layout.dotted(path)}", "give parameters of this model")
+        raise JaxserveError(f"the model has no parameter {param_layout.dotted(path)}", "pass parameters of this model")
 
 
 def _placed(path: param_layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
     if leaf.shape != target.shape:
         found, wanted = f"{leaf.dtype}{list(leaf.shape)}", f"{target.dtype}{list(target.shape)}"
         problem = f"{param_layout.dotted(path)} is {found}, expected {wanted}"
-        raise JaxserveError(problem, "give parameters of this model, in the layout of its mesh")
+        raise JaxserveError(problem, "pass parameters of this model, in the layout of its mesh")
     if leaf.dtype != target.dtype:
         leaf = leaf.astype(target.dtype)
     return leaf if getattr(leaf, "sharding", None) == where else jax.device_put(leaf, where)

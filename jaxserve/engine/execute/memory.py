@@ -81,7 +81,7 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
         stats = device.memory_stats() or {}
         if "bytes_limit" not in stats:
             problem = f"{device} does not report how much memory it has"
-            raise ConfigError(problem, "give num_blocks or kv_cache_memory_bytes")
+            raise ConfigError(problem, "set num_blocks or kv_cache_memory_bytes")
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
         # The limit is jax's share of the memory; the utilization refers to all of it.
         share = float(os.environ.get(MEMORY_SHARE, "0.75"))

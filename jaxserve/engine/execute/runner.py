@@ -115,7 +115,7 @@ class Runner:
                 self.cache, self.tables, self.last, self.controls = self._executable("fresh")()
                 jax.block_until_ready(self.cache)
             except jax.errors.JaxRuntimeError as error:
-                problem = f"the devices have too little memory for {self.limits.num_blocks} KV blocks: {error}"
+                problem = f"the devices do not have enough memory for {self.limits.num_blocks} KV blocks: {error}"
                 raise ConfigError(
                     problem, "lower num_blocks, kv_cache_memory_bytes or gpu_memory_utilization"
                 ) from None

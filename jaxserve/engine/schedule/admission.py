@@ -33,8 +33,8 @@ def check(request: Request, limits: Limits) -> None:
     if request.beam_search is not None:
         _check_beams(request.beam_search, limits)
     if params.n > limits.max_num_seqs:
-        problem = f"n is {params.n}, the engine runs {limits.max_num_seqs} sequences at once"
-        raise RequestError("n", problem, f"give at most {limits.max_num_seqs}")
+        problem = f"n is {params.n}, but the engine runs at most {limits.max_num_seqs} sequences at once"
+        raise RequestError("n", problem, f"lower it to {limits.max_num_seqs} or less")
     for name in _TOKEN_IDS:
         _check_ids(name, getattr(params, name) or (), limits)
     _check_bad_words(request.bad_word_ids, limits)
@@ -44,10 +44,10 @@ def check(request: Request, limits: Limits) -> None:
         if value is not None and (limits.vocab_size if value == -1 else value) > most:
             asked = f"{value} (all {limits.vocab_size})" if value == -1 else str(value)
             problem = f"{name} is {asked}, above the engine's max_logprobs {most}"
-            raise RequestError(name, problem, f"give at most {most}")
+            raise RequestError(name, problem, f"ask for at most {most}")
     room = limits.max_model_len - len(request.prompt_token_ids)
     if params.min_tokens > max(room, 0):
-        problem = f"min_tokens is {params.min_tokens}, but after the prompt there is room for {max(room, 0)}"
+        problem = f"min_tokens is {params.min_tokens}, but the prompt leaves room for only {max(room, 0)}"
         raise RequestError("min_tokens", problem, "lower it")
     if params.min_tokens:
         _check_something_is_left(request, limits)
@@ -58,8 +58,8 @@ def _check_something_is_left(request: Request, limits: Limits) -> None:
     stops, allowed = stops_of(request, limits), request.params.allowed_token_ids
     left = limits.vocab_size - len(stops) if allowed is None else len(set(allowed) - stops)
     if left <= 0:
-        problem = f"min_tokens is {request.params.min_tokens}, but every token that may be sampled ends the text"
-        raise RequestError("min_tokens", problem, "allow other tokens, or give min_tokens=0")
+        problem = f"min_tokens is {request.params.min_tokens}, but every allowed token ends the text"
+        raise RequestError("min_tokens", problem, "allow other tokens, or set min_tokens to 0")
 
 
 def _check_kinds(request: Request) -> None:
@@ -90,10 +90,10 @@ def _check_beams(params: BeamSearchParams, limits: Limits) -> None:
     """Check that the engine can return enough candidates and run all beams."""
     width = params.beam_width
     if limits.max_logprobs != -1 and 2 * width > limits.max_logprobs:
-        problem = f"beam_width is {width}, and twice as many log-probabilities are above max_logprobs"
+        problem = f"beam_width is {width}, and twice as many log probabilities exceed max_logprobs"
         raise RequestError("beam_width", f"{problem} {limits.max_logprobs}", "lower it, or raise max_logprobs")
     if width > limits.max_num_seqs:
-        problem = f"beam_width is {width}, the engine runs {limits.max_num_seqs} sequences"
+        problem = f"beam_width is {width}, but the engine runs at most {limits.max_num_seqs} sequences at once"
         raise RequestError("beam_width", problem, "lower it")
 
 
@@ -108,7 +108,7 @@ def _check_prompt(request: Request, limits: Limits) -> None:
     if request.generates:
         longest, use = longest - 1, "continued"
     if count > longest:
-        problem = f"the prompt has {count} tokens, but the longest that can be {use} has {longest}"
+        problem = f"the prompt has {count} tokens, but at most {longest} can be {use}"
         raise RequestError("prompt", problem, "shorten it, or start the engine with a larger max_model_len")
     _check_ids("prompt", request.prompt_token_ids, limits)
 
@@ -118,21 +118,21 @@ def _check_ids(name: str, ids: Collection[int], limits: Limits) -> None:
     kinds = set(map(type, ids))
     if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
         bad = next(token for token in ids if isinstance(token, bool) or not isinstance(token, Integral))
-        raise RequestError(name, f"{name} holds {_shown(bad)}", "give token ids: whole numbers")
+        raise RequestError(name, f"{name} contains {_shown(bad)}", "use whole numbers as token ids")
     for token in (min(ids), max(ids)) if kinds else ():
         if not 0 <= token < limits.vocab_size:
-            problem = f"{name} holds the token id {_shown(int(token))}, the model has 0 to {limits.vocab_size - 1}"
-            raise RequestError(name, problem, "give ids of this model's vocabulary")
+            problem = f"{name} contains token id {_shown(int(token))}, but valid ids are 0 to {limits.vocab_size - 1}"
+            raise RequestError(name, problem, "use token ids of this model")
 
 
 def _check_bad_words(words: tuple[tuple[int, ...], ...], limits: Limits) -> None:
     if len(words) > MAX_BAD_WORDS:
-        problem = f"bad_words makes {len(words)} token sequences"
-        raise RequestError("bad_words", problem, f"give words that make at most {MAX_BAD_WORDS}")
+        problem = f"bad_words expands to {len(words)} token sequences"
+        raise RequestError("bad_words", problem, f"use at most {MAX_BAD_WORDS} sequences")
     for word in words:
         if not 0 < len(word) <= BAD_WORD_TOKENS:
             problem = f"bad_words has a sequence of {len(word)} tokens"
-            raise RequestError("bad_words", problem, f"give sequences of 1 to {BAD_WORD_TOKENS} tokens")
+            raise RequestError("bad_words", problem, f"use sequences of 1 to {BAD_WORD_TOKENS} tokens")
         _check_ids("bad_words", word, limits)
 
 

@@ -226,7 +226,7 @@ class BlockPool:
             ]
         if faults:
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise RuntimeError(f"the block pool contradicts itself: {'; '.join(faults[:8])}{more}")
+            raise RuntimeError(f"the block pool is inconsistent: {'; '.join(faults[:8])}{more}")
 
     def _state_faults(self) -> Iterator[str]:
         """Check that every block except the null block is in exactly one state."""

@@ -46,7 +46,7 @@ def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs
     """Log-probabilities with the `wanted` most likely tokens (-1: all). Other rows of the step may need more."""
     logprobs, ranks = result.logprobs, result.ranks
     if logprobs is None or ranks is None:
-        raise RuntimeError("a row needs log-probabilities, but the step computed none")
+        raise RuntimeError("a row needs log probabilities, but the step computed none")
     tops: list[int] = []
     values: list[float] = []
     if wanted and result.top_tokens is not None and result.top_logprobs is not None:

@@ -255,4 +255,4 @@ def in_turns(copies: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 def _within(what: str, values: Ints, low: int, high: int) -> None:
     """Raise on an index out of range, which jax would clamp or wrap, overwriting another request's data."""
     if values.size and (int(values.min()) < low or int(values.max()) >= high):
-        raise RuntimeError(f"{what}s are {values.min()} to {values.max()}, expected {low} to {high - 1}")
+        raise RuntimeError(f"{what}s range from {values.min()} to {values.max()}, expected {low} to {high - 1}")

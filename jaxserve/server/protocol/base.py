@@ -44,9 +44,9 @@ class Strict(BaseModel):
 class Body(Strict):
     """A whole body."""
 
-    model: Annotated[str | None, Field(max_length=MAX_MODEL_NAME, description="A name from /v1/models; optional.")] = (
-        None
-    )
+    model: Annotated[
+        str | None, Field(max_length=MAX_MODEL_NAME, description="Model name, as listed by /v1/models; optional.")
+    ] = None
 
 
 def parse[B: BaseModel](kind: type[B], raw: bytes, *, allow_unknown: bool = False) -> B:

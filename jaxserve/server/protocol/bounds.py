@@ -29,7 +29,7 @@ def check(raw: bytes, fields: Collection[str]) -> str | None:
     values = sum(raw.count(mark) for mark in (b",", b"[", b"{")) if len(raw) > MAX_VALUES else 0
     if values > MAX_VALUES:
         raise ApiError(
-            400, f"The body has about {values} values, but at most {MAX_VALUES} are allowed. Send less at once."
+            400, f"The body has about {values} values, above the limit of {MAX_VALUES}. Send less per request."
         )
     unknown: str | None = None
     try:
@@ -53,4 +53,4 @@ def _check_inside(name: str, value: msgspec.Raw) -> None:
         case _:
             return
     if any(len(each) > MAX_KEYS for each in objects):
-        raise bad_request(name, f"{name} has an object with too many keys", f"give at most {MAX_KEYS}")
+        raise bad_request(name, f"{name} has an object with too many keys", f"use at most {MAX_KEYS}")

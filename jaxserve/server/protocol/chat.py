@@ -78,18 +78,16 @@ class ChatRequest(with_unsupported(Sampling, CHAT_FIELDS), Conversation):
         Field(
             ge=1,
             le=2**31 - 1,
-            description="How many tokens to generate at most; overrides max_tokens. Default: the rest of the context.",
+            description="Maximum number of tokens to generate; overrides max_tokens. Default: the rest of the context.",
         ),
     ] = None
-    logprobs: Annotated[bool | None, Field(description="Return the log-probability of each token.")] = None
+    logprobs: Annotated[bool | None, Field(description="Return the log probability of each token.")] = None
     top_logprobs: Annotated[
         int | None,
-        Field(ge=-1, le=2**31 - 1, description="How many of the likeliest tokens to add to logprobs; -1 for all."),
+        Field(ge=-1, le=2**31 - 1, description="Number of most likely tokens to include in logprobs; -1 for all."),
     ] = None
     return_prompt_text: bool | None = None
-    parallel_tool_calls: Annotated[bool | None, Field(description="Without effect: tools are not supported yet.")] = (
-        None
-    )
+    parallel_tool_calls: Annotated[bool | None, Field(description="No effect: tools are not supported yet.")] = None
     tool_choice: Annotated[
         Literal["none"] | None, Field(description="Other values are not supported yet."), Expected('"none"')
     ] = None

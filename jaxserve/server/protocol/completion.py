@@ -30,14 +30,18 @@ class CompletionRequest(with_unsupported(Sampling, COMPLETION_FIELDS)):
     prompt: Annotated[Prompts, one_or_many(MAX_PROMPTS, "prompts")]
     max_tokens: Annotated[
         int | None,
-        Field(ge=0, le=2**31 - 1, description="How many tokens to generate at most, 16 if not given; 0 with echo."),
+        Field(
+            ge=0,
+            le=2**31 - 1,
+            description="Maximum number of tokens to generate, 16 by default; 0 is allowed with echo.",
+        ),
     ] = None
     logprobs: Annotated[
         int | None,
         Field(
             ge=0,
             le=2**31 - 1,
-            description="Return the log-probability of each token and of this many of the likeliest ones.",
+            description="Return the log probability of each token and of this many most likely tokens.",
         ),
     ] = None
     best_of: Annotated[int | None, Field(ge=1, le=1, description="More than 1 is not supported.")] = None
@@ -47,7 +51,7 @@ class CompletionRequest(with_unsupported(Sampling, COMPLETION_FIELDS)):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens is 0, which requires echo; raise it, or set echo")
         if self.max_tokens == 0 and (self.n or 1) > 1:
-            raise ValueError("n is above 1 with max_tokens 0, which makes all choices equal; give n=1")
+            raise ValueError("n is above 1 with max_tokens 0, which makes all choices equal; set n=1")
         return self
 
 

@@ -37,14 +37,14 @@ class TokenizeRequest(Conversation):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage] | None, Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     add_special_tokens: Annotated[
-        bool | None, Field(description="If not given, true for a prompt and false for messages.")
+        bool | None, Field(description="Defaults to true for a prompt and false for messages.")
     ] = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("one of prompt and messages is required; give exactly one")
+            raise ValueError("one of prompt and messages is required; send exactly one")
         return self
 
 

@@ -18,9 +18,9 @@ SENT = tuple(each.name for each in FIELDS if each.sent)
 
 
 class StreamOptions(Strict):
-    include_usage: Annotated[bool | None, Field(description="Send the usage in a last chunk.")] = None
+    include_usage: Annotated[bool | None, Field(description="Send usage in a final chunk.")] = None
     continuous_usage_stats: Annotated[
-        bool | None, Field(description="Send the usage in every chunk; requires include_usage.")
+        bool | None, Field(description="Send usage in every chunk; requires include_usage.")
     ] = None
     include_obfuscation: NeverTrue = None
 
@@ -37,7 +37,7 @@ class Ordered(Body):
     metadata: Annotated[dict[Name, Name] | None, Field(max_length=MAX_METADATA)] = None
     store: NeverTrue = None
     service_tier: Annotated[
-        Literal["auto", "default"] | None, Field(description="Without effect."), Expected('"auto" or "default"')
+        Literal["auto", "default"] | None, Field(description="No effect."), Expected('"auto" or "default"')
     ] = None
     prompt_cache_key: Name | None = None
     safety_identifier: Name | None = None
@@ -56,7 +56,7 @@ class Ordered(Body):
     ] = None
     truncation_side: Annotated[
         Literal["left", "right"] | None,
-        Field(description="Which end of the prompt is cut off; left if not given."),
+        Field(description="End of the prompt that is cut off; left by default."),
         Expected('"left" or "right"'),
     ] = None
     cache_salt: Annotated[
@@ -86,7 +86,7 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Tokens per chunk, after the first chunk.")
+        int | None, Field(ge=1, le=2**31 - 1, description="Number of tokens per chunk, after the first chunk.")
     ] = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -97,11 +97,13 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
     ] = None
     use_beam_search: Annotated[
         bool | None,
-        Field(description="The n likeliest answers that a beam search of width n finds, best first. Not in a stream."),
+        Field(description="Beam search of width n: return the n most likely completions, best first. Not in a stream."),
     ] = None
     length_penalty: Annotated[
         float | None,
-        Field(ge=-100, le=100, description="With use_beam_search: beams rank by log-probability / length ** this."),
+        Field(
+            ge=-100, le=100, description="With use_beam_search: beams are ranked by log probability / length ** this."
+        ),
     ] = None
 
     return_token_offsets: NeverTrue = None

@@ -39,7 +39,7 @@ async def create(request: web.Request) -> web.StreamResponse:
 def _prepared(preparer: Preparer, body: CompletionRequest, order: Order) -> list[Request]:
     prompts = as_list(body.prompt)
     if not prompts:
-        raise bad_request("prompt", "the prompt is an empty list", "give at least one prompt")
+        raise bad_request("prompt", "the prompt is an empty list", "send at least one prompt")
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
         problem = f"n is {body.n or 1}, which makes {len(prompts) * (body.n or 1)} choices in all"
         raise bad_request("n", problem, f"ask for at most {MAX_CHOICES}")
@@ -49,8 +49,8 @@ def _prepared(preparer: Preparer, body: CompletionRequest, order: Order) -> list
         if scores:
             raise bad_request("max_tokens", "max_tokens is 0, which leaves nothing to search", "raise it")
         if body.echo and body.logprobs is not None:
-            problem = "echo with logprobs needs those of the prompt, which a beam search does not give"
-            raise bad_request("echo", problem, "leave one of them out")
+            problem = "echo with logprobs requires prompt log probabilities, which a beam search does not compute"
+            raise bad_request("echo", problem, "remove echo or logprobs")
         return params.prepare_beams(
             preparer, prompts, body, order, max_tokens=wanted, logprobs=body.logprobs, field="prompt"
         )
@@ -147,4 +147,4 @@ class _CompletionChoices:
         return b"".join(made)
 
 
-ROUTES = (Route("POST", "/v1/completions", create, body=CompletionRequest, summary="Continue prompts."),)
+ROUTES = (Route("POST", "/v1/completions", create, body=CompletionRequest, summary="Create a completion."),)

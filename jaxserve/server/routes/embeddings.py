@@ -56,7 +56,7 @@ def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, An
         size = output.embedding.shape[0]
         if body.dimensions not in (None, size):
             problem = f"dimensions is {body.dimensions}, but this model's embeddings have {size}"
-            raise bad_request("dimensions", problem, "leave it out, because embeddings cannot be shortened")
+            raise bad_request("dimensions", problem, "remove it, because embeddings cannot be shortened")
         vector = normalized(output.embedding)
         if body.encoding_format == "base64":
             shape: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode()

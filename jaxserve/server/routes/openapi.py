@@ -37,8 +37,8 @@ STATUSES = {
     404: "Unknown model.",
     408: "Timeout while receiving the body.",
     409: "Not possible in the engine's current state.",
-    413: "The body is too large.",
-    500: "The engine or the server failed on this request.",
+    413: "Request body too large.",
+    500: "Internal error of the engine or the server.",
     503: "Unavailable: loading, overloaded, asleep or shutting down. Retry after Retry-After seconds.",
     504: "The request's deadline has passed.",
 }

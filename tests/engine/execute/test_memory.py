@@ -53,7 +53,7 @@ def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatc
     weights, cache = capacity.size(got.memory.weights), capacity.size(257 * BLOCK_BYTES)
     assert lines == [
         f"memory per device, on a CPU: weights {weights}, KV cache {cache}",
-        "KV cache: 256 blocks of 8 = 2,048 tokens: 32.0 sequences of 64 at once",
+        "KV cache: 256 blocks of 8 = 2,048 tokens: 32.0 sequences of 64 tokens at once",
     ]
 
 
@@ -90,8 +90,8 @@ def test_a_length_that_is_not_configured_is_fitted_and_logged() -> None:
 @pytest.mark.parametrize(
     "config, match",
     [
-        (dict(max_model_len=65), "max_model_len is 65, but the model supports 64"),
-        (dict(max_model_len=1), "give 2 or more"),
+        (dict(max_model_len=65), "max_model_len is 65, above the model's limit of 64"),
+        (dict(max_model_len=1), "use at least 2"),
         (
             dict(max_model_len=41, num_blocks=6),
             "num_blocks is 6: the KV cache holds 40 tokens, too few for a sequence of 41",
@@ -183,7 +183,7 @@ def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
         capacity.size(count) for count in (got.memory.weights, 3 * GIB - got.memory.weights, got.state)
     )
     assert lines[0] == (
-        f"memory per device, 8.00 GiB usable: weights {weights}, in use already {other}, state {state}, "
+        f"memory per device, 8.00 GiB usable: weights {weights}, already in use {other}, state {state}, "
         f"largest step 1.00 GiB, slack 256.00 MiB, KV cache {capacity.size(got.limits.num_blocks * BLOCK_BYTES)}"
     )
 
@@ -203,7 +203,8 @@ def test_a_device_that_does_not_report_its_memory(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ConfigError, match=r"no memory is left for a KV cache: 3\.2\d GiB of 3\.00 GiB per device are taken"
+        ConfigError,
+        match=r"no memory is left for the KV cache: of 3\.00 GiB usable per device, all else needs 3\.2\d GiB",
     ):
         on_gpu(monkeypatch, FakeDevice(4 * GIB, 2 * GIB))
 
@@ -222,7 +223,7 @@ def test_blocks_that_left_the_window_are_not_needed() -> None:
     """A window of 20, a step of 4 and what lies beside them in blocks: 5 blocks hold any length."""
     got, lines = sized(WINDOWED, num_blocks=6, max_model_len=60, max_num_seqs=1, max_num_batched_tokens=4)
     assert got.limits.max_model_len == 60 and not any("max_model_len" in line for line in lines)
-    with pytest.raises(ConfigError, match=r"num_blocks is 5: .*; give 6 or more"):
+    with pytest.raises(ConfigError, match=r"num_blocks is 5: .*; raise it to 6 or more"):
         sized(WINDOWED, num_blocks=5, max_model_len=60, max_num_seqs=1, max_num_batched_tokens=4)
 
 

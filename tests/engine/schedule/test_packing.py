@@ -194,12 +194,12 @@ def test_turns_are_few_and_fit_the_program() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(edits={40: 1}), "block table cells are 40 to 40, expected 0 to 39"),
-        (dict(edits={-1: 1}), "block table cells are -1"),
-        (dict(edits={0: BLOCKS}), "blocks are 50 to 50, expected 0 to 49"),
-        (dict(edits={0: -1}), "blocks are -1"),
-        (dict(copies=[(1, BLOCKS)]), "blocks are 1 to 50, expected 1 to 49"),
-        (dict(copies=[(1, 0)]), "blocks are 0 to 1, expected 1 to 49"),
+        (dict(edits={40: 1}), "block table cells range from 40 to 40, expected 0 to 39"),
+        (dict(edits={-1: 1}), "block table cells range from -1"),
+        (dict(edits={0: BLOCKS}), "blocks range from 50 to 50, expected 0 to 49"),
+        (dict(edits={0: -1}), "blocks range from -1"),
+        (dict(copies=[(1, BLOCKS)]), "blocks range from 1 to 50, expected 1 to 49"),
+        (dict(copies=[(1, 0)]), "blocks range from 0 to 1, expected 1 to 49"),
     ],
 )
 def test_wrong_blocks_raise(changes: dict[str, Any], said: str) -> None:
@@ -211,10 +211,10 @@ def test_wrong_blocks_raise(changes: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("row", "start", "said"),
     [
-        (0, 40, "lengths are 4. to 4., expected 1 to 40"),
-        (0, -3, "lengths are -"),
-        (4, 0, "rows are 4 to 4, expected 0 to 3"),
-        (-1, 0, "rows are -1 to -1, expected 0 to 3"),
+        (0, 40, "lengths range from 4. to 4., expected 1 to 40"),
+        (0, -3, "lengths range from -"),
+        (4, 0, "rows range from 4 to 4, expected 0 to 3"),
+        (-1, 0, "rows range from -1 to -1, expected 0 to 3"),
     ],
 )
 def test_wrong_rows_and_lengths_raise(count: int, row: int, start: int, said: str) -> None:

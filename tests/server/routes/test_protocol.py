@@ -184,7 +184,7 @@ def intake(vocab_size: int) -> Preparer:
 def test_a_tokenizer_that_knows_more_than_the_model() -> None:
     """Its added tokens have no row in the embedding: text that holds one is refused, before any device reads it."""
     small, order = intake(420), Order(name="cmpl-x", add_special_tokens=False)
-    with pytest.raises(RequestError, match="prompt holds the token id 42"):
+    with pytest.raises(RequestError, match="prompt contains token id 42"):
         params.prepare(small, ["a<|eot_id|>b"], SamplingParams(), order, field="prompt")
     with pytest.raises(RequestError) as caught:
         params.prepare(small, ["a"], SamplingParams(allowed_token_ids=[420]), order, field="prompt")

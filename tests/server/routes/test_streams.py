@@ -109,8 +109,8 @@ def _output(text: str, **more: Any) -> RequestOutput:
 
 
 FAULTS: list[tuple[Exception, int]] = [
-    (EngineError("the engine's thread failed: /home/me/x.py at 0x7f0012345678", "start it again"), 500),
-    (ApiError(504, "The request took longer than its deadline."), 504),
+    (EngineError("the engine's thread failed: /home/me/x.py at 0x7f0012345678", "restart it"), 500),
+    (ApiError(504, "The request exceeded its deadline."), 504),
     (RuntimeError("Traceback: /usr/lib"), 500),
 ]
 
