@@ -156,7 +156,7 @@ def test_default_parameters_are_those_of_the_model(tmp_path: Path) -> None:
     assert output.outputs[0].token_ids == [7] and output.outputs[0].text == ""
     refused: list[tuple[Any, dict[str, Any]]] = [("text", {}), ([5], {"stop": "x"}), ([5], {"bad_words": ["x"]})]
     for prompt, options in refused:
-        with pytest.raises(RequestError, match="there is no"):
+        with pytest.raises(RequestError, match="is loaded"):
             llm.generate(prompt, SamplingParams(**options))
     with pytest.raises(JaxserveError, match="no tokenizer"):
         llm.get_tokenizer()
@@ -384,7 +384,7 @@ def test_arrays_hold_what_generate_says(llm: LLM, reference: Reference) -> None:
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
-        ([1, 2], "one prompt"),
+        ([1, 2], "single prompt"),
         ((np.zeros((2, 3), np.int32), np.array([3])), "one integer length per row"),
         ((np.zeros((2, 3), np.int32), np.array([3, 4])), "lengths range from 3 to 4"),
         ((np.zeros((2, 3), np.int32), np.array([3, 0])), "prompt 1: the prompt is empty"),

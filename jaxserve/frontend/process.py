@@ -319,7 +319,7 @@ def _detail(progress: wire.Progress) -> str:
 
 def _ended_with(code: int) -> EngineError:
     if code >= 0:
-        return EngineError(f"the engine process exited with code {code}", "see its log")
+        return EngineError(f"the engine process ended with exit code {code}", "see its log")
     try:
         name = signal.Signals(-code).name
     except ValueError:

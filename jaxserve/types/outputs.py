@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outputs of an engine.
+"""Owns the types of what an engine returns: updates, outputs and their parts.
 
 Update         the result of one step for one sample of a request
 RequestOutput  what users see: text, tokens and log-probabilities of all samples so far

@@ -298,13 +298,13 @@ def test_help(command: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--max-model-len", "129"], ("--max-model-len is 129", "at most 128")),
+        (["--max-model-len", "129"], ("--max-model-len is 129", "128 or less")),
         (["--max-model-len", "1"], ("--max-model-len is 1", "at least 2")),
         (["--kv-cache-memory-bytes", "1KiB"], ("--kv-cache-memory-bytes is 1024", "or more")),
         (["--kv-cache-memory-bytes", "900TiB"], ("--kv-cache-memory-bytes is", "this machine has")),
         (
             ["--num-blocks", "3", "--max-model-len", "64"],
-            ("--num-blocks is 3", "raise it to 5 or more", "--max-model-len 32"),
+            ("--num-blocks is 3", "raise it to 5 or more", "--max-model-len to 32"),
         ),
         (["--max-num-batched-tokens", "16"], ("--max-num-batched-tokens is 16", "--max-num-seqs")),
         (["-tp", "2"], ("--tensor-parallel-size is 2, but JAX has only 1 CPU device",)),

@@ -162,7 +162,7 @@ def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int
     with pytest.raises(JaxserveError, match="is already asleep"):
         llm.sleep()
     if level == 2:
-        with pytest.raises(JaxserveError, match="give new ones"):
+        with pytest.raises(JaxserveError, match="load new ones"):
             llm.wake()
         llm.update_weights(OLD, version=0)
     llm.wake()

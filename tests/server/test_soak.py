@@ -113,16 +113,16 @@ def test_rounds_can_be_repeated() -> None:
     ("asked", "status", "body", "problem"),
     [
         (Ask(COMPLETIONS, {"prompt": "a"}), 500, b"{}", "500 in place of 200"),
-        (Ask(COMPLETIONS, {"prompt": ""}, 400), 400, b'{"error": {}}', "no error"),
-        (Ask(COMPLETIONS, {"prompt": "a"}), 200, b'{"choices": []}', "not one end"),
-        (Ask(COMPLETIONS, {"prompt": "a", "stream": True}), 200, b"", "without its end"),
+        (Ask(COMPLETIONS, {"prompt": ""}, 400), 400, b'{"error": {}}', "not an error"),
+        (Ask(COMPLETIONS, {"prompt": "a"}), 200, b'{"choices": []}', "not exactly one"),
+        (Ask(COMPLETIONS, {"prompt": "a", "stream": True}), 200, b"", "without its final event"),
         (Ask(CHAT, {"stream": True}), 200, b'data: {"error": {}}\n\ndata: [DONE]\n\n', "an error in"),
-        (Ask(CHAT, {"stream": True}), 200, b'data: {"choices": []}\n\ndata: [DONE]\n\n', "not one end"),
+        (Ask(CHAT, {"stream": True}), 200, b'data: {"choices": []}\n\ndata: [DONE]\n\n', "not exactly one"),
         (
             Ask(CHAT, {}),
             200,
             b'{"choices": [{"index": 0, "finish_reason": "abort"}]}',
-            "nobody asked for",
+            "was not requested",
         ),
         (
             Ask(CHAT, {"max_tokens": 1}),

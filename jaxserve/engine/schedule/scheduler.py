@@ -381,7 +381,7 @@ class Scheduler:
         """End a sequence whose logits are not finite or leave nothing to sample. Its KV is never reused."""
         self._tables.distrust(sequence)
         update = Update(request_id=sequence.request.id, index=sequence.index, policy_version=self.policy_version)
-        update.error = "the model returned non-finite logits, or masks left no token to sample"
+        update.error = "the model returned logits that are not finite, or masks left no token to sample"
         return self._finish(sequence, update, "error")
 
     # --- beams ------------------------------------------------------------------------------------------------------

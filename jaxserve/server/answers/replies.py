@@ -103,5 +103,5 @@ def check_sound(output: RequestOutput) -> None:
     """Raise an error for the client if the engine could not continue this request."""
     for sample in output.outputs:
         if sample.finish_reason == "error":
-            reason = one_line(scrubbed(sample.error or "the model returned non-finite numbers"), limit=300)
+            reason = one_line(scrubbed(sample.error or "the model returned numbers that are not finite"), limit=300)
             raise ApiError(500, f"The engine failed on this request: {reason}.")
