@@ -213,7 +213,7 @@ def check_length(count: int, sampling: SamplingParams, order: Order, limits: Lim
     limit = f"this model's maximum context length is {longest} tokens"
     if count > longest - order.generates:
         leaves = ", which leaves no room for output" if count == longest else ""
-        raise RequestError("prompt", f"{told}, but the prompt has {count}{leaves}", "shorten the prompt")
+        raise RequestError("prompt", f"{limit}, but the prompt has {count}{leaves}", "shorten the prompt")
     if order.generates and sampling.max_tokens is not None and sampling.max_tokens > longest:
-        problem = f"{told}, but {order.max_tokens_field} is {sampling.max_tokens}"
+        problem = f"{limit}, but {order.max_tokens_field} is {sampling.max_tokens}"
         raise RequestError(order.max_tokens_field, problem, f"lower it to {longest - count} or less for this prompt")
