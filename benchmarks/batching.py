@@ -39,8 +39,8 @@ _PEER = Path(__file__).parent / "peers" / "transformers_generate.py"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Of one side to so many requests, the first of those that it was given."""
+class Generated:
+    """What one side generated for the first requests of those that it was given."""
 
     seconds: float
     tokens: list[list[int]]
@@ -74,13 +74,13 @@ class Row:
 class Theirs(offline.Side):
     """transformers, in a process of its own."""
 
-    def batch(self, requests: Sequence[Asked]) -> Answer:
+    def batch(self, requests: Sequence[Asked]) -> Generated:
         assert self.process.stdin
         asked = {"prompts": [one.prompt for one in requests], "max_tokens": [one.new for one in requests]}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         content = self._line()
-        return Answer(content["seconds"], content["tokens"])
+        return Generated(content["seconds"], content["tokens"])
 
 
 class Ours:
@@ -97,19 +97,19 @@ class Ours:
             warmup=warmup,
         )
 
-    def batch(self, requests: Sequence[Asked]) -> Answer:
+    def batch(self, requests: Sequence[Asked]) -> Generated:
         prompts = [{"prompt_token_ids": one.prompt} for one in requests]
         params = [SamplingParams(temperature=0, max_tokens=one.new, ignore_eos=True) for one in requests]
         start = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        return Answer(seconds, [list(output.outputs[0].token_ids) for output in outputs])
+        return Generated(seconds, [list(output.outputs[0].token_ids) for output in outputs])
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def in_batches(side: Any, requests: Sequence[Asked], *, size: int, seconds: float = math.inf) -> Answer:
+def in_batches(side: Any, requests: Sequence[Asked], *, size: int, seconds: float = math.inf) -> Generated:
     """As many of the requests, from the first, as the time allows; one batch at least."""
     spent, tokens = 0.0, list[list[int]]()
     for start in range(0, len(requests), size):
@@ -118,7 +118,7 @@ def in_batches(side: Any, requests: Sequence[Asked], *, size: int, seconds: floa
         tokens += answer.tokens
         if spent >= seconds:
             break
-    return Answer(spent, tokens)
+    return Generated(spent, tokens)
 
 
 def measure(
@@ -132,7 +132,7 @@ def measure(
     seconds: float,
 ) -> list[Row]:
     """`draw` gives requests for a seed; `theirs` is None where there is no peer."""
-    found: dict[int, list[dict[str, Answer]]] = {count: [] for count in counts}
+    found: dict[int, list[dict[str, Generated]]] = {count: [] for count in counts}
     for turn in range(rounds):
         for place, count in enumerate(counts):
             requests = draw(turn, count * max(1, LEAST // count))
@@ -150,13 +150,13 @@ def measure(
     return [_row(load, count, found[count]) for count in counts]
 
 
-def _check(name: str, requests: Sequence[Asked], answer: Answer) -> None:
+def _check(name: str, requests: Sequence[Asked], answer: Generated) -> None:
     wanted = [one.new for one in requests[: len(answer.tokens)]]
     if [len(tokens) for tokens in answer.tokens] != wanted:
         raise SystemExit(f"error: {name} returned a different number of tokens than requested")
 
 
-def _row(load: str, count: int, rounds: Sequence[dict[str, Answer]]) -> Row:
+def _row(load: str, count: int, rounds: Sequence[dict[str, Generated]]) -> Row:
     ours = [answers["jaxserve"] for answers in rounds]
     peers: dict[str, Peer] = {}
     for name in SIDES:

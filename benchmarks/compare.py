@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import arguments, facts, offline, plot, serving, words
 from benchmarks.peers.servers import Server, missing
-from benchmarks.serving import Deadlines, Work
+from benchmarks.serving import Objectives, Work
 from jaxserve import demo
 from jaxserve.cli.client import Client, ServerError
 
@@ -154,7 +154,7 @@ class Side(Server):
         outcome = serving.run(self.target, serving.jobs(self.target, work, count), concurrency=streams)
         if self.process.poll() is not None:
             raise Died(f"{self.name} died; its log ends: {self.last_words()}")
-        return serving.figures(outcome, Deadlines())
+        return serving.figures(outcome, Objectives())
 
 
 def markdown(rows: Sequence[Row]) -> str:

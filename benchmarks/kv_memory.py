@@ -19,7 +19,7 @@ BLOCK = 16
 
 
 @dataclass(frozen=True)
-class Sample:
+class CacheUse:
     """After a step."""
 
     running: int
@@ -29,7 +29,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Memory:
+class CacheReport:
     requests: int
     max_model_len: int
     block_size: int
@@ -47,19 +47,19 @@ class Memory:
     reserved_unused_percent: float  # the same of reservations
 
 
-def sample(engine: Engine) -> Sample:
+def sample(engine: Engine) -> CacheUse:
     scheduler = engine.scheduler
     _, _, used = scheduler.pool.counts()
     tokens = sum(sequence.computed for sequence in scheduler.running)
-    return Sample(len(scheduler.running), scheduler.queued, used, tokens)
+    return CacheUse(len(scheduler.running), scheduler.queued, used, tokens)
 
 
-def run(engine: Engine, requests: Sequence[tuple[list[int], int]]) -> list[Sample]:
+def run(engine: Engine, requests: Sequence[tuple[list[int], int]]) -> list[CacheUse]:
     """All requests to their ends, and a sample for every step."""
     for place, (ids, new) in enumerate(requests):
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
         engine.add(Request(id=str(place), prompt_token_ids=ids, params=params))
-    samples: list[Sample] = []
+    samples: list[CacheUse] = []
     while engine.unfinished:
         engine.step()
         samples.append(sample(engine))
@@ -67,8 +67,8 @@ def run(engine: Engine, requests: Sequence[tuple[list[int], int]]) -> list[Sampl
 
 
 def summary(
-    samples: Sequence[Sample], *, requests: int, limits: tuple[int, int, int], block_bytes: int, preemptions: int
-) -> Memory:
+    samples: Sequence[CacheUse], *, requests: int, limits: tuple[int, int, int], block_bytes: int, preemptions: int
+) -> CacheReport:
     """`limits`: max_model_len, slots in a block, blocks that requests may use."""
     longest, block, blocks = limits
     full = [one for one in samples if one.waiting and one.running] or [one for one in samples if one.running]
@@ -77,7 +77,7 @@ def summary(
     def mean(values: Sequence[float]) -> float:
         return statistics.fmean(values)
 
-    return Memory(
+    return CacheReport(
         requests=requests,
         max_model_len=longest,
         block_size=block,
@@ -104,7 +104,7 @@ def measure(
     rows: int,
     tokens: int,
     reservations: int,
-) -> Memory:
+) -> CacheReport:
     """`rows` and `tokens` of a step; the cache is as large as so many `reservations`."""
     config = EngineConfig(
         model=model,
@@ -131,7 +131,7 @@ def measure(
         engine.close()
 
 
-def table(memory: Memory) -> str:
+def table(memory: CacheReport) -> str:
     """As Markdown."""
     more = memory.at_once_mean / memory.at_once_reserved
     less = memory.reserved_mean_bytes / memory.used_mean_bytes

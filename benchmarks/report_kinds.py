@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import kernels, kv_memory, load, server, startup
 from benchmarks.engine_host import AIM_MS, AIM_ROWS, FLAT_AIM
-from benchmarks.kv_memory import Memory
+from benchmarks.kv_memory import CacheReport
 from jaxserve import demo
 
 type Content = dict[str, Any]
@@ -138,7 +138,7 @@ def batching_lines(content: Content, rows: Rows) -> list[str]:
             lines += ["", f"At least {min(same):.0%} of the answers are identical token by token."]
     memory = next((row for row in rows.values() if "load" not in row), None)
     if memory is not None:
-        found = Memory(**memory)
+        found = CacheReport(**memory)
         lines += [""] * bool(lines)
         lines += [
             f"KV memory, model `{model}`, {found.requests:,} requests with chat-like lengths, max_model_len "

@@ -62,7 +62,9 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deadlines:
+class Objectives:
+    """Service-level objectives: a request counts for goodput if it meets both."""
+
     ttft_ms: float = 1000.0
     tpot_ms: float = 100.0
 
@@ -114,13 +116,13 @@ def run(target: Target, work: list[Job], *, concurrency: int | None = None, rate
     return asyncio.run(load.run(target.url, work, concurrency=concurrency, rate=rate, **options))
 
 
-def figures(outcome: Outcome, deadlines: Deadlines) -> dict[str, float]:
+def figures(outcome: Outcome, deadlines: Objectives) -> dict[str, float]:
     found = load.summary(outcome)
     met = sum(1 for sample in outcome.samples if _met(sample, deadlines))
     return found | {"goodput": met / max(outcome.seconds, 1e-9)}
 
 
-def _met(sample: Sample, deadlines: Deadlines) -> bool:
+def _met(sample: Sample, deadlines: Objectives) -> bool:
     if sample.error is not None or not sample.stamps or sample.ttft * 1000 > deadlines.ttft_ms:
         return False
     return sample.output_tokens < 2 or sample.tpot * 1000 <= deadlines.tpot_ms
@@ -179,10 +181,10 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=arguments.whole_or_none, default=0, help="seed of prompts, lengths and times")
     parser.add_argument(
-        "--ttft-ms", type=arguments.positive, default=Deadlines.ttft_ms, help="TTFT deadline for goodput"
+        "--ttft-ms", type=arguments.positive, default=Objectives.ttft_ms, help="TTFT deadline for goodput"
     )
     parser.add_argument(
-        "--tpot-ms", type=arguments.positive, default=Deadlines.tpot_ms, help="TPOT deadline for goodput"
+        "--tpot-ms", type=arguments.positive, default=Objectives.tpot_ms, help="TPOT deadline for goodput"
     )
     parser.add_argument("--ignore-eos", action="store_true", help="always generate the full length")
     parser.add_argument("--no-keep-alive", action="store_true", help="a new connection per request")
@@ -203,7 +205,7 @@ def main() -> None:
         keep_alive=not options.no_keep_alive,
         timeout=options.timeout,
     )
-    deadlines = Deadlines(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
+    deadlines = Objectives(ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
     loads: list[tuple[str, int | None, float]] = [(f"{rate:g}/s", None, rate) for rate in options.rate] or [
         (f"{count} at once", count, math.inf) for count in options.concurrency
     ]

@@ -52,7 +52,7 @@ FLAT = ("api_fds", "engine_fds", "api_threads", "engine_threads", "compiled_late
 
 
 @dataclass(frozen=True)
-class Sample:
+class Snapshot:
     """The server at rest, after so many requests. Memory in MB."""
 
     requests: int
@@ -74,7 +74,7 @@ class Soak:
     def __init__(self, url: str, pid: int, *, clients: int, seed: int) -> None:
         self.url, self.pid, self.clients, self.seed = url, pid, clients, seed
         self.child = child_of(pid)
-        self.samples: list[Sample] = []
+        self.samples: list[Snapshot] = []
         self.faults: list[str] = []
         self.statuses: Counter[int] = Counter()
         self._began = time.monotonic()
@@ -93,7 +93,7 @@ class Soak:
                 self.faults += [f"round {number}: {fault}" for fault in seen.faults]
                 self.samples.append(await self._sample(watch, (number + 1) * requests))
 
-    async def _sample(self, watch: aiohttp.ClientSession, requests: int) -> Sample:
+    async def _sample(self, watch: aiohttp.ClientSession, requests: int) -> Snapshot:
         end = time.monotonic() + REST
         while busy := unrest(metrics := await self._metrics(watch)):
             if time.monotonic() > end:
@@ -106,7 +106,7 @@ class Soak:
                 if answer.status != 200 or (path == "/load" and json.loads(text) != {"server_load": 0}):
                     self.faults.append(f"after {requests} requests {path} says {answer.status} {text}")
         api, engine = process(self.pid), process(self.child)
-        return Sample(
+        return Snapshot(
             requests=requests,
             seconds=time.monotonic() - self._began,
             api_rss=api[0],
@@ -169,13 +169,13 @@ def child_of(pid: int) -> int:
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def overall(samples: Sequence[Sample], name: str) -> float:
+def overall(samples: Sequence[Snapshot], name: str) -> float:
     """MB for PER requests, from the first sample to the last."""
     first, last = samples[0], samples[-1]
     return PER * (getattr(last, name) - getattr(first, name)) / max(last.requests - first.requests, 1)
 
 
-def steady(samples: Sequence[Sample], name: str) -> float:
+def steady(samples: Sequence[Snapshot], name: str) -> float:
     """As `overall`, the median over all stretches."""
     stretches = [
         [one for one in samples[place:] if one.requests <= first.requests + STRETCH]
@@ -185,11 +185,11 @@ def steady(samples: Sequence[Sample], name: str) -> float:
     return statistics.median(overall(stretch, name) for stretch in stretches or [samples])
 
 
-def after_warm_up(samples: Sequence[Sample]) -> Sequence[Sample]:
+def after_warm_up(samples: Sequence[Snapshot]) -> Sequence[Snapshot]:
     return samples[int(len(samples) * WARM) :]
 
 
-def verdict(samples: Sequence[Sample]) -> list[str]:
+def verdict(samples: Sequence[Snapshot]) -> list[str]:
     """What is wrong with how the samples go on, of those after the warm-up."""
     first, last = samples[0], samples[-1]
     wrong = [
@@ -207,7 +207,7 @@ def verdict(samples: Sequence[Sample]) -> list[str]:
     return wrong
 
 
-def table(samples: Sequence[Sample], rows: int = 20) -> str:
+def table(samples: Sequence[Snapshot], rows: int = 20) -> str:
     names = ("requests", "seconds", "api_rss", "engine_rss", *FLAT, "preemptions")
     lines = [" ".join(f"{name:>14}" for name in names)]
     chosen = sorted({round(place) for place in np.linspace(0, len(samples) - 1, rows)})

@@ -35,7 +35,7 @@ BILLION = offline.Shape(vocab=128_256, hidden=2048, width=8192, layers=16, heads
 
 
 @dataclass
-class Start:
+class StartTimes:
     """Seconds in each phase."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -56,14 +56,14 @@ def phase_of(detail: str | None) -> str:
     return "jax" if detail.startswith(("starting", "opening")) else "rest"
 
 
-def once(model: Path, cache: Path, flags: Sequence[str]) -> Start:
+def once(model: Path, cache: Path, flags: Sequence[str]) -> StartTimes:
     """One start, to the first token."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     command = [Path(sysconfig.get_path("scripts"), "jaxserve"), "run", model, f"--port={port}", *flags]
     command += ["--log-level=error", f"--compilation-cache-dir={cache}"]
-    start, last = Start(), time.perf_counter()
+    start, last = StartTimes(), time.perf_counter()
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -131,7 +131,7 @@ def read_seconds(model: Path) -> float:
     return time.perf_counter() - began
 
 
-def table(rows: dict[str, list[Start]]) -> str:
+def table(rows: dict[str, list[StartTimes]]) -> str:
     lines = [f"{'start':>8} {'seconds':>8}" + "".join(f"{phase:>9}" for phase in PHASES)]
     for name, starts in rows.items():
         parts = "".join(f"{statistics.median(one.seconds[phase] for one in starts):9.2f}" for phase in PHASES)
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("flags", nargs="*", help="further flags of `jaxserve run`, after --")
     options = parser.parse_args()
-    rows: dict[str, list[Start]] = {"cold": [], "warm": []}
+    rows: dict[str, list[StartTimes]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as place:
         model = model_folder(options.model, Path(place))
         for _ in range(options.rounds):

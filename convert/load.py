@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from convert import orbax
-from convert.files.reader import Array, Progress, Reader, aligned
+from convert.files.reader import Array, OnBytes, Reader, aligned
 from convert.plan import LoadPlan, plan
 from jaxserve.errors import JaxserveError
 from jaxserve.models import param_layout, registry
@@ -25,7 +25,7 @@ __all__ = ["LoadPlan", "load", "load_model", "open_model", "open_spec", "param_d
 _COMPUTED_IN = ("bfloat16", "float16", "float32")
 
 
-def load_model(folder: str | Path, *, dtype: Any = None, progress: Progress | None = None) -> tuple[ModelSpec, Params]:
+def load_model(folder: str | Path, *, dtype: Any = None, progress: OnBytes | None = None) -> tuple[ModelSpec, Params]:
     """Load the model in `folder`, a Hugging Face or converted folder, onto the mesh in context.
 
     `dtype=None` means the checkpoint's dtype, or float32 on CPU.
@@ -46,7 +46,7 @@ def open_model(folder: Path) -> LoadPlan:
     return plan(folder, *registry.read_config(folder))
 
 
-def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress: Progress | None = None) -> Params:
+def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress: OnBytes | None = None) -> Params:
     """Load the parameters in engine layout onto the mesh in context, as `dtype`."""
     return read(plan(folder, spec, family), dtype=dtype, progress=progress)
 
@@ -67,14 +67,14 @@ def param_dtype(plan: LoadPlan, wanted: Any = None) -> Any:
     return dtype
 
 
-def read(plan: LoadPlan, *, dtype: Any, progress: Progress | None = None) -> Params:
+def read(plan: LoadPlan, *, dtype: Any, progress: OnBytes | None = None) -> Params:
     params: Params = {}
     with Reader(progress) as reader:
         for path, target in param_layout.leaves(param_layout.abstract_params(plan.spec, dtype)):
             host = aligned(target.shape, target.dtype)
             for part in param_layout.parts_of(path, target.shape, plan.spec):
                 into = host[part.index].reshape(part.view, copy=False)
-                reader.fill(plan.jobs(part.path, into, part.source))
+                reader.fill(plan.copies(part.path, into, part.source))
             param_layout.put(params, path, _to_devices(host, target))
     return params
 

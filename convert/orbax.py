@@ -26,7 +26,7 @@ import numpy as np
 
 from convert.files import output
 from convert.files.header import BITS, TensorInfo, quote
-from convert.files.reader import Progress, Reader, aligned
+from convert.files.reader import OnBytes, Reader, aligned
 from convert.plan import LoadPlan, Piece
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError, one_line
@@ -125,7 +125,7 @@ def _fail(path: Path, problem: str) -> NoReturn:
 
 
 def write(
-    plan: LoadPlan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: Progress | None = None
+    plan: LoadPlan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: OnBytes | None = None
 ) -> None:
     """Write parameters and spec into a folder, one tensor at a time. `dtype=None` keeps each tensor's dtype."""
     public = param_layout.abstract_public(plan.spec, dtype or jnp.float32)
@@ -154,7 +154,7 @@ class _Leaf:
 
     def read(self) -> np.ndarray[Any, Any]:
         host = aligned(self.shape, self.dtype)
-        self.reader.fill(self.plan.jobs(self.path, host, self.shape))
+        self.reader.fill(self.plan.copies(self.path, host, self.shape))
         return host
 
 

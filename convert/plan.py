@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.files.header import BITS, TensorInfo, quote
-from convert.files.reader import Array, Job, equal_bytes
+from convert.files.reader import Array, TensorCopy, equal_bytes
 from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import param_layout
@@ -86,8 +86,8 @@ class LoadPlan:
         dtypes = {_within_32_bits(piece.dtype) for piece in self.pieces[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def jobs(self, path: param_layout.Path, into: Array, shape: tuple[int, ...]) -> Iterator[Job]:
-        """Jobs that read the public tensor at `path`, viewed as `shape` and broadcast, into `into`."""
+    def copies(self, path: param_layout.Path, into: Array, shape: tuple[int, ...]) -> Iterator[TensorCopy]:
+        """Copies of the public tensor at `path`, viewed as `shape` and broadcast, into `into`."""
         layer, pieces = layer_of(self.spec, path), self.pieces[path]
         stack = next(
             n for n in range(len(shape) + 1) if math.prod(shape[:n]) == len(pieces)
@@ -98,7 +98,7 @@ class LoadPlan:
 
         for at, piece in zip(np.ndindex(shape[:stack]), pieces, strict=True):
             place = into[*at, ...]
-            yield Job(piece.info, piece.dtype, partial(look, piece, place), place)
+            yield TensorCopy(piece.info, piece.dtype, partial(look, piece, place), place)
 
 
 def _within_32_bits(dtype: Any) -> Any:

@@ -37,7 +37,7 @@ class Written(NamedTuple):
     v_scale: jax.Array | None
 
 
-class _Stream(NamedTuple):
+class _PoolWrite(NamedTuple):
     """One pool [blocks, block_size, heads, dim] and what is written to it."""
 
     name: str
@@ -62,8 +62,8 @@ def kv_write(
     checks.check_kv_pools(k_pool, v_pool)
     checks.check_rank("k", k, "tokens kv_heads dim")
     checks.check_rank("v", v, "tokens kv_heads dim")
-    streams = (_Stream("k", k_pool, k, k_scale), _Stream("v", v_pool, v, v_scale))
-    (k_pool, k_scale), (v_pool, v_scale) = _write(streams, slots)
+    writes = (_PoolWrite("k", k_pool, k, k_scale), _PoolWrite("v", v_pool, v, v_scale))
+    (k_pool, k_scale), (v_pool, v_scale) = _write(writes, slots)
     return Written(k_pool, v_pool, k_scale, v_scale)
 
 
@@ -76,13 +76,13 @@ def latent_write(
     checks.check_rank("new", new, "tokens dim")
     if pool_scale is not None:
         checks.check_shape("pool_scale", pool_scale, (1,), "one number for the whole pool")
-    stream = _Stream("latent", pool[:, :, None, :], new[:, None, :], pool_scale)
-    [(written, _)] = _write((stream,), slots)
+    write = _PoolWrite("latent", pool[:, :, None, :], new[:, None, :], pool_scale)
+    [(written, _)] = _write((write,), slots)
     return written.reshape(pool.shape)
 
 
-def _check(stream: _Stream, slots: jax.Array) -> None:
-    name, pool, new, scale = stream
+def _check(write: _PoolWrite, slots: jax.Array) -> None:
+    name, pool, new, scale = write
     checks.check_float(name, new)
     checks.check_kv_dtype(new.dtype, pool.dtype)
     checks.check_pool(f"{name}_pool", pool.shape, pool.dtype)
@@ -98,17 +98,17 @@ def _check(stream: _Stream, slots: jax.Array) -> None:
     )
 
 
-def _write(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[jax.Array, jax.Array | None]]:
+def _write(writes: tuple[_PoolWrite, ...], slots: jax.Array) -> list[tuple[jax.Array, jax.Array | None]]:
     checks.check_int32("slots", slots)
-    for stream in streams:
-        _check(stream, slots)
+    for write in writes:
+        _check(write, slots)
     if checks.is_concrete(slots):
-        check_slots(np.asarray(slots), slots_in_pool=streams[0].pool.shape[0] * streams[0].pool.shape[1])
+        check_slots(np.asarray(slots), slots_in_pool=writes[0].pool.shape[0] * writes[0].pool.shape[1])
     if slots.shape[0] == 0:
-        return [(stream.pool, stream.scale) for stream in streams]
+        return [(write.pool, write.scale) for write in writes]
     if dispatch.implementation() == "cpu":
-        return [on_cpu.kv_write(*stream[1:], slots) for stream in streams]
-    return _kernel_call(streams, slots)
+        return [on_cpu.kv_write(*write[1:], slots) for write in writes]
+    return _kernel_call(writes, slots)
 
 
 def check_slots(slots: np.ndarray, *, slots_in_pool: int) -> None:
@@ -156,10 +156,10 @@ def _kernel(refs: dict[str, Any], *out_refs: Any, outputs: dict[str, int], names
             plt.store(pool.at[block, offset, head[:, None], column[None, :]], x, mask=exists)
 
 
-def _kernel_call(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[jax.Array, jax.Array | None]]:
+def _kernel_call(writes: tuple[_PoolWrite, ...], slots: jax.Array) -> list[tuple[jax.Array, jax.Array | None]]:
     inputs: dict[str, jax.Array] = {"slots": slots}
     outputs: dict[str, int] = {}
-    for name, pool, new, scale in streams:
+    for name, pool, new, scale in writes:
         inputs[name] = new
         inputs[f"{name}_pool"] = pool
         outputs[f"{name}_pool"] = len(outputs)
@@ -167,7 +167,7 @@ def _kernel_call(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[j
             inputs[f"{name}_scale"] = scale
             if scale.ndim == 3:
                 outputs[f"{name}_scale"] = len(outputs)
-    names = tuple(stream.name for stream in streams)
+    names = tuple(write.name for write in writes)
 
     def kernel(refs: dict[str, Any], *out_refs: Any) -> None:
         _kernel(refs, *out_refs, outputs=outputs, names=names)
@@ -183,4 +183,4 @@ def _kernel_call(streams: tuple[_Stream, ...], slots: jax.Array) -> list[tuple[j
         name="kv_write",
     )
     result = dict(zip(outputs, written, strict=True))
-    return [(result[f"{s.name}_pool"], result.get(f"{s.name}_scale", s.scale)) for s in streams]
+    return [(result[f"{s.name}_pool"], result.get(f"{s.name}_scale", s.scale)) for s in writes]

@@ -38,7 +38,7 @@ class SamplingCall(NamedTuple):
 
 
 class RowParams(NamedTuple):
-    """One row's parameters, as scalars."""
+    """What rows are sampled by: arrays [rows] in a call of the op, the scalars of one row in this module."""
 
     temperature: jax.Array  # float32; 0 is greedy
     top_k: jax.Array  # int32; 0 or less is off

@@ -4,7 +4,7 @@
     token[r] = argmax_i over the survivors of  logits[r, i] / temperature[r] + gumbel(seed[r], position[r], i)
 
     logits      [rows, vocabulary]   float32 | bfloat16 | float16; -inf excludes an entry
-    parameters  `SamplingParams`, one number per row each
+    parameters  `RowParams`, one number per row each
 
 The filters run in this order, each on the entries that the previous one kept. min-p drops entries below max +
 log(min_p), after the temperature. top-k keeps the k largest, with all ties at the k-th. top-p keeps the smallest set
@@ -42,17 +42,6 @@ from pallas_kernels.tuning import SamplingTiles
 MAX_VOCABULARY = 2**24  # counts are exact in float32 up to here
 
 
-class SamplingParams(NamedTuple):
-    """Per-row parameters, each [rows]. Off: top_k 0, top_p 1, min_p 0. Greedy: temperature 0."""
-
-    temperature: jax.Array  # float32
-    top_k: jax.Array  # int32
-    top_p: jax.Array  # float32
-    min_p: jax.Array  # float32
-    seed: jax.Array  # uint32
-    position: jax.Array  # int32
-
-
 class Logprobs(NamedTuple):
     """Log-probabilities of one token per row, and the likeliest tokens."""
 
@@ -72,7 +61,7 @@ class Sampled(NamedTuple):
 
 def sample(
     logits: jax.Array,
-    params: SamplingParams,
+    params: RowParams,
     *,
     mode: Mode = "filtered",
     logprobs: LogprobMode | None = None,
@@ -83,7 +72,7 @@ def sample(
     """`mode` promises what the rows ask for at most: "greedy" (every temperature is 0), "random" (no filters) or
     "filtered" (anything). "greedy" and "random" make fewer passes over the logits.
     """
-    logits, params = jnp.asarray(logits), SamplingParams(*(jnp.asarray(p) for p in params))
+    logits, params = jnp.asarray(logits), RowParams(*(jnp.asarray(p) for p in params))
     _check(logits, top_n)
     checks.require(mode in ("greedy", "random", "filtered"), f"mode is {mode!r}, expected greedy, random or filtered")
     checks.require(logprobs in (None, "raw", "processed"), f"logprobs is {logprobs!r}, expected None, raw or processed")
@@ -133,7 +122,7 @@ def _check(logits: jax.Array, top_n: int) -> None:
 
 
 def check_params(params: Mapping[str, np.ndarray], *, mode: Mode) -> None:
-    """Check the ranges of numpy arrays, named as in `SamplingParams`, and the promise of `mode`."""
+    """Check the ranges of numpy arrays, named as in `RowParams`, and the promise of `mode`."""
     ranges = {
         "temperature": (0.0, np.finfo(np.float32).max, "0 or more, finite"),
         "top_p": (np.nextafter(np.float32(0), np.float32(1)), 1.0, "above 0, up to 1"),
@@ -155,7 +144,7 @@ def _run(
     call: SamplingCall,
     logits: jax.Array,
     raw_logits: jax.Array | None,
-    params: SamplingParams | jax.Array,
+    params: RowParams | jax.Array,
     tiles: SamplingTiles | None,
 ) -> Sampled:
     if dispatch.implementation() == "cpu":
@@ -225,12 +214,12 @@ def _kernel_call(
     call: SamplingCall,
     logits: jax.Array,
     raw_logits: jax.Array | None,
-    params: SamplingParams | jax.Array,
+    params: RowParams | jax.Array,
     tiles: SamplingTiles | None,
 ) -> Sampled:
     rows = logits.shape[0]
     tiles = tiles or tiles_for(logits, call.mode)
-    named = params._asdict() if isinstance(params, SamplingParams) else {"tokens": params}
+    named = params._asdict() if isinstance(params, RowParams) else {"tokens": params}
     optional = {} if raw_logits is None else {"raw_logits": raw_logits}
     outputs = [jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)]
     if call.logprobs is not None:

@@ -14,13 +14,13 @@ from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.check_attention import implementation
 from pallas_kernels import dispatch, reference
 from pallas_kernels.reference import Array, survivors, wide
-from pallas_kernels.sampling import LogprobMode, Mode, Sampled, SamplingParams, sample
+from pallas_kernels.sampling import LogprobMode, Mode, RowParams, Sampled, sample
 
 COLUMNS = ("rows", "wrong", "near_ties", "cpu_differs", "logprob_err", "written", "ok")
 
 
 MODES: tuple[Mode, ...] = ("greedy", "random", "filtered")
-_FILTERS = ("temperature", "top_k", "top_p", "min_p")  # the first of SamplingParams
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")  # the first of RowParams
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SamplingCase:
     spread: float = 3.0  # standard deviation of the logits
 
 
-def draw_params(rng: np.random.Generator, case: SamplingCase) -> SamplingParams:
+def draw_params(rng: np.random.Generator, case: SamplingCase) -> RowParams:
     """Every row asks for something else: some greedy, each filter alone, all at once."""
     n = case.rows
     filtered = case.mode == "filtered"
@@ -53,7 +53,7 @@ def draw_params(rng: np.random.Generator, case: SamplingCase) -> SamplingParams:
         rng.integers(0, 2**32, n, np.uint32),
         rng.integers(0, 100_000, n).astype(np.int32),
     ]
-    return SamplingParams(*numbers)
+    return RowParams(*numbers)
 
 
 def draw_logits(rng: np.random.Generator, case: SamplingCase) -> Array:
@@ -71,10 +71,10 @@ def draw_logits(rng: np.random.Generator, case: SamplingCase) -> Array:
     return x
 
 
-def on_cpu(case: SamplingCase, logits: Array, params: SamplingParams) -> Array:
+def on_cpu(case: SamplingCase, logits: Array, params: RowParams) -> Array:
     """The tokens that the CPU draws."""
 
-    def draw(logits: jax.Array, params: SamplingParams) -> jax.Array:
+    def draw(logits: jax.Array, params: RowParams) -> jax.Array:
         return sample(logits, params, mode=case.mode).tokens
 
     with jax.default_device(jax.devices("cpu")[0]), dispatch.use("cpu"):
@@ -127,7 +127,7 @@ def check_logprobs(x: Array, keep: Array, temperature: float, *, r: int, out: Sa
 def check(rng: np.random.Generator, case: SamplingCase) -> Row:
     logits, params = draw_logits(rng, case), draw_params(rng, case)
 
-    def draw(given: tuple[jax.Array, SamplingParams]) -> Sampled:
+    def draw(given: tuple[jax.Array, RowParams]) -> Sampled:
         return sample(*given, mode=case.mode, logprobs=case.logprobs, top_n=case.top_n)
 
     outcome = poison.run(draw, jax.tree.map(jnp.asarray, (logits, params)))

@@ -31,7 +31,7 @@ from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
 from pallas_kernels.reference import Array
-from pallas_kernels.sampling import SamplingParams, sample
+from pallas_kernels.sampling import RowParams, sample
 from pallas_kernels.tuning import DecodeTiles
 
 COLUMNS = ("value", "rel_error", "tolerance", "ok")
@@ -65,7 +65,7 @@ def _race_sampling(rng: np.random.Generator, *, tiny: bool, times: int) -> Row:
     numbers += [np.arange(rows, dtype=np.uint32), np.arange(rows, dtype=np.int32)]
 
     def draw(logits: jax.Array) -> Any:
-        return sample(logits, SamplingParams(*numbers), mode="filtered", logprobs="raw", top_n=2)
+        return sample(logits, RowParams(*numbers), mode="filtered", logprobs="raw", top_n=2)
 
     return repeated(draw, logits, times=times)
 

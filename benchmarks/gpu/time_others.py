@@ -19,7 +19,7 @@ from benchmarks.gpu.timing import Aim, Arrays, Timed
 from benchmarks.models import Heads
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write
-from pallas_kernels.sampling import SamplingParams, sample
+from pallas_kernels.sampling import RowParams, sample
 from pallas_kernels.tuning import SamplingTiles, Tiles
 
 _POOL_BYTES = 2**30  # of each pool that is written to
@@ -149,7 +149,7 @@ def sampling_case(
         return Arrays(np.arange(rows, dtype=np.int32), fixed, logits)
 
     def step(position: jax.Array, fixed: dict[str, jax.Array], logits: jax.Array) -> jax.Array:
-        params = SamplingParams(**fixed, position=position)
+        params = RowParams(**fixed, position=position)
         out = sample(logits, params, mode=mode, logprobs=logprobs, top_n=top_n, tiles=of_kind(SamplingTiles, tiles))
         return out.tokens
 

@@ -25,7 +25,7 @@ from convert.files.header import TensorInfo
 from jaxserve.errors import CheckpointError, one_line
 
 type Array = np.ndarray[Any, Any]
-type Progress = Callable[[int], object]  # called with the number of bytes read
+type OnBytes = Callable[[int], object]  # called with the number of bytes read
 
 SPAN = 4 << 20  # with 1 MB, Python overhead made loading a third slower
 HOLE = 1 << 16  # gaps of at least this size are skipped, smaller ones are read along
@@ -33,7 +33,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorCopy:
     """Copies `look(tensor)` to `into`, with cast and broadcast as needed."""
 
     info: TensorInfo
@@ -43,7 +43,7 @@ class Job:
 
 
 class Reader:
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: OnBytes | None = None) -> None:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="reader")
         self._progress = progress
         self._own = threading.local()
@@ -54,16 +54,16 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def fill(self, jobs: Iterable[Job]) -> None:
-        """Run the jobs, opening the files that they need."""
+    def fill(self, copies: Iterable[TensorCopy]) -> None:
+        """Make the copies, opening the files that they need."""
         with ExitStack() as stack:
             files: dict[Path, _File] = {}
             tasks: list[_Task] = []
-            for job in jobs:
-                path = job.info.file
+            for copy in copies:
+                path = copy.info.file
                 if path not in files:
                     files[path] = stack.enter_context(_File(path))
-                tasks += _tasks(files[path], job)
+                tasks += _tasks(files[path], copy)
             several = len(tasks) > 1
             for size in self._pool.map(self._do, tasks) if several else map(self._do, tasks):
                 if self._progress is not None:
@@ -175,14 +175,14 @@ class _Task:
             np.copyto(into, seen, casting="unsafe")
 
 
-def _tasks(file: _File, job: Job) -> Iterator[_Task]:
-    source = job.look(file.tensor(job.info, job.dtype))
+def _tasks(file: _File, copy: TensorCopy) -> Iterator[_Task]:
+    source = copy.look(file.tensor(copy.info, copy.dtype))
     if source.size == 0:
         return
     # Widest strides first. Broadcast axes (stride 0) come last, so their data is read once.
     order = sorted(range(source.ndim), key=lambda axis: -abs(source.strides[axis]))
     source = source.transpose(order)
-    into = job.into.transpose(order)
+    into = copy.into.transpose(order)
     for part, place in _spans(source, into):
         yield _Task(file, part, place)
 

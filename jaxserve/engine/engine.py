@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.execute import loading, memory, program_store
-from jaxserve.engine.execute.loading import Told
+from jaxserve.engine.execute.loading import OnProgress
 from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.runner import Handle, Runner
 from jaxserve.engine.schedule.packing import Batcher
@@ -52,13 +52,13 @@ class Engine:
         spec: ModelSpec | None = None,
         mesh: Any = None,
         report: Report = to_stderr,
-        told: Told | None = None,
+        on_progress: OnProgress | None = None,
         opened: "Callable[[Engine], object] | None" = None,
     ) -> None:
         """`params`: parameters that the program already holds, in public or engine layout, instead of the folder's.
 
-        `told` is called with the progress of loading, then of compiling, which may overlap. `opened` is called once the
-        limits are known.
+        `on_progress` is called with the progress of loading, then of compiling, which may overlap. `opened` is called
+        once the limits are known.
         """
         self.config, self.report = config, report
         memory.reserve_memory(config)
@@ -69,7 +69,7 @@ class Engine:
         else:
             self.model, weights = loading.open_params(config, spec, params, on)
         free = memory.available(config, self.model)
-        with loading.reading(self.model, weights, told) as reading:
+        with loading.reading(self.model, weights, on_progress) as reading:
             self.capacity = capacity = memory.sized(config, self.model, free, store)
             self.limits = limits = capacity.limits
             for line in capacity.lines():
@@ -78,7 +78,7 @@ class Engine:
                 opened(self)
             self.runner = Runner.of(config, self.model, capacity, store)
             if config.warmup:
-                shown = _Progress(report, told, reading)
+                shown = _Progress(report, on_progress, reading)
                 self.runner.warm(shown, reading)
                 shown.close()
             else:
@@ -308,8 +308,8 @@ class _Progress:
 
     EVERY = 15.0  # seconds
 
-    def __init__(self, report: Report, told: Told | None, reading: Future[Params]) -> None:
-        self._report, self._told, self._reading, self._last = report, told, reading, ""
+    def __init__(self, report: Report, on_progress: OnProgress | None, reading: Future[Params]) -> None:
+        self._report, self._on_progress, self._reading, self._last = report, on_progress, reading, ""
         self._live = report is to_stderr and sys.stderr.isatty()
         self._next = self.EVERY
 
@@ -317,8 +317,8 @@ class _Progress:
         self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
         if not self._reading.done():
             return
-        if self._told is not None:
-            self._told("compiling", done, count)
+        if self._on_progress is not None:
+            self._on_progress("compiling", done, count)
         if self._live:
             print(f"\r{self._last}", end="", file=sys.stderr, flush=True)
         elif seconds >= self._next and done < count:

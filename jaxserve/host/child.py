@@ -189,14 +189,14 @@ def _load(start: wire.Start, outbox: Outbox) -> "Engine":
 
     last = 0.0
 
-    def told(what: str, done: int, total: int) -> None:
+    def on_progress(what: str, done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > REPORT_EVERY or done >= total:
             last = time.monotonic()
             outbox.send(wire.Progress(what, done, total))
 
     outbox.send(wire.Progress("opening the model", 0, 0))
-    return Engine(config, told=told, opened=lambda engine: outbox.send(_model_opened(engine)))
+    return Engine(config, on_progress=on_progress, opened=lambda engine: outbox.send(_model_opened(engine)))
 
 
 def _is_fault_of_ours(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ type Likely = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def sample(
-    call: SamplingCall, logits: jax.Array, raw_logits: jax.Array | None, params: tuple[jax.Array, ...] | jax.Array
+    call: SamplingCall, logits: jax.Array, raw_logits: jax.Array | None, params: RowParams | jax.Array
 ) -> tuple[jax.Array, jax.Array, Likely | None]:
     """Tokens, validity and log-probabilities of all rows; `params` are the tokens themselves if those are given."""
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
@@ -30,10 +30,9 @@ def sample(
         return LogitsRow(x.shape[0], fold, lambda token: x[token], in_lanes=False)
 
     def one(
-        x: jax.Array, raw: jax.Array | None, p: tuple[jax.Array, ...] | jax.Array
+        x: jax.Array, raw: jax.Array | None, row_params: RowParams | jax.Array
     ) -> tuple[jax.Array, jax.Array, Likely | None]:
         raw_row = None if raw is None else as_row(raw.astype(jnp.float32))
-        row_params = RowParams(*p) if isinstance(p, tuple) else p
         token, valid, row, survivors, likely = one_row(
             call, as_row(x.astype(jnp.float32)), raw_row, row_params, pivots=_PIVOTS
         )

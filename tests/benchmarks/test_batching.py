@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import batching, kv_memory, offline, ragged
-from benchmarks.batching import Answer
-from benchmarks.kv_memory import Sample
+from benchmarks.batching import Generated
+from benchmarks.kv_memory import CacheUse
 from benchmarks.ragged import FULL, TINY, Asked
 from jaxserve.engine.execute import program_store
 
@@ -23,9 +23,9 @@ class Fake:
         self.step = step
         self.asked: list[list[Asked]] = []
 
-    def batch(self, requests: Sequence[Asked]) -> Answer:
+    def batch(self, requests: Sequence[Asked]) -> Generated:
         self.asked.append(list(requests))
-        return Answer(self.step * max(one.new for one in requests), [one.prompt[:1] * one.new for one in requests])
+        return Generated(self.step * max(one.new for one in requests), [one.prompt[:1] * one.new for one in requests])
 
 
 def of_lengths(*lengths: int) -> list[Asked]:
@@ -103,7 +103,7 @@ def test_one_request_is_no_batch_and_no_peer_is_none() -> None:
 
 def test_answers_of_other_lengths_are_refused() -> None:
     short = Fake(1)
-    short.batch = lambda requests: Answer(1.0, [[1] for _ in requests])
+    short.batch = lambda requests: Generated(1.0, [[1] for _ in requests])
     with pytest.raises(SystemExit, match="sequential returned a different number of tokens"):
         batching.measure(
             Fake(1), short, "chats", lambda seed, count: of_lengths(*[5] * count), counts=[1], rounds=1, seconds=99
@@ -114,7 +114,7 @@ def test_answers_of_other_lengths_are_refused() -> None:
 
 
 def test_memory_is_of_the_steps_in_which_requests_waited() -> None:
-    samples = [Sample(2, 5, 6, 80), Sample(4, 3, 10, 152), Sample(1, 0, 1, 3), Sample(0, 0, 0, 0)]
+    samples = [CacheUse(2, 5, 6, 80), CacheUse(4, 3, 10, 152), CacheUse(1, 0, 1, 3), CacheUse(0, 0, 0, 0)]
     found = kv_memory.summary(samples, requests=7, limits=(100, 16, 14), block_bytes=1000, preemptions=1)
     assert (found.steps, found.at_once_mean, found.at_once_most) == (2, 3, 4)
     assert found.at_once_reserved == 2  # 14 blocks, 7 for each

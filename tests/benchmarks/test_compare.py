@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from benchmarks import compare, plot, serving, words
 from benchmarks.peers import servers
-from benchmarks.serving import CHAT, Deadlines, Target, Work
+from benchmarks.serving import CHAT, Objectives, Target, Work
 from jaxserve.cli.load import Outcome, Sample
 
 TARGET = Target(url="http://127.0.0.1:1", model="m", path=CHAT)
@@ -108,7 +108,7 @@ def test_goodput_counts_what_met_both_deadlines() -> None:
         Sample(began=0, stamps=[0.1], output_tokens=1),
         Sample(began=0, stamps=[0.1, 0.2], output_tokens=2, error="the answer broke off"),
     ]
-    found = serving.figures(Outcome(samples, 2.0, 5), Deadlines(ttft_ms=1000, tpot_ms=100.001))
+    found = serving.figures(Outcome(samples, 2.0, 5), Objectives(ttft_ms=1000, tpot_ms=100.001))
     assert found["goodput"] == 1.0 and found["failed"] == 1 and found["completed"] == 4
     assert "1.00" in serving.table([("5 at once", found)])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import startup
-from benchmarks.startup import Start
+from benchmarks.startup import StartTimes
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_phases(said: str | None, phase: str) -> None:
 
 
 def test_the_table_has_medians() -> None:
-    starts = [Start(dict.fromkeys(startup.PHASES, seconds)) for seconds in (1.0, 3.0, 2.0)]
+    starts = [StartTimes(dict.fromkeys(startup.PHASES, seconds)) for seconds in (1.0, 3.0, 2.0)]
     told = startup.table({"cold": starts, "warm": starts[:1]}).splitlines()
     assert told[1].split() == ["cold", "10.00", *["2.00"] * 5] and told[2].split() == ["warm", "5.00", *["1.00"] * 5]
 

@@ -226,8 +226,8 @@ import sys, time
 from convert.files.reader import Reader
 from jaxserve.cli import main
 fill, calls = Reader.fill, []
-def slow(self, jobs):
-    calls.append(fill(self, jobs))
+def slow(self, copies):
+    calls.append(fill(self, copies))
     if len(calls) == 5:
         print("half way", flush=True)
         time.sleep(60)

@@ -254,6 +254,6 @@ def test_any_view_into_any_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         room = np.full((*wanted.shape, 3, 2), -1.0, dtype)
         for into in (np.zeros(wanted.shape, dtype), room[..., 1, 0], np.zeros(wanted.shape[::-1], dtype).T):
             with Reader() as reader:
-                reader.fill(plan.jobs(("x",), into, wanted.shape))
+                reader.fill(plan.copies(("x",), into, wanted.shape))
             np.testing.assert_array_equal(into, wanted)
         assert (room[..., 0, :] == -1).all() and (room[..., 1, 1] == -1).all()

@@ -23,7 +23,7 @@ from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
+from pallas_kernels.sampling import RowParams, sample, token_logprobs
 from tests.cuda.hopper import Compiled, compile_for_h200
 
 RECORD = Path(__file__).with_name("resources.json")
@@ -222,7 +222,7 @@ def test_block_moves(dtype: Any) -> None:
 @pytest.mark.parametrize("mode", ["greedy", "random", "filtered"])
 @pytest.mark.parametrize("logprobs, top_n", [(None, 0), ("raw", 5), ("processed", 20)])
 def test_sampling(mode: Any, logprobs: Any, top_n: int) -> None:
-    p = SamplingParams(*(S((256,), d) for d in (F32, I32, F32, F32, jnp.uint32, I32)))
+    p = RowParams(*(S((256,), d) for d in (F32, I32, F32, F32, jnp.uint32, I32)))
     logits = S((256, 128256), F32)
     compiled = compile_for_h200(lambda x, p: sample(x, p, mode=mode, logprobs=logprobs, top_n=top_n), logits, p)
     check_no_copies(compiled, logits.shape)

@@ -15,7 +15,7 @@ from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
+from pallas_kernels.sampling import RowParams, sample, token_logprobs
 
 type Shape = tuple[int, ...]
 
@@ -61,13 +61,13 @@ def ids(*values: int) -> jax.Array:
 
 
 def draw(logits: Shape = (2, 8), **changes: Any) -> None:
-    options = {n: changes.pop(n) for n in list(changes) if n not in SamplingParams._fields}
+    options = {n: changes.pop(n) for n in list(changes) if n not in RowParams._fields}
     dtypes = dict(temperature="float32", top_k="int32", top_p="float32", min_p="float32", seed="uint32")
     values = dict(temperature=[1, 1], top_k=[0, 0], top_p=[1, 1], min_p=[0, 0], seed=[0, 0], position=[0, 0]) | changes
     p: dict[str, Any] = {
         n: v if hasattr(v, "dtype") else jnp.asarray(v, dtypes.get(n, "int32")) for n, v in values.items()
     }
-    sample(of(logits, options.pop("dtype", jnp.float32)), SamplingParams(**p), **options)
+    sample(of(logits, options.pop("dtype", jnp.float32)), RowParams(**p), **options)
 
 
 PAGED: list[tuple[str, Callable[[], Any], list[str]]] = [

@@ -16,7 +16,7 @@ from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
+from pallas_kernels.sampling import RowParams, sample, token_logprobs
 from tests.pallas_kernels.batches import error, make_batch
 
 BOTH = pytest.mark.parametrize("implementation", ["cpu", "interpret"])
@@ -48,7 +48,7 @@ def test_numpy_arrays_are_welcome(implementation: dispatch.Implementation) -> No
         latent_write(latents, latent_q[:2, 0], slots)
         copy_blocks(pool, ids, ids + 2)
         scatter_blocks(pool, gather_blocks(pool, ids), ids)
-        tokens: Any = sample(logits, SamplingParams(*numbers)).tokens
+        tokens: Any = sample(logits, RowParams(*numbers)).tokens
         given: Any = np.asarray(tokens)
         token_logprobs(logits, given)
     assert error(out, reference.paged_attention(batch.q, batch.k, batch.v, batch.ragged)) < 2e-6
@@ -82,10 +82,10 @@ def test_rows_over_two_devices(implementation: dispatch.Implementation) -> None:
     """As in data parallelism: a row gives the same token on any device."""
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((4, 200)), jnp.float32)
     four: list[Any] = [np.ones(4, F32), np.full(4, 20, np.int32), np.full(4, 0.9, F32), np.zeros(4, F32)]
-    p = SamplingParams(*(jnp.asarray(x) for x in [*four, np.arange(4, dtype=np.uint32), np.arange(4, dtype=np.int32)]))
+    p = RowParams(*(jnp.asarray(x) for x in [*four, np.arange(4, dtype=np.uint32), np.arange(4, dtype=np.int32)]))
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
 
-    def draw(logits: jax.Array, p: SamplingParams) -> jax.Array:
+    def draw(logits: jax.Array, p: RowParams) -> jax.Array:
         with dispatch.use(implementation):
             return sample(logits, p).tokens
 

@@ -20,7 +20,7 @@ from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
-from pallas_kernels.sampling import SamplingParams, sample, token_logprobs
+from pallas_kernels.sampling import RowParams, sample, token_logprobs
 
 H200 = jax.sharding.AbstractMesh(
     (), (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -140,7 +140,7 @@ def test_block_moves(dtype: Any) -> None:
 @pytest.mark.parametrize("mode", ["greedy", "random", "filtered"])
 @pytest.mark.parametrize("logprobs, top_n", [(None, 0), ("raw", 0), ("processed", 20)])
 def test_sampling(rows: int, mode: Any, logprobs: Any, top_n: int) -> None:
-    p = SamplingParams(*(S((rows,), d) for d in (F32, I32, F32, F32, jnp.uint32, I32)))
+    p = RowParams(*(S((rows,), d) for d in (F32, I32, F32, F32, jnp.uint32, I32)))
     lower(lambda x, p: sample(x, p, mode=mode, logprobs=logprobs, top_n=top_n), S((rows, 128256), F32), p)
 
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from pallas_kernels.row_sampler import gumbel_noise
-from pallas_kernels.sampling import SamplingParams, sample
+from pallas_kernels.sampling import RowParams, sample
 
 DRAWS = 40_000
 LOGITS = np.asarray([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0, -4.0], np.float32)
@@ -20,7 +20,7 @@ LOGITS = np.asarray([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0, -4.0], np.
 
 def draw(*, temperature: float, seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     rows = seeds.size
-    p = SamplingParams(
+    p = RowParams(
         jnp.full((rows,), temperature, jnp.float32),
         jnp.zeros((rows,), jnp.int32),
         jnp.ones((rows,), jnp.float32),

@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from pallas_kernels import dispatch, reference
 from pallas_kernels.reference import survivors
-from pallas_kernels.sampling import Sampled, SamplingParams, sample, token_logprobs
+from pallas_kernels.sampling import RowParams, Sampled, sample, token_logprobs
 from pallas_kernels.tuning import SamplingTiles
 
 BOTH = pytest.mark.parametrize("implementation", ["cpu", "interpret"])
@@ -24,20 +24,20 @@ PLAIN = (32, 400)  # rows and entries, where no others are needed: equal shapes 
 OFF: dict[str, Any] = dict(top_k=0, top_p=1.0, min_p=0.0)
 
 
-def params(rows: int, **values: Any) -> SamplingParams:
+def params(rows: int, **values: Any) -> RowParams:
     """Filters off, temperature 1, and seeds and positions that differ by row."""
     defaults = dict(temperature=1.0, **OFF, seed=np.arange(rows), position=np.arange(rows) * 7)
     dtypes = {"top_k": np.int32, "position": np.int32, "seed": np.uint32}
     given = (defaults | values).items()
     arrays = {n: np.broadcast_to(np.asarray(v, dtypes.get(n, np.float32)), (rows,)) for n, v in given}
-    return SamplingParams(**{name: jnp.asarray(array) for name, array in arrays.items()})
+    return RowParams(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 @functools.cache
 def jitted(implementation: dispatch.Implementation, options: tuple[tuple[str, Any], ...]) -> Callable[..., Sampled]:
     """One jit per implementation and options: compiling is what these tests spend their time on."""
 
-    def call(logits: jax.Array, p: SamplingParams, raw_logits: jax.Array | None) -> Sampled:
+    def call(logits: jax.Array, p: RowParams, raw_logits: jax.Array | None) -> Sampled:
         with dispatch.use(implementation):
             return sample(logits, p, tiles=TILES, raw_logits=raw_logits, **dict(options))
 
@@ -47,7 +47,7 @@ def jitted(implementation: dispatch.Implementation, options: tuple[tuple[str, An
 def run(
     implementation: dispatch.Implementation,
     logits: Any,
-    p: SamplingParams,
+    p: RowParams,
     raw_logits: jax.Array | None = None,
     **options: Any,
 ) -> Sampled:
@@ -110,7 +110,7 @@ def test_survivors_of_random_rows(data: st.DataObject) -> None:
 
 
 @jax.jit
-def _twelve(logits: jax.Array, p: SamplingParams) -> Sampled:
+def _twelve(logits: jax.Array, p: RowParams) -> Sampled:
     return sample(logits, p, logprobs="processed", top_n=12)
 
 
@@ -239,9 +239,9 @@ def test_a_row_does_not_depend_on_its_batch(implementation: dispatch.Implementat
     order: Any = np.asarray([4, 2, 0, 5, 1, 3])
     broken = logits.copy()
     broken[1], broken[3] = np.nan, -np.inf
-    moved = run(implementation, broken[order], SamplingParams(*(x[order] for x in p)), **options)
+    moved = run(implementation, broken[order], RowParams(*(x[order] for x in p)), **options)
     for row in range(6):
-        alone = run(implementation, logits[row : row + 1], SamplingParams(*(x[row : row + 1] for x in p)), **options)
+        alone = run(implementation, logits[row : row + 1], RowParams(*(x[row : row + 1] for x in p)), **options)
         one = [np.asarray(x)[row] for x in jax.tree.leaves(together)]
         for expected, got in zip(one, jax.tree.leaves(alone), strict=True):
             np.testing.assert_array_equal(np.asarray(got)[0], expected)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import soak, traffic
-from benchmarks.soak import Sample, Soak
+from benchmarks.soak import Snapshot, Soak
 from benchmarks.traffic import CHAT, COMPLETIONS, Ask
 from tests.server import live as living
 from tests.server.live import Live
@@ -45,9 +45,9 @@ def test_a_soak(warm: Live) -> None:
 # --- that it would be seen ------------------------------------------------------------------------------------------
 
 
-def samples(**grows: float) -> list[Sample]:
+def samples(**grows: float) -> list[Snapshot]:
     """250, each after another 500 requests, with what `grows` by so much from one to the next."""
-    first = Sample(
+    first = Snapshot(
         requests=500,
         seconds=5.0,
         api_rss=100.0,

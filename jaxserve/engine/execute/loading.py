@@ -28,7 +28,7 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from jaxserve.types.sampling_params import FIELDS
 
-type Told = Callable[[str, int, int], object]  # progress: phase, amount done, total
+type OnProgress = Callable[[str, int, int], object]  # progress: phase, amount done, total
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
     return Opened(plan.spec, shapes, on, folder, _eos_token_ids(folder), _sampling_defaults(folder), plan)
 
 
-def read(opened: Opened, told: Told | None = None) -> Params:
+def read(opened: Opened, on_progress: OnProgress | None = None) -> Params:
     """Read a folder's parameters into their shardings."""
     plan, so_far = opened.plan, 0
     assert plan is not None
@@ -78,28 +78,30 @@ def read(opened: Opened, told: Told | None = None) -> Params:
             nonlocal so_far
             so_far += size
             shown(size)
-            if told is not None:
-                told("loading", so_far, plan.bytes)
+            if on_progress is not None:
+                on_progress("loading", so_far, plan.bytes)
 
         return load.read(plan, dtype=opened.shapes["embed"]["weight"].dtype, progress=count)
 
 
 @contextlib.contextmanager
-def reading(opened: Opened, params: Params | None = None, told: Told | None = None) -> Generator[Future[Params]]:
+def reading(
+    opened: Opened, params: Params | None = None, on_progress: OnProgress | None = None
+) -> Generator[Future[Params]]:
     """`read` in a thread that ends with the block: after an error or Ctrl-C the rest is not read.
 
     If `params` are given, they are the result, and nothing is read.
     """
     if params is not None or not reads_beside(opened):
-        yield done(read(opened, told) if params is None else params)
+        yield done(read(opened, on_progress) if params is None else params)
         return
     given_up = threading.Event()
 
     def counted(what: str, done: int, total: int) -> None:
         if given_up.is_set():
             raise CancelledError
-        if told is not None:
-            told(what, done, total)
+        if on_progress is not None:
+            on_progress(what, done, total)
 
     with ThreadPoolExecutor(1, thread_name_prefix="weights") as thread:
         try:

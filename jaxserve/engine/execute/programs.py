@@ -195,7 +195,7 @@ def _pick(
     return jnp.stack(result, axis=1), last, controls
 
 
-def _sampled_by(columns: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.SamplingParams:
+def _sampled_by(columns: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.RowParams:
     """Sampling parameters of the entries. Those that sample nothing get neutral values, since some parameters cannot be
     the zeros of the padding."""
 
@@ -203,7 +203,7 @@ def _sampled_by(columns: dict[str, jax.Array], samples: jax.Array, positions: ja
         return jax.lax.bitcast_convert_type(columns[name], jnp.dtype(dtype))
 
     given = {each.name: jnp.where(samples, column(each.name, each.dtype), each.off) for each in OF_PARAMS}
-    return sampling.SamplingParams(**given, seed=column("seed", "uint32"), position=positions)
+    return sampling.RowParams(**given, seed=column("seed", "uint32"), position=positions)
 
 
 def _bits(values: jax.Array) -> jax.Array:

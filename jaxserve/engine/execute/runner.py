@@ -40,7 +40,7 @@ from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import control_row, controls
 
-type Progress = Callable[[int, int, float], None]
+type OnCompiled = Callable[[int, int, float], None]  # programs compiled, of how many, seconds
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Handle:
 SETTLING = 0.02  # seconds
 
 # Identifies a program: a bucket of `model`, `head` or `embed`, or the name of another program.
-type Key = Layout | tuple[int, Need] | tuple[str, int] | str
+type ProgramKey = Layout | tuple[int, Need] | tuple[str, int] | str
 
 
 _RUNNERS: "WeakSet[Runner]" = WeakSet()
@@ -93,7 +93,7 @@ class Runner:
         self.dtype = params["embed"]["weight"].dtype
         self.device = None if mesh is not None else next(iter(params["embed"]["weight"].sharding.device_set))
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
-        self._executables: dict[Key, Any] = {}
+        self._executables: dict[ProgramKey, Any] = {}
         _RUNNERS.add(self)
         self.compiled_late = 0
         # Only shapes until `allocate`: compilers autotune, in memory that the KV cache would take.
@@ -146,7 +146,7 @@ class Runner:
         sizes = [a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses if a]
         return max(sizes, default=0)
 
-    def _analysis(self, key: Key) -> Any:
+    def _analysis(self, key: ProgramKey) -> Any:
         """The compiler's memory analysis of a program; recompiles if an executable from disk lacks it."""
         found = self._executable(key).memory_analysis()
         if not found or not found.temp_size_in_bytes:
@@ -160,7 +160,7 @@ class Runner:
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
-    def every_key(self) -> list[Key]:
+    def every_key(self) -> list[ProgramKey]:
         """All programs that a step can need, the largest first, since they take longest to compile."""
         buckets = self.buckets
         return [
@@ -171,7 +171,7 @@ class Runner:
             *("edit", "set_row", "add_counts"),
         ]
 
-    def warm(self, progress: Progress | None = None, weights: Future[Params] | None = None) -> None:
+    def warm(self, progress: OnCompiled | None = None, weights: Future[Params] | None = None) -> None:
         """Compile all remaining programs while `weights`, if given, are read; then allocate the state. Programs that
         are compiled later, during a step, are counted in `compiled_late`."""
         keys = [key for key in self.every_key() if key not in self._executables]
@@ -215,7 +215,7 @@ class Runner:
         # Only scored prompts need more rows of logits than there are sequences.
         return self.buckets.decode if need < Need.SCORED else self.buckets.scoring_heads
 
-    def _executable(self, key: Key) -> Any:
+    def _executable(self, key: ProgramKey) -> Any:
         found = self._executables.get(key)
         if found is None:
             self.compiled_late += key != "fresh"
@@ -223,7 +223,7 @@ class Runner:
                 found = self._executables[key] = programs.compiled(self.program(key), self._store)
         return found
 
-    def program(self, key: Key) -> Program:
+    def program(self, key: ProgramKey) -> Program:
         spec, most = self.spec, self.buckets.entries
         cache, tables, last, controlled = self._state
         match key:
