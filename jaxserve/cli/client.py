@@ -80,7 +80,7 @@ class Client:
                     return
                 event = self._parsed(data)
                 if isinstance(event, dict) and "error" in event:
-                    problem, hint = _told(_message(event) or "error", LOG)
+                    problem, hint = _problem_and_hint(_message(event) or "error", LOG)
                     raise ServerError(f"the server says: {problem}", hint)
                 yield cast("dict[str, Any]", event)
             raise ServerError("the response ended early", LOG)
@@ -103,7 +103,7 @@ class Client:
             response = self._read(lambda: _answer(connection, method, self._path + path, data, headers))
             if response.status >= 400:
                 said = _message(self._parsed(self._read(response.read), strict=False))
-                problem, hint = _told(said, HINTS.get(response.status, LOG))
+                problem, hint = _problem_and_hint(said, HINTS.get(response.status, LOG))
                 nothing = f"{path} returned {response.status} {response.reason}"
                 raise ServerError(f"the server says: {problem}" if said else nothing, hint, status=response.status)
             yield response
@@ -153,7 +153,7 @@ def _message(content: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _told(message: str, usual: str) -> tuple[str, str]:
+def _problem_and_hint(message: str, usual: str) -> tuple[str, str]:
     """Problem and hint. If there are several sentences, the last one says what to do, more precisely than a status."""
     problem, end, hint = message.rstrip(" .").rpartition(". ")
     quoted = hint.count("`") % 2 or hint.count('"') % 2  # that sentence end is inside a quotation

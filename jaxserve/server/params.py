@@ -68,7 +68,9 @@ def deadline(request: web.Request) -> float | None:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds <= 0:
-        raise bad_request(TIMEOUT_HEADER, f"{TIMEOUT_HEADER} is not a number of seconds", "send a number above 0")
+        raise bad_request(
+            TIMEOUT_HEADER, f"{TIMEOUT_HEADER} is not a positive number of seconds", "send a number above 0"
+        )
     client = time.monotonic() + seconds
     return client if server is None else min(client, server)
 

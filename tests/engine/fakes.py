@@ -249,10 +249,10 @@ class Answer:
         self.tokens += update.token_ids
         self.logprobs += update.logprobs or []
         self.embedding = update.embedding
-        if self.told:
+        if self.reported:
             assert update.scheduled is None, "told again when it got its row"
         else:
-            self.scheduled, self.told = update.scheduled, True
+            self.scheduled, self.reported = update.scheduled, True
         self.reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
 
 
@@ -277,7 +277,7 @@ class Oracle:
 
     def prompt_logprobs(self, request: Request) -> list[TokenLogprobs]:
         prompt, wanted = list(request.prompt_token_ids), request.params.prompt_logprobs
-        return [] if wanted is None else [self.told(prompt[:i], prompt[i], wanted) for i in range(1, len(prompt))]
+        return [] if wanted is None else [self.reported(prompt[:i], prompt[i], wanted) for i in range(1, len(prompt))]
 
     def answer(self, request: Request, index: int) -> Answer:
         params, prompt, limits = request.params, list(request.prompt_token_ids), self.limits
@@ -300,7 +300,7 @@ class Oracle:
             masked = stops if len(answer.tokens) < params.min_tokens else frozenset[int]()
             token = pick(draw(*self._seen(tokens, len(tokens) - 1), told), limits.vocab_size, masked)
             if params.logprobs is not None:
-                answer.logprobs.append(self.told(tokens, token, params.logprobs))
+                answer.logprobs.append(self.reported(tokens, token, params.logprobs))
             tokens.append(token)
             answer.tokens.append(token)
             if token in stops and len(answer.tokens) >= params.min_tokens:
@@ -392,7 +392,7 @@ class FakeEngine:
         assert scheduler.queued == len(waiting + later)
         assert queue.tokens == sum(sequence.prompt_len for sequence in waiting + later)
         beside = [sibling for sequence in alive for sibling in sequence.siblings]
-        parked = [sequence for sequence in alive if sequence.held and sequence.told == len(sequence.tokens)]
+        parked = [sequence for sequence in alive if sequence.held and sequence.reported == len(sequence.tokens)]
         for sequence in alive:
             assert sequence.status != Status.FINISHED
             assert (sequence.status == Status.BESIDE) <= (sequence in beside or sequence in parked + later)
@@ -402,7 +402,7 @@ class FakeEngine:
             assert len(sequence.blocks) == -(-sequence.computed // size)
             assert not any(sequence.blocks[: sequence.first_block]) and all(sequence.blocks[sequence.first_block :])
             assert len(sequence.blocks) - sequence.first_block <= self.limits.blocks_for(self.limits.max_model_len)
-            assert sequence.scores_told <= sequence.scored <= sequence.prompt_len
+            assert sequence.scores_reported <= sequence.scored <= sequence.prompt_len
 
     def check_over(self) -> None:
         """Whether nothing is left once all have ended."""

@@ -18,7 +18,7 @@ def sampled(
         update.logprobs = [token_logprobs(result, entry, params.logprobs)]
     tokens = sequence.tokens
     if sequence.held:
-        sequence.told = len(tokens)
+        sequence.reported = len(tokens)
         return None
     tokens.append(token)
     update.token_ids = [token]

@@ -162,13 +162,13 @@ class Scheduler:
         if sequence.siblings:
             leader, *leader.siblings = sequence.siblings
             sequence.siblings = []
-            leader.scored = leader.scores_told = sequence.scores_told
+            leader.scored = leader.scores_reported = sequence.scores_reported
             self._enqueue(leader)
-        elif sequence.scores_told < sequence.prompt_len:
+        elif sequence.scores_reported < sequence.prompt_len:
             heir = group[0]
             if heir.status == Status.RUNNING:
                 self._preempt(heir)  # so that it computes the prompt again
-            heir.scored = heir.scores_told = sequence.scores_told
+            heir.scored = heir.scores_reported = sequence.scores_reported
 
     def _start_searches(self) -> None:
         for leader in self._waiting.next_searches():
@@ -192,13 +192,13 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         self._tables.end(sequence)
         sequence.row, sequence.pending = -1, 0
-        sequence.scored = sequence.scores_told
+        sequence.scored = sequence.scores_reported
         sequence.epoch += 1
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave_row(sequence)
         self.preemptions += 1
-        if sequence.told < len(sequence.tokens):
+        if sequence.reported < len(sequence.tokens):
             self._enqueue(sequence)
         else:
             sequence.status = Status.BESIDE
@@ -362,7 +362,7 @@ class Scheduler:
             )
             if slice.score_to > slice.score_from:
                 update.prompt_logprobs = commit.scores(slice, result, first)
-                sequence.scores_told = slice.score_to
+                sequence.scores_reported = slice.score_to
             reason: FinishReason | None = None
             if slice.samples:
                 reason = commit.sampled(sequence, result, end - 1, update, self.limits.eos_token_ids)
@@ -402,7 +402,7 @@ class Scheduler:
             raise RuntimeError(f"request {request.id!r} already has sample {index}")
         order = (*sequence.order[:2], index)
         twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed)
-        twin.held, twin.tokens, twin.told = sequence.held, list(sequence.tokens), sequence.told
+        twin.held, twin.tokens, twin.reported = sequence.held, list(sequence.tokens), sequence.reported
         group.append(twin)
         if sequence.status == Status.RUNNING and self._free_rows:
             self._tables.begin_as(twin, sequence)
@@ -412,4 +412,4 @@ class Scheduler:
 
 def _idles(sequence: Sequence) -> bool:
     """Whether a held sequence has reported its sample and waits for `extend`."""
-    return sequence.told == len(sequence.tokens)
+    return sequence.reported == len(sequence.tokens)

@@ -52,19 +52,19 @@ class Sequence:
         "pending",
         "prompt_len",
         "published",
+        "reported",
         "request",
         "rope_length",
         "row",
         "scheduled",
         "scored",
-        "scores_told",
+        "scores_reported",
         "scoring_need",
         "seed",
         "siblings",
         "status",
         "stops",
         "tokens",
-        "told",
     )
 
     def __init__(self, request: Request, *, index: int, order: tuple[int, int, int], limits: Limits, seed: int) -> None:
@@ -83,7 +83,7 @@ class Sequence:
         self.need = sampling_need(request, controlled=self.controlled)
         self.scoring_need = None if params.prompt_logprobs is None else scoring_need(params.prompt_logprobs)
         # Prompt tokens scored, including by steps in flight, and those already reported. The first token has no score.
-        self.scored = self.scores_told = 1 if self.scoring_need is not None and index == 0 else self.prompt_len
+        self.scored = self.scores_reported = 1 if self.scoring_need is not None and index == 0 else self.prompt_len
         self.seed = seed & 0xFFFF_FFFF
         self.status = Status.BESIDE
         self.row, self.epoch, self.computed, self.pending, self.cached = -1, 0, 0, 0, 0
@@ -94,7 +94,7 @@ class Sequence:
         self.generation = -1  # the pool's generation when its KV was begun
         self.siblings: list[Sequence] = []  # the other samples of the request, until its prompt is computed
         self.held = 0  # above 0: a beam, which stops after each token until `extend`; the number of beams in its search
-        self.told = 0  # for a beam: its token count when it last reported its candidates
+        self.reported = 0  # for a beam: its token count when it last reported its candidates
         self.scheduled: float | None = None  # when it first got a row; None once reported
 
     @property

@@ -181,23 +181,23 @@ class Beams:
         self.engine, self.width, self.rounds, self.draws = engine, width, rounds, random.Random(seed)
         engine.add(request("beams", prompt, temperature=0, logprobs=2, max_tokens=rounds + 1), hold=width)
         self.beams: dict[int, Sequence] = {0: engine.scheduler.requests["beams"][0]}
-        self.told: set[int] = set()
+        self.reported: set[int] = set()
         self.next_index = 1
 
     def take(self) -> None:
         for update in self.engine.turn():
             if update.request_id != "beams" or update.index not in self.beams or update.finish_reason:
                 continue
-            assert update.logprobs and not update.token_ids and update.index not in self.told
+            assert update.logprobs and not update.token_ids and update.index not in self.reported
             tokens = self.beams[update.index].tokens
-            right = Oracle(self.engine.limits).told(tokens, update.logprobs[0].token, 2)
+            right = Oracle(self.engine.limits).reported(tokens, update.logprobs[0].token, 2)
             assert update.logprobs == [right]
-            self.told.add(update.index)
-        if self.told == self.beams.keys():
+            self.reported.add(update.index)
+        if self.reported == self.beams.keys():
             self.advance()
 
     def advance(self) -> None:
-        self.told, self.rounds = set(), self.rounds - 1
+        self.reported, self.rounds = set(), self.rounds - 1
         if not self.rounds:
             return self.engine.scheduler.abort("beams")
         parents = self.draws.choices(sorted(self.beams), k=self.width)
