@@ -48,10 +48,10 @@ def start(cache: str, since: float, tiny: bool) -> None:
     say(weights_s=time.time() - began)
     began = time.time()
 
-    def told(what: str, done: int, count: int) -> None:
+    def on_progress(what: str, done: int, count: int) -> None:
         say(**{what: done, "programs": count})
 
-    engine = Engine(config, params=params, spec=spec, report=lambda line: None, told=told)
+    engine = Engine(config, params=params, spec=spec, report=lambda line: None, on_progress=on_progress)
     say(engine_s=time.time() - began)
     began = time.time()
     greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)

@@ -90,7 +90,10 @@ def test_after_ctrl_c_the_rest_is_not_read(config: EngineConfig) -> None:
         assert go_on.wait(LONG)
 
     later = threading.Timer(0.2, go_on.set)
-    with pytest.raises(KeyboardInterrupt), loading.reading(loading.open_folder(config, None), told=hear) as weights:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        loading.reading(loading.open_folder(config, None), on_progress=hear) as weights,
+    ):
         assert begun.wait(LONG)
         later.start()
         raise KeyboardInterrupt
