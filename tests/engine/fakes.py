@@ -242,7 +242,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     embedding: bytes | None = None
     scheduled: float | None = None
-    told: bool = False  # of anything
+    reported: bool = False  # of anything
 
     def take(self, update: Update) -> None:
         assert self.reason is None, f"news after the end: {update}"
@@ -269,7 +269,7 @@ class Oracle:
         array = np.array(tokens, np.int32)
         return array[seen.start : seen.stop], np.array([digest(array[firsts[p] : p + 1]) for p in seen], np.int64)
 
-    def told(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
+    def reported(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
         """The log-probability of what follows these tokens."""
         drawn = draw(*self._seen(tokens, len(tokens) - 1), b"")
         logprob, rank, top_tokens, top_logprobs = likelihood(drawn, token)

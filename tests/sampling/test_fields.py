@@ -31,7 +31,7 @@ def test_a_declaration_agrees_with_the_type(name: str) -> None:
 
 def test_kernels_take_the_columns() -> None:
     given = {*columns.COLUMNS, "position"} - {"controlled"}
-    assert given == set(sampling.SamplingParams._fields)
+    assert given == set(sampling.RowParams._fields)
 
 
 def test_columns_hold_the_values() -> None:
