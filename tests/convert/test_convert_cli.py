@@ -346,7 +346,7 @@ def test_weights_of_what_is_not_supported_are_not_fetched(
 # --- the bar --------------------------------------------------------------------------------------------------------
 
 BAR = """
-from convert import progress
+from convert.files import progress
 with progress.bar("converting", 2 * 10**9) as told:
     for _ in range(10):
         told(2 * 10**8)
