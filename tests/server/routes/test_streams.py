@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import EngineError
+from jaxserve.server import requests
 from jaxserve.server.answers import generation
 from jaxserve.server.answers.logprobs import CompletionLogprobs
 from jaxserve.server.errors import ApiError
@@ -120,7 +121,7 @@ FAULTS: list[tuple[Exception, int]] = [
 def test_a_fault_before_the_first_output_is_a_status(
     served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, body: Any, fault: Exception, status: int
 ) -> None:
-    monkeypatch.setattr(served.serving, "run", _says(None, fault))
+    monkeypatch.setattr(requests, "run", _says(None, fault))
     check_error(served.post(path, body), status)
     check_error(served.post(path, {**body, "stream": False}), status)
 
@@ -130,7 +131,7 @@ def test_a_fault_before_the_first_output_is_a_status(
 def test_a_fault_in_a_stream_is_an_event_and_done_follows(
     served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, body: Any, fault: Exception, status: int
 ) -> None:
-    monkeypatch.setattr(served.serving, "run", _says(_output("begun"), fault))
+    monkeypatch.setattr(requests, "run", _says(_output("begun"), fault))
     reply = served.post(path, body)
     assert reply.status == 200
     *chunks, error, done = reply.events
@@ -142,14 +143,14 @@ def test_a_fault_in_a_stream_is_an_event_and_done_follows(
 
 def test_a_request_that_the_engine_gives_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = _output("", finish_reason="error", error='the logits of File "/home/x.py" are not finite')
-    monkeypatch.setattr(served.serving, "run", _says(broken, None))
+    monkeypatch.setattr(requests, "run", _says(broken, None))
     for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT)):
         assert "not finite" in check_error(served.post(path, {**body, "stream": False}), 500)["message"]
         check_error(served.post(path, body), 500)
 
 
 def test_an_aborted_request_ends_as_that(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.serving, "run", _says(_output("so far", finish_reason="abort"), None))
+    monkeypatch.setattr(requests, "run", _says(_output("so far", finish_reason="abort"), None))
     events = served.post("/v1/completions", BODY).events
     assert events[-2]["choices"][0]["finish_reason"] == "abort" and events[-1] == "[DONE]"
     choice = served.post("/v1/chat/completions", {**CHAT, "stream": False}).json["choices"][0]
@@ -159,6 +160,6 @@ def test_an_aborted_request_ends_as_that(served: Served, monkeypatch: pytest.Mon
 def test_outputs_of_several_samples_are_one_write(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [CompletionOutput(index, "x", [5], finish_reason="stop") for index in range(3)]
     both = RequestOutput("1", "x", [5], samples, finished=True)
-    monkeypatch.setattr(served.serving, "run", _says(both, None))
+    monkeypatch.setattr(requests, "run", _says(both, None))
     events = served.post("/v1/completions", {**BODY, "n": 3, "temperature": 1}).events
     assert [event["choices"][0]["index"] for event in events[:-1]] == [0, 1, 2]
