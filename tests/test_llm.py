@@ -256,7 +256,7 @@ def test_lists_must_be_as_long_as_the_prompts(llm: LLM) -> None:
 
 
 def test_unknown_settings_are_named() -> None:
-    with pytest.raises(RequestError, match=r"'max_sequences' is no field of EngineConfig.*max_num_seqs"):
+    with pytest.raises(RequestError, match=r"EngineConfig has no field 'max_sequences'.*max_num_seqs"):
         LLM("tiny", max_sequences=3)
 
 
@@ -394,7 +394,7 @@ def test_arrays_hold_what_generate_says(llm: LLM, reference: Reference) -> None:
 def test_bad_arrays_are_named(llm: LLM, prompts: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         llm.generate_arrays(prompts, GREEDY)
-    with pytest.raises(RequestError, match="n is 1 and 2"):
+    with pytest.raises(RequestError, match="n varies from 1 to 2"):
         llm.generate_arrays([[1], [2]], [GREEDY, SamplingParams(n=2)])
 
 

@@ -54,7 +54,7 @@ def test_embeddings_are_the_models_last_hidden_states(llm: LLM, reference: Refer
     alone /= np.linalg.norm(alone)  # it is the caller's own
     assert llm.embed([]) == []
     assert len(llm.embed([list(range(128))])) == 1  # as long as the model takes
-    with pytest.raises(RequestError, match=r"prompt 1: .*129 tokens.*embedded has 128"):
+    with pytest.raises(RequestError, match=r"prompt 1: .*129 tokens.*at most 128 can be embedded"):
         llm.embed([[1], [1] * 129])
 
 
