@@ -181,7 +181,7 @@ def test_impossible_widths_are_named(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"beam_width is 5.*max_logprobs 8"):
         llm.beam_search(PROMPT, BeamSearchParams(beam_width=5, max_tokens=2))
     few = tiny_llm.make(max_num_seqs=2, max_num_batched_tokens=8)
-    with pytest.raises(RequestError, match=r"beam_width is 3.*runs 2"):
+    with pytest.raises(RequestError, match=r"beam_width is 3.*at most 2"):
         few.beam_search(PROMPT, BeamSearchParams(beam_width=3, max_tokens=2))
     with pytest.raises(RequestError, match=r"prompt 1: .*500"):
         llm.beam_search([PROMPT, [500]], BeamSearchParams(beam_width=2, max_tokens=2))
