@@ -15,7 +15,7 @@ PACKAGES = ("jaxserve", "pallas_kernels", "convert")
 # The order of the house, lowest first. A unit, which is a folder or a loose module, may import units of the lines above
 # its own, and itself; units of one line do not know each other.
 ORDER = (
-    ("jaxserve.errors", "jaxserve.unsupported", "pallas_kernels"),
+    ("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "pallas_kernels"),
     ("jaxserve.exit_codes", "jaxserve.types", "jaxserve.flags", "jaxserve.demo", "jaxserve.deploy"),
     ("jaxserve.config", "jaxserve.text"),
     ("jaxserve.parallel",),
@@ -38,8 +38,15 @@ OPEN = "jaxserve"
 
 # Nothing in these folders and modules may lead to jax: a scheduler step, a web server and `--help` do not wait for it.
 JAX_FREE = (
-    *("jaxserve.errors", "jaxserve.unsupported", "jaxserve.exit_codes", "jaxserve.config", "jaxserve.types"),
-    *("jaxserve.flags", "jaxserve.text", "jaxserve.demo", "jaxserve.engine.capacity", "jaxserve.engine.schedule"),
+    *("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "jaxserve.exit_codes", "jaxserve.config"),
+    *(
+        "jaxserve.types",
+        "jaxserve.flags",
+        "jaxserve.text",
+        "jaxserve.demo",
+        "jaxserve.engine.capacity",
+        "jaxserve.engine.schedule",
+    ),
     *("jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "jaxserve.models.families", "convert.files"),
 )
 # Folders inside those, for what starts jax on purpose.

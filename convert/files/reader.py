@@ -22,6 +22,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from convert.files.header import TensorInfo
+from jaxserve import machine
 from jaxserve.errors import CheckpointError, one_line
 
 type Array = np.ndarray[Any, Any]
@@ -29,7 +30,7 @@ type OnBytes = Callable[[int], object]  # called with the number of bytes read
 
 SPAN = 4 << 20  # with 1 MB, Python overhead made loading a third slower
 HOLE = 1 << 16  # gaps of at least this size are skipped, smaller ones are read along
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, machine.cpus())
 
 
 @dataclass(frozen=True)

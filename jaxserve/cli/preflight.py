@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity, Memory
@@ -104,10 +105,9 @@ def check_machine(engine: EngineConfig) -> None:
         if size > devices:
             problem = f"{option} is {size}, but JAX has only {devices} CPU device{'s' * (devices > 1)}"
             raise UsageError(problem, f"remove it, or set JAX_NUM_CPU_DEVICES={size} to try it on a CPU")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    size = engine.kv_cache_memory_bytes
-    if size is not None and size > memory:
-        problem = f"--kv-cache-memory-bytes is {size:,}, but this machine has {memory:,} bytes of memory"
+    memory, size = machine.total_memory(), engine.kv_cache_memory_bytes
+    if size is not None and memory is not None and size > memory:
+        problem = f"--kv-cache-memory-bytes is {size:,}, but this machine has {memory:,} bytes of memory for it"
         raise UsageError(problem, "lower it, or remove it")
 
 

@@ -7,12 +7,12 @@ shards: only shapes and shardings are made, for the bytes of the weights. All el
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity
@@ -128,7 +128,7 @@ def _changes(config: EngineConfig, plan: Capacity, most: int) -> Iterator[tuple[
 def _cache_sizes(config: EngineConfig, plan: Capacity) -> Iterator[tuple[str, int]]:
     """Half of the KV cache's size, and twice that if there is room."""
     size = config.kv_cache_memory_bytes or plan.blocks * plan.block_bytes
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = machine.total_memory() or 2**63
     if plan.memory.usable is not None and not plan.memory.on_cpu:
         room = plan.memory.usable - plan.state - plan.step - capacity.SLACK
     for other in (size * 2, size // 2):

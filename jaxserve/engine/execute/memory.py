@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity, Memory
@@ -52,10 +53,9 @@ def of_weights(spec: ModelSpec, shapes: Params, on: Any, *, on_cpu: bool) -> Mem
 
 
 def free_on_cpu(coming: int = 0) -> int:
-    """This machine's free bytes; if unknown, enough for a full-size KV cache and the `coming` bytes."""
-    if not hasattr(os, "sysconf"):
-        return 4 * capacity.CPU_CACHE + coming
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """The bytes that are free for this process; if unknown, enough for a full-size KV cache and the `coming` bytes."""
+    free = machine.free_memory()
+    return 4 * capacity.CPU_CACHE + coming if free is None else free
 
 
 def sized(config: EngineConfig, model: Opened, memory: Memory, store: Store | None = None) -> Capacity:

@@ -9,7 +9,6 @@ State is donated to each program and returned by it, so that after `warm` only s
 """
 
 import atexit
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.buckets import fitting
 from jaxserve.engine.capacity import Capacity
@@ -177,7 +177,7 @@ class Runner:
         keys = [key for key in self.every_key() if key not in self._executables]
         with self.on_mesh():
             wanted = [self.program(key) for key in keys]
-            workers = min(16, os.cpu_count() or 1)
+            workers = min(16, machine.cpus())
             compiled = programs.compile_all(
                 wanted, workers=workers, store=self._store, progress=progress, beside=weights
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import GIB, SLACK, Capacity
@@ -41,6 +42,7 @@ def sized(spec: ModelSpec = FULL, **config: Any) -> tuple[Capacity, list[str]]:
 def pretend_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     answers = {"SC_AVPHYS_PAGES": free // 4096, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", answers.__getitem__)
+    monkeypatch.setattr(machine, "CGROUPS", machine.Cgroups(listed=Path("/none")))
 
 
 def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
