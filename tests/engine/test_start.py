@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine, _Progress
 from jaxserve.engine.execute import loading, memory, programs
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
+from jaxserve.parallel.mesh import make_mesh
+from tests import tiny_llm
 from tests.golden import load as golden
 
 pytestmark = pytest.mark.usefixtures("beside")
@@ -108,6 +111,17 @@ def test_weights_that_are_to_come_are_counted(monkeypatch: pytest.MonkeyPatch, c
     assert found.weights > 10_000 and (found.usable, found.used) == (1000, 100 + found.weights)
     held = loading.open_params(config, None, loading.read(model), None)[0]
     assert memory.available(config, held) == replace(found, used=100)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_a_mesh_that_would_replicate_the_model_is_refused(axis: str) -> None:
+    mesh = jax.make_mesh((2, 2), (axis, "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with pytest.raises(ConfigError, match=f"mesh axis '{axis}' has size 2: data parallelism is not supported; run one"):
+        loading.on_mesh(EngineConfig(model="any"), mesh)
+    with pytest.raises(ConfigError, match="run one engine per replica"):
+        tiny_llm.make(mesh=make_mesh(data=2, tensor=2))
+    alone = make_mesh(data=1, tensor=2)
+    assert loading.on_mesh(EngineConfig(model="any"), alone) is alone
 
 
 def test_long_compiling_is_told_now_and_then() -> None:

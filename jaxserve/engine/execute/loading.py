@@ -50,8 +50,17 @@ def on_mesh(config: EngineConfig, given: Any) -> Any:
     if given is not None:
         if tensor * expert > 1:
             raise ConfigError("both a mesh and parallel sizes are set", "set only one of them")
+        _check_model_parallel(given)
         return given
     return mesh.make_mesh(tensor=tensor, expert=expert) if tensor * expert > 1 else None
+
+
+def _check_model_parallel(on: Any) -> None:
+    """Nothing that an engine holds is sharded over other axes: all would be replicated, for no more speed."""
+    for name, size in on.shape.items():
+        if name not in ("tensor", "expert") and size > 1:
+            problem = f"mesh axis {name!r} has size {size}: data parallelism is not supported"
+            raise ConfigError(problem, "run one engine per replica, each on a mesh of its own devices")
 
 
 def open_folder(config: EngineConfig, on: Any) -> Opened:
