@@ -94,7 +94,8 @@ class BenchServe:
         async def measured() -> load.Outcome:
             warm = await load.run(client.root, jobs[self.num_prompts :], api_key=key, timeout=self.timeout)
             if warm.samples and all(sample.error for sample in warm.samples):
-                raise JaxserveError(f"the first request failed: {warm.samples[0].error}", "see the server log")
+                hint = "see the server log; prompts that are too long are shortened by --random-input-len"
+                raise JaxserveError(f"the first request failed: {warm.samples[0].error}", hint)
             return await load.run(
                 client.root,
                 jobs[: self.num_prompts],

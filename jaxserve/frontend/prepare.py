@@ -124,6 +124,8 @@ class Preparer:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt), None
         if not isinstance(prompt, Mapping):
+            if not hasattr(prompt, "__array__") and len(prompt) and not is_one(prompt):
+                raise RequestError("prompt", "a list of prompts was passed as one prompt", f"pass {FORMS}")
             return None, token_ids(prompt), None
         for key in prompt:
             if key not in KEYS:

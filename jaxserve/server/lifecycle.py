@@ -230,7 +230,9 @@ class Life:
         """Report to probes that the server is shutting down, and let requests in flight finish."""
         serving.draining = True
         timeout = self._config.shutdown_timeout
-        if serving.in_flight:
+        if not serving.in_flight:
+            logs.LOG.info("shutting down")
+        else:
             logs.LOG.info(
                 "shutting down: waiting up to %g s for %d requests in flight; signal again to end now",
                 timeout,

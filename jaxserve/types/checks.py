@@ -33,7 +33,7 @@ def check_names(kind: type, given: Mapping[str, object]) -> None:
 
 def refused(name: str, value: object, wanted: str) -> RequestError:
     try:
-        shown = repr(str(value)[:80])
+        shown = str(value) if isinstance(value, int | float) else repr(str(value)[:80])
     except ValueError:  # Python refuses to convert integers of thousands of digits
         shown = "a number too long to print"
     return RequestError(name, f"{name} is {shown}, expected {wanted}", "correct the value")

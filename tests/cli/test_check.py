@@ -87,7 +87,9 @@ def test_check_and_engine_agree(
         monkeypatch.setattr(memory, "Runner", Probe)
     model = loading.open_folder(config, loading.on_mesh(config, None))
     engine = memory.sized(config, model, memory.available(config, model))
-    check = memory_plan.planned(config, memory_plan.read(config), None if gib is None else gib * 2**30)
+    check = memory_plan.planned(
+        config, memory_plan.read(config, memory_plan.fetch(config)), None if gib is None else gib * 2**30
+    )
     assert check.fits and check.block_bytes == sum(map(memory.shard_bytes, pools_of(model, config.block_size)))
     assert plain(check) == plain(engine)
     assert check.cache_lines() == engine.cache_lines()

@@ -342,7 +342,7 @@ def test_what_is_refused_is_what_does_not_fit(tmp_path: Path, name: str, shards:
     spec = registry.read_config(folder)[0]
     config = EngineConfig(model=str(folder), tensor_parallel_size=shards, block_size=8, max_model_len=100)
     config = replace(config, max_num_batched_tokens=32, dtype="bfloat16")
-    described = memory_plan.read(config)
+    described = memory_plan.read(config, memory_plan.fetch(config))
     per_block = memory_plan.planned(config, described, None).block_bytes
     assert preflight.least(config, spec).block_bytes == per_block
     refused: set[bool] = set()

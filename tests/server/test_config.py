@@ -250,6 +250,18 @@ def test_paces_that_are_none(caplog: pytest.LogCaptureFixture) -> None:
     assert [line["generated_tokens"] for line in lines] == [0, 1, None, 5]
 
 
+def test_how_a_request_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """By finish reasons; without one, the engine failed or the client left."""
+    logging.getLogger("jaxserve.server").propagate = True
+    prompt = Request(id="a", prompt_token_ids=[5], params=SamplingParams())
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        for reasons, error in ((["stop", "length", "stop"], None), ([], "The engine has failed."), ([], None)):
+            record = RequestRecord("x", arrival=0.0, prepared=[prompt], error=error)
+            record.finish_reasons = list(reasons)
+            logs.request_line(record, method="POST", path="/a", status=200, config=ServerConfig())
+    assert [vars(entry)["fields"]["finish"] for entry in caplog.records] == ["length,stop", "error", "left"]
+
+
 def test_the_line_about_throughput(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(logs.time, "monotonic", lambda: now)

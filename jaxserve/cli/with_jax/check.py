@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from jaxserve import demo
-from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Described, alternatives, planned, read
+from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Described, alternatives, fetch, planned, read
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.capacity import SLACK, Capacity, size
 from jaxserve.errors import JaxserveError, one_line
@@ -45,9 +45,10 @@ class Check:
         return build(cls, {"model": str(demo.FOLDER), **given})
 
     def run(self) -> None:
+        folder = fetch(self.engine)  # before jax is imported: a wrong path is the commonest mistake
         _on_cpu()
         memory = self.memory if self.memory is not None else _accelerator()
-        model = read(self.engine)
+        model = read(self.engine, folder)
         plan = planned(self.engine, model, memory)
         others = list(alternatives(self.engine, model, memory))
         if self.json:

@@ -33,18 +33,23 @@ class Described:
     parameters: int
 
 
-def read(config: EngineConfig) -> Described:
-    """From its config, and from the headers of its weights if they are here. No weights are downloaded."""
+def fetch(config: EngineConfig) -> Path:
+    """The model's folder. No weights are downloaded."""
+    from convert.files import hub
+
+    cache = Path(config.download_dir).expanduser() if config.download_dir else None
+    return hub.fetch(config.model, revision=config.revision, cache_dir=cache, weights=False)
+
+
+def read(config: EngineConfig, folder: Path) -> Described:
+    """From its config, and from the headers of its weights if they are here."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from convert import load
-    from convert.files import hub
     from jaxserve.models import hf, param_layout
 
-    cache = Path(config.download_dir).expanduser() if config.download_dir else None
-    folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, weights=False)
     raw = hf.read_json(folder / "config.json")
     if (folder / "spec.json").exists() or any(folder.glob("*.safetensors*")):
         opened = load.open_model(folder)

@@ -82,7 +82,7 @@ def request_line(
             "generated_tokens": record.generated_tokens if record.all_counted else None,
             "ttft": None if record.first_token is None else record.first_token - record.arrival,
             "tokens_per_second": _pace(record),
-            "finish": ",".join(sorted(set(record.finish_reasons))) or "left",
+            "finish": ",".join(sorted(set(record.finish_reasons))) or ("error" if record.error else "left"),
         }
         if config.enable_log_requests:
             shown["params"] = _differing(record.prepared[0].params)

@@ -131,7 +131,9 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
                 raise ValueError("use_beam_search cannot be streamed; set stream to false")
             for each in FIELDS:
                 value = getattr(self, each.name, None)
-                if not each.beams and value not in (None, [], {}) and each.check(value) != each.off:
+                if each.beams or value in (None, [], {}):
+                    continue
+                if each.check(value) not in (each.off, each.default):  # clients that always send defaults are served
                     hint = "remove it" if each.off in (None, ()) else f"remove it, or set it to {each.off:g}"
                     raise ValueError(f"{each.name} cannot be combined with use_beam_search; {hint}")
         elif self.length_penalty not in (None, 1):

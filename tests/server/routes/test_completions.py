@@ -322,7 +322,9 @@ def test_beams_are_those_of_the_python_api(served: Served) -> None:
         assert all(1 <= len(top) <= 3 for top in choice["logprobs"]["top_logprobs"])
         assert text_of(served, ids) + choice["text"] == text_of(served, beam.tokens)
     assert answer["usage"]["completion_tokens"] == 36
+    # The default values of parameters that do not combine with beams are no faults: many clients always send them.
     chat = {"messages": [{"role": "user", "content": "hello"}], "n": 2, "max_tokens": 4, "use_beam_search": True}
+    chat |= {"temperature": 1, "top_p": 1, "presence_penalty": 0, "stop": None}
     choices = served.post("/v1/chat/completions", chat).json["choices"]
     assert [choice["index"] for choice in choices] == [0, 1] and choices[0] != choices[1]
 
