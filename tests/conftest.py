@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import os
+import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tests.fast import XLA_FLAGS
 
 def pytest_configure(config: pytest.Config) -> None:
     """Comes before any test file is imported, so before anything asks jax for a device."""
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and their children with them.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     controls_workers = config.getoption("numprocesses") and not hasattr(config, "workerinput")
     if not controls_workers:  # a process that runs no tests need not wait for these imports
         _configure_jax()
