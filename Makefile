@@ -38,7 +38,7 @@ test: .venv/.test-installed
 # named here, so that a new test file is part of it until it proves slow.
 SLOW := demo host ui cli/test_live.py cli/test_child.py cli/test_profile.py convert/test_load.py \
   test_async_llm.py test_cli.py test_llm*.py test_readme*.py \
-  benchmarks/demo benchmarks/test_arguments.py benchmarks/test_batching.py benchmarks/test_gpu_*.py benchmarks/test_s*.py \
+  benchmarks/demo benchmarks/test_arguments.py benchmarks/test_batching.py benchmarks/gpu benchmarks/test_s*.py \
   convert/test_orbax.py convert/test_convert_cli.py engine/execute engine/test_*.py \
   models/test_decoder.py models/test_golden.py models/test_sharding.py \
   $(addprefix pallas_kernels/test_,callers.py grouped_matmul.py mla_attention.py paged_attention.py sampling.py) \

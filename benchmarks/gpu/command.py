@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import facts
-from benchmarks.gpu import apart, book
+from benchmarks.gpu import book, processes
 from benchmarks.gpu.sections import SECTIONS
 from pallas_kernels import tuning
 
@@ -84,9 +84,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     sections = chosen(given.section, made)
     tiny = given.size == "tiny"
-    separate = (not tiny if given.apart is None else given.apart) and apart.needed(sections)
+    separate = (not tiny if given.apart is None else given.apart) and processes.needed(sections)
     if separate:
-        apart.keep_small()
+        processes.keep_small()
     refused = refusal(tiny)
     if not given.seconds >= 0:  # nor NaN
         made.error(f"--seconds is {given.seconds}, expected 0 or more")
@@ -109,5 +109,5 @@ def main(arguments: Sequence[str]) -> int:
     )
     told = facts.collect()
     print(f"{told['machine']['device']}, jax {told['machine']['jax']}, seed {settings.seed}, {os.cpu_count()} CPUs")
-    run = apart.run if separate else book.run
+    run = processes.run if separate else book.run
     return int(run(with_ceilings(sections, settings.out), settings, told) > 0)

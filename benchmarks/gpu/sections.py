@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of the run book, in their order. A share is roughly the seconds a section needs on one H200."""
 
-from benchmarks.gpu import (
-    check_attention,
-    check_matmul,
-    check_models,
-    check_sampling,
-    check_writes,
-    engine_gap,
-    engine_graphs,
-    engine_runs,
-    engine_times,
-    hazards,
-    machine,
-    sweep,
-    time_attention,
-    time_matmul,
-    time_others,
-    time_steps,
-    timing,
-)
 from benchmarks.gpu.book import Section
+from benchmarks.gpu.checks import attention as check_attention
+from benchmarks.gpu.checks import hazards
+from benchmarks.gpu.checks import matmul as check_matmul
+from benchmarks.gpu.checks import models as check_models
+from benchmarks.gpu.checks import sampling as check_sampling
+from benchmarks.gpu.checks import writes as check_writes
+from benchmarks.gpu.engine import gap as engine_gap
+from benchmarks.gpu.engine import graphs as engine_graphs
+from benchmarks.gpu.engine import separate, throughput
+from benchmarks.gpu.times import attention as time_attention
+from benchmarks.gpu.times import machine, sweep, timing
+from benchmarks.gpu.times import matmul as time_matmul
+from benchmarks.gpu.times import others as time_others
+from benchmarks.gpu.times import steps as time_steps
 
 SECTIONS = (
     Section("machine", "copy bandwidth, bf16 matmul rate, state of the card", 15, machine.COLUMNS, machine.run),
@@ -32,14 +27,14 @@ SECTIONS = (
     Section("check_grouped", "matmul by group against float64", 45, check_matmul.COLUMNS, check_matmul.run),
     Section("check_models", "golden checkpoints against transformers", 60, check_models.COLUMNS, check_models.run),
     Section("hazards", "races, far offsets, grid limits, CUDA graphs, donation", 50, hazards.COLUMNS, hazards.run),
-    Section("engine_decode", "whole decode steps", 70, engine_times.DECODE_COLUMNS, engine_times.run_decode, True),
+    Section("engine_decode", "whole decode steps", 70, throughput.DECODE_COLUMNS, throughput.run_decode, True),
     Section("engine_gap", "idle time between steps", 20, engine_gap.COLUMNS, engine_gap.run),
-    Section("engine_offline", "many requests", 75, engine_times.OFFLINE_COLUMNS, engine_times.run_offline, True),
-    Section("engine_prefill", "whole prompts", 15, engine_times.PREFILL_COLUMNS, engine_times.run_prefill, True),
+    Section("engine_offline", "many requests", 75, throughput.OFFLINE_COLUMNS, throughput.run_offline, True),
+    Section("engine_prefill", "whole prompts", 15, throughput.PREFILL_COLUMNS, throughput.run_prefill, True),
     Section("engine_graphs", "its programs as CUDA graphs", 30, engine_graphs.COLUMNS, engine_graphs.run),
-    Section("engine_peer", "other engines on this card", 60, engine_runs.PEER_COLUMNS, engine_runs.run_peer),
-    Section("engine_start", "cold and warm start", 150, engine_runs.START_COLUMNS, engine_runs.run_start),
-    Section("engine_flags", "flags of XLA, eight layers", 130, engine_runs.FLAG_COLUMNS, engine_runs.run_flags),
+    Section("engine_peer", "other engines on this card", 60, separate.PEER_COLUMNS, separate.run_peer),
+    Section("engine_start", "cold and warm start", 150, separate.START_COLUMNS, separate.run_start),
+    Section("engine_flags", "flags of XLA, eight layers", 130, separate.FLAG_COLUMNS, separate.run_flags),
     Section("time_decode", "decode attention", 30, timing.COLUMNS, time_attention.run_decode, True),
     Section("time_ragged", "prompt attention", 25, timing.COLUMNS, time_attention.run_ragged, True),
     Section("time_mla", "latent attention", 20, timing.COLUMNS, time_attention.run_mla, True),

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu import plans
+from benchmarks.gpu.dumps import launch_plan
 from benchmarks.published import llama_8b
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.execute import programs
@@ -71,9 +71,9 @@ def copied(compiled: Compiled, at_least: int) -> list[str]:
     return found
 
 
-def check(name: str, compiled: Compiled) -> plans.LaunchPlan:
+def check(name: str, compiled: Compiled) -> launch_plan.LaunchPlan:
     """What holds for every program, and the comparison with the record."""
-    plan = plans.read(DUMP)
+    plan = launch_plan.read(DUMP)
     assert plan is not None
     called = set(re.findall(r'custom_call_target="([^"]+)"', compiled.hlo))
     assert called <= CUSTOM_CALLS

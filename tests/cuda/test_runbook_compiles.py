@@ -12,8 +12,11 @@ import jax
 import pytest
 
 from benchmarks import models
-from benchmarks.gpu import sweep, time_attention, time_matmul, time_others
-from benchmarks.gpu.timing import Timed
+from benchmarks.gpu.times import attention as time_attention
+from benchmarks.gpu.times import matmul as time_matmul
+from benchmarks.gpu.times import others as time_others
+from benchmarks.gpu.times import sweep
+from benchmarks.gpu.times.timing import Timed
 from pallas_kernels import dispatch
 from pallas_kernels.tuning import DecodeTiles
 from tests.cuda.hopper import ABSTRACT_H200, compile_for_h200, specs

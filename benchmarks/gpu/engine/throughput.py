@@ -9,10 +9,10 @@ same step without the host: what is between it and `ms`, the host did not hide.
 import math
 import random
 
-from benchmarks.gpu import roof
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.rig import Rig, rig_of
-from benchmarks.gpu.timing import Aim, Ceilings
+from benchmarks.gpu.engine import roofline
+from benchmarks.gpu.engine.rig import Rig, rig_of
+from benchmarks.gpu.times.timing import Aim, Ceilings
 
 DECODE_COLUMNS = ("ms", "device_ms", "spread", "tokens_per_s", "floor_pct", "table_pct", "met", "note")
 PREFILL_COLUMNS = ("ms", "spread", "tokens_per_s", "tflops", "floor_pct", "table_pct", "met")
@@ -52,9 +52,9 @@ def measure_decode(rig: Rig, rows: int, context: int, ceilings: Ceilings) -> Row
     row |= {
         "tokens_per_s": 1e3 * rows / ms,
         "bytes": moved,
-        "floor_ms": roof.bytes_ms(moved, ceilings),
-        "floor_pct": roof.percent(roof.bytes_ms(moved, ceilings), ms),
-        "table_pct": roof.percent(roof.bytes_ms(moved, roof.TABLE), ms),
+        "floor_ms": roofline.bytes_ms(moved, ceilings),
+        "floor_pct": roofline.percent(roofline.bytes_ms(moved, ceilings), ms),
+        "table_pct": roofline.percent(roofline.bytes_ms(moved, roofline.TABLE), ms),
     }
     return judged(row, decode_target(rows))
 
@@ -80,7 +80,7 @@ def measure_prefill(rig: Rig, prompt: int, together: int, ceilings: Ceilings) ->
     flops, ms = together * rig.roof.prefill_flops(prompt), row["ms"]
     row |= {"tokens_per_s": 1e3 * together * prompt / ms, "flops": flops, "tflops": flops / ms / 1e9}
     row["floor_pct"] = 100 * row["tflops"] / ceilings.matmul if ceilings.matmul else None
-    row["table_pct"] = 100 * row["tflops"] / (roof.TABLE.matmul or 1)
+    row["table_pct"] = 100 * row["tflops"] / (roofline.TABLE.matmul or 1)
     return judged(row, Aim("floor_pct", 55) if prompt == 8192 else None)
 
 
@@ -123,7 +123,7 @@ def measure_offline(rig: Rig, requests: list[tuple[int, int]], seconds: float, c
     done = rig.run(requests, seconds=seconds)
     rows = min(rig.buckets.rows, len(requests))
     ms = 1e3 * done.seconds
-    floors = [rig.roof.offline_ms(done.answers, rows=rows, ceilings=each) for each in (ceilings, roof.TABLE)]
+    floors = [rig.roof.offline_ms(done.answers, rows=rows, ceilings=each) for each in (ceilings, roofline.TABLE)]
     row = {
         "ms": ms,
         "steps": done.steps,
@@ -133,8 +133,8 @@ def measure_offline(rig: Rig, requests: list[tuple[int, int]], seconds: float, c
         "tokens_per_s": done.output / done.seconds,
         "total_per_s": done.total / done.seconds,
         "floor_ms": floors[0],
-        "floor_pct": roof.percent(floors[0], ms),
-        "table_pct": roof.percent(floors[1], ms),
+        "floor_pct": roofline.percent(floors[0], ms),
+        "table_pct": roofline.percent(floors[1], ms),
     }
     return judged(row, Aim("floor_pct", 80) if requests[0] == (1000, 1000) else None)
 

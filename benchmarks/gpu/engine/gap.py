@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu import trace
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.rig import Rig, rig_of
-from benchmarks.gpu.timing import Aim
+from benchmarks.gpu.dumps import trace
+from benchmarks.gpu.engine.rig import Rig, rig_of
+from benchmarks.gpu.times.timing import Aim
 
 COLUMNS = ("ms", "host_ms", "read_ms", "between_us", "idle_us", "kernels", "met", "note")
 TRACED_AS_RUN = "--xla_enable_command_buffers_during_profiling=true"

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import published
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.timing import Ceilings, random_pool
+from benchmarks.gpu.times.timing import Ceilings, random_pool
 from jaxserve.models import decoder, kv_cache, param_layout
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec, Moe

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import poison
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.check_attention import TOLERANCE, compare, implementation
-from benchmarks.gpu.time_matmul import DEEPSEEK, GPT_OSS, MIXTRAL, QWEN3_30B, ExpertSizes, routed
+from benchmarks.gpu.checks import poison
+from benchmarks.gpu.checks.attention import TOLERANCE, compare, implementation
+from benchmarks.gpu.times.matmul import DEEPSEEK, GPT_OSS, MIXTRAL, QWEN3_30B, ExpertSizes, routed
 from pallas_kernels import reference
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.reference import Array

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 
 from benchmarks import models
-from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page, Row, describe, write_json
-from benchmarks.gpu.check_attention import implementation
-from benchmarks.gpu.time_attention import decode_case, mla_case, ragged_case
-from benchmarks.gpu.time_matmul import QWEN3_30B, grouped_case
-from benchmarks.gpu.time_others import sampling_case
-from benchmarks.gpu.timing import Arrays, Timed
+from benchmarks.gpu.checks.attention import implementation
+from benchmarks.gpu.times import timing
+from benchmarks.gpu.times.attention import decode_case, mla_case, ragged_case
+from benchmarks.gpu.times.matmul import QWEN3_30B, grouped_case
+from benchmarks.gpu.times.others import sampling_case
+from benchmarks.gpu.times.timing import Arrays, Timed
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.tuning import Tiles
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sections `engine_start`, `engine_flags` and `engine_peer`: what needs processes of its own, one after the other.
 
-This process must hold none of the GPU's memory meanwhile; see apart.py. A child that dies is a row that says why.
+This process must hold none of the GPU's memory meanwhile; see processes.py. A child that dies is a row that says why.
 
 start   cold, with an empty folder for compiled programs, and warm, with what the cold start left there. Weights are
         random and made on the device: nothing is read. A cold start that the section's time ends tells how far it was.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.gpu import children
 from benchmarks.gpu.book import Page, Row, read_rows
-from benchmarks.gpu.engine_times import PEER_MIX, mixes
+from benchmarks.gpu.engine.throughput import PEER_MIX, mixes
 
 START_COLUMNS = ("whole_s", "import_s", "weights_s", "engine_s", "first_token_s", "compiling", "programs", "state")
 FLAG_COLUMNS = (
@@ -36,7 +36,7 @@ FLAG_COLUMNS = (
 )
 PEER_COLUMNS = ("seconds_taken", "tokens_per_s", "ratio", "version", "state")
 LAYERS = 8
-_CHILD = [sys.executable, "-m", "benchmarks.gpu.engine_child"]
+_CHILD = [sys.executable, "-m", "benchmarks.gpu.engine.child"]
 
 
 # --- start ----------------------------------------------------------------------------------------------------------

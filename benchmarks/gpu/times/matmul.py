@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page
-from benchmarks.gpu.time_attention import of_kind, spec
-from benchmarks.gpu.timing import Arrays, Timed
+from benchmarks.gpu.times import timing
+from benchmarks.gpu.times.attention import of_kind, spec
+from benchmarks.gpu.times.timing import Arrays, Timed
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.tuning import MatmulTiles, Tiles
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models
-from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page
-from benchmarks.gpu.timing import Aim, Arrays, Timed
+from benchmarks.gpu.times import timing
+from benchmarks.gpu.times.timing import Aim, Arrays, Timed
 from benchmarks.models import Heads
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention

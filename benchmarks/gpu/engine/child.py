@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a section measures in a process of its own; says it in lines of JSON.
 
-    python -m benchmarks.gpu.engine_child start CACHE SINCE [tiny]     an engine's start, to the first token
-    python -m benchmarks.gpu.engine_child steps LAYERS [tiny]          steps of a shallow model, for A/B of flags
+    python -m benchmarks.gpu.engine.child start CACHE SINCE [tiny]     an engine's start, to the first token
+    python -m benchmarks.gpu.engine.child steps LAYERS [tiny]          steps of a shallow model, for A/B of flags
 
 Times count from the process's own start, which is told as SINCE (seconds since the epoch).
 """
@@ -39,7 +39,7 @@ def start(cache: str, since: float, tiny: bool) -> None:
     small["warmup"] = False
     config = EngineConfig(model="random", compilation_cache_dir=cache, **(small if tiny else {}))
     memory.reserve_memory(config)  # before the device is used
-    from benchmarks.gpu import rig
+    from benchmarks.gpu.engine import rig
 
     say(import_s=time.time() - since, python_s=_BEGAN - since)
     began = time.time()
@@ -62,7 +62,7 @@ def start(cache: str, since: float, tiny: bool) -> None:
 
 
 def steps(layers: int, tiny: bool) -> None:
-    from benchmarks.gpu.rig import Rig
+    from benchmarks.gpu.engine.rig import Rig
 
     # What is timed alone: compiling is most of a child's time.
     sizes = (1, 32) if tiny else (1, 64, 2048)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.check_attention import implementation
+from benchmarks.gpu.checks.attention import implementation
 from convert import load
 from jaxserve.models import decoder, registry
 from tests.golden import load as golden

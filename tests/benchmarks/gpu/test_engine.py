@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.gpu import apart, book, children, engine_runs, plans, roof, trace
-from benchmarks.gpu import rig as rigs
-from benchmarks.gpu.engine_gap import TRACED_AS_RUN
-from benchmarks.gpu.engine_times import PEER_MIX, decode_cases, decode_target, judged, mixes, sharegpt
-from benchmarks.gpu.rig import Rig, model
-from benchmarks.gpu.roof import Roof
+from benchmarks.gpu import book, children, processes
+from benchmarks.gpu.dumps import launch_plan, trace
+from benchmarks.gpu.dumps.trace import Event
+from benchmarks.gpu.engine import rig as rigs
+from benchmarks.gpu.engine import roofline, separate
+from benchmarks.gpu.engine.gap import TRACED_AS_RUN
+from benchmarks.gpu.engine.rig import Rig, model
+from benchmarks.gpu.engine.roofline import Roof
+from benchmarks.gpu.engine.throughput import PEER_MIX, decode_cases, decode_target, judged, mixes, sharegpt
 from benchmarks.gpu.sections import SECTIONS
-from benchmarks.gpu.trace import Event
 from jaxserve.models import param_layout
 
 
@@ -44,7 +46,7 @@ def llama() -> Roof:
 )
 def test_floor_of_a_decode_step(llama: Roof, rows: int, context: int, ms: float) -> None:
     """As worked out by hand for Llama-3.1-8B on an H200 of 4.3 TB/s; by hand the logits' way to and fro counts too."""
-    found = roof.bytes_ms(llama.step_bytes(rows, context), roof.TABLE) or 0.0
+    found = roofline.bytes_ms(llama.step_bytes(rows, context), roofline.TABLE) or 0.0
     assert 0.96 * ms < found < 1.001 * ms
 
 
@@ -55,12 +57,12 @@ def test_operations_of_a_prefill(llama: Roof) -> None:
 
 def test_floor_of_a_mix(llama: Roof) -> None:
     """Of answers of one token there is the prefill alone; all else takes at least as long as its weights."""
-    alone = llama.offline_ms([(8192, 1)], rows=1, ceilings=roof.TABLE)
+    alone = llama.offline_ms([(8192, 1)], rows=1, ceilings=roofline.TABLE)
     assert alone == pytest.approx(llama.prefill_flops(8192) / 790e9)
-    batch = llama.offline_ms([(1000, 1000)] * 256, rows=256, ceilings=roof.TABLE)
+    batch = llama.offline_ms([(1000, 1000)] * 256, rows=256, ceilings=roofline.TABLE)
     steps = 999 * (llama.weight_bytes(256) + 256 * 1500 * 131072) / 4.3e9
     assert batch == pytest.approx(steps + 256 * llama.prefill_flops(1000) / 790e9, rel=0.001)
-    assert llama.offline_ms([(8, 8)], rows=1, ceilings=roof.Ceilings(None, None)) is None
+    assert llama.offline_ms([(8, 8)], rows=1, ceilings=roofline.Ceilings(None, None)) is None
 
 
 def test_what_is_asked_for() -> None:
@@ -150,13 +152,13 @@ condition:
 
 
 def test_plan_is_read() -> None:
-    plan = plans.parse(PLAN)
+    plan = launch_plan.parse(PLAN)
     assert plan.graphs == 2
     assert plan.outside == ["kWhile", "loop_compare_fusion", "kCopy"]
     assert plan.launches == ["kCopy", "kv_write", *plan.outside, "gemm_fusion_dot_12", "kv_write"]
     assert plan.per_layer() == 5 and plan.layer()[-1] == "gemm_fusion_dot"
     assert plan.counts()["gemm_fusion_dot"] == 1
-    assert plans.parse("000: kGemm [source] x").per_layer() is None
+    assert launch_plan.parse("000: kGemm [source] x").per_layer() is None
 
 
 # --- traces ---------------------------------------------------------------------------------------------------------
@@ -231,13 +233,13 @@ def test_a_child_that_is_late_is_ended_and_what_it_said_counts() -> None:
 def test_a_child_that_dies_says_why() -> None:
     assert child("raise ValueError('no such thing')").fault == "code 1: ValueError: no such thing"
     assert child("import os; os.abort()").fault == "code -6: it said nothing"
-    unknown = child("import jax; jax.devices()", env={"XLA_FLAGS": engine_runs.UNKNOWN.flags})
+    unknown = child("import jax; jax.devices()", env={"XLA_FLAGS": separate.UNKNOWN.flags})
     assert unknown.fault == "unknown flag"
 
 
 def test_this_version_knows_the_flags() -> None:
     """All at once, but for the one that is tried in case a later version has it."""
-    known = [variant.flags for variant in engine_runs.VARIANTS if "raft" not in variant.name]
+    known = [variant.flags for variant in separate.VARIANTS if "raft" not in variant.name]
     known.append(TRACED_AS_RUN)
     assert child("import jax; jax.devices()", env={"XLA_FLAGS": " ".join(known)}).fault is None
 
@@ -249,7 +251,7 @@ class Blocked(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in BLOCKED:
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Blocked())
-import benchmarks.gpu.command, benchmarks.gpu.engine_child, jaxserve.engine.engine
+import benchmarks.gpu.command, benchmarks.gpu.engine.child, jaxserve.engine.engine
 from jax._src import xla_bridge
 print('{"imported": true, "device": %s}' % str(xla_bridge.backends_are_initialized()).lower())
 """
@@ -272,11 +274,11 @@ def section(name: str) -> book.Section:
 
 
 def test_sections_that_share_an_engine_share_a_process() -> None:
-    found = {section.name: apart.process_of(section) for section in SECTIONS}
+    found = {section.name: processes.process_of(section) for section in SECTIONS}
     assert found["check_paged"] == found["machine"] == "kernels"
     assert found["engine_decode"] == found["engine_gap"] == found["engine_offline"] == "engine"
     assert found["engine_start"] == found["engine_flags"] == found["engine_peer"] == "here"
-    assert not apart.needed([section("machine"), section("sweep")]) and apart.needed([section("engine_peer")])
+    assert not processes.needed([section("machine"), section("sweep")]) and processes.needed([section("engine_peer")])
     names = [section.name for section in SECTIONS if section.name.startswith("engine_")]
     assert sorted(names, key=lambda name: found[name]) == names, "each process is started once"
 
@@ -285,7 +287,7 @@ def test_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str
     monkeypatch.setenv(children.SMALL, "false")  # as keep_small leaves it
     given = book.Settings(out=tmp_path, tiny=True, seed=3, seconds=60.0, table=None)
     told = {"machine": {"device": "none"}}
-    assert apart.run([section("check_blocks"), section("engine_peer")], given, told) == 0
+    assert processes.run([section("check_blocks"), section("engine_peer")], given, told) == 0
     assert book.read_rows(tmp_path / "check_blocks.json") and book.read_rows(tmp_path / "engine_peer.json")
     printed = capfd.readouterr().out
     assert "in a separate process: check_blocks" in printed and "engine_peer" in printed.split("all processes")[1]
@@ -294,4 +296,4 @@ def test_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str
 def test_a_process_that_dies_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     given = book.Settings(out=tmp_path, tiny=True, seed=3, seconds=60.0, table=None)
-    assert apart.run([section("check_blocks")], given, {}) == 1
+    assert processes.run([section("check_blocks")], given, {}) == 1

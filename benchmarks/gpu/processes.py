@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.gpu import book, children
 from benchmarks.gpu.book import Row, Section, Settings
-from benchmarks.gpu.engine_gap import TRACED_AS_RUN
+from benchmarks.gpu.engine.gap import TRACED_AS_RUN
 from jaxserve.config import EngineConfig
 from jaxserve.engine.execute.memory import MEMORY_SHARE
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.check_attention import implementation
+from benchmarks.gpu.checks.attention import implementation
 from pallas_kernels import block_copy, reference
 from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.reference import LARGEST, Array, wide

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks.gpu import time_steps
-from benchmarks.gpu.timing import Ceilings
+from benchmarks.gpu.times import steps as time_steps
+from benchmarks.gpu.times.timing import Ceilings
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import Attention, ModelSpec, Moe
 

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models
-from benchmarks.gpu import inputs, time_others, timing
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.check_attention import TOLERANCE, compare, implementation
-from benchmarks.gpu.inputs import AttentionInputs, Lengths, MlaCase, PagedCase
-from benchmarks.gpu.poison import same_bits
+from benchmarks.gpu.checks import inputs
+from benchmarks.gpu.checks.attention import TOLERANCE, compare, implementation
+from benchmarks.gpu.checks.inputs import AttentionInputs, Lengths, MlaCase, PagedCase
+from benchmarks.gpu.checks.poison import same_bits
+from benchmarks.gpu.times import others as time_others
+from benchmarks.gpu.times import timing
 from pallas_kernels import reference
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import inputs, poison
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.inputs import AttentionInputs, Lengths, MlaCase, PagedCase
+from benchmarks.gpu.checks import inputs, poison
+from benchmarks.gpu.checks.inputs import AttentionInputs, Lengths, MlaCase, PagedCase
 from pallas_kernels import dispatch, reference
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models
-from benchmarks.gpu import timing
 from benchmarks.gpu.book import Page
-from benchmarks.gpu.time_attention import BLOCK_SIZE, of_kind, spec
-from benchmarks.gpu.timing import Aim, Arrays, Timed
+from benchmarks.gpu.times import timing
+from benchmarks.gpu.times.attention import BLOCK_SIZE, of_kind, spec
+from benchmarks.gpu.times.timing import Aim, Arrays, Timed
 from benchmarks.models import Heads
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import poison
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.check_attention import implementation
+from benchmarks.gpu.checks import poison
+from benchmarks.gpu.checks.attention import implementation
 from pallas_kernels import dispatch, reference
 from pallas_kernels.reference import Array, survivors, wide
 from pallas_kernels.sampling import LogprobMode, Mode, RowParams, Sampled, sample

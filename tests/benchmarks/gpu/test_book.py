@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 
 from benchmarks import facts, models
-from benchmarks.gpu import (
-    book,
-    check_attention,
-    check_matmul,
-    check_sampling,
-    check_writes,
-    command,
-    poison,
-    sweep,
-    timing,
-)
+from benchmarks.gpu import book, command
+from benchmarks.gpu.checks import attention as check_attention
+from benchmarks.gpu.checks import matmul as check_matmul
+from benchmarks.gpu.checks import poison
+from benchmarks.gpu.checks import sampling as check_sampling
+from benchmarks.gpu.checks import writes as check_writes
 from benchmarks.gpu.sections import SECTIONS
-from benchmarks.gpu.time_attention import decode_case, decode_target
+from benchmarks.gpu.times import sweep, timing
+from benchmarks.gpu.times.attention import decode_case, decode_target
 from pallas_kernels import reference
 from pallas_kernels.tuning import DecodeTiles
 

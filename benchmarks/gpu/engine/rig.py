@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import published
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.roof import Roof
+from benchmarks.gpu.engine.roofline import Roof
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.schedule import packing

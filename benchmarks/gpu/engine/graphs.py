@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu import plans
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.rig import Rig, rig_of
+from benchmarks.gpu.dumps import launch_plan
+from benchmarks.gpu.engine.rig import Rig, rig_of
 from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.sequence import Need
@@ -20,7 +20,7 @@ from jaxserve.engine.schedule.sequence import Need
 COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
 
 
-def compile_with_plan(program: programs.Program) -> tuple[Any, plans.LaunchPlan | None]:
+def compile_with_plan(program: programs.Program) -> tuple[Any, launch_plan.LaunchPlan | None]:
     """The program as the engine compiles it, and its plan."""
     jitted = jax.jit(
         program.function,
@@ -29,7 +29,7 @@ def compile_with_plan(program: programs.Program) -> tuple[Any, plans.LaunchPlan 
     )
     with tempfile.TemporaryDirectory() as folder:
         lowered = jitted.lower(*program.static, *program.shapes)
-        return lowered.compile(compiler_options=plans.options(folder)), plans.read(Path(folder))
+        return lowered.compile(compiler_options=launch_plan.options(folder)), launch_plan.read(Path(folder))
 
 
 def measure(rig: Rig, key: Any) -> Row:
