@@ -210,7 +210,6 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         priority=config.scheduling_policy == "priority",
         rope_key=rope_key_of(spec),
     )
-    item = item_bytes(memory.dtype)
     buckets = Buckets.of(rows, tokens)
     found = Capacity(
         limits=limits,
@@ -219,9 +218,9 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         wanted_len=longest,
         insisted=config.max_model_len is not None,
         fixed=_fixed(config),
-        block_bytes=sum(map(memory.fitted.slot_values, spec.layers)) * config.block_size * item,
+        block_bytes=token_bytes(spec, memory.dtype, memory.fitted) * config.block_size,
         state=_state_bytes(limits),
-        step=_step_estimate(spec, buckets, shards=memory.fitted.shards, item=item)
+        step=_step_estimate(spec, buckets, shards=memory.fitted.shards, item=item_bytes(memory.dtype))
         if memory.step is None
         else memory.step,
     )
@@ -311,6 +310,11 @@ def rope_key_of(spec: ModelSpec) -> Callable[[int], int] | None:
         if isinstance(scaling, LongRope):
             return lambda length: scaling.original + (length > scaling.original)
     return None
+
+
+def token_bytes(spec: ModelSpec, dtype: str, fitted: Fit = WHOLE) -> int:
+    """The bytes of one token's KV over all layers, per device."""
+    return sum(map(fitted.slot_values, spec.layers)) * item_bytes(dtype)
 
 
 def item_bytes(dtype: str) -> int:

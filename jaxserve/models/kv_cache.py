@@ -4,11 +4,9 @@
 {"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
 """
 
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.mesh_fit import fit
@@ -23,12 +21,6 @@ _AXES: dict[str, mesh.Axes] = {
     "v": ("blocks", "slots", "kv_heads", "head_dim"),
     "latent": ("blocks", "slots", "latent"),
 }
-
-
-def bytes_per_block(spec: ModelSpec, *, block_size: int, dtype: Any) -> int:
-    """The bytes of one block over all layers and devices."""
-    pools = jax.tree.leaves(abstract_cache(spec, blocks=1, block_size=block_size, dtype=dtype))
-    return sum(math.prod(pool.shape) for pool in pools) * jnp.dtype(dtype).itemsize
 
 
 def abstract_cache(

@@ -24,18 +24,20 @@ from benchmarks import published
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.engine.roofline import Roof
 from jaxserve.config import EngineConfig
+from jaxserve.engine.capacity import token_bytes
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import Layout, Packed
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.engine.schedule.sequence import Need
-from jaxserve.models import kv_cache, param_layout
+from jaxserve.models import param_layout
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Rope
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 
 SLACK = 5 * 2**30  # bytes of device memory beside weights and KV: state, temporaries, code
 TOKEN = 7
+BLOCK_SIZE = 16
 TINY = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 128, "block_size": 8, "num_blocks": 40}
 
 
@@ -86,7 +88,7 @@ def settings(spec: ModelSpec, params: Any, *, tiny: bool) -> dict[str, Any]:
     [device] = params["embed"]["weight"].devices()
     stats = device.memory_stats() or {}
     left = stats["bytes_limit"] - stats["bytes_in_use"] - SLACK
-    return {"num_blocks": left // kv_cache.bytes_per_block(spec, block_size=16, dtype=jnp.bfloat16)}
+    return {"block_size": BLOCK_SIZE, "num_blocks": left // (BLOCK_SIZE * token_bytes(spec, "bfloat16"))}
 
 
 class _Filling:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
 from benchmarks.gpu.times import steps as time_steps
 from benchmarks.gpu.times.timing import Ceilings
-from jaxserve.models import kv_cache, param_layout
+from jaxserve.engine.capacity import token_bytes
+from jaxserve.models import param_layout
 from jaxserve.models.spec import Attention, ModelSpec, Moe
 
 TABLE = Ceilings(4300.0, 790.0)  # what one H200 was seen to do: floors that do not depend on this run's measurement
@@ -33,7 +32,7 @@ class Roof:
         return time_steps.read_bytes(self.spec, self.params, time_steps.StepCase("", rows, 0))
 
     def kv_bytes(self, tokens: float) -> float:
-        return tokens * kv_cache.bytes_per_block(self.spec, block_size=1, dtype=jnp.bfloat16)
+        return tokens * token_bytes(self.spec, "bfloat16")
 
     def prefill_flops(self, tokens: int) -> float:
         """Of one whole prompt, in however many chunks."""

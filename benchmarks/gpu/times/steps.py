@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks import published
 from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.times.timing import Ceilings, random_pool
+from jaxserve.engine.capacity import token_bytes
 from jaxserve.models import decoder, kv_cache, param_layout
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.spec import ModelSpec, Moe
@@ -77,8 +78,7 @@ def read_bytes(spec: ModelSpec, params: Any, case: StepCase) -> float:
             assert isinstance(mlp, Moe)
             size *= 1 - (1 - mlp.router.top_k / mlp.router.experts) ** case.rows
         total += size
-    per_token = kv_cache.bytes_per_block(spec, block_size=1, dtype=jnp.bfloat16)
-    return total + per_token * case.rows * case.context
+    return total + token_bytes(spec, "bfloat16") * case.rows * case.context
 
 
 def measure(case: StepCase, weights: "Weights", page: Page) -> Row:
