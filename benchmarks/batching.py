@@ -62,7 +62,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchingResult:
     load: str
     requests: int  # at once
     asked: int  # in a turn
@@ -71,7 +71,7 @@ class Row:
     peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
 
 
-class Theirs(offline.Side):
+class Theirs(offline.GeneratorProcess):
     """transformers, in a process of its own."""
 
     def batch(self, requests: Sequence[Asked]) -> Generated:
@@ -130,7 +130,7 @@ def measure(
     counts: Sequence[int],
     rounds: int,
     seconds: float,
-) -> list[Row]:
+) -> list[BatchingResult]:
     """`draw` gives requests for a seed; `theirs` is None where there is no peer."""
     found: dict[int, list[dict[str, Generated]]] = {count: [] for count in counts}
     for turn in range(rounds):
@@ -156,7 +156,7 @@ def _check(name: str, requests: Sequence[Asked], answer: Generated) -> None:
         raise SystemExit(f"error: {name} returned a different number of tokens than requested")
 
 
-def _row(load: str, count: int, rounds: Sequence[dict[str, Generated]]) -> Row:
+def _row(load: str, count: int, rounds: Sequence[dict[str, Generated]]) -> BatchingResult:
     ours = [answers["jaxserve"] for answers in rounds]
     peers: dict[str, Peer] = {}
     for name in SIDES:
@@ -172,7 +172,7 @@ def _row(load: str, count: int, rounds: Sequence[dict[str, Generated]]) -> Row:
             same=statistics.mean(a == b for a, b in pairs),
         )
     speeds = [one.speed for one in ours]
-    return Row(load, count, len(ours[0].tokens), statistics.median(speeds), _spread(speeds), peers)
+    return BatchingResult(load, count, len(ours[0].tokens), statistics.median(speeds), _spread(speeds), peers)
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -181,7 +181,7 @@ def _spread(values: Sequence[float]) -> float:
     return ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[BatchingResult]) -> str:
     """As Markdown."""
     names = [name for name in SIDES if any(name in row.peers for row in rows)]
     heads = "".join(f" {name} tok/s | spread | timed | same | jaxserve is |" for name in names)
@@ -202,14 +202,14 @@ def table(rows: Sequence[Row]) -> str:
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
-def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Scale) -> tuple[list[Row], Any]:
+def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Scale) -> tuple[list[BatchingResult], Any]:
     """Chats and offline, and what the peer says of itself."""
     theirs = Theirs([options.peer, str(_PEER), str(folder)]) if options.peer else None
     loads: dict[str, tuple[Sequence[int], Callable[[int, int], list[Asked]]]] = {
         "chats": (sizes.counts, lambda seed, count: chats(replace(sizes.chats, seed=seed), vocab, count)),
         "offline": ((sizes.offline,), lambda seed, count: even(sizes, vocab, count, seed=seed)),
     }
-    rows: list[Row] = []
+    rows: list[BatchingResult] = []
     try:
         ours = Ours(str(folder), sizes, warmup=not options.tiny)
         ahead = [one._replace(new=4) for one in even(sizes, vocab, 32, seed=options.rounds)]

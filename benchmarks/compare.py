@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments, facts, offline, plot, serving, words
-from benchmarks.peers.servers import Server, missing
+from benchmarks.peers.servers import ComparedServer, missing
 from benchmarks.serving import Objectives, Work
 from jaxserve import demo
 from jaxserve.cli.client import Client, ServerError
@@ -33,7 +33,7 @@ MODELS = ("demo", "110m")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ServerResult:
     """One server under one load."""
 
     server: str
@@ -70,7 +70,7 @@ def model_folder(name: str, place: Path) -> Path:
         if not (folder / "config.json").is_file():
             raise SystemExit(f"error: {name} holds no model  hint: {', '.join(MODELS)} or a model's folder")
         return folder
-    shape = offline.Shape()
+    shape = offline.LlamaShape()
     folder = offline.make_checkpoint(place / "llama-110m", shape, seed=0)
     words.write_tokenizer(folder, shape.vocab)
     return folder
@@ -106,12 +106,12 @@ def measure(servers: Sequence[Any], work: Work, *, streams: Sequence[int], round
             yield found
 
 
-def rows_of(rounds: Sequence[Round], names: Sequence[str], streams: Sequence[int]) -> list[Row]:
+def rows_of(rounds: Sequence[Round], names: Sequence[str], streams: Sequence[int]) -> list[ServerResult]:
     """Of all servers against the first."""
     return [_row(name, names[0], count, rounds) for count in streams for name in names]
 
 
-def _row(name: str, first: str, count: int, rounds: Sequence[Round]) -> Row:
+def _row(name: str, first: str, count: int, rounds: Sequence[Round]) -> ServerResult:
     own, ours = [one[name, count] for one in rounds], [one[first, count] for one in rounds]
 
     def median(key: str) -> float:
@@ -123,7 +123,7 @@ def _row(name: str, first: str, count: int, rounds: Sequence[Round]) -> Row:
 
     speeds = sorted(one["output_throughput"] for one in own)
     faster, later = ratios("output_throughput", ours, own), ratios("median_ttft_ms", own, ours)
-    return Row(
+    return ServerResult(
         server=name,
         streams=count,
         tokens_per_second=median("output_throughput"),
@@ -138,7 +138,7 @@ def _row(name: str, first: str, count: int, rounds: Sequence[Round]) -> Row:
     )
 
 
-class Side(Server):
+class TimedServer(ComparedServer):
     """A server that is timed."""
 
     def answers(self, work: Work, count: int) -> list[str]:
@@ -157,7 +157,7 @@ class Side(Server):
         return serving.figures(outcome, Objectives())
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ServerResult]) -> str:
     first = rows[0].server
     lines = [
         f"| streams | server | output tok/s | spread | TTFT p50 | p99 | TPOT p50 | failed | {first} is "
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json, .md and .svg")
     options = parser.parse_args()
     work = Work(mix=options.mix, prompt=options.prompt, new=options.new, longest=512)
-    servers: list[Side] = []
+    servers: list[TimedServer] = []
     rounds: list[Round] = []
     ended: str | int = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def main() -> None:
         try:
             for name, place in options.servers.items():
                 servers.append(
-                    Side(name, model, longest=options.max_model_len, venv=place, log=Path(folder, f"{name}.log"))
+                    TimedServer(name, model, longest=options.max_model_len, venv=place, log=Path(folder, f"{name}.log"))
                 )
                 print(f"{name}: up after {servers[-1].start_seconds:.1f} s", flush=True)
             same = agreement(servers, work, 8)

@@ -65,7 +65,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Row:
+class StepTimes:
     """Microseconds of a step; a quarter of the steps took less."""
 
     rows: int
@@ -146,12 +146,12 @@ class Bench:
         return Step(end - start, self._scheduled - start, runner.launched - self._scheduled, end - runner.read_at)
 
 
-def row_of(rows: int, steps: list[Step]) -> Row:
+def row_of(rows: int, steps: list[Step]) -> StepTimes:
     def quarter(part: str) -> float:
         return statistics.quantiles([getattr(step, part) * 1e6 for step in steps], n=4)[0]
 
     whole = quarter("whole")
-    return Row(
+    return StepTimes(
         rows=rows,
         steps=len(steps),
         step_us=whole,
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         ([1, 4], 20, 256, (2, 50)) if options.tiny else ([1, 64, 256], 600, 2048, (10, 10_000))
     )
     print(f"{'rows':>5} {'step us':>8} {'median':>8} {'us/row':>7} {'schedule':>9} {'pack':>7} {'commit':>7}")
-    rows: list[Row] = []
+    rows: list[StepTimes] = []
     for size in sizes:
         bench = Bench(rows=size, longest=longest, seed=options.seed)
         bench.fill()

@@ -34,7 +34,7 @@ HEADS = (models.LLAMA_8B, models.SMALL)
 
 
 @dataclass(frozen=True)
-class Row:
+class AttentionResult:
     case: str
     heads: str
     twin_ms: float  # of paged attention; the name that recorded results have
@@ -95,7 +95,9 @@ def interleaved(calls: Sequence[Callable[[], jax.Array]], seconds: float) -> lis
     return rounds
 
 
-def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, seconds: float, seed: int) -> Row:
+def measure(
+    *, heads: models.Heads, rows: int, tokens: int, prefill: bool, seconds: float, seed: int
+) -> AttentionResult:
     """`rows` sequences of `tokens` tokens each; prefill computes all of them, decode the last one."""
     rng = np.random.default_rng(seed)
     per_row = -(-tokens // BLOCK_SIZE)
@@ -130,7 +132,7 @@ def measure(*, heads: models.Heads, rows: int, tokens: int, prefill: bool, secon
     twin_ms, *dense_ms, heads_first_ms = (statistics.median(times) for times in zip(*rounds, strict=True))
     best = 1 + dense_ms.index(min(dense_ms))
     ratios = sorted(times[0] / times[best] for times in rounds)
-    return Row(
+    return AttentionResult(
         case=f"prefill {rows} x {tokens}" if prefill else f"decode  B={rows} context={tokens}",
         heads=heads.name,
         twin_ms=twin_ms,
@@ -157,7 +159,7 @@ def main() -> None:
         f"{'case':28} {'heads':10} {'paged ms':>9} {'dense ms':>9} {'ratio':>7} {'spread':>7} "
         f"{'heads first':>12} {'aim':>5}"
     )
-    rows: list[Row] = []
+    rows: list[AttentionResult] = []
     for heads in HEADS:
         shapes = [(b, n, False) for b in (1, 8, 32) for n in (128, 1024, 4096)] + [(1, 512, True), (8, 64, True)]
         for count, tokens, prefill in shapes:

@@ -33,7 +33,7 @@ VOCAB = 32_000
 
 
 @dataclass(frozen=True)
-class Row:
+class LoadingResult:
     form: str
     dtype: str
     file_gb: float
@@ -130,20 +130,20 @@ def growth(action: Callable[[], Any]) -> tuple[int, Any]:
     return _memory("VmHWM") - before, result
 
 
-def measure(folder: Path, form: str, dtypes: list[str], rounds: int) -> list[Row]:
+def measure(folder: Path, form: str, dtypes: list[str], rounds: int) -> list[LoadingResult]:
     files = weight_files(folder)
     calls = [lambda: read_plainly(files)]
     calls += [lambda dtype=dtype: load.load_model(folder, dtype=dtype) for dtype in dtypes]
     size = sum(path.stat().st_size for path in files)
     times = [[seconds(call, 2 * size) for call in calls] for _ in range(rounds + 1)][1:]  # the first warms the caches
     read_s, *load_s = (statistics.median(column) for column in zip(*times, strict=True))
-    rows: list[Row] = []
+    rows: list[LoadingResult] = []
     for dtype, took in zip(dtypes, load_s, strict=True):
         grown, (_, params) = growth(lambda dtype=dtype: load.load_model(folder, dtype=dtype))
         sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
         extra = grown - sum(sizes)
         rows.append(
-            Row(
+            LoadingResult(
                 form=form,
                 dtype=dtype,
                 file_gb=size / 1e9,
@@ -198,7 +198,7 @@ def main() -> None:
             f"{'form':12} {'dtype':9} {'file GB':>8} {'read s':>8} {'load s':>8} {'ratio':>6} {'aim':>4} "
             f"{'GB/s':>6} {'params GB':>10} {'largest GB':>11} {'extra/largest':>14} {'aim':>4}"
         )
-        rows: list[Row] = []
+        rows: list[LoadingResult] = []
         for folder, form in ((source, "safetensors"), (place, "converted")):
             for row in measure(folder, form, ["float32", "bfloat16"], options.rounds):
                 rows.append(row)

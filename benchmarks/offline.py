@@ -32,7 +32,7 @@ _PEER = Path(__file__).parent / "peers" / "transformers_generate.py"
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     vocab: int = 32_000
     hidden: int = 768
     width: int = 2048
@@ -43,11 +43,11 @@ class Shape:
     new: int = 64
 
 
-TINY = Shape(vocab=128, hidden=32, width=64, layers=2, heads=2, prompt=8, new=4)
+TINY = LlamaShape(vocab=128, hidden=32, width=64, layers=2, heads=2, prompt=8, new=4)
 
 
 @dataclass(frozen=True)
-class Row:
+class OfflineResult:
     prompts: int
     ours: float  # output tokens per second
     ours_spread: float
@@ -58,7 +58,7 @@ class Row:
     aim: float | None
 
 
-class Side:
+class GeneratorProcess:
     """A child that generates: lines of JSON in and out."""
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -91,7 +91,7 @@ class Side:
         self.process.wait()
 
 
-def make_checkpoint(folder: Path, shape: Shape, seed: int) -> Path:
+def make_checkpoint(folder: Path, shape: LlamaShape, seed: int) -> Path:
     """config.json and model.safetensors of a Llama with tied embeddings, float32, normal weights as in training."""
     square, up = (shape.hidden, shape.hidden), (shape.width, shape.hidden)
     kv_heads = shape.kv_heads or shape.heads
@@ -136,7 +136,7 @@ def make_checkpoint(folder: Path, shape: Shape, seed: int) -> Path:
     return folder
 
 
-def prompts_of(shape: Shape, count: int, seed: int) -> list[list[int]]:
+def prompts_of(shape: LlamaShape, count: int, seed: int) -> list[list[int]]:
     """Not of the ids that mean something."""
     return np.random.default_rng((seed, count)).integers(3, shape.vocab, (count, shape.prompt)).tolist()
 
@@ -146,7 +146,9 @@ def _spread(values: Sequence[float]) -> float:
     return ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]
 
 
-def measure(sides: Sequence[Any], shape: Shape, *, counts: Sequence[int], rounds: int, seed: int) -> list[Row]:
+def measure(
+    sides: Sequence[Any], shape: LlamaShape, *, counts: Sequence[int], rounds: int, seed: int
+) -> list[OfflineResult]:
     """`sides` are ours and, if it is there, theirs."""
     speeds: dict[int, list[list[float]]] = {count: [] for count in counts}
     same: dict[int, float] = {}
@@ -162,10 +164,10 @@ def measure(sides: Sequence[Any], shape: Shape, *, counts: Sequence[int], rounds
     return [_row(count, speeds[count], same[count]) for count in counts]
 
 
-def _row(count: int, speeds: list[list[float]], same: float) -> Row:
+def _row(count: int, speeds: list[list[float]], same: float) -> OfflineResult:
     ours = [each[0] for each in speeds]
     theirs = [each[1] for each in speeds if len(each) > 1]
-    return Row(
+    return OfflineResult(
         prompts=count,
         ours=statistics.median(ours),
         ours_spread=_spread(ours),
@@ -177,7 +179,7 @@ def _row(count: int, speeds: list[list[float]], same: float) -> Row:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[OfflineResult]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -208,16 +210,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     counts = [int(count) for count in options.concurrency.split(",")]
-    shape = TINY if options.tiny else Shape()
+    shape = TINY if options.tiny else LlamaShape()
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_checkpoint(Path(temporary, "model"), shape, options.seed)
         length = str(shape.prompt + shape.new)
         module = "benchmarks.peers.jaxserve_generate"
-        sides = [Side([sys.executable, "-m", module, str(folder), str(max(counts)), length])]
+        sides = [GeneratorProcess([sys.executable, "-m", module, str(folder), str(max(counts)), length])]
         try:
             if options.peer:
-                sides.append(Side([options.peer, str(_PEER), str(folder)]))
+                sides.append(GeneratorProcess([options.peer, str(_PEER), str(folder)]))
             print(f"{facts.processor()}; {', '.join(f'{k} {v}' for side in sides for k, v in side.versions.items())}")
             rows = measure(sides, shape, counts=counts, rounds=options.rounds, seed=options.seed)
         finally:

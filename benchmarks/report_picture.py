@@ -4,14 +4,12 @@
 All charts are of one machine, the one of the newest comparison with other servers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import plot
 from benchmarks.plot import Panel
-
-type Content = Mapping[str, Any]
+from benchmarks.report_kinds import Content
 
 TITLE = "jaxserve's output tokens per second beside other servers and transformers"
 MODELS = {"110m": "Llama with 110 M random weights", "demo": "demo model, 1.6 M parameters"}

@@ -37,7 +37,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Row:
+class OverheadResult:
     streams: int
     engine: float  # output tokens per second
     server: float
@@ -60,7 +60,7 @@ def settings(folder: Path, count: int, length: int) -> dict[str, Any]:
     }
 
 
-class Server:
+class JaxserveServer:
     """`jaxserve run` on a free port, ready."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Server:
         self.process.wait()
 
 
-class Alone:
+class BareEngine:
     """The engine without a server."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -122,7 +122,9 @@ class Alone:
         self.process.wait()
 
 
-def measure(alone: Any, server: Any, *, counts: Sequence[int], prompt: int, new: int, rounds: int) -> list[Row]:
+def measure(
+    alone: Any, server: Any, *, counts: Sequence[int], prompt: int, new: int, rounds: int
+) -> list[OverheadResult]:
     answers: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {count: [] for count in counts}
     rng = np.random.default_rng(0)
     for turn in range(rounds + 1):
@@ -134,7 +136,7 @@ def measure(alone: Any, server: Any, *, counts: Sequence[int], prompt: int, new:
     return [_row(count, new, answers[count]) for count in counts]
 
 
-def _row(count: int, new: int, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Row:
+def _row(count: int, new: int, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> OverheadResult:
     speeds = [(count * new / alone["seconds"], count * new / server["seconds"]) for alone, server in pairs]
     first = [
         _quantiles([times[0] for answer in side for times in answer["times"]]) for side in zip(*pairs, strict=True)
@@ -143,7 +145,7 @@ def _row(count: int, new: int, pairs: Sequence[tuple[dict[str, Any], dict[str, A
         _quantiles([gap for answer in side for times in answer["times"] for gap in np.diff(times)])
         for side in zip(*pairs, strict=True)
     ]
-    return Row(
+    return OverheadResult(
         streams=count,
         engine=statistics.median(alone for alone, _ in speeds),
         server=statistics.median(server for _, server in speeds),
@@ -163,7 +165,7 @@ def _quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     return float(p50), float(p99)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[OverheadResult]) -> str:
     lines = [
         f"{'streams':>8} {'engine tok/s':>13} {'server tok/s':>13} {'kept':>6} {'TTFT p50':>9} {'p99':>8} "
         f"{'added TTFT p50':>15} {'p99':>7} {'added gap p50':>14} {'p99':>7}  (ms)"
@@ -189,8 +191,8 @@ def main() -> None:
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]
     config = settings(demo.FOLDER, max(counts), options.prompt + options.new)
-    alone = Alone(config)
-    server = Server(config)
+    alone = BareEngine(config)
+    server = JaxserveServer(config)
     try:
         rows = measure(alone, server, counts=counts, prompt=options.prompt, new=options.new, rounds=options.rounds)
     finally:

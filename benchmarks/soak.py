@@ -31,7 +31,7 @@ import aiohttp
 import numpy as np
 
 from benchmarks import arguments, facts, traffic
-from benchmarks.server import Server
+from benchmarks.server import JaxserveServer
 from jaxserve import demo
 
 AIM = 1.0  # MB of memory for so many requests
@@ -251,7 +251,7 @@ def main() -> None:
     options = parser.parse_args()
     if (options.url is None) != (options.pid is None):
         parser.error("--url and --pid require each other: set both or neither")
-    own = Server(CONFIG) if options.url is None else None
+    own = JaxserveServer(CONFIG) if options.url is None else None
     try:
         url = f"http://127.0.0.1:{own.port}" if own else str(options.url)
         pid = own.process.pid if own else int(options.pid)

@@ -31,7 +31,7 @@ from jaxserve import demo
 
 PHASES = ("port", "jax", "load", "compile", "rest")
 AIM_DEMO = 5.0
-BILLION = offline.Shape(vocab=128_256, hidden=2048, width=8192, layers=16, heads=32, kv_heads=8)
+BILLION = offline.LlamaShape(vocab=128_256, hidden=2048, width=8192, layers=16, heads=32, kv_heads=8)
 
 
 @dataclass

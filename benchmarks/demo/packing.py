@@ -13,13 +13,13 @@ from benchmarks.demo.vocabulary import BEGIN, END, PAD
 Batch = tuple[np.ndarray, np.ndarray]  # tokens int32 [rows, length], weights float32 [rows, length]
 
 
-class Shape(NamedTuple):
+class BatchShape(NamedTuple):
     rows: int
     length: int
     topics: int  # of a conversation, at most
 
 
-def batches(tokenizer: Tokenizer, shape: Shape, *, seed: int) -> Iterator[Batch]:
+def batches(tokenizer: Tokenizer, shape: BatchShape, *, seed: int) -> Iterator[Batch]:
     """Without end. Each row begins with the beginning of a document; its last one is cut off."""
     rows, length, most = shape
     source = encoded(tokenizer, documents(seed, most))

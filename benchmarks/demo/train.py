@@ -29,13 +29,13 @@ from jaxserve.models.registry import spec_of
 from jaxserve.models.spec import ModelSpec
 
 # Short rows are learned from fastest; later rows are longer, and some as long as the model takes.
-SHORT, USUAL = packing.Shape(16, 128, USUAL_TOPICS), packing.Shape(8, 256, USUAL_TOPICS)
-LONG = packing.Shape(1, shapes.LENGTH, 60)
+SHORT, USUAL = packing.BatchShape(16, 128, USUAL_TOPICS), packing.BatchShape(8, 256, USUAL_TOPICS)
+LONG = packing.BatchShape(1, shapes.LENGTH, 60)
 LOG, LOG_EVERY, SAVE_EVERY = "training_log.json", 50, 180.0  # file, steps, seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     seed: int = 0  # of text and parameters
     steps: int = 4000  # of 2048 tokens each
     peak: float = 3e-3  # highest learning rate
@@ -77,7 +77,7 @@ def update(
     return optimizer.step(state, grads, steps=steps, peak=peak), loss
 
 
-def lessons(tokenizer: Tokenizer, plan: Plan) -> Iterator[packing.Batch]:
+def lessons(tokenizer: Tokenizer, plan: TrainingPlan) -> Iterator[packing.Batch]:
     """The batches of a whole training."""
     sources = {
         shape: packing.batches(tokenizer, shape, seed=plan.seed + number)
@@ -88,7 +88,7 @@ def lessons(tokenizer: Tokenizer, plan: Plan) -> Iterator[packing.Batch]:
         yield next(sources[LONG if late and step % plan.long_every == 0 else USUAL if late else SHORT])
 
 
-def train(out: Path, plan: Plan, *, draft: bool, begin: Path | None = None) -> None:
+def train(out: Path, plan: TrainingPlan, *, draft: bool, begin: Path | None = None) -> None:
     """begin: a folder of such a model, trained before, whose parameters and tokenizer to start from."""
     tokenizer = vocabulary.train() if begin is None else Tokenizer.from_file(str(begin / "tokenizer.json"))
     steps = plan.steps
@@ -136,16 +136,16 @@ def _as_json(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train a demo model. Class Plan explains the numbers.",
+        description="Train a demo model. Class TrainingPlan explains the numbers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--draft", action="store_true", help="the draft model, ten times smaller")
-    for field in fields(Plan):
+    for field in fields(TrainingPlan):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     parser.add_argument("--start", type=Path, help="folder of an earlier run to resume from")
     given = parser.parse_args()
-    plan = Plan(**{field.name: getattr(given, field.name) for field in fields(Plan)})
+    plan = TrainingPlan(**{field.name: getattr(given, field.name) for field in fields(TrainingPlan)})
     train(given.out, plan, draft=given.draft, begin=given.start)
 
 

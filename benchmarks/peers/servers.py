@@ -49,7 +49,7 @@ _WRITE_GGUF = Path(__file__).parent / "write_gguf.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StartCommand:
     """How a server is started."""
 
     command: list[str]
@@ -60,7 +60,7 @@ class Plan:
     leaves: Path | None = None
 
 
-def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) -> Plan:
+def start_command(name: str, model: Path, port: int, *, longest: int, venv: Path | None) -> StartCommand:
     common = ["--host", "127.0.0.1", "--port", str(port)]
     match name:
         case "jaxserve" | "jaxserve-uncached":
@@ -68,14 +68,14 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
             flags += ["--disable-log-stats", "--served-model-name", str(model)]
             flags += ["--no-enable-prefix-caching"] * (name != "jaxserve")
             command = str(Path(sysconfig.get_path("scripts"), "jaxserve"))
-            return Plan(command=[command, "run", str(model), *common, *flags], ready="/health")
+            return StartCommand(command=[command, "run", str(model), *common, *flags], ready="/health")
         case "vllm":
             # By its module: the wheel's metadata lack the name that its command asks for.
             start = [str(_python(name, venv)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
             flags = ["--dtype", "float32", "--max-model-len", str(longest), "--max-num-seqs", str(ROWS)]
             settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
             # Not in the checkout, whose packages are not its own.
-            return Plan(
+            return StartCommand(
                 command=[*start, *common, *flags],
                 ready="/health",
                 environment=settings,
@@ -84,7 +84,7 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
         case "transformers":
             command = str(_python(name, venv).with_name("transformers"))
             flags = ["--continuous-batching", "--dtype", "float32", "--device", "cpu"]
-            return Plan(
+            return StartCommand(
                 command=[command, "serve", str(model), *common, *flags],
                 ready="/v1/models",
                 environment={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": tempfile.gettempdir()},  # it must be there
@@ -94,7 +94,7 @@ def plan(name: str, model: Path, port: int, *, longest: int, venv: Path | None) 
             python, file = _python(name, venv), Path(tempfile.gettempdir(), f"jaxserve-peer-{port}.gguf")
             flags = ["--model", str(file), "--alias", str(model), "--ctx-size", str(ROWS * longest)]
             flags += ["--parallel", str(ROWS), "--cache-type-k", "f32", "--cache-type-v", "f32"]
-            return Plan(
+            return StartCommand(
                 command=[str(python.with_name("llama-server")), *common, *flags],
                 ready="/health",
                 cwd=Path(tempfile.gettempdir()),
@@ -122,7 +122,7 @@ def _python(name: str, venv: Path | None) -> Path:
     return venv / "bin" / "python"
 
 
-class Server:
+class ComparedServer:
     """One that runs, on a port of its own."""
 
     def __init__(self, name: str, model: Path, *, longest: int, venv: Path | None = None, log: Path) -> None:
@@ -130,7 +130,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         self.name, self._file = name, log
-        made = plan(name, model, port, longest=longest, venv=venv)
+        made = start_command(name, model, port, longest=longest, venv=venv)
         keep_alive = name != "llamacpp"  # which closes a connection after a stream, and the next request is lost
         self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT, keep_alive=keep_alive)
         self._log = log.open("wb")

@@ -175,7 +175,7 @@ def test_finished_rounds_are_told(
 ) -> None:
     ALL.clear()
     monkeypatch.setattr(Ending, "how", how, raising=False)
-    monkeypatch.setattr(compare, "Side", Ending)
+    monkeypatch.setattr(compare, "TimedServer", Ending)
     monkeypatch.setattr(sys, "argv", ["compare", "--streams=1", "--rounds=3", f"--out={tmp_path / 'found'}"])
     with pytest.raises(SystemExit) as ended:
         compare.main()
@@ -200,9 +200,12 @@ def test_agreement_is_the_share_of_equal_answers() -> None:
 
 def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
     for name in servers.NAMES:
-        made = servers.plan(name, tmp_path, 81, longest=512, venv=tmp_path)
+        made = servers.start_command(name, tmp_path, 81, longest=512, venv=tmp_path)
         assert str(tmp_path) in made.command and "81" in made.command and "127.0.0.1" in made.command
-    assert "--no-enable-prefix-caching" in servers.plan("jaxserve-uncached", tmp_path, 1, longest=9, venv=None).command
+    assert (
+        "--no-enable-prefix-caching"
+        in servers.start_command("jaxserve-uncached", tmp_path, 1, longest=9, venv=None).command
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_what_went_wrong_is_told() -> None:
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"jaxserve did not start: .*does not exist"):
-        compare.Side("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
+        compare.TimedServer("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
 
 
 # --- its parts ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_the_checkpoint_loads_and_is_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_the_model_has_110_million_parameters() -> None:
-    shape = offline.Shape()
+    shape = offline.LlamaShape()
     layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.width
     assert 108e6 < shape.vocab * shape.hidden + shape.layers * layer < 112e6
 
@@ -56,4 +56,4 @@ def test_without_a_peer() -> None:
 
 def test_a_side_that_dies_is_told(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="ended with code 3"):
-        offline.Side([str(Path("/bin/sh")), "-c", "exit 3"])
+        offline.GeneratorProcess([str(Path("/bin/sh")), "-c", "exit 3"])

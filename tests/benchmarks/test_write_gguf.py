@@ -93,7 +93,7 @@ def test_what_is_not_known_is_told(tmp_path: Path, written: Any) -> None:
 
 
 def test_the_server_of_it(tmp_path: Path) -> None:
-    made = servers.plan("llamacpp", tmp_path, 81, longest=512, venv=tmp_path)
+    made = servers.start_command("llamacpp", tmp_path, 81, longest=512, venv=tmp_path)
     assert made.leaves and str(made.leaves) in made.command and made.prepare[-2:] == [str(tmp_path), str(made.leaves)]
     assert str(servers.ROWS * 512) in made.command
 
@@ -104,4 +104,4 @@ def test_a_model_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\necho no weights here\nexit 1\n")
     python.chmod(0o755)
     with pytest.raises(SystemExit, match="llamacpp could not be prepared: no weights here"):
-        servers.Server("llamacpp", tmp_path, longest=64, venv=tmp_path, log=tmp_path / "log")
+        servers.ComparedServer("llamacpp", tmp_path, longest=64, venv=tmp_path, log=tmp_path / "log")

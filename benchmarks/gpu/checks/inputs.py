@@ -14,7 +14,7 @@ from pallas_kernels.ragged import Ragged
 from pallas_kernels.reference import Array
 
 
-class Batch(NamedTuple):
+class PagedBatch(NamedTuple):
     """A batch that is laid out in a pool."""
 
     ragged: Ragged
@@ -73,7 +73,7 @@ TINY_PAGED: dict[str, Any] = dict(heads=4, kv_heads=2, dim=16, block_size=8)
 TINY_MLA: dict[str, Any] = dict(heads=4, latent=32, rope=16, block_size=8)
 
 
-def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window: int | None = None) -> Batch:
+def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window: int | None = None) -> PagedBatch:
     """Give every row its blocks, in random order, and set the traps."""
     lengths = [(1, kv_len) for kv_len in shape.decode] + list(shape.chunks)
     used = [-(-kv_len // block_size) for _, kv_len in lengths]
@@ -105,20 +105,20 @@ def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window
         distribution=np.array([len(shape.decode), len(lengths)], np.int32),
         decode_only=shape.decode_only,
     )
-    return Batch(ragged, tokens, blocks, owned)
+    return PagedBatch(ragged, tokens, blocks, owned)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
     return rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
 
 
-def queries(rng: np.random.Generator, batch: Batch, shape: tuple[int, ...], dtype: str) -> Array:
+def queries(rng: np.random.Generator, batch: PagedBatch, shape: tuple[int, ...], dtype: str) -> Array:
     q = normal(rng, (batch.tokens, *shape), dtype)
     q[int(batch.ragged.cu_q_lens[batch.ragged.distribution[1]]) :] = np.nan
     return q
 
 
-def pool_of(rng: np.random.Generator, batch: Batch, shape: tuple[int, ...], dtype: str) -> Array:
+def pool_of(rng: np.random.Generator, batch: PagedBatch, shape: tuple[int, ...], dtype: str) -> Array:
     """A pool [blocks, block_size, *shape]: random where owned, NaN (for int8, the largest value) elsewhere."""
     full = (*batch.owned.shape, *shape)
     if dtype == "int8":
@@ -130,7 +130,7 @@ def pool_of(rng: np.random.Generator, batch: Batch, shape: tuple[int, ...], dtyp
     return pool.astype(jnp.dtype(dtype))
 
 
-def scales_of(rng: np.random.Generator, batch: Batch, kv_heads: int, kind: str | None, dtype: str) -> Array | None:
+def scales_of(rng: np.random.Generator, batch: PagedBatch, kv_heads: int, kind: str | None, dtype: str) -> Array | None:
     if kind is None:
         return None
     size = 1 / 64 if dtype == "int8" else 1.0  # brings either dtype near a standard deviation of one

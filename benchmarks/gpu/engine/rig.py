@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import published
 from benchmarks.gpu.book import Page, Row
-from benchmarks.gpu.engine.roofline import Roof
+from benchmarks.gpu.engine.roofline import Roofline
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import token_bytes
 from jaxserve.engine.engine import Engine
@@ -137,7 +137,7 @@ class Rig:
         self.engine = Engine(config, params=params, spec=self.spec, report=lambda line: None)
         self.runner: Any = self.engine.runner
         self.buckets = self.runner.buckets
-        self.roof = Roof(self.spec, params)
+        self.roof = Roofline(self.spec, params)
         self.runner.cache = [{name: _filled(pool) for name, pool in layer.items()} for layer in self.runner.cache]
         keys = self.keys(only)
         self.runner.every_key = lambda: keys

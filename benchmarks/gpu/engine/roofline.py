@@ -20,7 +20,7 @@ TABLE = Ceilings(4300.0, 790.0)  # what one H200 was seen to do: floors that do 
 
 
 @dataclass(frozen=True)
-class Roof:
+class Roofline:
     spec: ModelSpec
     params: Any
 

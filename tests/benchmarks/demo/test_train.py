@@ -23,9 +23,9 @@ BACKEND = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 
 def test_two_steps_write_a_folder_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SHORT", "USUAL", "LONG"):
-        monkeypatch.setattr(train, name, packing.Shape(2, 16, 2))
+        monkeypatch.setattr(train, name, packing.BatchShape(2, 16, 2))
     monkeypatch.setattr(vocabulary, "train", lambda: BACKEND)
-    train.train(tmp_path / "made", train.Plan(steps=2, seed=5), draft=True)
+    train.train(tmp_path / "made", train.TrainingPlan(steps=2, seed=5), draft=True)
     spec, _ = load_model(tmp_path / "made")
     assert spec.vocab_size == BACKEND.get_vocab_size() == tokenizers.load(tmp_path / "made").vocab_size
     log = json.loads((tmp_path / "made" / "training_log.json").read_text())
@@ -33,7 +33,7 @@ def test_two_steps_write_a_folder_that_loads(tmp_path: Path, monkeypatch: pytest
     [point] = run["curve"]
     assert (run["seed"], run["steps"], point["step"], point["tokens"]) == (5, 2, 2, 64)
     assert 6 < point["loss"] < 8  # it knows nothing yet: ln 1280 is 7.15
-    train.train(tmp_path / "further", train.Plan(steps=2, seed=6), draft=True, begin=tmp_path / "made")
+    train.train(tmp_path / "further", train.TrainingPlan(steps=2, seed=6), draft=True, begin=tmp_path / "made")
     log = json.loads((tmp_path / "further" / "training_log.json").read_text())
     assert log["runs"][0] == run and log["runs"][1]["seed"] == 6
 
@@ -52,7 +52,7 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
 
 def test_a_few_steps_learn_a_batch_by_heart() -> None:
     spec = spec_of(shapes.config(BACKEND, draft=True))
-    tokens, weights = map(jnp.asarray, next(packing.batches(BACKEND, packing.Shape(2, 16, 2), seed=1)))
+    tokens, weights = map(jnp.asarray, next(packing.batches(BACKEND, packing.BatchShape(2, 16, 2), seed=1)))
     state = optimizer.start(train.start(spec, 1))
     losses: list[float] = []
     for _ in range(100):
@@ -63,7 +63,7 @@ def test_a_few_steps_learn_a_batch_by_heart() -> None:
 
 def test_a_token_that_is_not_to_be_learned_changes_no_loss() -> None:
     spec = spec_of(shapes.config(BACKEND, draft=True))
-    tokens, _ = map(jnp.asarray, next(packing.batches(BACKEND, packing.Shape(2, 16, 2), seed=1)))
+    tokens, _ = map(jnp.asarray, next(packing.batches(BACKEND, packing.BatchShape(2, 16, 2), seed=1)))
     loss = jax.jit(partial(train.loss_of, spec, train.start(spec, 1)))
     weights = jnp.zeros((2, 16)).at[0, 5].set(1.0)
     assert loss(tokens, weights) == loss(tokens.at[0, 6:].set(9).at[1].set(9), weights)
@@ -71,7 +71,7 @@ def test_a_token_that_is_not_to_be_learned_changes_no_loss() -> None:
 
 
 def test_rows_begin_with_a_document_and_are_full() -> None:
-    source = packing.batches(BACKEND, packing.Shape(4, 32, 2), seed=2)
+    source = packing.batches(BACKEND, packing.BatchShape(4, 32, 2), seed=2)
     begin = BACKEND.token_to_id(vocabulary.BEGIN)
     for _ in range(5):
         tokens, weights = next(source)
@@ -81,7 +81,7 @@ def test_rows_begin_with_a_document_and_are_full() -> None:
 
 def test_the_lessons_of_a_training_are_those_of_its_seed() -> None:
     def some(seed: int) -> list[np.ndarray]:
-        return [tokens for tokens, _ in train.lessons(BACKEND, train.Plan(steps=50, seed=seed))]
+        return [tokens for tokens, _ in train.lessons(BACKEND, train.TrainingPlan(steps=50, seed=seed))]
 
     first, again, other = some(1), some(1), some(2)
     assert len(first) == 50 and all(np.array_equal(x, y) for x, y in zip(first, again, strict=True))

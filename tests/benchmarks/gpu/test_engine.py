@@ -20,7 +20,7 @@ from benchmarks.gpu.engine import rig as rigs
 from benchmarks.gpu.engine import roofline, separate
 from benchmarks.gpu.engine.gap import TRACED_AS_RUN
 from benchmarks.gpu.engine.rig import Rig, model
-from benchmarks.gpu.engine.roofline import Roof
+from benchmarks.gpu.engine.roofline import Roofline
 from benchmarks.gpu.engine.throughput import PEER_MIX, decode_cases, decode_target, judged, mixes, sharegpt
 from benchmarks.gpu.sections import SECTIONS
 from jaxserve.models import param_layout
@@ -35,27 +35,27 @@ def rig() -> Rig:
 
 
 @pytest.fixture(scope="module")
-def llama() -> Roof:
+def llama() -> Roofline:
     spec = model(tiny=False)
-    return Roof(spec, param_layout.abstract_params(spec, jnp.bfloat16))
+    return Roofline(spec, param_layout.abstract_params(spec, jnp.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("rows", "context", "ms"),
     [(1, 1024, 3.52), (64, 1024, 5.59), (256, 1024, 11.88), (1, 4096, 3.62), (128, 4096, 19.67)],
 )
-def test_floor_of_a_decode_step(llama: Roof, rows: int, context: int, ms: float) -> None:
+def test_floor_of_a_decode_step(llama: Roofline, rows: int, context: int, ms: float) -> None:
     """As worked out by hand for Llama-3.1-8B on an H200 of 4.3 TB/s; by hand the logits' way to and fro counts too."""
     found = roofline.bytes_ms(llama.step_bytes(rows, context), roofline.TABLE) or 0.0
     assert 0.96 * ms < found < 1.001 * ms
 
 
-def test_operations_of_a_prefill(llama: Roof) -> None:
+def test_operations_of_a_prefill(llama: Roofline) -> None:
     assert llama.prefill_flops(8192) == pytest.approx(131.9e12, rel=0.002)
     assert llama.prefill_flops(8192) > 4 * llama.prefill_flops(2048)
 
 
-def test_floor_of_a_mix(llama: Roof) -> None:
+def test_floor_of_a_mix(llama: Roofline) -> None:
     """Of answers of one token there is the prefill alone; all else takes at least as long as its weights."""
     alone = llama.offline_ms([(8192, 1)], rows=1, ceilings=roofline.TABLE)
     assert alone == pytest.approx(llama.prefill_flops(8192) / 790e9)
@@ -123,7 +123,7 @@ def test_pools_hold_numbers_that_differ(rig: Rig) -> None:
     assert len(np.unique(np.asarray(rig.engine.runner.params["embed"]["weight"]).astype(np.float32))) > 500
 
 
-def test_most_of_a_card_is_given_to_the_cache(llama: Roof) -> None:
+def test_most_of_a_card_is_given_to_the_cache(llama: Roofline) -> None:
     """Of an H200, as the product takes it: all sizes that are timed have room but the one that is too large for it."""
     taken = llama.weight_bytes(1) + 2 * llama.spec.vocab_size * llama.spec.hidden
     card = SimpleNamespace(memory_stats=lambda: {"bytes_limit": int(0.9 * 143771 * 2**20), "bytes_in_use": int(taken)})
