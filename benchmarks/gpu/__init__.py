@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU run book: is every kernel right on the GPU at hand, how fast is it, which tiles are best; and the engine.
+"""The GPU run book: checks and times the kernels and the engine on this machine's GPU, and finds the best tile sizes.
 
     python -m benchmarks.gpu [--section NAME ...] [--seconds N] [--out DIR] [--seed N] [--size tiny] [--list]
 
-The kernels' sections need jax, numpy and `pallas_kernels`, nothing else. `check_models`, `time_steps` and those that
-begin with `engine_` run our models and our engine: flax, msgspec and tqdm too. `engine_peer` uses torch and
-transformers where they are. `--size tiny` runs every section with toy shapes on any backend.
+It needs jax, numpy, flax, msgspec and tqdm. `engine_peer` compares with the engines that are installed: transformers
+with torch, and vLLM. `--size tiny` runs every section with toy shapes on any backend.
+
+    checks/   kernels and models against an oracle      engine/   the whole engine
+    times/    kernels and model steps; the tile sweep   dumps/    readers of XLA's launch plans and traces
 """

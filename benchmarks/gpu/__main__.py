@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the run book; see the package for its words."""
+"""Runs the command line of the run book; the package's docstring shows the options."""
 
 import sys
 

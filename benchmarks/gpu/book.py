@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs sections one after the other: the budget, the JSON file of each, the tables, what counts as failed.
+"""Runs sections one after the other within a time budget and writes their results: a JSON file per section, and tables.
 
-Owns: how a result is written down. Knows nothing about kernels. A section's file is rewritten after every row, so a
-run that is cut loses nothing; a section that raises is recorded and the next one runs.
+Knows nothing about kernels. A section's file is rewritten after every row, so an interrupted run loses nothing. If a
+section raises, the error is recorded and the next section runs.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Settings:
     tiny: bool  # toy shapes, on any backend
     seed: int
     seconds: float  # for all sections together
-    table: Path | None  # the tile table that the sweep adds its finds to
+    table: Path | None  # the tile table that the sweep updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Section:
     share: float  # of the budget, relative to the others
     columns: tuple[str, ...]  # of the printed table; the file holds more
     run: Callable[["Page"], None]
-    needs_ceilings: bool = False  # compares with what the `machine` section measured
+    needs_ceilings: bool = False  # compares its times with the rates that `machine` measured
 
 
 class Page:
@@ -78,7 +78,7 @@ class Page:
         self._write()
 
     def each[C](self, cases: Iterable[C], measure: Callable[[C], Row], *, name: Callable[[C], str]) -> None:
-        """A row per case; a case that raises is a failed row, and cases beyond the section's time are skipped."""
+        """Adds a row per case. A case that raises gives a failed row; cases after the deadline are skipped."""
         for case in cases:
             if self.time_left() <= 0:
                 self.skip(name(case))
@@ -114,12 +114,12 @@ class Page:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one short line; compilers put pages into theirs."""
+    """An exception as one short line: compilers' messages can be pages long."""
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:400]
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: no numpy, and no NaN or infinity, which become words."""
+    """The value as JSON can hold it: numpy values become Python's, NaN and infinity become strings."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file at once: a reader, or a run that is killed, never leaves half of it."""
+    """Replaces the file atomically, so that a killed run never leaves a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
@@ -140,7 +140,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a section's file by case; empty where there is no such file, or only part of one."""
+    """The rows of a section's file by case; empty if the file is missing or incomplete."""
     try:
         return {row["case"]: row for row in json.loads(path.read_text())["rows"]}
     except (OSError, ValueError, KeyError):
@@ -174,12 +174,12 @@ def table(page: Page) -> str:
 
 
 def run(sections: Sequence[Section], settings: Settings, facts: Row) -> int:
-    """Run the sections within the budget; returns how many rows and sections failed."""
+    """Runs the sections within the budget; returns how many rows and sections failed."""
     end = time.monotonic() + settings.seconds
     pages = []
     for i, section in enumerate(sections):
         now = time.monotonic()
-        # What earlier sections left over is shared by the later ones.
+        # The later sections share the time that earlier ones did not use.
         share = section.share / sum(later.share for later in sections[i:])
         page = Page(section, settings, facts, now + max(end - now, 0) * share)
         pages.append(page)
@@ -192,7 +192,7 @@ def run(sections: Sequence[Section], settings: Settings, facts: Row) -> int:
         print(table(page), flush=True)
     print("\nsummary")
     for page in pages:
-        state = "FAILED" if page.failed else "complete" if page.complete else "cut"
+        state = "FAILED" if page.failed else "complete" if page.complete else "partial"
         counts = f"{len(page.rows):4} rows {page.failed:3} failed {len(page.skipped):3} skipped"
         print(f"  {page.section.name:<18}{state:<10}{counts} {page.seconds:7.1f} s")
     print(f"results in {settings.out}", flush=True)

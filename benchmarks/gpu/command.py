@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the arguments, refuses what cannot work, and runs the sections that were asked for."""
+"""The command line: reads the arguments, rejects what cannot run, and runs the chosen sections."""
 
 import argparse
 import os
@@ -25,12 +25,16 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="sections to run (default: all); `check`, `engine` and `time` select all that begin so",
+        help="sections to run (default: all); check, engine and time select all sections whose names start so",
     )
-    made.add_argument("--seconds", type=float, default=500.0, help="budget for all sections together (%(default)s)")
+    made.add_argument(
+        "--seconds", type=float, default=500.0, help="time budget for all sections together (default: %(default)s)"
+    )
     made.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/DATE-DEVICE)")
     made.add_argument(
-        "--seed", type=int, help="seed of the random inputs (default: the time; recorded with the results)"
+        "--seed",
+        type=int,
+        help="seed of the random inputs (default: the current time, recorded with the results)",
     )
     made.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: toy shapes, on any backend")
     made.add_argument(
@@ -43,39 +47,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(names: Sequence[str] | None, made: argparse.ArgumentParser) -> list[book.Section]:
-    """The sections of these names, or of names that begin with them up to an underscore; all if none is given."""
+    """The sections that have these names or begin with them up to an underscore; all if `names` is None."""
     if names is None:
         return list(SECTIONS)
     found = {n: [s for s in SECTIONS if s.name == n or s.name.startswith(f"{n}_")] for n in names}
     for name, sections in found.items():
         if not sections:
-            made.error(f"no section {name!r}; there are {', '.join(s.name for s in SECTIONS)}")
+            made.error(f"unknown section {name!r}; choose from {', '.join(s.name for s in SECTIONS)}")
     return [s for s in SECTIONS if any(s in sections for sections in found.values())]
 
 
 def with_ceilings(sections: list[book.Section], out: Path) -> list[book.Section]:
-    """Measure the machine first where something is compared with it and these results do not say."""
+    """Adds the `machine` section if a section compares with its results and the folder lacks them."""
     wanted = any(s.needs_ceilings for s in sections) and all(s.name != "machine" for s in sections)
     return [SECTIONS[0], *sections] if wanted and not book.read_rows(out / "machine.json") else sections
 
 
 def refusal(tiny: bool) -> str | None:
-    """Why this cannot run here, in one line."""
+    """Why the run book cannot run here, in one line; None if it can."""
     backend = jax.default_backend()
     if backend != "gpu" and not tiny:
         return (
-            f"the run book measures a GPU and jax's default backend here is {backend!r}: run it where there is an "
-            "NVIDIA GPU and jax[cuda13] is installed, or see it work with --size tiny"
+            f"the run book measures a GPU, but JAX's default backend is {backend!r}: run it on a machine with an "
+            "NVIDIA GPU and jax[cuda13], or try it with --size tiny"
         )
     try:
         jax.devices("cpu")
     except RuntimeError:
-        return "check_sampling compares with the CPU and JAX_PLATFORMS excludes it: unset JAX_PLATFORMS"
+        return "check_sampling needs JAX's CPU backend, which JAX_PLATFORMS excludes: unset JAX_PLATFORMS"
     return None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0: all that ran was right. 1: a row or a section failed, or nothing could run. 2: wrong usage."""
+    """Exit status 0: all results are right; 1: a row or section failed, or nothing could run; 2: wrong usage."""
     made = parser()
     given = made.parse_args(arguments)
     if given.list:
@@ -95,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            refused = f"cannot make the folder for the results: {error}; name another with --out"
+            refused = f"cannot create the results folder: {error}; choose another with --out"
     if refused:
         print(f"error: {refused}")
         return 1
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
         seconds=given.seconds,
         table=None if tiny else tuning.TABLE,
     )
-    told = facts.collect()
-    print(f"{told['machine']['device']}, jax {told['machine']['jax']}, seed {settings.seed}, {os.cpu_count()} CPUs")
+    origin = facts.collect()
+    print(f"{origin['machine']['device']}, jax {origin['machine']['jax']}, seed {settings.seed}, {os.cpu_count()} CPUs")
     run = processes.run if separate else book.run
-    return int(run(with_ceilings(sections, settings.out), settings, told) > 0)
+    return int(run(with_ceilings(sections, settings.out), settings, origin) > 0)

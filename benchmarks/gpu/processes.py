@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs sections in the processes that they need, one after the other, and adds up what came of it.
+"""Runs sections in separate processes, one after the other, and prints the totals.
 
-A GPU's memory belongs to whoever took it first: jax takes most of it at once, and never gives any back. So the kernels'
-sections run in one process, those that share the engine in another, and those that start children of their own in this
-one, which must not hold the GPU: it looks at the device with `keep_small` and computes nothing on it.
+JAX reserves most of a GPU's memory when it first uses the device and keeps it until the process ends. Therefore the
+kernels' sections run in one process, those that share an engine in another, and those that start child processes in
+this one, which must leave the GPU's memory free: it calls `keep_small` and computes nothing on the device.
 
-Each process is the run book itself, with `--no-apart`. It writes the results of its sections as always, so that one
-that dies or is late costs its own sections and no others. What a process leaves of its time is shared by later ones.
+Each process is the run book itself, started with `--no-apart`. It writes its sections' results as usual, so a process
+that dies or overruns affects only its own sections. Unused time passes to the later processes.
 """
 
 import os
@@ -25,7 +25,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.execute.memory import MEMORY_SHARE
 
 KERNELS, ENGINE, HERE = "kernels", "engine", "here"
-GRACE = 60.0  # seconds that a process may be late: a compile cannot be cut
+GRACE = 60.0  # seconds that a process may overrun: a compilation cannot be interrupted
 
 
 def process_of(section: Section) -> str:
@@ -39,19 +39,19 @@ def needed(sections: Sequence[Section]) -> bool:
 
 
 def keep_small() -> None:
-    """To be called before jax first uses a device."""
-    os.environ[children.SMALL] = "false"
+    """Disables JAX's memory preallocation; call it before JAX first uses a device."""
+    os.environ[children.PREALLOCATE] = "false"
 
 
-def run(sections: Sequence[Section], settings: Settings, told: Row) -> int:
-    """How many rows and sections failed."""
+def run(sections: Sequence[Section], settings: Settings, facts: Row) -> int:
+    """Returns how many rows and sections failed."""
     end, failed = time.monotonic() + settings.seconds, 0
     groups = [(process, list(group)) for process, group in groupby(sections, process_of)]
     for place, (process, group) in enumerate(groups):
         shares = [sum(section.share for section in later) for _, later in groups[place:]]
         seconds = max(end - time.monotonic(), 0) * shares[0] / sum(shares)
         if process == HERE:
-            failed += book.run(group, replace(settings, seconds=seconds), told)
+            failed += book.run(group, replace(settings, seconds=seconds), facts)
         else:
             failed += _child(group, settings, process, seconds)
     _print_all(sections, settings.out)
@@ -72,7 +72,7 @@ def _child(group: Sequence[Section], settings: Settings, process: str, seconds: 
     try:
         code = child.wait(timeout=seconds + GRACE)
     except subprocess.TimeoutExpired:
-        print(f"ended: it was {GRACE:.0f} s late", flush=True)
+        print(f"killed: it overran its time by {GRACE:.0f} s", flush=True)
         code = 1
     finally:
         children.end(child)
@@ -85,6 +85,6 @@ def _print_all(sections: Sequence[Section], out: Path) -> None:
         rows = book.read_rows(out / f"{section.name}.json").values()
         wrong = sum(row.get("ok") is False for row in rows)
         met = [row["met"] for row in rows if row.get("met") is not None]
-        aims = f"{sum(met)} of {len(met)} aims met" if met else ""
-        print(f"  {section.name:<18}{len(rows):4} rows {wrong:3} failed  {aims}")
+        targets = f"{sum(met)} of {len(met)} targets met" if met else ""
+        print(f"  {section.name:<18}{len(rows):4} rows {wrong:3} failed  {targets}")
     print(f"results in {out}", flush=True)

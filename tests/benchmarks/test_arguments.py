@@ -69,7 +69,7 @@ def test_a_wrong_value_ends_it(benchmark: str, wrong: list[str]) -> None:
     assert f"error: argument {wrong[0]}: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_a_load_that_nobody_answers_fails() -> None:
+def test_a_load_without_an_answer_fails() -> None:
     command = [sys.executable, "-m", "benchmarks.serving", "--model", "m", "--url", "http://127.0.0.1:9"]
     command += ["--concurrency", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -76,8 +76,8 @@ def test_rows_compare_one_at_a_time_static_batches_and_ours() -> None:
     assert (one.timed, one.same, static.timed, static.same) == (32, 1, 32, 1)
     assert [len(batch) for batch in theirs.asked[:2]] == [1, 1]  # in the first round ours, sequential, static
     assert sum(len(batch) == 16 for batch in theirs.asked) == 2 * 3
-    told = batching.table([row])
-    assert "| chats | 32 | 213 |" in told and "32 of 32" in told and "21.3 x as fast" in told
+    shown = batching.table([row])
+    assert "| chats | 32 | 213 |" in shown and "32 of 32" in shown and "21.3 x as fast" in shown
 
 
 def test_a_turn_ends_with_its_time() -> None:
@@ -148,8 +148,8 @@ def test_the_memory_of_an_engine(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("nothing_kept")
 def test_speeds_without_a_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batching.main(["--tiny", "--rounds", "1", "--parts", "chats", "offline", "--out", str(tmp_path / "found")])
-    told = json.loads((tmp_path / "found.json").read_text())
-    assert [(row["load"], row["requests"]) for row in told["rows"]] == [("chats", 1), ("chats", 2), ("offline", 5)]
-    assert all(row["tokens_per_second"] > 0 for row in told["rows"]) and told["peer"] is None
-    assert {"date", "git", "machine", "processor", "parts"} <= told.keys()
+    shown = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["load"], row["requests"]) for row in shown["rows"]] == [("chats", 1), ("chats", 2), ("offline", 5)]
+    assert all(row["tokens_per_second"] > 0 for row in shown["rows"]) and shown["peer"] is None
+    assert {"date", "git", "machine", "processor", "parts"} <= shown.keys()
     assert (tmp_path / "found.md").read_text().strip() in capsys.readouterr().out

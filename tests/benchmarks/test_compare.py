@@ -52,7 +52,7 @@ def test_prompts_share_their_beginnings_sixteen_at_a_time() -> None:
     assert set(begins.values()) == {16} and len({text for text, _ in made}) == 48
 
 
-def test_an_unknown_mix_is_told() -> None:
+def test_an_unknown_mix_is_reported() -> None:
     with pytest.raises(SystemExit, match="unknown mix 'x'"):
         serving.prompts(Work(mix="x"), 1)
 
@@ -66,7 +66,7 @@ def test_bodies_are_chats_or_prompts() -> None:
     assert plain.body["max_tokens"] == 5 and plain.body["temperature"] == 0
 
 
-def test_a_server_that_is_not_there_is_told() -> None:
+def test_a_server_that_is_not_there_is_reported() -> None:
     with pytest.raises(SystemExit, match=r"^error: cannot connect to http://127\.0\.0\.1:1; start a server"):
         serving.model_of("http://127.0.0.1:1", None)
 
@@ -138,8 +138,8 @@ def test_rows_have_medians_and_ratios_round_by_round() -> None:
         ("ours", 200, None, None),
         ("theirs", 100, 2.0, 2.0),
     ]
-    told = compare.markdown(rows)
-    assert "| 4 | theirs | 100 |" in told and "2.00 x as fast (1.00 to 3.00)" in told
+    shown = compare.markdown(rows)
+    assert "| 4 | theirs | 100 |" in shown and "2.00 x as fast (1.00 to 3.00)" in shown
     [_, alone] = compare.rows_of(rounds[:1], ["ours", "theirs"], [4])
     assert (alone.speedup, alone.speedups, alone.spread) == (2.0, None, None), "one round has no spread"
 
@@ -170,7 +170,7 @@ ALL: list[Ending] = []
 @pytest.mark.parametrize(
     ("how", "code"), [(KeyboardInterrupt, 130), (compare.Died, "error: jaxserve died; its log ends: no memory")]
 )
-def test_finished_rounds_are_told(
+def test_finished_rounds_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, how: Any, code: object
 ) -> None:
     ALL.clear()
@@ -218,12 +218,12 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
         ("jaxserve,jaxserve", "has duplicates"),
     ],
 )
-def test_servers_that_cannot_be_are_told_before_any_is_started(named: str, problem: str) -> None:
+def test_servers_that_cannot_start_are_reported_before_any_is_started(named: str, problem: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=problem):
         compare.named(named)
 
 
-def test_what_went_wrong_is_told() -> None:
+def test_failures_are_reported() -> None:
     """With how many it went so, the most frequent first."""
     ended = Sample(stamps=[1.0], output_tokens=1)
     samples = [Sample(error="b"), Sample(error="a"), ended, Sample(error="a"), Sample()]
@@ -231,7 +231,7 @@ def test_what_went_wrong_is_told() -> None:
     assert next(iter(found.items())) == ("a", 2) and found["b"] == 1 and sum(found.values()) == 4
 
 
-def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"jaxserve did not start: .*does not exist"):
         compare.TimedServer("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
 

@@ -15,15 +15,15 @@ from benchmarks.engine_host import Bench, Step
 def test_it_measures_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     engine_host.main(["--tiny", "--json", str(file)])
-    told = json.loads(file.read_text())
-    assert [row["rows"] for row in told["rows"]] == [1, 4]
-    for row in told["rows"] + told["after"]:
+    content = json.loads(file.read_text())
+    assert [row["rows"] for row in content["rows"]] == [1, 4]
+    for row in content["rows"] + content["after"]:
         parts = row["schedule_us"] + row["pack_us"] + row["commit_us"]
         assert 0 < parts < 1.5 * row["step_us"] and row["step_us"] <= row["median_us"] and row["steps"] == 20
-    assert told["ratio"] == told["after"][1]["step_us"] / told["after"][0]["step_us"]
-    assert {"date", "git", "machine", "processor"} <= told.keys()
+    assert content["ratio"] == content["after"][1]["step_us"] / content["after"][0]["step_us"]
+    assert {"date", "git", "machine", "processor"} <= content.keys()
     shown = capsys.readouterr().out
-    assert f"{told['rows'][1]['step_us']:.1f}" in shown and f"ratio {told['ratio']:.3f}" in shown
+    assert f"{content['rows'][1]['step_us']:.1f}" in shown and f"ratio {content['ratio']:.3f}" in shown
 
 
 def test_a_quarter_of_the_steps_is_as_quick() -> None:

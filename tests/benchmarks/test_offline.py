@@ -54,6 +54,6 @@ def test_without_a_peer() -> None:
     assert "-" in offline.table([row])
 
 
-def test_a_side_that_dies_is_told(tmp_path: Path) -> None:
+def test_a_side_that_dies_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="ended with code 3"):
         offline.GeneratorProcess([str(Path("/bin/sh")), "-c", "exit 3"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server benchmark's own parts: its table from fakes, and its client against a socket that says what it is told."""
+"""The server benchmark's own parts: its table from fakes, and its client against a socket that sends given bytes."""
 
 import socket
 import threading
@@ -76,9 +76,9 @@ def test_the_client_notes_when_there_was_news() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "problem"),
     [((b"HTTP/1.1 503 Service Unavailable\r\n\r\n",), "503"), ((HEAD, b'data: {"a": 1}\n\n'), "ended early")],
 )
-def test_the_client_takes_no_half_answer(parts: tuple[bytes, ...], told: str) -> None:
-    with saying(*parts) as port, pytest.raises(SystemExit, match=told):
+def test_the_client_takes_no_half_answer(parts: tuple[bytes, ...], problem: str) -> None:
+    with saying(*parts) as port, pytest.raises(SystemExit, match=problem):
         streams.run(port, [{"prompt": [1]}])

@@ -26,10 +26,10 @@ def test_phases(said: str | None, phase: str) -> None:
 
 def test_the_table_has_medians() -> None:
     starts = [StartTimes(dict.fromkeys(startup.PHASES, seconds)) for seconds in (1.0, 3.0, 2.0)]
-    told = startup.table({"cold": starts, "warm": starts[:1]}).splitlines()
-    assert told[1].split() == ["cold", "10.00", *["2.00"] * 5] and told[2].split() == ["warm", "5.00", *["1.00"] * 5]
+    shown = startup.table({"cold": starts, "warm": starts[:1]}).splitlines()
+    assert shown[1].split() == ["cold", "10.00", *["2.00"] * 5] and shown[2].split() == ["warm", "5.00", *["1.00"] * 5]
 
 
-def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"the server ended with code 1: error: folder .* does not exist"):
         startup.once(tmp_path / "none", tmp_path, [])

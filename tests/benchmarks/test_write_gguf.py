@@ -23,14 +23,14 @@ class Writer:
     last: "Writer"
 
     def __init__(self, path: Path, architecture: str) -> None:
-        self.told: dict[str, Any] = {"architecture": architecture}
+        self.written: dict[str, Any] = {"architecture": architecture}
         Writer.last = self
 
     def add_tensor(self, name: str, values: np.ndarray) -> None:
-        self.told[name] = np.array(values)
+        self.written[name] = np.array(values)
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *values: self.told.update({name.removeprefix("add_"): values[0] if values else None})
+        return lambda *values: self.written.update({name.removeprefix("add_"): values[0] if values else None})
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Any:
     def write(folder: Path) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["write_gguf.py", str(folder), "file"])
         module.main()
-        return Writer.last.told
+        return Writer.last.written
 
     yield write
     sys.modules.pop("benchmarks.peers.write_gguf", None)
@@ -55,38 +55,38 @@ def test_a_model_of_words(tmp_path: Path, written: Any) -> None:
     shape = offline.TINY
     folder = offline.make_checkpoint(tmp_path / "model", shape, seed=0)
     words.write_tokenizer(folder, shape.vocab)
-    told, theirs = written(folder), load_file(folder / "model.safetensors")
-    np.testing.assert_array_equal(told["token_embd.weight"], theirs["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(told["blk.1.ffn_up.weight"], theirs["model.layers.1.mlp.up_proj.weight"])
-    assert "output.weight" not in told and sum(name.endswith(".weight") for name in told) == len(theirs)
+    found, theirs = written(folder), load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(found["token_embd.weight"], theirs["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(found["blk.1.ffn_up.weight"], theirs["model.layers.1.mlp.up_proj.weight"])
+    assert "output.weight" not in found and sum(name.endswith(".weight") for name in found) == len(theirs)
     # What Hugging Face rotates together lies half a head apart, for llama.cpp side by side.
     size = shape.hidden // shape.heads
     for name, key in (("attn_q", "q_proj"), ("attn_k", "k_proj")):
         heads = theirs[f"model.layers.0.self_attn.{key}.weight"].reshape(shape.heads, size, -1)
-        ours = told[f"blk.0.{name}.weight"].reshape(shape.heads, size, -1)
+        ours = found[f"blk.0.{name}.weight"].reshape(shape.heads, size, -1)
         for pair in range(size // 2):
             np.testing.assert_array_equal(ours[:, 2 * pair], heads[:, pair])
             np.testing.assert_array_equal(ours[:, 2 * pair + 1], heads[:, pair + size // 2])
-    assert (told["head_count"], told["key_length"], told["block_count"]) == (shape.heads, size, shape.layers)
-    assert told["tokenizer_model"] == "t5" and told["token_list"][:4] == ["<unk>", "<s>", "</s>", "\u2581the"]
-    assert len(told["token_list"]) == shape.vocab and told["token_types"][:4] == [3, 3, 3, 1]
-    assert (told["unk_token_id"], told["bos_token_id"], told["eos_token_id"]) == (0, 1, 2)
+    assert (found["head_count"], found["key_length"], found["block_count"]) == (shape.heads, size, shape.layers)
+    assert found["tokenizer_model"] == "t5" and found["token_list"][:4] == ["<unk>", "<s>", "</s>", "\u2581the"]
+    assert len(found["token_list"]) == shape.vocab and found["token_types"][:4] == [3, 3, 3, 1]
+    assert (found["unk_token_id"], found["bos_token_id"], found["eos_token_id"]) == (0, 1, 2)
 
 
 def test_the_demo(written: Any) -> None:
-    told = written(demo.FOLDER)
+    found = written(demo.FOLDER)
     config = json.loads((demo.FOLDER / "config.json").read_text())
-    assert told["key_length"] == config["head_dim"] != config["hidden_size"] // config["num_attention_heads"]
-    assert told["tokenizer_model"] == "gpt2" and len(told["token_list"]) == config["vocab_size"]
-    assert all(merge.count(" ") == 1 for merge in told["token_merges"])
-    assert told["blk.0.attn_k.weight"].shape == (config["num_key_value_heads"] * config["head_dim"], 192)
-    weights = [values for name, values in told.items() if name.endswith(".weight")]
+    assert found["key_length"] == config["head_dim"] != config["hidden_size"] // config["num_attention_heads"]
+    assert found["tokenizer_model"] == "gpt2" and len(found["token_list"]) == config["vocab_size"]
+    assert all(merge.count(" ") == 1 for merge in found["token_merges"])
+    assert found["blk.0.attn_k.weight"].shape == (config["num_key_value_heads"] * config["head_dim"], 192)
+    weights = [values for name, values in found.items() if name.endswith(".weight")]
     assert all(values.dtype == np.float32 for values in weights)
     # bfloat16 in the checkpoint: nothing but zeros in the lower half of each number.
     assert all(not (values.view(np.uint32) & 0xFFFF).any() and np.abs(values).max() > 0 for values in weights)
 
 
-def test_what_is_not_known_is_told(tmp_path: Path, written: Any) -> None:
+def test_unknown_content_is_an_error(tmp_path: Path, written: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(SystemExit, match="a GPT2LMHeadModel, known is LlamaForCausalLM"):
         written(tmp_path)
@@ -98,7 +98,7 @@ def test_the_server_of_it(tmp_path: Path) -> None:
     assert str(servers.ROWS * 512) in made.command
 
 
-def test_a_model_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text("#!/bin/sh\necho no weights here\nexit 1\n")

@@ -14,8 +14,9 @@ import pytest
 from benchmarks import models
 from benchmarks.gpu.times import attention as time_attention
 from benchmarks.gpu.times import matmul as time_matmul
-from benchmarks.gpu.times import others as time_others
+from benchmarks.gpu.times import sampling as time_sampling
 from benchmarks.gpu.times import sweep
+from benchmarks.gpu.times import writes as time_writes
 from benchmarks.gpu.times.timing import Timed
 from pallas_kernels import dispatch
 from pallas_kernels.tuning import DecodeTiles
@@ -26,13 +27,13 @@ CASES = {
     "decode fp8": time_attention.decode_case(models.LLAMA_8B, 8, 1024, kv="float8_e4m3fn"),
     "ragged": time_attention.ragged_case(models.LLAMA_8B, 8192),
     "mla": time_attention.mla_case(64, 4096),
-    "kv_write": time_others.write_case(models.LLAMA_8B, 256),
-    "kv_write fp8": time_others.write_case(models.LLAMA_8B, 256, kv="float8_e4m3fn", scales="slot"),
-    "blocks": time_others.block_case("llama-8b", (16, 8, 128), 1024, staged=True),
+    "kv_write": time_writes.write_case(models.LLAMA_8B, 256),
+    "kv_write fp8": time_writes.write_case(models.LLAMA_8B, 256, kv="float8_e4m3fn", scales="slot"),
+    "blocks": time_writes.block_case("llama-8b", (16, 8, 128), 1024, staged=True),
     "grouped decode": time_matmul.grouped_case(time_matmul.QWEN3_30B, 64, "gate_up"),
     "grouped prefill": time_matmul.grouped_case(time_matmul.QWEN3_30B, 4096, "down"),
-    "sampling greedy": time_others.sampling_case(256, "greedy"),
-    "sampling filtered": time_others.sampling_case(256, "both"),
+    "sampling greedy": time_sampling.sampling_case(256, "greedy"),
+    "sampling filtered": time_sampling.sampling_case(256, "both"),
 }
 
 

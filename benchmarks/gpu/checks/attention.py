@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections `check_paged` and `check_mla`: attention against the oracle, with garbage in every output beforehand."""
+"""Sections `check_paged` and `check_mla`: attention against the oracle, with outputs prefilled with garbage."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +17,13 @@ from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tuning import DecodeTiles
 
-# Of ||out - ref|| / ||ref||. float32 runs as three tf32 products; the others round weights and output once each.
+# Limits of ||out - ref|| / ||ref||. float32 runs as three TF32 products; the others round weights and output once each.
 TOLERANCE = {"float32": 5e-5, "float16": 1.5e-3, "bfloat16": 8e-3}
 COLUMNS = ("rel_error", "worst", "tolerance", "written", "aliased", "ok")
 
 
 def compare(out: np.ndarray, expected: np.ndarray, tolerance: float) -> Row:
-    """Relative error of the whole and of the worst token, so that the rest cannot hide a single wrong token."""
+    """The relative error over all tokens and of the worst token, so that a single wrong token is noticed."""
     out = out.astype(np.float32).astype(np.float64).reshape(out.shape[0], -1)
     expected = expected.reshape(out.shape)
     size = np.linalg.norm(expected, axis=1)
@@ -31,7 +31,7 @@ def compare(out: np.ndarray, expected: np.ndarray, tolerance: float) -> Row:
     live = size > 0
     total = float(np.linalg.norm(error) / max(np.linalg.norm(size), 1e-30))
     worst = float((error[live] / size[live]).max(initial=0.0))
-    silent = bool((out[~live] == 0).all())  # tokens of no row, and rows with no KV, give zeros
+    silent = bool((out[~live] == 0).all())  # padding tokens and rows without KV give zeros
     finite = bool(np.isfinite(out).all())
     right = finite and silent and total <= tolerance and worst <= 3 * tolerance
     return {"rel_error": total, "worst": worst, "tolerance": tolerance, "finite": finite, "zeros": silent, "ok": right}
@@ -58,7 +58,7 @@ SHORT = Lengths(decode=(5, 130), chunks=((40, 40), (20, 100)))
 
 
 def paged_cases(rng: np.random.Generator) -> list[PagedCase]:
-    """Every property at least once with decode rows only and once mixed, then random combinations."""
+    """Every property at least once in a decode batch and once in a mixed batch, then random combinations."""
     cases = []
     for label, lengths in (("decode", DECODE), ("mixed", MIXED)):
         for dtype in TOLERANCE:
@@ -171,6 +171,6 @@ def run_mla(page: Page) -> None:
 
 
 def implementation(page: Page) -> Any:
-    """The kernels; in a tiny run without a GPU, the kernels in the interpreter."""
+    """Forces the kernels; in a tiny run without a GPU, the interpreted kernels."""
     on_gpu = jax.default_backend() == "gpu"
     return dispatch.use("kernel" if on_gpu or not page.settings.tiny else "interpret")

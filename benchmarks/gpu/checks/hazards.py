@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `hazards`: what can go wrong on a GPU and nowhere else.
+"""Section `hazards`: what can go wrong only on a GPU.
 
-races          the same call over and over gives the same bits
-far offsets    pools beyond 2^31 elements, and beyond 4 GiB in one byte, written and read at their far end
+races          repeated calls give the same bits
+far offsets    pools of more than 2^31 elements, and one-byte pools of more than 4 GiB, used at their end
 grid limits    1024 rows, 8192 tokens, and both
-CUDA graphs    the kernels are captured, and what that saves per call
-donation       a pool keeps its place in memory through a chain of steps
+CUDA graphs    the kernels are captured, and the time that this saves per call
+donation       a pool keeps its address through a chain of steps
 """
 
 import tempfile
@@ -24,8 +24,8 @@ from benchmarks.gpu.checks import inputs
 from benchmarks.gpu.checks.attention import TOLERANCE, compare, implementation
 from benchmarks.gpu.checks.inputs import AttentionInputs, Lengths, MlaCase, PagedCase
 from benchmarks.gpu.checks.poison import same_bits
-from benchmarks.gpu.times import others as time_others
 from benchmarks.gpu.times import timing
+from benchmarks.gpu.times import writes as time_writes
 from pallas_kernels import reference
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.kv_write import kv_write
@@ -45,10 +45,10 @@ type Hazard = tuple[str, Callable[[], Row]]
 
 
 def repeated(function: Callable[[Any], Any], arguments: Any, *, times: int) -> Row:
-    """How many of the calls differ from the first in any bit."""
+    """Counts the calls whose result differs from the first in any bit."""
     call = jax.jit(function)
     first = jax.tree.map(np.asarray, call(arguments))
-    # Launched without waiting: a race shows best when the GPU is busy.
+    # Launched without waiting: a race is most likely when the GPU is busy.
     others = [call(arguments) for _ in range(times - 1)]
     different = sum(not same_bits(jax.tree.map(np.asarray, other), first) for other in others)
     return {"value": different, "calls": times, "ok": different == 0}
@@ -119,7 +119,7 @@ def race_cases(rng: np.random.Generator, *, tiny: bool) -> list[Hazard]:
 
 
 def _blocks(pool: jax.Array, ids: Array) -> Array:
-    """These blocks, by slices of XLA, which share no code with the kernels."""
+    """These blocks, read with XLA slices, which share no code with the kernels."""
     return np.asarray(jax.jit(lambda pool: jnp.stack([pool[int(at)] for at in ids]))(pool))
 
 
@@ -160,7 +160,7 @@ def far(rng: np.random.Generator, *, blocks: int, block: tuple[int, int, int], k
 
 
 def _move_far(pool: jax.Array, ids: Array, stored: Array) -> bool:
-    """Gather the blocks, copy each to its neighbour two places on, scatter them back reversed."""
+    """Gathers the blocks, copies some to free blocks nearby, and scatters them back in reverse order."""
     gathered = np.asarray(jax.jit(gather_blocks)(pool, ids))
     right = same_bits(gathered, stored)
     free = np.array([at for at in (2, 3, pool.shape[0] - 5, pool.shape[0] - 4) if at not in ids], np.int32)
@@ -226,11 +226,11 @@ def limit_cases(rng: np.random.Generator, *, tiny: bool) -> list[Hazard]:
 
 
 def graphs(*, tiny: bool) -> Row:
-    """Do the kernels run inside a CUDA graph by default, and what does a small call cost in one and outside.
+    """Whether the kernels run in a CUDA graph by default, and the cost of a small call in a graph and outside.
 
-    XLA writes its launch plan where it is told to; a captured kernel stands below a command buffer there.
+    XLA dumps its launch plans; a captured kernel follows a command buffer there.
     """
-    case = time_others.write_case(models.TINY if tiny else models.LLAMA_8B, 4 if tiny else 64)
+    case = time_writes.write_case(models.TINY if tiny else models.LLAMA_8B, 4 if tiny else 64)
     few, many = (1, 2) if tiny else (8, 40)
     plain = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -244,14 +244,14 @@ def graphs(*, tiny: bool) -> Row:
         arrays = case.on_device(tuple(timing.random_pool(spec) for spec in case.pool))
         measured = timing.slope(these, arrays, donate=True)
         row |= {f"{name}_us": measured.us, f"{name}_spread": measured.spread, f"{name}_fixed_us": measured.fixed_us}
-    row["value"] = row["launches_us"] - row["graph_us"]  # what the graph saves per call
+    row["value"] = row["launches_us"] - row["graph_us"]  # what the graph saves per call, in microseconds
     row["ok"] = captured or tiny
     return row
 
 
 def donation(*, tiny: bool) -> Row:
-    """The pools come out of a step where they went in, step after step."""
-    case = time_others.write_case(models.TINY if tiny else models.LLAMA_8B, 4 if tiny else 64)
+    """The pools keep their addresses from step to step."""
+    case = time_writes.write_case(models.TINY if tiny else models.LLAMA_8B, 4 if tiny else 64)
     arrays = case.on_device(tuple(timing.random_pool(spec) for spec in case.pool))
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(arrays.carry)]
     step = case.chain(1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs for the attention checks, as numpy arrays, with a trap wherever a kernel must not read.
+"""Random inputs for the attention checks, as numpy arrays, with traps wherever a kernel must not read.
 
-Slots that no row uses, padding tokens and the block that unused table entries name hold NaN.
+Unused slots, padding tokens and the block that unused table entries refer to hold NaN.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from pallas_kernels.reference import Array
 
 
 class PagedBatch(NamedTuple):
-    """A batch that is laid out in a pool."""
+    """A batch laid out in a KV pool."""
 
     ragged: Ragged
     tokens: int  # query tokens, padding included
@@ -47,7 +47,7 @@ class PagedCase:
     v_dim: int | None = None
     block_size: int = 16
     dtype: str = "bfloat16"
-    kv: str | None = None  # dtype of the pool, the query's if not given
+    kv: str | None = None  # dtype of the pool; None: the query's
     scales: str | None = None  # of a one-byte pool: "head" or "slot"
     window: int | None = None
     soft_cap: float | None = None
@@ -68,13 +68,13 @@ class MlaCase:
     scaled: bool = False
 
 
-# What a toy case overrides.
+# What toy cases override.
 TINY_PAGED: dict[str, Any] = dict(heads=4, kv_heads=2, dim=16, block_size=8)
 TINY_MLA: dict[str, Any] = dict(heads=4, latent=32, rope=16, block_size=8)
 
 
 def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window: int | None = None) -> PagedBatch:
-    """Give every row its blocks, in random order, and set the traps."""
+    """Assigns blocks to every row in random order and sets the traps."""
     lengths = [(1, kv_len) for kv_len in shape.decode] + list(shape.chunks)
     used = [-(-kv_len // block_size) for _, kv_len in lengths]
     blocks = sum(used) + 2
@@ -82,7 +82,7 @@ def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window
     trap = ids[-1]
     rows_padded = len(lengths) + shape.padding_rows
     tables = np.full((rows_padded, max([*used, 1]) + 1), trap, np.int32)
-    # Garbage where nothing may be read, small enough that reading it gives a wrong result and not a crash.
+    # Garbage for the padding rows, small enough that reading it gives a wrong result instead of a crash.
     kv_lens = np.full((rows_padded,), 9, np.int32)
     cu = np.full((rows_padded + 1,), 1, np.int32)
     owned = np.zeros((blocks, block_size), bool)
@@ -93,7 +93,7 @@ def lay_out(rng: np.random.Generator, shape: Lengths, *, block_size: int, window
         if kv_len % block_size:
             owned[mine[-1], kv_len % block_size :] = False
         tables[r, : used[r]] = mine
-        if window is not None:  # blocks that no query token of the row can see
+        if window is not None:  # blocks before the window of every query token of the row
             tables[r, : max(kv_len - count - window + 1, 0) // block_size] = trap
         kv_lens[r], cu[r], cu[r + 1] = kv_len, start, start + count
         start, next_id = start + count, next_id + used[r]
@@ -133,7 +133,7 @@ def pool_of(rng: np.random.Generator, batch: PagedBatch, shape: tuple[int, ...],
 def scales_of(rng: np.random.Generator, batch: PagedBatch, kv_heads: int, kind: str | None, dtype: str) -> Array | None:
     if kind is None:
         return None
-    size = 1 / 64 if dtype == "int8" else 1.0  # brings either dtype near a standard deviation of one
+    size = 1 / 64 if dtype == "int8" else 1.0  # gives either dtype a standard deviation of about one
     if kind == "head":
         return rng.uniform(0.5 * size, size, (kv_heads,)).astype(np.float32)
     per_slot = rng.uniform(0.5 * size, size, (*batch.owned.shape, kv_heads)).astype(np.float32)
@@ -144,9 +144,9 @@ def scales_of(rng: np.random.Generator, batch: PagedBatch, kv_heads: int, kind: 
 class AttentionInputs(NamedTuple):
     """The arguments of one call, by name."""
 
-    arrays: dict[str, Any]  # q, pools, the description of the batch
-    options: dict[str, Any]  # of the op and its oracle, static
-    tiles: dict[str, Any]  # of the op alone
+    arrays: dict[str, Any]  # q, pools, the Ragged
+    options: dict[str, Any]  # static, for the op and its oracle
+    tiles: dict[str, Any]  # for the op only
 
 
 def paged(rng: np.random.Generator, case: PagedCase) -> AttentionInputs:
@@ -161,7 +161,7 @@ def paged(rng: np.random.Generator, case: PagedCase) -> AttentionInputs:
         sinks=rng.standard_normal(case.heads, np.float32) if case.sinks else None,
         ragged=batch.ragged,
     )
-    # A scale with which a few of the largest scores decide: a flat softmax would average a wrong score away.
+    # A scale at which a few large scores dominate: a flat softmax would average a wrong score away.
     options = dict(
         scale=2 * case.dim**-0.5,
         window=case.window,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `check_grouped`: the matmul of rows by group against the oracle, with garbage in every output beforehand.
+"""Section `check_grouped`: the grouped matmul against the oracle, with outputs prefilled with garbage.
 
-Rows of no group hold NaN. Large products are compared in one of every sixteen columns, which are drawn at random for
-each case: no tile is narrower.
+Rows outside all groups hold NaN. Of large products, one of every 16 columns is compared, drawn at random for each case:
+no tile is narrower.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def _columns(rng: np.random.Generator, width: int) -> Array:
 
 
 def _weights(rng: np.random.Generator, case: MatmulCase) -> jax.Array:
-    """Made on the device: some would take seconds to copy there."""
+    """Created on the device: some would take seconds to copy."""
     key = jax.random.key(int(rng.integers(2**31)))
     shape = (case.groups, case.n, case.k)
     return jax.jit(lambda: jax.random.normal(key, shape, jnp.dtype(case.dtype)))()
@@ -71,7 +71,7 @@ def check(rng: np.random.Generator, case: MatmulCase) -> Row:
 
     given = {"lhs": jnp.asarray(lhs), "rhs": rhs, "offsets": jnp.asarray(offsets), "weight": jnp.asarray(weight)}
     outcome = poison.run(call, given)
-    columns = _columns(rng, case.n)  # all of them where there are gradients
+    columns = _columns(rng, case.n)  # all columns if gradients are checked
     matrices = np.zeros((case.groups, len(columns), case.k), dtype)
     for group in np.flatnonzero(np.diff(offsets)):
         matrices[group] = np.asarray(_at(rhs, jnp.int32(group)))[columns]
@@ -90,7 +90,7 @@ def check(rng: np.random.Generator, case: MatmulCase) -> Row:
 
 
 def spread(rng: np.random.Generator, *, groups: int, rows: int, before: int = 0, behind: int = 0) -> tuple[int, ...]:
-    """Offsets of rows that choose their group evenly, with rows of no group on either side."""
+    """Offsets of rows that choose their group uniformly, with `before` and `behind` rows outside all groups."""
     counts = np.bincount(rng.integers(0, groups, rows - before - behind), minlength=groups)
     return tuple(int(x) for x in before + np.concatenate([[0], np.cumsum(counts)]))
 
@@ -119,12 +119,12 @@ def cases(rng: np.random.Generator, tiny: bool) -> list[MatmulCase]:
     found += [MatmulCase(f"{n} x {k}", 16, n, k, part, 700) for n, k in sides]
     found += [MatmulCase(f"100 x 2880 {d}", 16, 100, 2880, part, 700, dtype=d) for d in ("float32", "float16")]
     found += [
-        MatmulCase("gradients of odd sides", 16, 129, 77, part, 700, gradients=True),
+        MatmulCase("gradients, odd sizes", 16, 129, 77, part, 700, gradients=True),
         MatmulCase("all rows in one group", 64, 512, 512, (0,) * 40 + (2000,) * 25, 2000),
-        MatmulCase("rows of no group alone", 8, 512, 512, (600,) * 9, 1000),
-        MatmulCase("a row each", 300, 256, 512, tuple(range(301)), 300),
+        MatmulCase("only rows outside all groups", 8, 512, 512, (600,) * 9, 1000),
+        MatmulCase("one row per group", 300, 256, 512, tuple(range(301)), 300),
         MatmulCase("float32 out of bfloat16", 16, 384, 256, part, 700, options={"out_dtype": jnp.float32}),
-        # 2^31 elements and more; the groups at the end lie beyond 4 GiB.
+        # More than 2^31 elements; the groups at the end lie beyond 4 GiB.
         MatmulCase("far weights", 520, 2048, 2048, (0,) * 510 + (7, 7, 9, 11, 30, 31, 40, 40, 50, 60, 64), 64),
     ]
     found += [

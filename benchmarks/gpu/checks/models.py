@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `check_models`: whole models, through the kernels, against the logits that transformers computed.
+"""Section `check_models`: whole models, computed with the kernels, against the logits of transformers.
 
-The golden checkpoints of the tests, in float32 with full-precision products: prefill of the prompt, then the greedy
-text token by token in decode steps.
+Uses the tests' golden checkpoints, in float32 with full-precision matmuls: prefill of the prompt, then the greedy text
+token by token in decode steps.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ CASES = (
     *("llama-gqa-tied", "qwen3-moe", "deepseek-v3", "gpt-oss", "gemma2", "gemma3", "mixtral", "deepseek-v2-groups"),
     *("qwen2", "phi3", "gpt-neox-parallel", "opt", "gpt2", "cohere-qk-norm", "glm4", "falcon-new", "stablelm-qk-norm"),
 )
-TOLERANCE = 2e-4  # of the logits' spread
+TOLERANCE = 2e-4  # relative to the logits' standard deviation
 
 
 def check(case: str) -> Row:
@@ -36,7 +36,7 @@ def check(case: str) -> Row:
         folder = golden.write_checkpoint(case, Path(name))
         spec, family = registry.read_config(folder)
         params = load.load(folder, spec, family, dtype=jnp.float32)
-    # A run of its own: the tests' jitted step would keep what another choice of kernels has traced.
+    # Jitted here, because the tests' jitted step may hold a trace with another choice of kernels.
     step = jax.jit(partial(decoder.step, spec), donate_argnums=1)
     prompt = list(want.prompt)
     longest = max(len(prompt), len(want.greedy_prompt) + len(want.greedy))

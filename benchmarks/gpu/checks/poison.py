@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an op into memory that is full of garbage, so that what it does not write shows."""
+"""Runs an op with memory full of garbage, so that elements that it does not write are noticed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ _GARBAGE = (float("nan"), -31000.0)
 
 class Poisoned(NamedTuple):
     first: Any  # pytree of numpy arrays
-    repeatable: bool  # both runs gave the same bits, whatever garbage lay there
-    aliased: bool  # the outputs really took the place of the garbage
+    repeatable: bool  # both runs gave the same bits, whatever the garbage
+    aliased: bool  # the outputs were really written over the garbage
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -32,8 +32,8 @@ def _filled(shape: jax.ShapeDtypeStruct, value: float) -> jax.Array:
 
 
 def run(function: Callable[..., Any], arguments: Any) -> Poisoned:
-    """`function(arguments)` twice. The outputs are written over donated arrays of garbage, and garbage of the size
-    of the temporaries is freed just before, for the allocator to hand out again."""
+    """Calls `function(arguments)` twice. The outputs are written over donated arrays of garbage. Garbage of the
+    temporaries' size is freed just before, so that the allocator reuses it for them."""
     shapes = jax.eval_shape(function, arguments)
 
     def into(garbage: Any, arguments: Any) -> Any:

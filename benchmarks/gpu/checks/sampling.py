@@ -36,7 +36,7 @@ class SamplingCase:
 
 
 def draw_params(rng: np.random.Generator, case: SamplingCase) -> RowParams:
-    """Every row asks for something else: some greedy, each filter alone, all at once."""
+    """Different parameters for every row: some greedy, some with one filter, some with several."""
     n = case.rows
     filtered = case.mode == "filtered"
     temperature = np.zeros(n) if case.mode == "greedy" else rng.uniform(0.2, 2.0, n)
@@ -57,7 +57,7 @@ def draw_params(rng: np.random.Generator, case: SamplingCase) -> RowParams:
 
 
 def draw_logits(rng: np.random.Generator, case: SamplingCase) -> Array:
-    """Random rows, a few of them awkward: NaN, nothing finite, all equal, mostly excluded, one entry left."""
+    """Random rows with a few edge cases: NaN, no finite entry, all equal, most entries excluded, one left, infinity."""
     x = (case.spread * rng.standard_normal((case.rows, case.vocabulary), np.float32)).astype(jnp.dtype(case.dtype))
     awkward = rng.permutation(case.rows)
     x[awkward[0], case.vocabulary // 2] = np.nan
@@ -82,7 +82,7 @@ def on_cpu(case: SamplingCase, logits: Array, params: RowParams) -> Array:
 
 
 class Verdict(NamedTuple):
-    """What `judge` finds."""
+    """What `judge` found."""
 
     token: int  # what the oracle draws
     exact: bool  # the given token is that token
@@ -91,7 +91,7 @@ class Verdict(NamedTuple):
 
 
 def judge(x: Array, token: int, *, seed: int, position: int, **filters: Any) -> Verdict:
-    """Is `token` what the oracle draws from this row, or within 1e-4 of the best score and 2e-5 of a limit?"""
+    """Whether the oracle draws `token` from this row, or its score is within 1e-4 of the best and 2e-5 of a limit."""
     temperature = filters["temperature"]
     exact = survivors(x, **filters)
     best = reference.sample(x, **filters, seed=seed, position=position)
@@ -108,7 +108,7 @@ def digest(tokens: Array) -> str:
 
 
 def check_logprobs(x: Array, keep: Array, temperature: float, *, r: int, out: Sampled) -> float:
-    """Largest error of the row's log-probabilities; infinite if a rank or a top token is wrong."""
+    """The largest error of the row's log-probabilities; infinite if a rank or a top token is wrong."""
     assert out.logprobs is not None
     token, top_n = int(out.tokens[r]), out.logprobs.top_tokens.shape[1]
     live = np.where(keep, x, -np.inf)
@@ -157,7 +157,7 @@ def check(rng: np.random.Generator, case: SamplingCase) -> Row:
         "rows": case.rows,
         "wrong": len(wrong),
         "wrong_rows": wrong,
-        "near_ties": near,  # rows where float64 draws another token, its score within 1e-4
+        "near_ties": near,  # rows where float64 draws another token; the scores differ by less than 1e-4
         "cpu_differs": int((out.tokens != other).sum()),
         "cpu_wrong": cpu_wrong,
         "tokens_hash": digest(out.tokens),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections `check_kv_write` and `check_blocks`: what is written is exact, and what is not written keeps its bits.
+"""Sections `check_kv_write` and `check_blocks`: written values are exact, and all other bits stay unchanged.
 
-Pools start as random bits, including NaNs, so that any stray write, and arithmetic on a copied value, shows.
+Pools start as random bits, including NaNs, so that stray writes and arithmetic on copied values are noticed.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ BLOCK_COLUMNS = ("moved", "wrong", "untouched", "in_place", "ok")
 class WriteCase:
     name: str
     dtype: str = "bfloat16"
-    pool: str | None = None  # the tokens' dtype if not given
+    pool: str | None = None  # None: the tokens' dtype
     scales: str | None = None  # "head" or "slot"
     tokens: int = 300
     blocks: int = 64
@@ -45,7 +45,7 @@ def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) ->
 
 
 def random_slots(rng: np.random.Generator, tokens: int, slots: int) -> Array:
-    """Distinct slots in no order; of more than a few tokens every seventh, and the first and last, are padding."""
+    """Distinct slots in random order. Of more than 7 tokens, every seventh and the last are padding."""
     chosen = rng.permutation(slots)[:tokens].astype(np.int32)
     if tokens > 7:
         chosen[::7] = -1
@@ -54,14 +54,14 @@ def random_slots(rng: np.random.Generator, tokens: int, slots: int) -> Array:
 
 
 def quantised(x: Array, scale: Array | None, dtype: np.dtype) -> Array:
-    """The exact quotient, clipped to the dtype's range: the stored code should be the nearest to it."""
+    """The exact quotient, clipped to the dtype's range: the stored code should be the nearest one."""
     limit = LARGEST[dtype.name]
     quotient = wide(x) if scale is None else wide(x) / wide(scale)[..., None]
     return np.clip(quotient, -limit, limit)
 
 
 def steps_off(codes: Array, exact: Array) -> Array:
-    """Distance of each stored code from the exact value, in steps of the dtype there; 0.5 is perfect rounding."""
+    """The distance of each stored code from the exact value, in the dtype's steps there; perfect rounding gives 0.5."""
     if codes.dtype == np.int8:
         return np.abs(codes - exact)
     limits = jnp.finfo(codes.dtype)
@@ -70,7 +70,7 @@ def steps_off(codes: Array, exact: Array) -> Array:
 
 
 def judge_pool(written: Array, before: Array, new: Array, slots: Array, scale: Array | None) -> Row:
-    """One pool [slots, heads, dim] against what should have been written; `scale` is [tokens, heads] or None."""
+    """Compares one pool [slots, heads, dim] with what should have been written; `scale` is [tokens, heads] or None."""
     live = slots >= 0
     target = slots[live]
     others = np.ones(len(before), bool)
@@ -80,8 +80,7 @@ def judge_pool(written: Array, before: Array, new: Array, slots: Array, scale: A
         wrong = int((bits(written[target]) != bits(new[live])).sum())
         return {"rounded": 0.0, "worst_step": float(wrong), "untouched": untouched, "ok": untouched and wrong == 0}
     off = steps_off(written[target], quantised(new[live], None if scale is None else scale[live], written.dtype))
-    # A GPU may divide by multiplying with a reciprocal, so that a quotient near a tie rounds the other way: rarely, and
-    # by one step.
+    # A GPU may divide by multiplying with a reciprocal: then a quotient near a tie may, rarely, round the other way.
     worst, rounded = float(np.nan_to_num(off, nan=1e9).max(initial=0.0)), float((off > 0.5001).mean())
     return {
         "rounded": rounded,
@@ -97,7 +96,7 @@ def check_write(rng: np.random.Generator, case: WriteCase) -> Row:
     names = ("k", "v")
     before = {n: random_bits(rng, shape, pool_dtype) for n in names}
     new = {n: rng.standard_normal((case.tokens, *shape[2:]), np.float32).astype(jnp.dtype(case.dtype)) for n in names}
-    new["k"][3:4] = 0  # a token of zeros has no largest value to scale by
+    new["k"][3:4] = 0  # a token of zeros, which gives no scale
     new["v"][4:5] *= 1000  # beyond float8's range
     slots = random_slots(rng, case.tokens, case.blocks * case.block_size)
     scale: dict[str, Array | None] = {n: None for n in names}
@@ -201,7 +200,7 @@ class BlockCase:
 
 
 def _pairs(rng: np.random.Generator, case: BlockCase) -> tuple[Array, Array]:
-    """Sources and destinations, none in common; some padded out on either side."""
+    """Disjoint sources and destinations; some entries of each are padding."""
     ids = rng.permutation(case.blocks)[: 2 * case.moved].astype(np.int32)
     sources, targets = ids[: case.moved].copy(), ids[case.moved :].copy()
     sources[::5], targets[3::5] = -1, -7
@@ -215,7 +214,7 @@ def _verdict(after: Array, expected: Array, touched: Array) -> Row:
 
 
 def check_blocks(rng: np.random.Generator, case: BlockCase) -> Row:
-    """copy, gather and scatter once each; the row is their sum."""
+    """One copy, one gather and one scatter; the row is the sum of the three."""
     before = random_bits(rng, (case.blocks, *case.block), case.dtype)
     staged = random_bits(rng, (case.moved, *case.block), case.dtype)
     sources, targets = _pairs(rng, case)

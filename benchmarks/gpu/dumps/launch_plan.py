@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads XLA's launch plan of a program, which it writes with --xla_dump_to: what is launched, and what of it lies in a
-CUDA graph (XLA's word: command buffer). Each line is a launch; those of a graph stand below it, further in.
+"""Reads the launch plan that XLA writes with --xla_dump_to: what a program launches, and what of it in CUDA graphs.
+
+Each line of a plan is a launch. A CUDA graph (XLA: command buffer) is a line, too; its launches follow it, indented.
 """
 
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 _LINE = re.compile(r"^(\s*)\d+: (k\w+)\s*(?:\[[^\]]*\])?\s*(\S*)")
 _OPTIONS = {"xla_dump_hlo_as_text": True}
-# Names that XLA and our kernels give; a number at the end tells equal kernels apart.
+# A number at the end of a name distinguishes kernels that XLA or we named alike.
 _NUMBER = re.compile(r"(_\d+)+$")
 
 
@@ -19,15 +20,15 @@ _NUMBER = re.compile(r"(_\d+)+$")
 class LaunchPlan:
     graphs: int = 0
     launches: list[str] = field(default_factory=list[str])  # by name, in order
-    outside: list[str] = field(default_factory=list[str])  # those of them that lie in no graph
+    outside: list[str] = field(default_factory=list[str])  # the launches outside all graphs
 
     def per_layer(self, kernel: str = "kv_write") -> int | None:
-        """Launches from one layer's such kernel to the next layer's, the last two of them."""
+        """The number of launches per layer: from the last but one launch of `kernel` to the last."""
         at = [place for place, name in enumerate(self.launches) if name == kernel]
         return at[-1] - at[-2] if len(at) > 1 else None
 
     def layer(self, kernel: str = "kv_write") -> list[str]:
-        """Their names, without numbers."""
+        """The names of those launches, without numbers."""
         at = [place for place, name in enumerate(self.launches) if name == kernel]
         return [_NUMBER.sub("", name) for name in self.launches[at[-2] : at[-1]]] if len(at) > 1 else []
 
@@ -36,12 +37,12 @@ class LaunchPlan:
 
 
 def options(folder: str | Path) -> dict[str, Any]:
-    """Of a compile, so that its plan is written there."""
+    """Compiler options that make XLA write the launch plan to `folder`."""
     return {"xla_dump_to": str(folder)} | _OPTIONS
 
 
 def read(folder: Path) -> LaunchPlan | None:
-    """The plan of the one program that was dumped there; None where the backend writes none."""
+    """The plan of the only program dumped to `folder`; None if the backend writes none."""
     files = sorted(folder.rglob("*thunk_sequence_after_thunk_passes.txt")) or sorted(
         folder.rglob("*thunk_sequence*.txt")
     )
@@ -50,7 +51,7 @@ def read(folder: Path) -> LaunchPlan | None:
 
 def parse(text: str) -> LaunchPlan:
     plan = LaunchPlan()
-    within: int | None = None  # how far in the graph stands that lines belong to
+    within: int | None = None  # the indentation of the graph that the current lines belong to
     for line in text.splitlines():
         found = _LINE.match(line)
         if found is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what jax.profiler wrote of a device: when it computed, and when it waited between programs."""
+"""Reads a device's trace that jax.profiler wrote: when it computed, and when it was idle between programs."""
 
 import gzip
 import json
@@ -10,37 +10,37 @@ from typing import Any
 
 import numpy as np
 
-_DERIVED = ("XLA", "Steps", "Framework", "Source", "TensorFlow", "Launch")  # threads that tell the same events again
+_DERIVED = ("XLA", "Steps", "Framework", "Source", "TensorFlow", "Launch")  # threads that repeat the same events
 
 
 @dataclass(frozen=True)
 class Event:
     start: float  # microseconds
     end: float
-    program: str  # empty where the trace does not tell
+    program: str  # empty if the trace does not name it
 
 
 @dataclass(frozen=True)
 class Lane:
-    """What one device did."""
+    """The events of one device."""
 
     name: str
     events: list[Event]
 
 
 def lanes(folder: Path) -> list[Lane]:
-    """Of every device in the newest trace under `folder`; none where the backend traces no device, as a CPU.
+    """One lane per device in the newest trace under `folder`; none if the backend traces no device, such as a CPU.
 
-    Read from the trace for browsers: jax.profiler.ProfileData, which reads the other one, crashes at an event's stats
-    (jax 0.11.2).
+    Reads the trace for browsers, because jax.profiler.ProfileData, which reads the other format, crashes on an event's
+    stats (jax 0.11.2).
     """
     files = sorted(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     if not files:
         return []
     with gzip.open(files[-1]) as file:
-        told: list[dict[str, Any]] = [event for event in json.load(file)["traceEvents"] if event]
-    names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in told if e.get("ph") == "M" and "name" in e["args"]}
-    devices = {e["pid"]: e["args"]["name"] for e in told if e.get("name") == "process_name"}
+        records: list[dict[str, Any]] = [event for event in json.load(file)["traceEvents"] if event]
+    names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in records if e.get("ph") == "M" and "name" in e["args"]}
+    devices = {e["pid"]: e["args"]["name"] for e in records if e.get("name") == "process_name"}
     found: list[Lane] = []
     for pid, device in devices.items():
         if not device.startswith("/device:") or "CUSTOM" in device:
@@ -48,18 +48,18 @@ def lanes(folder: Path) -> list[Lane]:
         threads = {tid: name for (of, tid), name in names.items() if of == pid and tid is not None}
         streams = {tid for tid, name in threads.items() if "Stream" in name}
         chosen = streams or {tid for tid, name in threads.items() if not name.startswith(_DERIVED)}
-        events = [_event(e) for e in told if e.get("ph") == "X" and e["pid"] == pid and e.get("tid") in chosen]
+        events = [_event(e) for e in records if e.get("ph") == "X" and e["pid"] == pid and e.get("tid") in chosen]
         if events:
             found.append(Lane(device, sorted(events, key=lambda event: event.start)))
     return found
 
 
-def _event(told: dict[str, Any]) -> Event:
-    return Event(told["ts"], told["ts"] + told.get("dur", 0), str(told.get("args", {}).get("hlo_module", "")))
+def _event(e: dict[str, Any]) -> Event:
+    return Event(e["ts"], e["ts"] + e.get("dur", 0), str(e.get("args", {}).get("hlo_module", "")))
 
 
 def idle(events: Iterable[Event]) -> list[tuple[float, str, str]]:
-    """Every moment when nothing ran: microseconds, and the programs before and after it."""
+    """Every interval when nothing ran: its microseconds, and the programs before and after it."""
     gaps: list[tuple[float, str, str]] = []
     end, before = None, ""
     for event in events:
@@ -71,10 +71,10 @@ def idle(events: Iterable[Event]) -> list[tuple[float, str, str]]:
 
 
 def summary(events: list[Event], steps: int) -> dict[str, Any]:
-    """Per step, in microseconds. A step is one program of the model and one of the head.
+    """Averages per step, in microseconds. A step runs one program of the model and one of the head.
 
-    `between_us` is the idle time at the ends of programs: where the trace names programs, the gaps from one to
-    another; else the largest gaps, as many as there are ends. The rest of the idle time lies within programs.
+    `between_us` is the idle time between programs: the gaps where the program's name changes or, if the trace does not
+    name programs, the largest gaps, as many as there are boundaries. All other idle time lies within programs.
     """
     gaps = idle(events)
     span = max(event.end for event in events) - events[0].start

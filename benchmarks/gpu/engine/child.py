@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a section measures in a process of its own; says it in lines of JSON.
+"""Measures in a separate process for a section and prints the results as lines of JSON.
 
     python -m benchmarks.gpu.engine.child start CACHE SINCE [tiny]     an engine's start, to the first token
-    python -m benchmarks.gpu.engine.child steps LAYERS [tiny]          steps of a shallow model, for A/B of flags
+    python -m benchmarks.gpu.engine.child steps LAYERS [tiny]          steps of a shallow model, to compare XLA flags
 
-Times count from the process's own start, which is told as SINCE (seconds since the epoch).
+SINCE is the time at which the process was started, in seconds since the epoch.
 """
 
 import json
@@ -17,12 +17,12 @@ _BEGAN = time.time()
 
 
 def say(**values: Any) -> None:
-    """In one write: programs are compiled, and told of, in several threads."""
+    """In one write, because several threads report compiled programs."""
     os.write(1, f"{json.dumps(values)}\n".encode())
 
 
 def start(cache: str, since: float, tiny: bool) -> None:
-    """With all programs that the product compiles before it is ready."""
+    """Starts an engine with all programs that the product compiles before it is ready."""
     from jaxserve.config import EngineConfig
     from jaxserve.engine.engine import Engine
     from jaxserve.engine.execute import memory
@@ -64,7 +64,7 @@ def start(cache: str, since: float, tiny: bool) -> None:
 def steps(layers: int, tiny: bool) -> None:
     from benchmarks.gpu.engine.rig import Rig
 
-    # What is timed alone: compiling is most of a child's time.
+    # Only the sizes that are timed: compilation is most of a child's time.
     sizes = (1, 32) if tiny else (1, 64, 2048)
     rig = Rig(tiny=tiny, layers=layers, only=sizes)
     say(**{f"{name}_s": value for name, value in rig.seconds.items()})
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
         case "steps":
             steps(int(arguments[1]), tiny)
         case other:
-            raise SystemExit(f"error: there is no {other!r} to measure")
+            raise SystemExit(f"error: unknown measurement {other!r}; use start or steps")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `engine_gap`: how long the device waits between two steps, and what the host does meanwhile.
+"""Section `engine_gap`: how long the device is idle between two steps, and what the host does meanwhile.
 
-Two rows for each batch. `host`: the parts of Engine.step by the clock, no trace being taken; what the device does not
-wait for is hidden behind `read`. `trace`: the device's events of some steps. While XLA is traced it launches kernels
-one by one unless told otherwise; this book tells it, with --xla_enable_command_buffers_during_profiling.
+Two rows for each batch. `host`: the time of each part of Engine.step, measured without a trace; work that overlaps with
+the device's is hidden in `read`. `trace`: the device's events during some steps. While XLA is traced it launches
+kernels one by one unless --xla_enable_command_buffers_during_profiling is set, so the run book sets it.
 """
 
 import os
@@ -26,7 +26,7 @@ AIM = Aim("between_us", 50, at_most=True)
 
 
 class Clock:
-    """Counts the seconds that methods take, by putting itself in their place."""
+    """Measures the seconds spent in methods, by wrapping them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -51,7 +51,7 @@ class Clock:
 
 
 def host(rig: Rig, count: int) -> Row:
-    """Milliseconds per step of what Engine.step does."""
+    """Milliseconds per step, in total and by part of Engine.step."""
     clock, engine = Clock(), rig.engine
     parts = ((engine.scheduler, "schedule"), (engine._batcher, "pack"), (rig.runner, "launch"))
     for owner, name in (*parts, (rig.runner, "read"), (engine.scheduler, "commit")):
@@ -65,7 +65,7 @@ def host(rig: Rig, count: int) -> Row:
 
 
 def traced(rig: Rig, count: int) -> Row:
-    """The device's own account of so many steps."""
+    """The device's trace of `count` steps."""
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)
         try:
@@ -75,7 +75,7 @@ def traced(rig: Rig, count: int) -> Row:
             jax.profiler.stop_trace()
         lanes = trace.lanes(Path(folder))
     if not lanes:
-        return {"note": "no device", "steps": count}  # in the trace, as on a CPU
+        return {"note": "no device", "steps": count}  # in the trace, as with a CPU
     lane = max(lanes, key=lambda lane: len(lane.events))
     row: Row = {"lane": lane.name, "steps": count, "as_run": TRACED_AS_RUN in os.environ.get("XLA_FLAGS", "")}
     row |= trace.summary(lane.events, count)

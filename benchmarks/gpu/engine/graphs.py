@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `engine_graphs`: do the engine's programs run as CUDA graphs, by the launch plans that XLA wrote.
+"""Section `engine_graphs`: whether the engine's programs run as CUDA graphs, according to XLA's launch plans.
 
-A row is right if nothing is launched outside of a graph. `per_layer` counts launches from one layer to the next.
+A row is right if nothing is launched outside a graph. `per_layer` is the number of launches per layer.
 """
 
 import tempfile
@@ -38,7 +38,7 @@ def measure(rig: Rig, key: Any) -> Row:
     memory = compiled.memory_analysis()
     row: Row = {"temp_mb": memory.temp_size_in_bytes / 1e6 if memory else None}
     if plan is None:
-        return row | {"note": "no plan"}  # is written by this backend
+        return row | {"note": "no plan"}  # because this backend writes none
     row |= {"graphs": plan.graphs, "launches": len(plan.launches), "outside": len(plan.outside)}
     row |= {"per_layer": plan.per_layer(), "names_outside": plan.outside[:20], "layer": plan.layer()}
     on_gpu = jax.default_backend() == "gpu"

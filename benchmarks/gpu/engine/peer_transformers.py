@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' continuous batching, timed: a Llama of the same shape with random weights, and the same lengths.
+"""Times transformers' continuous batching: a Llama of the same shape with random weights, and the same lengths.
 
     python peer_transformers.py REQUESTS PROMPT ANSWER [tiny]
 
-Run by a Python that has torch and transformers, and nothing of ours. Greedy, and never ended by a token. The first run
-warms up; the second one counts.
+Needs a Python with torch and transformers, and nothing of jaxserve. Greedy, ignoring end tokens. The first run warms
+up; the second one counts.
 """
 
 import json
@@ -46,7 +46,7 @@ def main() -> None:
     print(json.dumps({"version": f"{transformers.__version__}, torch {torch.__version__}"}), flush=True)
     draws = random.Random(3)
     wanted = GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    # On a GPU as it chooses for itself; on a CPU it would take all of the memory.
+    # On a GPU it chooses the sizes; on a CPU it would take all of the memory.
     sizes: dict[str, Any] = {} if torch.cuda.is_available() else {"num_blocks": 8, "max_batch_tokens": 64}
     settings = ContinuousBatchingConfig(**sizes)
     for _ in range(2):
@@ -57,12 +57,12 @@ def main() -> None:
             generation_config=wanted,
             continuous_batching_config=settings,
             progress_bar=False,
-            persistent_manager=True,  # of each run anew, it would take the memory twice
+            persistent_manager=True,  # a new manager for each run would take the memory twice
         )
         seconds = time.perf_counter() - began
         made = sum(len(one.generated_tokens) for one in out.values())
         if made != requests * answer:
-            raise SystemExit(f"error: {made} tokens in place of {requests * answer}")
+            raise SystemExit(f"error: {made} tokens, expected {requests * answer}")
         print(json.dumps({"seconds_taken": seconds, "tokens_per_s": made / seconds}), flush=True)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM offline, timed: a Llama of the same shape with random weights, and the same lengths.
+"""Times vLLM offline: a Llama of the same shape with random weights, and the same lengths.
 
     python peer_vllm.py REQUESTS PROMPT ANSWER
 
-Run by a Python that has vllm, and nothing of ours. The first run warms up; the second one counts.
+Needs a Python with vllm, and nothing of jaxserve. The first run warms up; the second one counts.
 """
 
 import json

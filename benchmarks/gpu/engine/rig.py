@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine on random weights for the `engine` sections: the product's own Engine, scheduler, programs and overlap.
+"""The engine that the `engine` sections measure: the product's Engine, with random weights.
 
-    rig = rig_of(page)       one per process: weights are made on the device, programs compiled once
-    rig.fill(rows, context)  rows that decode at a context, without computing their prompts
+    rig = rig_of(page)       one per process: weights are created on the device, programs compiled once
+    rig.fill(rows, context)  rows that decode at a context length, without computing their prompts
     rig.decode(...)          ms of steady decode steps        rig.prefill(...)     ms to the first token
 
-Filling: while rows fill, a stand-in for the runner answers at once, so that the scheduler gives out rows and blocks as
-always; then the block tables are set on the device. The KV pools hold random numbers. So a context costs no prefill,
-and what is timed after it is all real. Only greedy requests are made, and only what they need is compiled.
+To fill rows, a stand-in for the runner answers at once, so the scheduler assigns rows and blocks as always; then the
+block tables are set on the device. The KV pools hold random numbers. So a long context needs no prefill, and the steps
+that are timed after it are real. All requests are greedy, and only the programs that they need are compiled.
 """
 
 import time
@@ -42,7 +42,7 @@ TINY = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 128, "
 
 
 def _noise(shape: tuple[int, ...], seed: Any) -> jax.Array:
-    """Numbers between -1 and 1 that look random."""
+    """Pseudorandom numbers between -1 and 1."""
     count = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9), shape)
     for axis, size in enumerate(shape):
         count = count * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -58,7 +58,7 @@ def _weight(shape: tuple[int, ...], dtype: Any, seed: Any) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _filled(pool: jax.Array) -> jax.Array:
-    """In place."""
+    """Fills the pool with noise, in place."""
     return _noise(pool.shape, 1).astype(pool.dtype)
 
 
@@ -74,15 +74,15 @@ def model(tiny: bool, layers: int | None = None) -> ModelSpec:
 
 
 def random_params(spec: ModelSpec) -> Any:
-    """Made leaf by leaf on the device: the host never holds one. Equal shapes share a program."""
+    """Created leaf by leaf on the device, never on the host. Leaves of equal shape share a program."""
     leaves, tree = jax.tree.flatten(param_layout.abstract_params(spec, jnp.bfloat16))
     made = [_weight(leaf.shape, leaf.dtype, np.uint32(seed)) for seed, leaf in enumerate(leaves)]
     return jax.block_until_ready(jax.tree.unflatten(tree, made))
 
 
 def settings(spec: ModelSpec, params: Any, *, tiny: bool) -> dict[str, Any]:
-    """The defaults of a GPU. The number of blocks is worked out here: the engine would compile its largest programs
-    twice for it, once to ask for their memory."""
+    """The default settings for a GPU. The number of blocks is computed here: to determine it, the engine would compile
+    its largest programs twice."""
     if tiny:
         return TINY | {"compilation_cache_dir": ""}
     [device] = params["embed"]["weight"].devices()
@@ -92,7 +92,7 @@ def settings(spec: ModelSpec, params: Any, *, tiny: bool) -> dict[str, Any]:
 
 
 class _Filling:
-    """In the runner's place: any token for every row, and the changes of the block tables remembered."""
+    """Replaces the runner: returns the same token for every row and records the changes of the block tables."""
 
     def __init__(self) -> None:
         self.edits: dict[int, int] = {}
@@ -110,11 +110,11 @@ class _Filling:
 
 @dataclass
 class Done:
-    """What a run of requests gave."""
+    """The result of a run of requests."""
 
     seconds: float
     steps: int
-    answers: list[tuple[int, int]]  # prompt and answer tokens of those that have any
+    answers: list[tuple[int, int]]  # prompt and answer tokens of the requests with an answer
     complete: bool
 
     @property
@@ -128,7 +128,7 @@ class Done:
 
 class Rig:
     def __init__(self, *, tiny: bool, layers: int | None = None, only: tuple[int, ...] | None = None) -> None:
-        """`only`: sizes of the programs that are compiled; all of the ladder if not given."""
+        """`only`: the sizes for which programs are compiled; None: all buckets."""
         began = time.monotonic()
         self.spec, self.tiny = model(tiny, layers), tiny
         params = random_params(self.spec)
@@ -147,7 +147,7 @@ class Rig:
         self._rng, self._count = np.random.default_rng(11), 0
 
     def keys(self, only: tuple[int, ...] | None) -> list[Any]:
-        """Greedy steps of these sizes: the programs that the book's requests need."""
+        """The programs for greedy steps of these sizes."""
 
         def wanted(sizes: Sequence[int]) -> list[int]:
             return [size for size in reversed(sizes) if only is None or size in only]
@@ -160,7 +160,7 @@ class Rig:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, prompt: int, answer: int) -> str:
-        """A request of random tokens that no other begins with."""
+        """Adds a request of random tokens, which shares no prefix with any other."""
         self._count += 1
         ids = self._rng.integers(3, self.spec.vocab_size, prompt).tolist()
         params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
@@ -175,7 +175,7 @@ class Rig:
             self.engine.step()
 
     def fits(self, rows: int, context: int) -> bool:
-        """With room for the steps that are timed."""
+        """Whether the KV cache holds these rows, with room for the steps that are timed."""
         needed = rows * self.engine.limits.blocks_for(context + 256 if not self.tiny else context)
         return rows <= self.buckets.rows and needed < self.engine.limits.num_blocks
 
@@ -201,13 +201,13 @@ class Rig:
         self.runner.read(self.runner.launch(nothing))
 
     def context(self) -> float:
-        """The mean over the rows that run."""
+        """The mean length of the running sequences."""
         return float(np.mean([len(sequence.tokens) for sequence in self.engine.scheduler.running]))
 
     # --- measuring --------------------------------------------------------------------------------------------------
 
     def decode(self, rows: int, context: int, *, seconds: float = 1.5) -> Row:
-        """Steady steps of the whole engine, and of the device alone: one step's programs over and over, none read."""
+        """Times steady steps of the whole engine, and of the device alone: one step's programs, repeated unread."""
         self.fill(rows, context)
         try:
             estimate, _ = self.steps(4)
@@ -227,14 +227,14 @@ class Rig:
         }
 
     def steps(self, count: int) -> tuple[float, int]:
-        """Seconds per step, and tokens in all."""
+        """Seconds per step, and the total of tokens."""
         tokens, began = 0, time.perf_counter()
         for _ in range(count):
             tokens += len(self.engine.step())
         return (time.perf_counter() - began) / count, tokens
 
     def device(self, count: int) -> float:
-        """Seconds of one decode step of what runs now, launched again and again."""
+        """Seconds of one decode step of the running sequences, launched repeatedly."""
         plan = self.engine.scheduler.schedule(time.monotonic())
         assert plan is not None
         packed = self.engine._batcher.pack(plan)
@@ -248,7 +248,7 @@ class Rig:
         return (time.perf_counter() - began) / count
 
     def prefill(self, prompt: int, *, repeats: int = 5) -> Row:
-        """From a request to its first token, with nothing else running."""
+        """The time from a request to its first token, with nothing else running."""
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
@@ -260,7 +260,7 @@ class Rig:
         return {"ms": 1e3 * float(np.median(kept)), "spread": (kept[-1] - kept[0]) / kept[0]}
 
     def run(self, requests: Sequence[tuple[int, int]], *, seconds: float) -> Done:
-        """All at once, until they are done or time is up; then the rest is dropped, and what was made counts."""
+        """Runs all requests at once until they finish or time is up. Drops the rest; generated tokens count."""
         names = [self.add(prompt, answer) for prompt, answer in requests]
         made = dict.fromkeys(names, 0)
         began, steps = time.perf_counter(), 0
@@ -279,11 +279,11 @@ _MADE: dict[bool, Rig] = {}
 
 
 def rig_of(page: Page) -> Rig:
-    """The one of this process. The section that has to make it tells what that took, and gets that time back."""
+    """The rig of this process. The section that creates it records the time that this took, and gets it back."""
     tiny = page.settings.tiny
     if tiny not in _MADE:
         began = time.monotonic()
         made = _MADE[tiny] = Rig(tiny=tiny)
         page.deadline += time.monotonic() - began
-        page.add(f"engine of {made.programs} programs made", **{f"{k}_s": v for k, v in made.seconds.items()})
+        page.add(f"start of the engine, {made.programs} programs", **{f"{k}_s": v for k, v in made.seconds.items()})
     return _MADE[tiny]

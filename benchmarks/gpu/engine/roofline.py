@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least time that an engine's work can take: bytes over the copy bandwidth, operations over the matmul rate.
+"""The least time that an engine's work can take: bytes by the copy bandwidth, operations by the matmul rate.
 
-decode    every weight of the layers and of the head read once per step, and the rows' KV
-prefill   two operations for each weight and token, and causal attention; the head for the last token alone
+decode    each step reads every weight of the layers and of the head once, and the rows' KV
+prefill   two operations per weight and token, and causal attention; the head for the last token only
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxserve.engine.capacity import token_bytes
 from jaxserve.models import param_layout
 from jaxserve.models.spec import Attention, ModelSpec, Moe
 
-TABLE = Ceilings(4300.0, 790.0)  # what one H200 was seen to do: floors that do not depend on this run's measurement
+TABLE = Ceilings(4300.0, 790.0)  # measured on an H200: gives floors that do not depend on this run's `machine` section
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Roofline:
     params: Any
 
     def step_bytes(self, rows: int, context: float) -> float:
-        """Of one decode step; `context` is the mean over the rows."""
+        """The bytes that one decode step reads; `context` is the mean over the rows."""
         return self.weight_bytes(rows) + self.kv_bytes(rows * context)
 
     def weight_bytes(self, rows: int) -> float:
@@ -35,7 +35,7 @@ class Roofline:
         return tokens * token_bytes(self.spec, "bfloat16")
 
     def prefill_flops(self, tokens: int) -> float:
-        """Of one whole prompt, in however many chunks."""
+        """The operations of one whole prompt, in any number of chunks."""
         total = 2.0 * self.spec.vocab_size * self.spec.hidden
         for path, leaf in param_layout.leaves(self.params):
             if path[0] != "layers" or len(leaf.shape) < 2:
@@ -50,14 +50,14 @@ class Roofline:
         return total
 
     def offline_ms(self, done: Sequence[tuple[int, int]], *, rows: int, ceilings: Ceilings) -> float | None:
-        """For requests of (prompt, answer) tokens with at most so many rows at once. The first token of an answer
-        comes with the prompt; every other is a decode step of its row, which looks at all tokens before it."""
+        """The floor for requests of (prompt, answer) tokens, at most `rows` of them at once. The first token of an
+        answer comes with the prompt; every other takes a decode step, which attends to all tokens before it."""
         if ceilings.copy is None or ceilings.matmul is None:
             return None
         answers = [answer for _, answer in done]
         steps = max(max(answers, default=1) - 1, -(-sum(n - 1 for n in answers) // rows))
-        looked_at = sum((n - 1) * (prompt + n / 2) for prompt, n in done)
-        moved = steps * self.weight_bytes(rows) + self.kv_bytes(looked_at)
+        attended = sum((n - 1) * (prompt + n / 2) for prompt, n in done)
+        moved = steps * self.weight_bytes(rows) + self.kv_bytes(attended)
         return moved / ceilings.copy / 1e6 + sum(self.prefill_flops(p) for p, _ in done) / ceilings.matmul / 1e9
 
 

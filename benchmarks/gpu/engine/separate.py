@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections `engine_start`, `engine_flags` and `engine_peer`: what needs processes of its own, one after the other.
+"""Sections `engine_start`, `engine_flags` and `engine_peer`: measurements in child processes, one after the other.
 
-This process must hold none of the GPU's memory meanwhile; see processes.py. A child that dies is a row that says why.
+Meanwhile this process must hold no GPU memory; see processes.py. If a child dies, its row says why.
 
-start   cold, with an empty folder for compiled programs, and warm, with what the cold start left there. Weights are
-        random and made on the device: nothing is read. A cold start that the section's time ends tells how far it was.
-flags   the same steps of a model of eight layers under other flags of XLA. A flag that this version does not know ends
-        the child: that is a row too.
-peer    transformers' continuous batching, and vLLM where it is installed, on the same requests as the offline row
-        of the same name, which `ratio` compares with (ours over theirs).
+start   cold, with an empty compilation cache, and warm, with the one that the cold start filled. Weights are random and
+        created on the device: no file is read. If time runs out, the row shows how far the start got.
+flags   the same steps of an eight-layer model with various XLA flags. An unknown flag ends the child; that is a result.
+peer    transformers' continuous batching, and vLLM if it is installed, on the requests of the `engine_offline` row of
+        the same name. `ratio` is our tokens per second divided by theirs.
 """
 
 import importlib.util
@@ -47,9 +46,9 @@ def run_start(page: Page) -> None:
 
         def measure(_: str) -> Row:
             command = [*_CHILD, "start", folder, repr(time.time()), *_tiny(page)]
-            heard = children.run(command, seconds=page.time_left())
-            row = heard.merged() | {"state": heard.fault or "ok"}
-            return row | ({"ok": False, "error": heard.said[-400:]} if heard.fault and not heard.late else {})
+            child = children.run(command, seconds=page.time_left())
+            row = child.merged() | {"state": child.fault or "ok"}
+            return row | ({"ok": False, "error": child.stderr[-400:]} if child.fault and not child.late else {})
 
         page.each(["cold", "warm"], measure, name=str)
 
@@ -65,17 +64,17 @@ class Variant:
 
 
 DEFAULTS = Variant("defaults")
-# In the order of what they promise. Each was tried with jax 0.11.2, which knows all flags but the last.
+# The most promising first. Each was tried with jax 0.11.2, which knows all flags except the last.
 VARIANTS = (
     DEFAULTS,
     Variant("launches on a separate thread", variables=(("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "1"),)),
     Variant("no Triton matmuls", "--xla_gpu_enable_triton_gemm=false"),
     Variant("no CUDA graphs", "--xla_gpu_enable_command_buffer="),
-    Variant("graphs not updated for temporaries", "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"),
-    Variant("graphs with branches side by side", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"),
-    Variant("graphs with loops in them", "--xla_gpu_enable_command_buffer=+WHILE"),
-    Variant("no early launch of dependents", "--xla_gpu_enable_pdl=false"),
-    Variant("graphs of one kernel", "--xla_gpu_graph_min_graph_size=1"),
+    Variant("no graph updates for temporaries", "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"),
+    Variant("graphs with concurrent branches", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"),
+    Variant("graphs with loops", "--xla_gpu_enable_command_buffer=+WHILE"),
+    Variant("no programmatic dependent launch", "--xla_gpu_enable_pdl=false"),
+    Variant("graphs of a single kernel", "--xla_gpu_graph_min_graph_size=1"),
     Variant("latency hiding scheduler", "--xla_gpu_enable_latency_hiding_scheduler=true"),
     Variant("raft select_k", "--xla_gpu_experimental_use_raft_select_k=true"),
 )
@@ -86,13 +85,13 @@ def run_flags(page: Page) -> None:
     def measure(variant: Variant) -> Row:
         env = dict(variant.variables) | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {variant.flags}".strip()}
         layers = 1 if page.settings.tiny else LAYERS
-        heard = children.run([*_CHILD, "steps", str(layers), *_tiny(page)], seconds=page.time_left(), env=env)
-        row: Row = {"flags": variant.flags, "layers": layers, "state": heard.fault or "ok"} | heard.merged()
+        child = children.run([*_CHILD, "steps", str(layers), *_tiny(page)], seconds=page.time_left(), env=env)
+        row: Row = {"flags": variant.flags, "layers": layers, "state": child.fault or "ok"} | child.merged()
         defaults = next((row for row in page.rows if row["case"] == DEFAULTS.name), {})
         for name in [name for name in row if name.endswith("_ms") and name in defaults]:
             row[f"{name[:-3]}_pct"] = 100 * row[name] / defaults[name]  # below 100: faster than the defaults
-        if heard.fault not in (None, "unknown flag"):
-            row["said"] = heard.said[-400:]
+        if child.fault not in (None, "unknown flag"):
+            row["stderr"] = child.stderr[-400:]
         return row
 
     page.each((DEFAULTS, UNKNOWN) if page.settings.tiny else VARIANTS, measure, name=lambda variant: variant.name)
@@ -113,10 +112,10 @@ def run_peer(page: Page) -> None:
             return {"state": f"{needs} is not installed"}
         command = [sys.executable, str(Path(__file__).with_name(script)), str(len(requests))]
         command += [str(number) for number in requests[0]] + _tiny(page)
-        heard = children.run(command, seconds=page.time_left())
-        row = heard.merged() | {"state": heard.fault or "ok"}
-        if heard.fault:
-            return row | {"said": heard.said[-400:]}
+        child = children.run(command, seconds=page.time_left())
+        row = child.merged() | {"state": child.fault or "ok"}
+        if child.fault:
+            return row | {"stderr": child.stderr[-400:]}
         return row | {"ratio": ours / row["tokens_per_s"] if ours else None}
 
     page.each(PEERS, measure, name=str)

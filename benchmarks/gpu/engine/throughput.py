@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections `engine_decode`, `engine_prefill` and `engine_offline`: the whole engine against the floors of the device.
+"""Sections `engine_decode`, `engine_prefill` and `engine_offline`: the whole engine against the device's roofline.
 
-Llama-3.1-8B with random bfloat16 weights, the settings that a GPU has by default. `floor_pct` is of the floor by this
-card's measured copy bandwidth and matmul rate, `table_pct` of the one by 4.3 TB/s and 790 TFLOP/s. `device_ms` is the
-same step without the host: what is between it and `ms`, the host did not hide.
+Llama-3.1-8B with random bfloat16 weights and the default settings for a GPU. `floor_pct` is the least possible time as
+a percentage of the measured one, by this GPU's measured copy bandwidth and matmul rate; `table_pct` is the same by
+4.3 TB/s and 790 TFLOP/s. `device_ms` is the same step without the host: the difference from `ms` is host time that the
+device did not hide.
 """
 
 import math
@@ -18,13 +19,13 @@ DECODE_COLUMNS = ("ms", "device_ms", "spread", "tokens_per_s", "floor_pct", "tab
 PREFILL_COLUMNS = ("ms", "spread", "tokens_per_s", "tflops", "floor_pct", "table_pct", "met")
 OFFLINE_COLUMNS = ("seconds", "tokens_per_s", "total_per_s", "floor_pct", "table_pct", "complete", "met")
 PEER_MIX = "64 requests of 256 and 128"
-_SHAREGPT = {"prompt": (128, 1.2), "answer": (160, 0.9)}  # medians, and the spread of the logarithms
+_SHAREGPT = {"prompt": (128, 1.2), "answer": (160, 0.9)}  # medians, and standard deviations of the logarithms
 
 
 def judged(row: Row, target: Aim | None) -> Row:
-    """With what is asked for, and whether it is so."""
-    told = row | {"us": 1e3 * row["ms"]}
-    return told | {"target": None if target is None else str(target), "met": target and target.met(told)}
+    """The row with its target, and whether that is met."""
+    timed = row | {"us": 1e3 * row["ms"]}
+    return timed | {"target": None if target is None else str(target), "met": target and target.met(timed)}
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def decode_cases(tiny: bool) -> list[tuple[int, int]]:
 
 
 def decode_target(rows: int) -> Aim | None:
-    """What is asked of one H200."""
+    """The target for one H200."""
     if rows == 1:
         return Aim("floor_pct", 80)
     return Aim("floor_pct", 85) if rows >= 64 else None
@@ -98,7 +99,7 @@ def run_prefill(page: Page) -> None:
 
 
 def sharegpt(count: int, *, longest: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Lengths as people's chats with a model have them: log-normal, some far longer than most."""
+    """Lengths like those of real chats: log-normal, some far longer than most."""
     draws = random.Random(seed)
 
     def one(kind: str) -> int:
@@ -113,7 +114,7 @@ def mixes(tiny: bool) -> dict[str, list[tuple[int, int]]]:
         return {"4 requests of 10 and 6": [(10, 6)] * 4, "like ShareGPT": sharegpt(4, longest=12), PEER_MIX: [(8, 4)]}
     return {
         PEER_MIX: [(256, 128)] * 64,
-        # As many as run at once, so that all that is timed is the full batch.
+        # As many as run at once, so that only a full batch is timed.
         "256 requests of 1000 and 1000": [(1000, 1000)] * 256,
         "like ShareGPT, 1024 requests": sharegpt(1024, longest=1024),
     }
@@ -127,7 +128,7 @@ def measure_offline(rig: Rig, requests: list[tuple[int, int]], seconds: float, c
     row = {
         "ms": ms,
         "steps": done.steps,
-        "complete": done.complete,  # else cut by the section's time: what was made counts, and no more
+        "complete": done.complete,  # False if the section's time ran out: only generated tokens count
         "requests": len(done.answers),
         "output_tokens": done.output,
         "tokens_per_s": done.output / done.seconds,
@@ -141,7 +142,7 @@ def measure_offline(rig: Rig, requests: list[tuple[int, int]], seconds: float, c
 
 def run_offline(page: Page) -> None:
     rig, ceilings = rig_of(page), Ceilings.load(page)
-    rig.run([(20, 4)] * 2, seconds=60)  # of a first run some part is always slow
+    rig.run([(20, 4)] * 2, seconds=60)  # warms up: something in a first run is always slow
     page.each(
         mixes(page.settings.tiny).items(),
         lambda case: measure_offline(rig, case[1], max(page.time_left(), 5), ceilings),

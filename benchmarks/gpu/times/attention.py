@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sections `time_decode`, `time_ragged` and `time_mla`: attention at serving shapes.
 
-The floors: decode reads K and V of every used token once; a prompt's queries meet each visible key in two products.
+The floors: decode reads K and V of every used token once; a prompt's queries take two products with each visible key.
 """
 
 import math
@@ -35,18 +35,18 @@ def one_byte(dtype: str) -> bool:
 
 
 def tables(blocks: int, rows: int, width: int, sets: int) -> list[np.ndarray]:
-    """Block tables that together walk through the whole pool, in no order."""
+    """Block tables that together cover the whole pool in random order."""
     order = np.random.default_rng(0).permutation(blocks).astype(np.int32)
     return [np.resize(np.roll(order, -i * rows * width), (rows, width)) for i in range(sets)]
 
 
 def of_kind[T: Tiles](kind: type[T], tiles: Tiles | None) -> T | None:
-    """The tiles, if they are of this kind: an op that takes two kinds is given one to try."""
+    """The tiles if they are of this kind, else None: of an op with two kinds of tiles, one is varied."""
     return tiles if isinstance(tiles, kind) else None
 
 
 def batch(table: np.ndarray, *, q_lens: list[int], kv_len: int, decode_only: bool = False) -> Ragged:
-    """Rows of one KV length."""
+    """Rows with the same KV length."""
     rows = len(q_lens)
     return Ragged(
         block_tables=table,
@@ -58,7 +58,7 @@ def batch(table: np.ndarray, *, q_lens: list[int], kv_len: int, decode_only: boo
 
 
 def _after(out: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The same lengths, but dependent on `out`, so that the next call waits for it, at the cost of a tiny kernel."""
+    """The same lengths, made to depend on `out` so that the next call waits for it; costs a tiny kernel."""
     return lengths + (out[(0,) * out.ndim] > 1e30).astype(jnp.int32)
 
 
@@ -95,7 +95,7 @@ def decode_case(
     block_size: int = BLOCK_SIZE,
     tiles: Tiles | None = None,
 ) -> Timed:
-    """The output of a call is the query of the next, so the calls form a chain with nothing in between."""
+    """A call's output is the next call's query, so the calls form a chain with nothing in between."""
     width = -(-context // block_size)
     used = 2 * rows * context * model.kv_heads * model.dim * jnp.dtype(kv).itemsize
     sets = timing.sets_needed(used)
@@ -144,7 +144,7 @@ def decode_cases(tiny: bool) -> list[Timed]:
 
 
 def visible_pairs(q_lens: list[int], prefix: int) -> float:
-    """(query, key) pairs under the causal mask, each query behind `prefix` tokens of KV."""
+    """The (query, key) pairs under the causal mask, with `prefix` tokens of KV before the queries."""
     return float(sum(n * prefix + n * (n + 1) / 2 for n in q_lens))
 
 
@@ -168,7 +168,7 @@ def _ragged_arrays(
 def ragged_case(
     model: Heads, tokens: int, *, rows: int = 1, prefix: int = 0, kv: str = "bfloat16", tiles: Tiles | None = None
 ) -> Timed:
-    """`tokens` query tokens in `rows` sequences of one length, each behind `prefix` tokens of cached KV."""
+    """`tokens` query tokens in `rows` sequences of equal length, each after `prefix` tokens of cached KV."""
     q_lens = [tokens // rows] * rows
     kv_len = q_lens[0] + prefix
     width = -(-kv_len // BLOCK_SIZE)

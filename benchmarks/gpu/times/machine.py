@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `machine`: the two ceilings everything else is compared with, and the state of the card. Changes nothing."""
+"""Section `machine`: the copy bandwidth and matmul rate that all other times are compared with, and the GPU's state."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ COLUMNS = ("us", "spread", "gbps", "tflops")
 
 
 def _per_call(function: Callable[[Any], Any], start: Any, *, few: int, many: int, repeats: int) -> tuple[float, float]:
-    """Microseconds of `x = function(x)` from the slope between few and many calls in a row, and its spread."""
+    """Microseconds of `x = function(x)`, from the slope between few and many consecutive calls, and their spread."""
 
     def seconds(calls: int) -> float:
         x = start
@@ -40,9 +40,9 @@ def _copy(elements: int) -> Row:
 
 
 def _read(elements: int) -> Row:
-    """A pass that only reads: closer to what decode attention does than a copy is."""
+    """A pass that only reads, which is closer to decode attention than a copy is."""
     x = jax.random.normal(jax.random.key(1), (elements,), jnp.float32)
-    # The last maximum is part of the next sum, or the calls would have nothing to do with each other.
+    # Each call depends on the maximum of the one before; otherwise the calls would be independent.
     largest = jax.jit(lambda last, x: jnp.max(x + last * 0.5))
     us, spread = _per_call(lambda last: largest(last, x), jnp.float32(0), few=2, many=10, repeats=9)
     return {"us": us, "spread": spread, "gbps": x.nbytes / us / 1e3}
@@ -50,14 +50,14 @@ def _read(elements: int) -> Row:
 
 def _matmul(side: int, dtype: str) -> Row:
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.float32) for i in range(2))
-    a, b = a.astype(jnp.dtype(dtype)), (b * side**-0.5).astype(jnp.dtype(dtype))  # products stay near one
+    a, b = a.astype(jnp.dtype(dtype)), (b * side**-0.5).astype(jnp.dtype(dtype))  # keeps the products near one
     product = jax.jit(jnp.matmul)
     us, spread = _per_call(lambda a: product(a, b), a, few=4, many=16, repeats=9)
     return {"us": us, "spread": spread, "tflops": 2 * side**3 / us / 1e6}
 
 
 def _dispatch() -> Row:
-    """The smallest call there is, one after the other: what a launch from Python costs."""
+    """The smallest possible call, repeated: the cost of a launch from Python."""
     us, spread = _per_call(jax.jit(lambda x: x + 1), jnp.zeros((8,), jnp.int32), few=20, many=220, repeats=5)
     return {"us": us, "spread": spread}
 

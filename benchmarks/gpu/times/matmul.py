@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `time_grouped`: the two products of a mixture of experts, gate with up and down.
+"""Section `time_grouped`: the two matmuls of a mixture of experts, gate-up and down.
 
-The floor of decode: the weights of each expert that has a token, read once. A call makes its row tiles anew, as in a
-model each layer does, in a few tiny kernels; they are timed with it.
+The floor of decode: the weights of every expert that has a token, read once. Each call computes its row tiles, as each
+layer of a model does, in a few tiny kernels; they are timed with it.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class ExpertSizes:
     groups: int
     hidden: int
     width: int
-    used: int  # per token
+    used: int  # experts per token
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """n and k of each."""
+        """The n and k of each product."""
         return {"gate_up": (2 * self.width, self.hidden), "down": (self.hidden, self.width)}
 
 
@@ -41,14 +41,14 @@ TINY = ExpertSizes("tiny", 4, 32, 24, 2)
 
 
 def routed(rng: np.random.Generator, model: ExpertSizes, tokens: int) -> np.ndarray:
-    """Offsets after each token chose its experts, all different and all as likely."""
+    """The offsets after every token has chosen distinct experts uniformly at random."""
     chosen = np.argsort(rng.random((tokens, model.groups)), axis=1)[:, : model.used]
     counts = np.bincount(chosen.reshape(-1), minlength=model.groups)
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 def grouped_case(model: ExpertSizes, tokens: int, product: str, *, tiles: Tiles | None = None) -> Timed:
-    """A call's output is in the next call's offsets, as a zero."""
+    """A call's output is added to the next call's offsets as a zero, so the calls form a chain."""
     n, k = model.products[product]
     rows, rng = tokens * model.used, np.random.default_rng(6)
     size = 2.0 * n * k

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Section `time_steps`: a whole decode step of published models, with random weights.
 
-Steps follow each other as in serving, each given the cache of the one before: where the device is slower than the
-dispatch, this is the device's time. The floor: every weight that is used, and the rows' KV, read once.
+Steps follow each other as in serving, each with the cache of the one before. If the device is slower than the dispatch,
+the result is the device's time. The floor: every weight that is used, and the rows' KV, read once.
 """
 
 import math
@@ -67,12 +67,12 @@ def inputs(case: StepCase) -> ModelInputs:
 
 
 def read_bytes(spec: ModelSpec, params: Any, case: StepCase) -> float:
-    """The weights of the experts that as many tokens choose at random, all other weights, the KV."""
+    """The bytes that a step reads: weights of the experts that its tokens choose at random, all other weights, KV."""
     total = 0.0
     for path, leaf in param_layout.leaves(params):
         size = float(math.prod(leaf.shape) * leaf.dtype.itemsize)
         if path == ("embed", "weight") and not spec.tied:
-            continue  # a row for each token
+            continue  # one row per token
         if "experts" in path:
             mlp = spec.layers[int(path[1])].mlp
             assert isinstance(mlp, Moe)
@@ -112,7 +112,7 @@ def measure(case: StepCase, weights: "Weights", page: Page) -> Row:
 
 
 class Weights:
-    """Those of one model at a time."""
+    """The random parameters of one model at a time."""
 
     def __init__(self) -> None:
         self._model, self._made = "", (None, None)

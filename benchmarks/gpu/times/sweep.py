@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `sweep`: which tiles are fastest here, for `pallas_kernels/tuning.json`.
+"""Section `sweep`: finds the fastest tiles on this GPU, for `pallas_kernels/tuning.json`.
 
-What an op looks up, and its default, are recorded while the op itself is traced, so an entry cannot miss its reader.
-Two rounds per shape: the knobs that divide the work, then, at the best of those, how each program runs. A find is
-kept only if it beats the default, run in turns with it, by more than the noise, and gives the same results.
+The key that an op looks up, and its default tiles, are recorded while the op is traced, so every entry is one that the
+op finds. Each shape takes two rounds: first the knobs that divide the work, then, for the best of those, how each
+program runs. The best tiles are adopted only if they give the same results as the default and beat it, in alternating
+runs, by more than the noise.
 """
 
 import dataclasses
@@ -23,20 +24,20 @@ from benchmarks.gpu.checks.attention import implementation
 from benchmarks.gpu.times import timing
 from benchmarks.gpu.times.attention import decode_case, mla_case, ragged_case
 from benchmarks.gpu.times.matmul import QWEN3_30B, grouped_case
-from benchmarks.gpu.times.others import sampling_case
+from benchmarks.gpu.times.sampling import sampling_case
 from benchmarks.gpu.times.timing import Arrays, Timed
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.tuning import Tiles
 
 COLUMNS = ("default_us", "best_us", "gain_pct", "noise_pct", "tried", "unfit", "adopted")
 
-_LEAST_GAIN = 0.01  # below this a difference is not worth an entry
+_LEAST_GAIN = 0.01  # a smaller gain is not worth an entry
 
 type Knobs = dict[str, tuple[int, ...]]
 
 
 class Tuned(NamedTuple):
-    op: str  # as the table names it
+    op: str  # its name in the table
     case: Callable[[Tiles | None], Timed]
     rounds: tuple[Knobs, ...]
 
@@ -59,7 +60,7 @@ SAMPLING = ({"block": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16, 32)}, {"
 
 
 def shapes(tiny: bool) -> list[Tuned]:
-    """The most wanted first: a sweep may be cut."""
+    """The most important shapes first: a sweep may run out of time."""
     if tiny:
         few = ({"splits": (1, 2)}, {"num_warps": (2, 4)})
         return [
@@ -113,7 +114,7 @@ def shapes(tiny: bool) -> list[Tuned]:
 
 
 def looked_up(tuned: Tuned, page: Page) -> tuple[str, Tiles]:
-    """The key that the op looks its tiles up with, and the tiles it takes where there is no entry."""
+    """The key under which the op looks up its tiles, and the tiles that it uses if there is no entry."""
     asked: dict[str, tuple[str, Tiles]] = {}
 
     def choose(op: str, key: str, default: Tiles) -> Tiles:
@@ -121,7 +122,7 @@ def looked_up(tuned: Tuned, page: Page) -> tuple[str, Tiles]:
         return default
 
     case = tuned.case(None)
-    with mock.patch.object(tuning, "choose", choose), implementation(page):  # the CPU code looks no tiles up
+    with mock.patch.object(tuning, "choose", choose), implementation(page):  # the CPU implementation looks up no tiles
         case.chain(1).trace(*case.abstract())
     return asked[tuned.op]
 
@@ -135,12 +136,12 @@ def variants(start: Tiles, knobs: Knobs) -> list[Tiles]:
 class Trial(NamedTuple):
     tiles: Tiles
     program: Any = None
-    us: float = float("inf")  # a call, with its part of the fixed costs: only compared with others of as many calls
+    us: float = float("inf")  # per call, with a share of the fixed costs: comparable only for equal numbers of calls
     error: str | None = None
 
     def as_row(self) -> Row:
-        told = {"error": self.error} if self.error else {"us": self.us}
-        return dataclasses.asdict(self.tiles) | told
+        found = {"error": self.error} if self.error else {"us": self.us}
+        return dataclasses.asdict(self.tiles) | found
 
 
 def _seconds(program: Any, arrays: Arrays, times: int) -> list[float]:
@@ -148,7 +149,7 @@ def _seconds(program: Any, arrays: Arrays, times: int) -> list[float]:
 
 
 def attempt(tuned: Tuned, tiles: Sequence[Tiles], arrays: Arrays, calls: int) -> list[Trial]:
-    """Compile side by side, run one by one. What does not fit the chip raises, here or there: that is a result."""
+    """Compiles in parallel, runs one by one. An error, such as tiles that do not fit the chip, is a result."""
     programs = timing.in_threads(lambda t: tuned.case(t).compile(calls), tiles)
     trials = []
     for t, program in zip(tiles, programs, strict=True):
@@ -165,7 +166,7 @@ def attempt(tuned: Tuned, tiles: Sequence[Tiles], arrays: Arrays, calls: int) ->
 
 
 def agree(a: Any, b: Any) -> bool:
-    """Two results are the same: integers exactly, floats within what another order of adding up makes."""
+    """Whether two results agree: integers exactly, floats within what another order of summation explains."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         if np.issubdtype(x.dtype, np.integer):
@@ -173,7 +174,7 @@ def agree(a: Any, b: Any) -> bool:
                 return False
             continue
         x, y = x.astype(np.float64), y.astype(np.float64)
-        if not np.linalg.norm(x - y) <= 2e-2 * np.linalg.norm(y):  # also where either is NaN
+        if not np.linalg.norm(x - y) <= 2e-2 * np.linalg.norm(y):  # also true if either is NaN
             return False
     return True
 
@@ -181,7 +182,7 @@ def agree(a: Any, b: Any) -> bool:
 class Final(NamedTuple):
     default_us: float
     best_us: float
-    noise: float  # spread of the two between their quartiles, relative
+    noise: float  # the larger of the two interquartile ranges, relative
     same: bool
 
     @property
@@ -194,7 +195,7 @@ class Final(NamedTuple):
 
 
 def final(default: Trial, best: Trial, arrays: Arrays, calls: int, repeats: int = 15) -> Final:
-    """The best against the default, in turns."""
+    """Times the best tiles and the default alternately."""
     programs = (default.program, best.program)
     times = np.array([[_seconds(program, arrays, 1)[0] for program in programs] for _ in range(repeats)])
     low, middle, high = np.quantile(times * 1e6 / calls, (0.25, 0.5, 0.75), axis=0)
@@ -210,7 +211,7 @@ def search(page: Page, tuned: Tuned, pools: timing.Pools) -> Row:
     trials = attempt(tuned, [default], arrays, calls)
     first = best = trials[0]
     if first.error:
-        raise RuntimeError(f"the default tiles do not run: {first.error}")
+        raise RuntimeError(f"the default tiles fail: {first.error}")
     for knobs in tuned.rounds:
         seen = {trial.tiles for trial in trials}
         trials += attempt(tuned, [t for t in variants(best.tiles, knobs) if t not in seen], arrays, calls)
@@ -232,7 +233,7 @@ def search(page: Page, tuned: Tuned, pools: timing.Pools) -> Row:
 
 
 def keep(page: Page, op: str, key: str, tiles: dict[str, int] | None) -> None:
-    """Note the entry in the results and in the table that the ops read; None: the default is best, no entry."""
+    """Writes the entry to the results and to the table that the ops read; None removes it: the default is best."""
     kind = dispatch.device_kind()
     for path in (page.settings.out / "tuning.json", page.settings.table):
         if path is not None:
@@ -240,7 +241,7 @@ def keep(page: Page, op: str, key: str, tiles: dict[str, int] | None) -> None:
 
 
 def merge(path: Path, kind: str, op: str, key: str, tiles: dict[str, int] | None) -> None:
-    """Set or remove one entry of a tile table; all others stay."""
+    """Sets or removes one entry of a tile table; all others stay."""
     table = json.loads(path.read_text()) if path.exists() else {}
     entries = table.setdefault(kind, {}).setdefault(op, {})
     entries.pop(key, None)

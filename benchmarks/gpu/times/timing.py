@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time an op on the device, and nothing else.
+"""Times an op on the device, without the host.
 
-One jitted function makes N calls of the op, each fed by the one before it, so that none can be dropped, merged or run
-beside another. The inputs rotate through sets that together are several times larger than the L2 cache. The time per
-call is the slope between two values of N: dispatch, launch and synchronisation are the same in both and cancel.
+One jitted function makes N calls of the op, each depending on the one before, so that none can be dropped, merged or
+run in parallel. The inputs rotate through sets that together are several times larger than the L2 cache. The time per
+call is the slope between two values of N: dispatch, launch and synchronization are the same in both and cancel out.
 """
 
 import contextvars
@@ -19,18 +19,18 @@ import numpy as np
 
 from benchmarks.gpu.book import Page, Row, describe, read_rows
 
-# XLA makes a CUDA graph of five kernels or more: both values of N are well above, so that both run as one.
+# XLA makes a CUDA graph of five or more kernels. Both values of N are well above, so both programs run as a graph.
 FEWEST_CALLS = 8
-_TIMED_US = 1500.0  # that the extra calls of the larger N should take
-BEYOND_CACHE = 300e6  # bytes that the input sets together should have; the L2 of an H200 has 60 MB
+_TIMED_US = 1500.0  # the time that the extra calls of the larger N should take
+BEYOND_CACHE = 300e6  # bytes of all input sets together; the L2 cache of an H200 has 60 MB
 
 
 class Arrays(NamedTuple):
-    """What a chain of calls is given."""
+    """The arguments of a chain of calls."""
 
-    carry: Any  # what a call hands to the next
+    carry: Any  # passed from each call to the next
     fixed: Any  # the same in every call
-    sets: Sequence[Any]  # call i takes number i, over and over
+    sets: Sequence[Any]  # call i takes set i, cyclically
 
 
 type ChainStep = Callable[[Any, Any, Any], Any]  # step(carry, fixed, one of the sets) -> carry
@@ -38,7 +38,7 @@ type ChainStep = Callable[[Any, Any, Any], Any]  # step(carry, fixed, one of the
 
 @dataclass(frozen=True)
 class Aim:
-    """What the project asks of an op on one H200. A percentage is of the measured copy bandwidth."""
+    """A target for one H200. copy_pct is a percentage of the measured copy bandwidth."""
 
     quantity: str  # a key of the row
     value: float
@@ -59,17 +59,17 @@ class Timed:
     """One op at one shape."""
 
     name: str
-    pool: tuple[jax.ShapeDtypeStruct, ...]  # the big arrays it works on, filled with random numbers
+    pool: tuple[jax.ShapeDtypeStruct, ...]  # the large arrays that it works on, filled with random numbers
     arrays: Callable[[tuple[jax.Array, ...]], Arrays]  # from the pool
     step: ChainStep
-    bytes: float = 0.0  # the fewest that one call must move
+    bytes: float = 0.0  # the least that one call must move
     flops: float = 0.0
-    donate: bool = False  # the carry is changed in place
+    donate: bool = False  # the carry is updated in place
     target: Aim | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def on_device(self, pool: tuple[jax.Array, ...]) -> Arrays:
-        """The arrays, all of them there: a table that came from the host in every call would be timed with it."""
+        """The arrays on the device: otherwise every call would include a copy from the host."""
         return jax.tree.map(jnp.asarray, self.arrays(pool))
 
     def abstract(self) -> Arrays:
@@ -77,7 +77,7 @@ class Timed:
         return Arrays(*jax.eval_shape(lambda pool: tuple(self.arrays(pool)), self.pool))
 
     def chain(self, calls: int) -> Callable[[Any, Any, Any], Any]:
-        # Jitted by itself, the op is traced once and not once per call.
+        # Jitted separately, so that the op is traced once and not once per call.
         step = jax.jit(self.step)
 
         def run(carry: Any, fixed: Any, sets: Sequence[Any]) -> Any:
@@ -96,7 +96,7 @@ def sets_needed(bytes_per_set: float) -> int:
 
 
 def random_pool(spec: jax.ShapeDtypeStruct, seed: int = 0) -> jax.Array:
-    """Random numbers, the same few million over and over: memory cannot tell, and it is quick to make."""
+    """Random numbers that repeat after a few million, which is fast to create and does not affect the time."""
 
     def make() -> jax.Array:
         size = int(np.prod(spec.shape[1:]))
@@ -109,7 +109,7 @@ def random_pool(spec: jax.ShapeDtypeStruct, seed: int = 0) -> jax.Array:
 
 
 class Pools:
-    """Keeps the pools of the case before, for the next one that wants the same."""
+    """Keeps the last case's pools for the next case with the same shapes."""
 
     def __init__(self) -> None:
         self._specs: Any = None
@@ -130,12 +130,12 @@ class Pools:
 
 class Timing(NamedTuple):
     us: float  # per call
-    spread: float  # between the quartiles, relative
-    fixed_us: float  # what did not grow with the calls
+    spread: float  # interquartile range, relative
+    fixed_us: float  # the part that does not grow with the number of calls
 
 
 def run_once(compiled: Any, arrays: Arrays) -> tuple[float, Any]:
-    """Seconds, and the carry that came out."""
+    """Seconds, and the final carry."""
     started = time.perf_counter()
     carry = compiled(*arrays)
     jax.block_until_ready(carry)
@@ -143,13 +143,13 @@ def run_once(compiled: Any, arrays: Arrays) -> tuple[float, Any]:
 
 
 def slope(programs: dict[int, Any], arrays: Arrays, *, donate: bool, repeats: int = 11) -> Timing:
-    """Time per call from two programs of different numbers of calls, run in turns."""
+    """The time per call, from two programs with different numbers of calls that run alternately."""
     (few, small), (many, large) = sorted(programs.items())
 
     def once(program: Any) -> float:
         nonlocal arrays
         seconds, carry = run_once(program, arrays)
-        if donate:  # what went in is gone
+        if donate:  # the old carry is gone
             arrays = arrays._replace(carry=carry)
         return seconds
 
@@ -170,7 +170,7 @@ def calls_for(estimate_us: float, *, tiny: bool) -> tuple[int, int]:
 
 
 class Ceilings(NamedTuple):
-    """What the `machine` section measured; None where it did not."""
+    """The rates that the `machine` section measured; None if it did not."""
 
     copy: float | None  # GB/s, bytes read plus bytes written
     matmul: float | None  # TFLOP/s, bfloat16
@@ -185,7 +185,7 @@ def achieved(case: Timed, timing: Timing, ceilings: Ceilings) -> Row:
     """The row of a timing: rates, shares of the ceilings, and the target if there is one."""
     row: Row = {**case.facts, "us": timing.us, "spread": timing.spread, "fixed_us": timing.fixed_us}
     row |= {"bytes": case.bytes, "flops": case.flops}
-    if timing.us <= 0:  # the noise was larger than the calls: no time at all is better than that one
+    if timing.us <= 0:  # the noise exceeded the time of the calls: report no time
         row |= {"us": None, "noise_us": timing.us}
     else:
         row["gbps"] = case.bytes / timing.us / 1e3
@@ -201,7 +201,7 @@ COLUMNS = ("us", "spread", "gbps", "copy_pct", "tflops", "matmul_pct", "target",
 
 
 def in_threads[C, R](function: Callable[[C], R], cases: Sequence[C], *, threads: int = 12) -> list[R | Exception]:
-    """`function` of each case, side by side: compiling releases the interpreter's lock. Errors are results."""
+    """Applies `function` to the cases in parallel: compilation releases the GIL. Exceptions are results."""
 
     def caught(case: C) -> R | Exception:
         try:
@@ -209,14 +209,14 @@ def in_threads[C, R](function: Callable[[C], R], cases: Sequence[C], *, threads:
         except Exception as error:
             return error
 
-    # A context each: it holds which implementation was forced, and threads do not inherit it.
+    # Threads do not inherit the context, which holds the forced implementation of the ops.
     contexts = [contextvars.copy_context() for _ in cases]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda pair: pair[0].run(caught, pair[1]), zip(contexts, cases, strict=True)))
 
 
 def run(page: Page, cases: Sequence[Timed], *, at_once: int = 12) -> None:
-    """Time the cases: a few compiled side by side, then measured one after the other."""
+    """Times the cases: compiles a few in parallel, then measures them one after the other."""
     tiny = page.settings.tiny
     ceilings = Ceilings.load(page)
     pools = Pools()
@@ -234,7 +234,7 @@ def run(page: Page, cases: Sequence[Timed], *, at_once: int = 12) -> None:
             return achieved(case, slope(programs, arrays, donate=case.donate), ceilings)
         finally:
             if case.donate:
-                pools.drop()  # the pool was given away
+                pools.drop()  # the pool was donated
 
     try:
         for start in range(0, len(cases), at_once):

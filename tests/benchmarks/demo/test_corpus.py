@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training text: the same for the same seed, and right wherever right can be told."""
+"""The training text: the same for the same seed, and correct wherever that can be checked."""
 
 import json
 import re
@@ -93,9 +93,9 @@ def test_given_values_are_in_the_record(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_story_is_about_who_was_asked_for(seed: int) -> None:
-    told = stories.cast(Random(seed))
-    text = stories.story(Random(seed), told, with_thing=True)
-    assert told.name in text and told.hero in text and told.place in text and told.thing in text
+    cast = stories.cast(Random(seed))
+    text = stories.story(Random(seed), cast, with_thing=True)
+    assert cast.name in text and cast.hero in text and cast.place in text and cast.thing in text
     assert text[0].isupper() and text[-1] in '."'
 
 
