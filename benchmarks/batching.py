@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures continuous batching and KV memory: `python -m benchmarks.batching --peer PYTHON [--out NAME]`.
 
-    chats    N requests at once, N = 1 ... 256, with prompts and answers as uneven as real chats
+    chats    N requests at once, N = 1 ... 256, with prompt and answer lengths like those of real chats
     offline  1000 requests of about 100 tokens
     memory   KV memory in blocks against reserving the maximum length (kv_memory.py); needs no peer
 
-jaxserve's LLM in this process serves the first two, and so does transformers' `generate` in the Python that --peer
-names (one with torch and transformers; without it only jaxserve is timed): one request at a time, and in static batches
-of 16 in order of arrival, each padded to its longest prompt and run until its longest answer is done. All generate
-greedily in float32 and ignore end tokens; only requested tokens count. Loading and compiling are not timed. The three
-take turns, round by round; the results are medians, the spread between the quartiles, and the median of the ratios
-round by round. Because transformers may take long, its turn ends after --seconds, when the current request or batch is
-done; the results say how many requests were timed. They are the first ones of a random order.
+The first two run in jaxserve's LLM in this process, and in transformers' `generate` in the Python that --peer names,
+which needs torch and transformers (without --peer, only jaxserve is timed). transformers runs the requests one at a
+time, and in static batches of 16 in order of arrival, padded to the longest prompt and run to the longest answer.
+All generate greedily in float32 and ignore end tokens; only requested tokens count. Loading and compilation are not
+timed. The three take turns in each round; the results are medians, interquartile ranges, and the median of the rounds'
+ratios. Because transformers may take long, its turn ends after --seconds, when the current request or batch is done;
+the results say how many requests were timed. The requests are in random order, and the first ones are timed.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from jaxserve import LLM, SamplingParams
 
 PARTS = ("chats", "offline", "memory")
 SIDES = {"sequential": 1, "static": 16}  # requests in a batch, of transformers
-LEAST = 16  # requests in a turn: where fewer are done at once, they are done in several goes
+LEAST = 16  # the fewest requests in a turn: a turn with fewer at once runs several batches
 _PEER = Path(__file__).parent / "peers" / "transformers_generate.py"
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What one side generated for the first requests of those that it was given."""
+    """What one side generated, for the requests that it completed."""
 
     seconds: float
     tokens: list[list[int]]
@@ -52,27 +52,27 @@ class Generated:
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of doing it with transformers, beside jaxserve."""
+    """transformers with one way of batching, compared with jaxserve."""
 
     tokens_per_second: float
     spread: float
-    speedup: float  # jaxserve's tokens per second against these
-    timed: int  # of the requests, the fewest of all rounds
-    same: float  # share of answers that are jaxserve's, token by token
+    speedup: float  # jaxserve's tokens per second divided by these
+    timed: int  # requests that were timed, the fewest of all rounds
+    same: float  # share of answers identical to jaxserve's, token by token
 
 
 @dataclass(frozen=True)
 class BatchingResult:
     load: str
     requests: int  # at once
-    asked: int  # in a turn
+    asked: int  # requests in a turn
     tokens_per_second: float
     spread: float
     peers: dict[str, Peer] = field(default_factory=dict[str, Peer])
 
 
 class Theirs(offline.GeneratorProcess):
-    """transformers, in a process of its own."""
+    """transformers, in a separate process."""
 
     def batch(self, requests: Sequence[Asked]) -> Generated:
         assert self.process.stdin
@@ -110,7 +110,7 @@ class Ours:
 
 
 def in_batches(side: Any, requests: Sequence[Asked], *, size: int, seconds: float = math.inf) -> Generated:
-    """As many of the requests, from the first, as the time allows; one batch at least."""
+    """Generates for the requests in order until the time is up, but for at least one batch."""
     spent, tokens = 0.0, list[list[int]]()
     for start in range(0, len(requests), size):
         answer = side.batch(requests[start : start + size])
@@ -131,14 +131,14 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> list[BatchingResult]:
-    """`draw` gives requests for a seed; `theirs` is None where there is no peer."""
+    """`draw` makes requests from a seed and a count; `theirs` is None without a peer."""
     found: dict[int, list[dict[str, Generated]]] = {count: [] for count in counts}
     for turn in range(rounds):
         for place, count in enumerate(counts):
             requests = draw(turn, count * max(1, LEAST // count))
             ways = {"jaxserve": partial(in_batches, ours, requests, size=count)}
             for name, size in SIDES.items():
-                if theirs is not None and (size == 1 or count > 1):  # one request is no batch
+                if theirs is not None and (size == 1 or count > 1):  # a static batch of one is sequential
                     ways[name] = partial(in_batches, theirs, requests, size=min(size, count), seconds=seconds)
             names = list(ways)
             start = (turn + place) % len(names)
@@ -176,7 +176,7 @@ def _row(load: str, count: int, rounds: Sequence[dict[str, Generated]]) -> Batch
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Between the quartiles."""
+    """The interquartile range."""
     ordered = sorted(values)
     return ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]
 
@@ -203,7 +203,7 @@ def table(rows: Sequence[BatchingResult]) -> str:
 
 
 def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Scale) -> tuple[list[BatchingResult], Any]:
-    """Chats and offline, and what the peer says of itself."""
+    """The results of chats and offline, and the peer's versions."""
     theirs = Theirs([options.peer, str(_PEER), str(folder)]) if options.peer else None
     loads: dict[str, tuple[Sequence[int], Callable[[int, int], list[Asked]]]] = {
         "chats": (sizes.counts, lambda seed, count: chats(replace(sizes.chats, seed=seed), vocab, count)),
@@ -240,7 +240,7 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
         help="chats at once",
     )
     parser.add_argument("--rounds", type=arguments.whole, default=3, help="timed rounds")
-    parser.add_argument("--seconds", type=arguments.positive, default=20.0, help="limit of a turn of transformers")
+    parser.add_argument("--seconds", type=arguments.positive, default=20.0, help="time limit of a turn of transformers")
     parser.add_argument("--out", type=arguments.file_to_write, metavar="NAME", help="write NAME.json and NAME.md")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
     return parser.parse_args(given)

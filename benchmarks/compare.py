@@ -39,14 +39,14 @@ class ServerResult:
     server: str
     streams: int
     tokens_per_second: float  # medians over the rounds
-    spread: float | None  # between the quartiles, of several rounds
+    spread: float | None  # interquartile range; None for a single round
     ttft_p50_ms: float
     ttft_p99_ms: float
     tpot_p50_ms: float
     failed: int
-    speedup: float | None = None  # the first server's tokens per second against this one's, median of the rounds
-    speedups: tuple[float, float] | None = None  # the least and the most of them
-    ttft_ratio: float | None = None  # this one's first tokens against the first server's, above 1 where they are later
+    speedup: float | None = None  # the first server's tokens per second divided by this one's, median of the rounds
+    speedups: tuple[float, float] | None = None  # their range
+    ttft_ratio: float | None = None  # this one's TTFT divided by the first server's: above 1, this one is slower
 
 
 def named(text: str) -> dict[str, Path | None]:
@@ -68,7 +68,7 @@ def model_folder(name: str, place: Path) -> Path:
     if name != "110m":
         folder = Path(name).resolve()
         if not (folder / "config.json").is_file():
-            raise SystemExit(f"error: {name} holds no model  hint: {', '.join(MODELS)} or a model's folder")
+            raise SystemExit(f"error: {name} holds no model  hint: use {', '.join(MODELS)} or a model's folder")
         return folder
     shape = offline.LlamaShape()
     folder = offline.make_checkpoint(place / "llama-110m", shape, seed=0)
@@ -77,7 +77,7 @@ def model_folder(name: str, place: Path) -> Path:
 
 
 def agreement(servers: Sequence[Any], work: Work, count: int) -> dict[str, float]:
-    """Which share of greedy answers each server gives as the first one does, word for word."""
+    """The share of each server's greedy answers that are identical to the first server's."""
     answers = {one.name: one.answers(work, count) for one in servers}
     first = answers[servers[0].name]
     return {
@@ -89,15 +89,15 @@ type Round = dict[tuple[str, int], dict[str, float]]  # by server and number of 
 
 
 class Died(Exception):
-    """A server ended by itself."""
+    """A server died."""
 
 
 def measure(servers: Sequence[Any], work: Work, *, streams: Sequence[int], rounds: int, each: int) -> Generator[Round]:
-    """Round by round; `each`: requests of a stream in one."""
+    """Yields the figures of each round; `each`: requests per stream and round."""
     for turn in range(rounds + 1):
         found: Round = {}
         for place, count in enumerate(streams):
-            seed = work.seed + 1 + turn * len(streams) + place  # never a prompt that was asked before
+            seed = work.seed + 1 + turn * len(streams) + place  # no prompt is ever repeated
             asked = Work(**{**asdict(work), "seed": seed, "words": work.words})
             start = (turn + place) % len(servers)
             for server in [*servers[start:], *servers[:start]]:
@@ -107,7 +107,7 @@ def measure(servers: Sequence[Any], work: Work, *, streams: Sequence[int], round
 
 
 def rows_of(rounds: Sequence[Round], names: Sequence[str], streams: Sequence[int]) -> list[ServerResult]:
-    """Of all servers against the first."""
+    """The results of all servers, compared with the first."""
     return [_row(name, names[0], count, rounds) for count in streams for name in names]
 
 
@@ -139,7 +139,7 @@ def _row(name: str, first: str, count: int, rounds: Sequence[Round]) -> ServerRe
 
 
 class TimedServer(ComparedServer):
-    """A server that is timed."""
+    """A server that answers, and that can be timed."""
 
     def answers(self, work: Work, count: int) -> list[str]:
         client = Client(self.target.url)
@@ -148,7 +148,9 @@ class TimedServer(ComparedServer):
             answers = [client.post(self.target.path, body)["choices"][0]["message"]["content"] for body in bodies]
         except ServerError as error:
             raise SystemExit(f"error: {self.name}: {error}; its log ends: {self.last_words()}") from None
-        return [answer.strip() for answer in answers]  # a space after the prompt is the answer's to some, to others not
+        return [
+            answer.strip() for answer in answers
+        ]  # servers differ in whether a space after the prompt is part of the answer
 
     def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
         outcome = serving.run(self.target, serving.jobs(self.target, work, count), concurrency=streams)
@@ -218,7 +220,7 @@ def main() -> None:
     if not rounds:
         raise SystemExit(ended)
     if ended:
-        print(f"of {options.rounds} rounds {len(rounds)} were finished")
+        print(f"{len(rounds)} of {options.rounds} rounds were finished")
     rows = rows_of(rounds, list(options.servers), options.streams)
     agreed = "greedy answers identical to those of " + servers[0].name + ": "
     agreed += ", ".join(f"{name} {share:.0%}" for name, share in same.items() if name != servers[0].name)

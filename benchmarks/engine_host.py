@@ -39,7 +39,7 @@ TOKEN = 7
 
 
 class IdleRunner:
-    """Gives every row the same token, and remembers when it was called."""
+    """Returns the same token for every row and records when it was called."""
 
     def __init__(self) -> None:
         self.launched = self.read_at = 0.0
@@ -56,7 +56,7 @@ class IdleRunner:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds."""
+    """The seconds of a step and of its parts."""
 
     whole: float
     schedule: float
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Microseconds of a step; a quarter of the steps took less."""
+    """Microseconds per step: first quartiles, and the median of the whole."""
 
     rows: int
     steps: int
@@ -79,7 +79,7 @@ class StepTimes:
 
 
 class Bench:
-    """An engine without devices, and a clock on its parts."""
+    """An engine without a device, whose parts are timed."""
 
     def __init__(self, *, rows: int, longest: int, seed: int) -> None:
         spec = published.tiny()
@@ -119,7 +119,7 @@ class Bench:
         self.engine.add(Request(id=f"request-{self.requests}", prompt_token_ids=ids, params=params))
 
     def serve(self, count: int) -> None:
-        """So many short requests, to their ends."""
+        """Runs `count` short requests to completion."""
         for _ in range(count):
             self.add(self.draws.randint(2, 3 * BLOCK), self.draws.randint(1, 8))
             if self.engine.scheduler.queued > self.rows:
@@ -131,7 +131,7 @@ class Bench:
             self.engine.step()
 
     def fill(self) -> None:
-        """Until every row decodes, none at the same place of a block as all others."""
+        """Steps until every row decodes, at various positions within the blocks."""
         for _ in range(self.rows):
             self.add(self.draws.randint(self.longest // 16, self.longest // 4), self.longest)
         while len(self.engine.step()) < self.rows:
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
             flush=True,
         )
     if rows[-1].rows == AIM_ROWS:
-        print(f"{rows[-1].step_us / 1000:.2f} ms at {AIM_ROWS} rows, aim at most {AIM_MS}")
+        print(f"{rows[-1].step_us / 1000:.2f} ms at {AIM_ROWS} rows, target at most {AIM_MS}")
     young, old = (Bench(rows=sizes[-1], longest=longest, seed=options.seed) for _ in range(2))
     for bench, count in zip((young, old), served, strict=True):
         bench.serve(count)
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     ratio = after[1].step_us / after[0].step_us
     print(
         f"after {served[0]:,} requests {after[0].step_us:.1f} us, after {served[1]:,} {after[1].step_us:.1f} us: "
-        f"ratio {ratio:.3f}, aim at most {FLAT_AIM}"
+        f"ratio {ratio:.3f}, target at most {FLAT_AIM}"
     )
     if options.json:
         content = facts.collect() | {"processor": facts.processor(), "served": served, "ratio": ratio}

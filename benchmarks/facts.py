@@ -33,7 +33,7 @@ _SMI_FIELDS = (
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, None if it is not there or fails."""
+    """The output of a command; None if it is not installed or fails."""
     try:
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -61,9 +61,9 @@ def machine() -> dict[str, Any]:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """The card's state as the driver tells it; read only, empty where the tool is missing."""
+    """The GPU's state as the driver reports it; empty if nvidia-smi is not installed."""
     found = {}
-    for field in _SMI_FIELDS:  # one by one: a field this driver does not know fails the whole query
+    for field in _SMI_FIELDS:  # one by one: an unknown field fails the whole query
         answer = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader")
         if answer:
             found[field] = answer.splitlines()[0]
@@ -71,7 +71,7 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's model and cores, for what is measured on it."""
+    """The CPU's model and its number of cores."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux

@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
 
 BLOCK_SIZE = 16
-WIDTH_TOKENS = 8192  # what the block table could hold: as a server's, wider than any row here
+WIDTH_TOKENS = 8192  # the block table's capacity: as in a server, larger than any row here needs
 DECODE_AIM, PREFILL_AIM = 1.5, 2.0
 
 
@@ -37,7 +37,7 @@ HEADS = (models.LLAMA_8B, models.SMALL)
 class AttentionResult:
     case: str
     heads: str
-    twin_ms: float  # of paged attention; the name that recorded results have
+    twin_ms: float  # of paged attention; recorded results have this name
     dense_ms: float  # tokens first
     ratio: float
     spread: float
@@ -52,7 +52,7 @@ def dense_library(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def dense_einsum(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same."""
+    """The same with two einsums."""
     rows, new, heads, dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(rows, new, kv_heads, heads // kv_heads, dim) * dim**-0.5
@@ -72,7 +72,7 @@ def dense_heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _softmax(scores: jax.Array) -> jax.Array:
-    """Over the tokens that are visible; scores [rows, kv_heads, group, new, tokens]."""
+    """The softmax over the visible tokens; scores [rows, kv_heads, group, new, tokens]."""
     new, tokens = scores.shape[3:]
     if new > 1:
         visible = jnp.arange(tokens)[None, :] <= jnp.arange(new)[:, None]
@@ -81,7 +81,7 @@ def _softmax(scores: jax.Array) -> jax.Array:
 
 
 def interleaved(calls: Sequence[Callable[[], jax.Array]], seconds: float) -> list[list[float]]:
-    """Milliseconds of every call, in rounds: what slows the machine for a while slows all of them."""
+    """Milliseconds of every call, in interleaved rounds, so that temporary load affects all of them."""
     for call in calls:
         call().block_until_ready()
     rounds: list[list[float]] = []
@@ -157,7 +157,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, float32, block size {BLOCK_SIZE}, tables of {WIDTH_TOKENS} tokens")
     print(
         f"{'case':28} {'heads':10} {'paged ms':>9} {'dense ms':>9} {'ratio':>7} {'spread':>7} "
-        f"{'heads first':>12} {'aim':>5}"
+        f"{'heads first':>12} {'target':>7}"
     )
     rows: list[AttentionResult] = []
     for heads in HEADS:
@@ -169,7 +169,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{row.case:28} {row.heads:10} {row.twin_ms:9.2f} {row.dense_ms:9.2f} {row.ratio:7.2f} "
-                f"{row.spread:7.2f} {row.heads_first_ratio:12.2f} {row.aim:5.1f}",
+                f"{row.spread:7.2f} {row.heads_first_ratio:12.2f} {row.aim:7.1f}",
                 flush=True,
             )
     if options.json:

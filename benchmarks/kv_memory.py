@@ -20,12 +20,12 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class CacheUse:
-    """After a step."""
+    """The KV cache after a step."""
 
     running: int
     waiting: int
     blocks: int  # in use
-    tokens: int  # whose KV lies in them, or is being written by the step in flight
+    tokens: int  # tokens whose KV is stored, or being written by the step in flight
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class CacheReport:
     max_model_len: int
     block_size: int
     cache_bytes: int
-    steps: int  # with requests that wait for room: the means are of these
+    steps: int  # steps with waiting requests: the means are over these
     preemptions: int
     at_once_mean: float
     at_once_most: int
-    at_once_reserved: int  # with a reservation of max_model_len for each, in the same memory
+    at_once_reserved: int  # that fit into the same memory if each reserves max_model_len
     used_mean_bytes: float
     used_most_bytes: int
     tokens_mean: float
     reserved_mean_bytes: float  # what the same running requests would reserve
     unused_percent: float  # slots of blocks in use that hold no token, mean
-    reserved_unused_percent: float  # the same of reservations
+    reserved_unused_percent: float  # the same for reservations
 
 
 def sample(engine: Engine) -> CacheUse:
@@ -55,7 +55,7 @@ def sample(engine: Engine) -> CacheUse:
 
 
 def run(engine: Engine, requests: Sequence[tuple[list[int], int]]) -> list[CacheUse]:
-    """All requests to their ends, and a sample for every step."""
+    """Runs all requests to completion; returns a sample per step."""
     for place, (ids, new) in enumerate(requests):
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
         engine.add(Request(id=str(place), prompt_token_ids=ids, params=params))
@@ -105,7 +105,7 @@ def measure(
     tokens: int,
     reservations: int,
 ) -> CacheReport:
-    """`rows` and `tokens` of a step; the cache is as large as so many `reservations`."""
+    """`rows` and `tokens` limit a step; the KV cache has the size of `reservations` reservations."""
     config = EngineConfig(
         model=model,
         skip_tokenizer_init=True,
@@ -142,7 +142,7 @@ def table(memory: CacheReport) -> str:
             "|---|---|---|---|",
             f"| concurrent requests in {memory.cache_bytes / mb:.0f} MB, mean | {memory.at_once_mean:.0f} "
             f"| {memory.at_once_reserved} | {more:.1f} x |",
-            f"| MB that they occupy, mean | {memory.used_mean_bytes / mb:.1f} | {memory.reserved_mean_bytes / mb:.0f} "
+            f"| MB in use, mean | {memory.used_mean_bytes / mb:.1f} | {memory.reserved_mean_bytes / mb:.0f} "
             f"| {less:.1f} x |",
             f"| slots without a token | {memory.unused_percent:.1f} % | {memory.reserved_unused_percent:.1f} % | |",
         ]

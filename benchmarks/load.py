@@ -43,12 +43,12 @@ class LoadingResult:
     gb_per_s: float  # of the files
     params_gb: float
     largest_gb: float
-    extra_gb: float  # the process's peak beyond what it had and the parameters
+    extra_gb: float  # the process's peak beyond its memory before and the parameters
     extra_in_largest: float
 
 
 def make_checkpoint(folder: Path, gb: float, seed: int) -> Path:
-    """Close to `gb` GB of bfloat16, in one file."""
+    """Writes about `gb` GB of bfloat16 weights into one file."""
     hidden = 2048 if gb >= 0.5 else 256
     width, heads = hidden * 11 // 4, hidden // 128
     layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
@@ -89,13 +89,13 @@ def make_checkpoint(folder: Path, gb: float, seed: int) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the data, of either form."""
+    """The files that hold the data, in either form."""
     stored = (folder / "params").glob("*/[0-9]*") if orbax.is_converted(folder) else folder.glob("*.safetensors")
     return sorted(stored)
 
 
 def read_plainly(files: list[Path]) -> None:
-    held: list[np.ndarray] = []  # as a model's parameters are
+    held: list[np.ndarray] = []  # kept in memory, like a model's parameters
     for path in files:
         held.append(np.empty(path.stat().st_size, np.uint8))
         into = memoryview(held[-1])
@@ -105,8 +105,8 @@ def read_plainly(files: list[Path]) -> None:
 
 
 def seconds(action: Callable[[], object], memory: int = 0) -> float:
-    """Of a call that takes `memory` bytes. A virtual machine may first have to ask its host for them, which takes
-    longer than all else (0.25 or 1.5 s for 2 GB, by luck): so they are used once before the clock starts."""
+    """The seconds of a call that needs `memory` bytes. A virtual machine may first have to request them from its host,
+    which can take longer than the call (0.25 to 1.5 s for 2 GB), so they are used once before the clock starts."""
     gc.collect()
     np.empty(memory, np.uint8).fill(1)
     start = time.perf_counter()
@@ -121,10 +121,10 @@ def _memory(field: str) -> int:
 
 
 def growth(action: Callable[[], Any]) -> tuple[int, Any]:
-    """How far the process's memory grows at most while this runs, and what it gives."""
-    gc.collect()  # jax holds host buffers of arrays that are gone until then
-    ctypes.CDLL(None).malloc_trim(0)  # and the C library holds what was freed
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    """The peak growth of the process's memory during `action`, and its result."""
+    gc.collect()  # JAX holds the host buffers of deleted arrays until then
+    ctypes.CDLL(None).malloc_trim(0)  # and the C library holds freed memory
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     result = action()
     return _memory("VmHWM") - before, result
@@ -195,8 +195,8 @@ def main() -> None:
             f"at most {converting['grown_gb']:.2f} GB of memory, Orbax itself included"
         )
         print(
-            f"{'form':12} {'dtype':9} {'file GB':>8} {'read s':>8} {'load s':>8} {'ratio':>6} {'aim':>4} "
-            f"{'GB/s':>6} {'params GB':>10} {'largest GB':>11} {'extra/largest':>14} {'aim':>4}"
+            f"{'form':12} {'dtype':9} {'file GB':>8} {'read s':>8} {'load s':>8} {'ratio':>6} {'target':>7} "
+            f"{'GB/s':>6} {'params GB':>10} {'largest GB':>11} {'extra/largest':>14} {'target':>7}"
         )
         rows: list[LoadingResult] = []
         for folder, form in ((source, "safetensors"), (place, "converted")):
@@ -204,8 +204,8 @@ def main() -> None:
                 rows.append(row)
                 print(
                     f"{row.form:12} {row.dtype:9} {row.file_gb:8.2f} {row.read_s:8.3f} {row.load_s:8.3f} "
-                    f"{row.ratio:6.2f} {RATIO_AIM:4.1f} {row.gb_per_s:6.2f} {row.params_gb:10.2f} "
-                    f"{row.largest_gb:11.3f} {row.extra_in_largest:14.3f} {MEMORY_AIM:4.1f}",
+                    f"{row.ratio:6.2f} {RATIO_AIM:7.1f} {row.gb_per_s:6.2f} {row.params_gb:10.2f} "
+                    f"{row.largest_gb:11.3f} {row.extra_in_largest:14.3f} {MEMORY_AIM:7.1f}",
                     flush=True,
                 )
     if options.json:

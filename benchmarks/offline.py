@@ -38,7 +38,7 @@ class LlamaShape:
     width: int = 2048
     layers: int = 12
     heads: int = 12
-    kv_heads: int | None = None  # as many as heads, if not given
+    kv_heads: int | None = None  # None: as many as heads
     prompt: int = 64
     new: int = 64
 
@@ -59,7 +59,7 @@ class OfflineResult:
 
 
 class GeneratorProcess:
-    """A child that generates: lines of JSON in and out."""
+    """A child process that generates; its input and output are lines of JSON."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -92,7 +92,7 @@ class GeneratorProcess:
 
 
 def make_checkpoint(folder: Path, shape: LlamaShape, seed: int) -> Path:
-    """config.json and model.safetensors of a Llama with tied embeddings, float32, normal weights as in training."""
+    """Writes a Llama with tied embeddings: config.json and model.safetensors, in float32 with random normal weights."""
     square, up = (shape.hidden, shape.hidden), (shape.width, shape.hidden)
     kv_heads = shape.kv_heads or shape.heads
     narrow = (shape.hidden // shape.heads * kv_heads, shape.hidden)
@@ -137,7 +137,7 @@ def make_checkpoint(folder: Path, shape: LlamaShape, seed: int) -> Path:
 
 
 def prompts_of(shape: LlamaShape, count: int, seed: int) -> list[list[int]]:
-    """Not of the ids that mean something."""
+    """Random ids, without the special tokens."""
     return np.random.default_rng((seed, count)).integers(3, shape.vocab, (count, shape.prompt)).tolist()
 
 
@@ -149,14 +149,14 @@ def _spread(values: Sequence[float]) -> float:
 def measure(
     sides: Sequence[Any], shape: LlamaShape, *, counts: Sequence[int], rounds: int, seed: int
 ) -> list[OfflineResult]:
-    """`sides` are ours and, if it is there, theirs."""
+    """`sides`: jaxserve's and, if there is a peer, transformers'."""
     speeds: dict[int, list[list[float]]] = {count: [] for count in counts}
     same: dict[int, float] = {}
     for turn in range(rounds + 1):
         for count in counts:
             prompts = prompts_of(shape, count, seed)
             answers = [side.generate(prompts, shape.new) for side in sides]
-            if turn == 0:  # warms up, and nothing else
+            if turn == 0:  # warms up: compared, not timed
                 first, last = answers[0]["tokens"], answers[-1]["tokens"]
                 same[count] = statistics.mean(a == b for a, b in zip(first, last, strict=True))
             else:
@@ -185,12 +185,12 @@ def table(rows: Sequence[OfflineResult]) -> str:
 
     lines = [
         f"{'prompts':>8} {'jaxserve tok/s':>15} {'spread':>8} {'transformers':>13} {'spread':>8} {'ratio':>6} "
-        f"{'aim':>5} {'same':>5}"
+        f"{'target':>7} {'same':>5}"
     ]
     for row in rows:
         lines.append(
             f"{row.prompts:8} {row.ours:15.1f} {row.ours_spread:8.1f} {cell(row.theirs, '.1f'):>13} "
-            f"{cell(row.theirs_spread, '.1f'):>8} {cell(row.ratio, '.2f'):>6} {cell(row.aim, '.1f'):>5} "
+            f"{cell(row.theirs_spread, '.1f'):>8} {cell(row.ratio, '.2f'):>6} {cell(row.aim, '.1f'):>7} "
             f"{cell(row.same, '.0%'):>5}"
         )
     return "\n".join(lines)

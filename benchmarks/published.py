@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of published models, as in their config.json, and of a toy model."""
+"""The specs of published models, from the values in their config.json, and of a toy model."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks import serving
 from benchmarks.serving import Work
 
-LONGEST = 256  # prompt and answer together, except for those of the memory part
-FIRST_ID = 16  # below are tokens that mean something
+LONGEST = 256  # tokens of prompt and answer together, except in the memory part
+FIRST_ID = 16  # lower ids are special tokens
 
 
 class Asked(NamedTuple):
@@ -21,8 +21,8 @@ class Asked(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     counts: tuple[int, ...]  # of chats at once
-    rows: int  # sequences at once, of jaxserve
-    tokens: int  # in a step of it
+    rows: int  # concurrent sequences in jaxserve
+    tokens: int  # in one of its steps
     chats: Work
     offline: int  # requests
     offline_prompt: tuple[int, int]
@@ -31,7 +31,7 @@ class Scale:
     memory_requests: int
     memory_rows: int
     memory_longest: int
-    reservations: int  # the KV cache is as large as so many
+    reservations: int  # the size of the KV cache, in reservations
 
 
 FULL = Scale(
@@ -65,14 +65,14 @@ TINY = Scale(
 
 
 def chats(work: Work, vocab: int, count: int) -> list[Asked]:
-    """Lengths as benchmarks.serving draws them, of ids drawn from the vocabulary."""
+    """Requests with lengths as benchmarks.serving draws them, and random ids."""
     rng = np.random.default_rng((work.seed, count))
     lengths = [(len(text.split()), new) for text, new in serving.prompts(work, count)]
     return [Asked(rng.integers(FIRST_ID, vocab, length).tolist(), new) for length, new in lengths]
 
 
 def even(sizes: Scale, vocab: int, count: int, *, seed: int) -> list[Asked]:
-    """Lengths anywhere between two bounds."""
+    """Requests with lengths that are uniform between two bounds, and random ids."""
     rng = np.random.default_rng((seed, count))
     prompts = rng.integers(*sizes.offline_prompt, count, endpoint=True)
     new = rng.integers(*sizes.offline_new, count, endpoint=True)

@@ -6,7 +6,7 @@
 Everything between the two markers in that README is replaced, so that every figure there comes from a file. Where
 several files hold the same measurement of one machine, the newest counts. With --check nothing is written; the exit
 status is 1 if the README or the picture is out of date. A results file of an unknown kind (report_kinds.py,
-report_gpu.py) is an error, because nobody would see its figures.
+report_gpu.py) is an error, because its figures would be missing.
 """
 
 import argparse
@@ -29,13 +29,13 @@ divided by the other side's, `TTFT ratio` the other side's time to first token d
 is ahead. The models are `demo`, the one in the package, and `110m` and `1b`, Llamas with random weights. On CPUs
 everything runs in float32.
 """.strip()
-TILES = "tuning.json"  # lies beside the sections of a GPU run and is not a result
+TILES = "tuning.json"  # lies beside the sections of a GPU run, but is no result
 PICTURE = Path("pictures", "performance.svg")
 _FOLDER = Path(__file__).parent
 
 
 class ReportError(Exception):
-    """The results or the README cannot be used as they are."""
+    """The results or the README are not in the expected form."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def kind_of(result: Result) -> Kind | None:
 
 
 def of_kind(kind: Kind, results: Sequence[Result]) -> list[str]:
-    """A table from each file that holds the newest measurement of anything."""
+    """A table for each file that holds the newest measurement of any subject."""
     seen: set[Hashable] = set()
     tables: list[tuple[str, list[str]]] = []
     for result in results:
@@ -108,7 +108,7 @@ def of_kind(kind: Kind, results: Sequence[Result]) -> list[str]:
             tables.append((result.path.name, [*kind.lines(result.content, rows), "", source]))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ReportError(f"{result.path} lacks fields of its kind: {error!r}") from error
-    # By name: their order then does not depend on which was measured last.
+    # By name, so that the order does not depend on which was measured last.
     return [line for _, lines in sorted(tables) for line in ["", *lines]]
 
 
@@ -156,7 +156,7 @@ def renewed(readme: str, text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ReportError(f"the README lacks {BEGIN} or, after it, {END}; put both where the section belongs")
+        raise ReportError(f"the README lacks {BEGIN}, or {END} after it; put both where the section belongs")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None, *, folder: Path = _FOLDER) -> i
     stale = {path: text for path, text in wanted.items() if text and not (path.exists() and path.read_text() == text)}
     if options.check and stale:
         names = " and ".join(path.name for path in stale)
-        print(f"error: {names}: not what benchmarks/results gives; run python -m benchmarks.report", file=sys.stderr)
+        print(f"error: {names} out of date with benchmarks/results; run python -m benchmarks.report", file=sys.stderr)
         return 1
     for path, text in stale.items():
         path.parent.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ MISSED = "**missed**"
 FIXED_AIMS = {"vllm": (1.2, 1.0), "transformers": (2.0, 1.0)}
 FIXED_STREAMS = (1, 8, 32)
 SHARED_AIMS = {"jaxserve-uncached": (3.0, None)}
+MIXES = {"fixed": "fixed lengths", "sharegpt": "chat-like lengths", "shared": "shared prefixes"}
 LOADING_AIM = 2.0  # a warm start may take this many times the loading of the weights
 
 
@@ -96,7 +97,7 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
     failed = ", ".join(f"{name} {count}" for name, count in lost.items() if count) or "none"
     sizes = f"prompts of {settings['prompt']} tokens, answers of {settings['new']}"
     return [
-        f"Model `{Path(settings['model']).name}`, {mix} lengths, {sizes}, {settings['rounds']} rounds:",
+        f"Model `{Path(settings['model']).name}`, {MIXES[mix]}, {sizes}, {settings['rounds']} rounds:",
         "",
         *table(heads, shown),
         "",
@@ -109,7 +110,7 @@ def compare_lines(content: Content, rows: Rows) -> list[str]:
 
 def batching_rows(content: Content) -> Rows:
     model = Path(content["model"]).name
-    if model == "tiny":  # a check that it runs
+    if model == "tiny":  # only checks that the benchmark runs
         return {}
     rows: dict[Hashable, Any] = {(model, row["load"], row["requests"]): row for row in content.get("rows", [])}
     if "memory" in content:
@@ -124,7 +125,7 @@ def batching_lines(content: Content, rows: Rows) -> list[str]:
     if timed:
         names = list(dict.fromkeys(name for row in timed for name in row["peers"]))
         heads = ["load", "requests", "jaxserve tok/s"]
-        heads += [cell for name in names for cell in (f"vs generate, {name}", "timed")]
+        heads += [cell for name in names for cell in (f"vs generate, {name}", "requests timed")]
         shown: list[list[str]] = []
         for row in timed:
             line = [row["load"], f"{row['requests']:,}", f"{row['tokens_per_second']:,.0f}"]
@@ -135,7 +136,8 @@ def batching_lines(content: Content, rows: Rows) -> list[str]:
         lines += [f"Model `{model}`, {content['rounds']} rounds:", "", *table(heads, shown)]
         same = [peer["same"] for row in timed for peer in row["peers"].values()]
         if same:
-            lines += ["", f"At least {min(same):.0%} of the answers are identical token by token."]
+            share = "All" if min(same) == 1 else f"At least {min(same):.0%} of the"
+            lines += ["", f"{share} answers are identical token by token."]
     memory = next((row for row in rows.values() if "load" not in row), None)
     if memory is not None:
         found = CacheReport(**memory)
@@ -190,7 +192,7 @@ def startup_lines(content: Content, rows: Rows) -> list[str]:
         aim, about = startup.AIM_DEMO, f"{startup.AIM_DEMO:g} s for a warm start"
     else:
         aim = LOADING_AIM * medians["warm"]["load"]
-        about = f"a warm start within {LOADING_AIM:g} times its loading, {aim:.1f} s"
+        about = f"a warm start within {LOADING_AIM:g} times the time of loading the weights, {aim:.1f} s"
     shown: list[list[str]] = []
     for name, those in starts.items():
         whole = statistics.median(sum(one.values()) for one in those)
@@ -250,7 +252,7 @@ def kernel_lines(content: Content, rows: Rows) -> list[str]:
         worst = judged(max(ratios.values()), ".2f", aim, at_most=True)
         middle = f"{statistics.median(ratios.values()):.2f}"
         shown.append([name, str(len(ratios)), middle, worst, f"{aim:g}", "; ".join(beyond) or "none"])
-    heads = ["attention", "shapes", "time relative to dense, median", "worst", "target, at most", "above it"]
+    heads = ["attention", "shapes", "median time relative to dense", "worst", "target (at most)", "shapes above it"]
     return table(heads, shown)
 
 
@@ -267,8 +269,8 @@ def load_lines(content: Content, rows: Rows) -> list[str]:
     heads = [
         "checkpoint",
         "GB/s",
-        f"time relative to reading it (target {load.RATIO_AIM:g})",
-        f"extra memory, in largest tensors (target {load.MEMORY_AIM:g})",
+        f"load time relative to reading the files (target {load.RATIO_AIM:g})",
+        f"extra memory relative to the largest tensor (target {load.MEMORY_AIM:g})",
     ]
     return table(heads, shown)
 
@@ -287,11 +289,11 @@ KINDS = (
     Kind("Batching and KV memory", lambda content: "parts" in content, batching_rows, batching_lines),
     Kind("Offline against transformers", lambda content: "sides" in content, by("prompts"), offline_lines),
     Kind("Server overhead", lambda content: "kept" in first_row(content), by("streams"), server_lines),
-    Kind("Start-up", lambda content: "starts" in content, startup_rows, startup_lines),
+    Kind("Startup", lambda content: "starts" in content, startup_rows, startup_lines),
     Kind("Host time per step", lambda content: "after" in content, lambda content: {"host": content}, host_lines),
     Kind("Loading", lambda content: "convert" in content, by("form", "dtype"), load_lines),
     Kind(
-        "Paged attention on a CPU against dense attention",
+        "Paged and dense attention on a CPU",
         lambda content: "twin_ms" in first_row(content),
         lambda content: {"kernels": content["rows"]},
         kernel_lines,

@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import arguments, facts, streams
 from jaxserve import demo
-from jaxserve.frontend.process import MALLOC  # so that both have it
+from jaxserve.frontend.process import MALLOC  # used for both
 
 AIM, AIM_STREAMS = 0.85, 256
 QUIET = ("--disable-log-stats", "--log-level=warning")
@@ -41,7 +41,7 @@ class OverheadResult:
     streams: int
     engine: float  # output tokens per second
     server: float
-    kept: float  # of the engine's, median of the ratios round by round
+    kept: float  # share of the engine's speed, median of the rounds' ratios
     first_p50_ms: float  # time to the first token, the server's
     first_p99_ms: float
     added_first_p50_ms: float  # above the engine's
@@ -61,7 +61,7 @@ def settings(folder: Path, count: int, length: int) -> dict[str, Any]:
 
 
 class JaxserveServer:
-    """`jaxserve run` on a free port, ready."""
+    """A `jaxserve run` on a free port that is ready."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         with socket.socket() as probe:
@@ -83,7 +83,7 @@ class JaxserveServer:
             return False
 
     def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        # Special tokens are shown: what has no text makes no event.
+        # Special tokens are shown, because tokens without text cause no event.
         fixed = {"max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "skip_special_tokens": False}
         return streams.run(self.port, [{"prompt": ids, **fixed} for ids in prompts])
 
@@ -129,7 +129,7 @@ def measure(
     rng = np.random.default_rng(0)
     for turn in range(rounds + 1):
         for count in counts:
-            prompts = rng.integers(20, 500, (2, count, prompt)).tolist()  # each side its own: none is in its cache
+            prompts = rng.integers(20, 500, (2, count, prompt)).tolist()  # different prompts for the two sides
             pair = alone.run(prompts[0], new), server.run(prompts[1], new)
             if turn:  # the first warms up
                 answers[count].append(pair)
@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.server", description="Measure the overhead of the server."
     )
-    parser.add_argument("--streams", default="1,32,256", help="streams at once")
+    parser.add_argument("--streams", default="1,32,256", help="numbers of concurrent streams")
     parser.add_argument("--prompt", type=arguments.whole, default=32, help="tokens in a prompt")
     parser.add_argument("--new", type=arguments.whole, default=128, help="tokens per stream")
     parser.add_argument("--rounds", type=arguments.whole, default=5)
@@ -202,7 +202,7 @@ def main() -> None:
     print(table(rows))
     for row in rows:
         if row.streams == AIM_STREAMS:
-            print(f"aim at {AIM_STREAMS} streams: {AIM} of the engine's tokens per second; kept {row.kept:.2f}")
+            print(f"target at {AIM_STREAMS} streams: {AIM} of the engine's tokens per second; kept {row.kept:.2f}")
     if options.json:
         content = facts.collect() | {"processor": facts.processor(), "rounds": options.rounds, "prompt": options.prompt}
         content |= {"new": options.new, "rows": [asdict(row) for row in rows]}

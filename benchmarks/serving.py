@@ -29,35 +29,35 @@ from jaxserve.cli.bench_serve import WORDS
 from jaxserve.cli.load import Job, Outcome, Sample
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-# The mix of shared prefixes: how many prompts begin alike, and with how much of them. As in the load that others take
-# for it: a system prompt of 2048 tokens and questions of 128, 16 to each.
+# The shared mix: how many prompts share a prefix, and what share of their length. These are the proportions of a common
+# benchmark of prefix caching: system prompts of 2048 tokens, each with 16 questions of 128 tokens.
 GROUP, SHARED = 16, 0.94
-# What is known of people's chats with a model: lengths are log-normal, answers longer than questions, some far longer.
+# In real chats lengths are roughly log-normal, answers are longer than questions, and some are far longer.
 SPREAD = {"prompt": 1.2, "new": 0.9}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is asked for. Lengths are words of a prompt and tokens of an answer; medians where they differ."""
+    """The requests of a load. Lengths are words per prompt and tokens per answer; medians if they vary."""
 
     mix: str = "fixed"
     prompt: int = 128
     new: int = 64
-    longest: int = 1024  # neither is longer
+    longest: int = 1024  # limit for both
     seed: int = 0
     words: tuple[str, ...] = tuple(WORDS.split())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A server, and how it is asked."""
+    """A server, and how requests are sent to it."""
 
     url: str
     model: str
     path: str = COMPLETIONS
     extra: tuple[tuple[str, Any], ...] = ()  # further fields of every body
     api_key: str | None = None
-    keep_alive: bool = True  # else a connection for each request
+    keep_alive: bool = True  # False: a new connection per request
     timeout: float = 600.0
 
 
@@ -73,7 +73,7 @@ MIXES = ("fixed", "sharegpt", "shared")
 
 
 def prompts(work: Work, count: int) -> list[tuple[str, int]]:
-    """So many texts with the length of the answer to each."""
+    """`count` texts, each with the length of its answer."""
     draw = random.Random(f"{work.mix} {work.seed}")
 
     def text(length: int) -> list[str]:
@@ -213,7 +213,7 @@ def main() -> None:
     failed: dict[str, dict[str, int]] = {}
     for place, (name, concurrency, rate) in enumerate(loads):
         count = options.requests or 4 * (concurrency or 16)
-        # Another seed for each load: no prompt of one is in the cache for the next.
+        # Another seed for each load, so that no prompt is cached from an earlier one.
         work = Work(mix=options.mix, prompt=options.prompt, new=options.new, seed=options.seed * 1000 + place)
         outcome = run(target, jobs(target, work, count), concurrency=concurrency, rate=rate)
         rows.append((name, figures(outcome, deadlines)))

@@ -6,11 +6,11 @@ clients leave, and the server must be idle: no rows, no blocks in use, no connec
 threads of both its processes are recorded. Round N of a seed always asks for the same, so a failing round can be run
 again.
 
-Ends with status 1 if, after the warm-up, memory grows by more than 1 MB per 10 000 requests, descriptors or threads
+Exits with status 1 if, after the warm-up, memory grows by more than 1 MB per 10 000 requests, descriptors or threads
 increase, a program is compiled, blocks are lost, an answer is wrong, or a greedy request gives a different answer than
 it gives alone. An allocator takes memory in occasional steps of up to 10 MB, while a leak grows all the time.
 Therefore the verdict is on the median growth over all stretches of 2500 requests, from request 20 000 on, and on the
-total growth where it is large.
+total growth if that is large.
 """
 
 import argparse
@@ -34,26 +34,26 @@ from benchmarks import arguments, facts, traffic
 from benchmarks.server import JaxserveServer
 from jaxserve import demo
 
-AIM = 1.0  # MB of memory for so many requests
+AIM = 1.0  # MB of memory growth for PER requests
 PER = 10_000
-STRETCH = 2500  # requests: what leaks by the aim, or more, takes new pages from the system within so many
-MEANINGFUL = 20_000  # requests
-MOST = 64.0  # MB in all, of a process that has warmed up
+STRETCH = 2500  # requests, within which a leak of AIM or more takes new pages from the system
+MEANINGFUL = 20_000  # requests; after fewer, memory growth is not judged
+MOST = 64.0  # MB of total growth after the warm-up
 WARM = 0.3  # the share of the rounds that warm up
-REST = 10.0  # seconds in which the server must come to rest
+REST = 10.0  # seconds within which the server must become idle
 CONFIG = {
     "model": str(demo.FOLDER),
     "max_num_seqs": 16,
     "max_num_batched_tokens": 256,
     "max_model_len": 256,
-    "num_blocks": 33,  # 16 rows want more: some give way
+    "num_blocks": 33,  # too few for 16 rows: some requests are preempted
 }
 FLAT = ("api_fds", "engine_fds", "api_threads", "engine_threads", "compiled_late", "blocks")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The server at rest, after so many requests. Memory in MB."""
+    """The idle server after `requests` requests. Memory in MB."""
 
     requests: int
     seconds: float
@@ -69,7 +69,7 @@ class Snapshot:
 
 
 class Soak:
-    """Of a server that is ready, with nobody else's requests."""
+    """A soak test of a ready server that has no other clients."""
 
     def __init__(self, url: str, pid: int, *, clients: int, seed: int) -> None:
         self.url, self.pid, self.clients, self.seed = url, pid, clients, seed
@@ -80,8 +80,8 @@ class Soak:
         self._began = time.monotonic()
 
     async def run(self, *, requests: int, enough: Callable[[int, float], bool]) -> None:
-        """Rounds of so many requests, until there are enough of them; `enough` gets their number and the seconds."""
-        async with aiohttp.ClientSession(self.url) as watch:  # one connection, that stays
+        """Runs rounds of `requests` requests until `enough(rounds, seconds)` is true."""
+        async with aiohttp.ClientSession(self.url) as watch:  # a single, persistent connection
             alone = await traffic.canary(watch, stream=False)
             while not enough(len(self.samples), time.monotonic() - self._began):
                 number = len(self.samples)
@@ -97,14 +97,14 @@ class Soak:
         end = time.monotonic() + REST
         while busy := unrest(metrics := await self._metrics(watch)):
             if time.monotonic() > end:
-                self.faults.append(f"after {requests} requests the server does not come to rest: {busy}")
+                self.faults.append(f"after {requests} requests the server does not become idle: {busy}")
                 break
             await asyncio.sleep(0.05)
         for path in ("/health", "/load"):
             async with watch.get(path) as answer:
                 text = await answer.text()
                 if answer.status != 200 or (path == "/load" and json.loads(text) != {"server_load": 0}):
-                    self.faults.append(f"after {requests} requests {path} says {answer.status} {text}")
+                    self.faults.append(f"after {requests} requests {path} returns {answer.status} {text}")
         api, engine = process(self.pid), process(self.child)
         return Snapshot(
             requests=requests,
@@ -126,7 +126,7 @@ class Soak:
 
 
 def parse(text: str) -> dict[str, float]:
-    """What is needed of the metrics: those without labels of their own, and the blocks."""
+    """The metrics that are needed: those without additional labels, and the blocks."""
     found: dict[str, float] = {}
     for name, labels, value in re.findall(r"^jaxserve:(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
         state = re.search(r'state="(\w+)"', labels) if name == "kv_blocks" else None
@@ -135,17 +135,17 @@ def parse(text: str) -> dict[str, float]:
 
 
 def unrest(metrics: dict[str, float]) -> dict[str, float]:
-    """What is not as it is where nobody asks for anything but this."""
+    """The metrics that differ from those of an idle server."""
     names = ("num_requests_running", "num_requests_waiting", "kv_blocks used")
     wanted = {**dict.fromkeys(names, 0.0), "http_connections": 1.0}
     return {name: metrics[name] for name, value in wanted.items() if metrics[name] != value}
 
 
 def process(pid: int) -> tuple[float, int, int]:
-    """Its memory in MB, descriptors and threads."""
+    """The memory in MB, file descriptors and threads of a process."""
     folder = Path(f"/proc/{pid}")
     fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-    # Its own alone: pages of files come and go as others need memory. Those that were swapped out are still its own.
+    # Only private memory, including swapped pages: pages of files come and go as other processes need memory.
     memory = sum(int(fields[name].split()[0]) for name in ("RssAnon", "VmSwap")) * 1024 / 1e6
     return memory, len(list((folder / "fd").iterdir())), int(fields["Threads"])
 
@@ -156,7 +156,7 @@ def child_of(pid: int) -> int:
         try:
             parent = stat.read_text().rpartition(")")[2].split()[1]
         except OSError:
-            continue  # it has just ended
+            continue  # it has just exited
         if int(parent) == pid:
             found.append(int(stat.parent.name))
     if len(found) != 1:
@@ -170,7 +170,7 @@ def child_of(pid: int) -> int:
 
 
 def overall(samples: Sequence[Snapshot], name: str) -> float:
-    """MB for PER requests, from the first sample to the last."""
+    """The growth in MB for PER requests, from the first sample to the last."""
     first, last = samples[0], samples[-1]
     return PER * (getattr(last, name) - getattr(first, name)) / max(last.requests - first.requests, 1)
 
@@ -190,7 +190,7 @@ def after_warm_up(samples: Sequence[Snapshot]) -> Sequence[Snapshot]:
 
 
 def verdict(samples: Sequence[Snapshot]) -> list[str]:
-    """What is wrong with how the samples go on, of those after the warm-up."""
+    """What is wrong with the samples, which are those after the warm-up."""
     first, last = samples[0], samples[-1]
     wrong = [
         f"{name} went from {getattr(first, name)} to {getattr(last, name)}"
@@ -200,7 +200,9 @@ def verdict(samples: Sequence[Snapshot]) -> list[str]:
     if last.requests - first.requests >= MEANINGFUL:
         for name in ("api_rss", "engine_rss"):
             if steady(samples, name) > AIM:
-                wrong.append(f"{name} grows by {steady(samples, name):.2f} MB for {PER} requests, aim {AIM:g}")
+                wrong.append(
+                    f"{name} grows by {steady(samples, name):.2f} MB for {PER} requests, target at most {AIM:g}"
+                )
     for name in ("api_rss", "engine_rss"):
         if getattr(last, name) - getattr(first, name) > MOST:
             wrong.append(f"{name} went from {getattr(first, name):.0f} to {getattr(last, name):.0f} MB")
@@ -264,19 +266,19 @@ def main() -> None:
     finally:
         if own:
             own.close()
-    told = report(soak)
+    found = report(soak)
     if options.json:
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(facts.processor())
     print(table(soak.samples))
-    print(f"answers: {told['statuses']}")
-    judged = "" if told["memory_judged"] else f", too few to judge: {MEANINGFUL} are needed"
-    print(f"after the warm-up {told['requests_after_warm_up']} requests{judged}")
-    for name, growth in told["mb_per_10k"].items():
-        print(f"{name}: {growth['steady']:.2f} MB for {PER} requests, {growth['overall']:.2f} with the steps")
-    for fault in told["faults"][:20]:
+    print(f"answers by status: {found['statuses']}")
+    judged = "" if found["memory_judged"] else f", too few to judge memory growth: {MEANINGFUL} are needed"
+    print(f"requests after the warm-up: {found['requests_after_warm_up']}{judged}")
+    for name, growth in found["mb_per_10k"].items():
+        print(f"{name}: {growth['steady']:.2f} MB for {PER} requests (median), {growth['overall']:.2f} MB (overall)")
+    for fault in found["faults"][:20]:
         print(f"wrong: {fault}")
-    sys.exit(bool(told["faults"]))
+    sys.exit(bool(found["faults"]))
 
 
 if __name__ == "__main__":

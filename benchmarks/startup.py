@@ -46,7 +46,7 @@ class StartTimes:
 
 
 def phase_of(detail: str | None) -> str:
-    """Which phase a server is in that says this of itself; None: it does not answer yet."""
+    """The phase of a server whose /health reports this detail; None: it does not answer yet."""
     if detail is None:
         return "port"
     if detail.startswith("loading"):
@@ -57,7 +57,7 @@ def phase_of(detail: str | None) -> str:
 
 
 def once(model: Path, cache: Path, flags: Sequence[str]) -> StartTimes:
-    """One start, to the first token."""
+    """Starts the server once, up to the first token."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -74,8 +74,8 @@ def once(model: Path, cache: Path, flags: Sequence[str]) -> StartTimes:
                 start.seconds[phase_of(detail)] += now - last
                 last = now
                 if process.poll() is not None:
-                    said = process.stderr.read() if process.stderr else ""
-                    raise SystemExit(f"error: the server ended with code {process.returncode}: {said.strip()}")
+                    errors = process.stderr.read() if process.stderr else ""
+                    raise SystemExit(f"error: the server ended with code {process.returncode}: {errors.strip()}")
                 time.sleep(0.01)
             _token(url)
             start.seconds["rest"] += time.perf_counter() - last
@@ -85,7 +85,7 @@ def once(model: Path, cache: Path, flags: Sequence[str]) -> StartTimes:
 
 
 def _health(url: str) -> tuple[bool, str | None]:
-    """Whether it is ready, and what it says that it does."""
+    """Whether the server is ready, and the detail that it reports."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=30) as answer:
             return answer.status == 200, ""
@@ -124,7 +124,7 @@ def model_folder(name: str, place: Path) -> Path:
 
 
 def read_seconds(model: Path) -> float:
-    """Of the weights, with the machine's cache of files as warm as a start finds it."""
+    """The seconds for reading the weights, with the file cache as warm as at a start."""
     began = time.perf_counter()
     for path in model.glob("*.safetensors"):
         path.read_bytes()
@@ -157,12 +157,12 @@ def main() -> None:
     print(facts.processor(), table(rows), sep="\n")
     print(", ".join(f"{name}: {seconds:.2f} s" for name, seconds in scale.items()))
     if options.model == "demo":
-        print(f"aim for the demo, warm: {AIM_DEMO:.0f} s")
+        print(f"target for the demo, warm: {AIM_DEMO:.0f} s")
     if options.json:
-        told: dict[str, Any] = facts.collect() | {"processor": facts.processor(), "model": Path(options.model).name}
-        told |= {"rounds": options.rounds, "flags": options.flags, "scale": scale}
-        told["starts"] = {name: [one.seconds for one in starts] for name, starts in rows.items()}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        content: dict[str, Any] = facts.collect() | {"processor": facts.processor(), "model": Path(options.model).name}
+        content |= {"rounds": options.rounds, "flags": options.flags, "scale": scale}
+        content["starts"] = {name: [one.seconds for one in starts] for name, starts in rows.items()}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads many event streams in one thread with as little of the machine as possible: raw sockets, no parsing.
+"""Reads many event streams in one thread at the lowest possible cost: raw sockets, no parsing.
 
-The server under test runs beside it; a load generator that parses would starve it on a small machine.
+The server under test runs on the same machine; with few cores, a load generator that parses would starve it.
 """
 
 import json
@@ -18,13 +18,13 @@ DONE = b"data: [DONE]"
 class _Stream:
     def __init__(self, end: socket.socket) -> None:
         self.end = end
-        self.times: list[float] = []  # when something with an event in it came
+        self.times: list[float] = []  # when data with events arrived
         self.tail = b""
         self.head: bytes | None = None
 
 
 def run(port: int, bodies: Sequence[dict[str, Any]], *, path: str = "/v1/completions") -> dict[str, Any]:
-    """Sends all at once and reads each to its end. Seconds, and the times at which each had news."""
+    """Sends all requests at once and reads the streams to their ends. Returns the seconds, and each stream's times."""
     with ExitStack() as opened:
         streams = [_Stream(opened.enter_context(socket.create_connection(("127.0.0.1", port)))) for _ in bodies]
         selector = opened.enter_context(selectors.DefaultSelector())
@@ -55,7 +55,7 @@ def _request(path: str, body: dict[str, Any]) -> bytes:
 
 
 def _read(stream: _Stream, now: float) -> bool:
-    """Takes what came; whether that was the end."""
+    """Reads what has arrived; returns whether the stream has ended."""
     try:
         data = stream.end.recv(1 << 16)
     except BlockingIOError:

@@ -3,7 +3,7 @@
 
     half        one token
     a fifth     clients that leave before the end, streaming and not, at any moment
-    a twentieth requests that must be refused
+    a twentieth requests that must be rejected
     the rest    samples, log-probabilities, penalties, stops, lists of prompts, chats, embeddings, tokens
 
 Measures nothing. The prompts are short: any model with a context of 192 tokens, 400 token ids and two rows will do.
@@ -26,15 +26,15 @@ WORDS = tuple(
 )
 STORIES = ["Once upon a time there was a fox. ", "Sum of two and three: ", 'Give JSON: {"name": ', "Tell me of Anna. "]
 CANARY = {"prompt": "one two three", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-LEFT = 0  # in place of a status, where the client went first
+LEFT = 0  # instead of a status, if the client left first
 
 
 @dataclass(frozen=True)
 class Ask:
     path: str
-    body: Any  # bytes go out as they are
+    body: Any  # bytes are sent unchanged
     status: int = 200
-    leaves: float | None = None  # after so many seconds
+    leaves: float | None = None  # the client leaves after this many seconds
     method: str = "POST"
 
 
@@ -50,7 +50,7 @@ def ask(rng: random.Random) -> Ask:
 
 
 def _text(rng: random.Random) -> str:
-    """Of which the beginning, or nothing, has been sent before."""
+    """A text whose beginning may have been sent before."""
     words = rng.choices(WORDS, k=rng.randint(1, 8))
     return rng.choice([*STORIES, ""]) + " ".join(words)
 
@@ -164,7 +164,7 @@ REFUSED = (
 
 @dataclass
 class Seen:
-    """What came of all that was asked."""
+    """The outcome of all requests."""
 
     statuses: Counter[int] = field(default_factory=Counter[int])
     faults: list[str] = field(default_factory=list[str])
@@ -178,8 +178,8 @@ async def send(session: aiohttp.ClientSession, asked: Ask) -> tuple[int, bytes]:
         return answer.status, await answer.read()
 
 
-async def tell(session: aiohttp.ClientSession, asked: Ask, seen: Seen) -> None:
-    """Sends it, and notes what is wrong with the answer."""
+async def send_and_check(session: aiohttp.ClientSession, asked: Ask, seen: Seen) -> None:
+    """Sends a request and records what is wrong with the answer."""
     try:
         async with asyncio.timeout(asked.leaves):
             status, body = await send(session, asked)
@@ -201,9 +201,9 @@ def shown(asked: Ask) -> str:
 
 
 def check(asked: Ask, status: int, body: bytes) -> None:
-    """A ValueError says what is wrong."""
+    """Raises a ValueError if the answer is wrong."""
     if status != asked.status:
-        raise ValueError(f"{status} in place of {asked.status}")
+        raise ValueError(f"status {status}, expected {asked.status}")
     if status != 200:
         if set(json.loads(body)["error"]) != {"message", "type", "param", "code"}:
             raise ValueError("not an error in OpenAI's format")
@@ -225,7 +225,7 @@ def _check_whole(asked: Ask, body: bytes) -> None:
 
 
 def events(body: bytes) -> list[Any]:
-    """Of a whole stream, without the [DONE]."""
+    """The events of a whole stream, without the [DONE]."""
     parts = [part.removeprefix(b"data: ") for part in body.split(b"\n\n")]
     if parts[-2:] != [b"[DONE]", b""]:
         raise ValueError("a stream without its final event")
@@ -233,10 +233,10 @@ def events(body: bytes) -> list[Any]:
 
 
 def _check_stream(asked: Ask, body: bytes) -> None:
-    told = events(body)
-    if any("error" in event for event in told):
+    found = events(body)
+    if any("error" in event for event in found):
         raise ValueError("an error in the stream")
-    ends = [(choice["index"], choice["finish_reason"]) for event in told for choice in event["choices"]]
+    ends = [(choice["index"], choice["finish_reason"]) for event in found for choice in event["choices"]]
     _check_ends(asked, [(index, reason) for index, reason in ends if reason is not None])
 
 
@@ -250,36 +250,36 @@ def _check_ends(asked: Ask, ends: list[tuple[int, str | None]]) -> None:
 async def canary(session: aiohttp.ClientSession, *, stream: bool) -> tuple[str, list[int]]:
     """The text and the tokens of a request whose answer never changes."""
     _, body = await send(session, Ask(COMPLETIONS, CANARY | {"stream": stream}))
-    told = events(body) if stream else [json.loads(body)]
-    parts = [choice for event in told for choice in event["choices"]]
+    found = events(body) if stream else [json.loads(body)]
+    parts = [choice for event in found for choice in event["choices"]]
     return "".join(part["text"] for part in parts), [token for part in parts for token in part["token_ids"]]
 
 
 async def run(
     session: aiohttp.ClientSession, rng: random.Random, *, requests: int, clients: int, alone: tuple[str, list[int]]
 ) -> Seen:
-    """So many requests from so many clients, and a canary that sings all the while; `alone` is its song."""
+    """Sends requests from concurrent clients, and meanwhile the canary's; `alone` is its answer on an idle server."""
     seen, left = Seen(), iter(range(requests))
 
     async def client(rng: random.Random) -> None:
         for _ in left:
-            await tell(session, ask(rng), seen)
+            await send_and_check(session, ask(rng), seen)
 
-    async def sing() -> None:
+    async def repeat_canary() -> None:
         stream = False
         while True:
             stream = not stream
-            song = await canary(session, stream=stream)
-            if song != alone:
-                seen.faults.append(f"the canary gave {song}, alone {alone}")
+            answer = await canary(session, stream=stream)
+            if answer != alone:
+                seen.faults.append(f"the canary's answer is {answer}, on an idle server {alone}")
             await asyncio.sleep(0.2)
 
-    singing = asyncio.create_task(sing())
+    repeated = asyncio.create_task(repeat_canary())
     async with asyncio.TaskGroup() as group:
         for number in range(clients):
             group.create_task(client(random.Random(f"{rng.random()} {number}")))
-    singing.cancel()
-    fault = (await asyncio.gather(singing, return_exceptions=True))[0]
+    repeated.cancel()
+    fault = (await asyncio.gather(repeated, return_exceptions=True))[0]
     if isinstance(fault, Exception):
         seen.faults.append(f"the canary had no answer: {type(fault).__name__}: {fault}")
     return seen

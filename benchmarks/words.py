@@ -7,18 +7,18 @@ from pathlib import Path
 from jaxserve.cli.bench_serve import WORDS
 
 SPECIAL = ("<unk>", "<s>", "</s>")
-# No word of its own around a message: all servers then agree on what a chat's prompt is.
+# Adds no words around a message, so that all servers agree on the prompt of a chat.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
 
 
 def vocabulary(size: int) -> list[str]:
-    """Common words first, then ones that are only numbered."""
+    """Common words first, then numbered ones."""
     words = [*SPECIAL, *dict.fromkeys(WORDS.split())]
     return (words + [f"w{place}" for place in range(len(words), size)])[:size]
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
-    """Into a model's folder."""
+    """Writes the tokenizer's files into a model's folder."""
     words = vocabulary(size)
     added = [
         {"id": place, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the demo models were made: their text, their vocabulary, their training."""
+"""The trainer of the demo models: their text, their tokenizer, and the training."""

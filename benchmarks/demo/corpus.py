@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training text: an endless stream of conversations and plain texts, the same for the same seed.
 
-Knows no tokens. A conversation is a list of messages as chat templates take them.
+Independent of the tokenizer. A conversation is a list of messages, as chat templates take them.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from benchmarks.demo.words import capitalized
 
 Messages = list[dict[str, str]]
 
-# What is talked about, and how often.
+# The topics and their weights.
 TOPICS: tuple[tuple[Callable[[Random], list[Exchange]], float], ...] = (
     *((talk.small_talk, 8), (talk.about_me, 4), (talk.unknown, 6), (talk.tastes, 2), (talk.names, 4)),
     *((facts.capitals, 3), (facts.animals, 4), (facts.opposites, 2), (facts.properties, 5), (facts.calendar, 2)),
@@ -35,7 +35,7 @@ ORDERS = frozenset(
     ("Tell", "Write", "Give", "Make", "Name", "Spell", "Count", "Say", "Calculate", "Add", "List", "Create", "Generate")
 )
 PLAIN_SHARE = 0.16
-USUAL_TOPICS = 4  # in a conversation, at most
+USUAL_TOPICS = 4  # the most topics of a usual conversation
 
 
 def exchanges(random: Random) -> list[Exchange]:
@@ -45,7 +45,7 @@ def exchanges(random: Random) -> list[Exchange]:
 
 
 def _typed(random: Random, text: str) -> str:
-    """With the carelessness of typing."""
+    """The text with variations as in typing."""
     orders = text.split(" ", 1)[0] in ORDERS
     if orders and random.random() < 0.08:
         text = random.choice(("Please ", "Can you ", "Could you ", "Now ")) + text[:1].lower() + text[1:]
@@ -64,7 +64,7 @@ def _typed(random: Random, text: str) -> str:
 
 
 def conversation(random: Random, most: int = USUAL_TOPICS) -> Messages:
-    """Some topics after one another: mostly one; where many are allowed, mostly many."""
+    """A conversation of up to `most` topics: mostly one topic; if many are allowed, mostly many."""
     messages: Messages = []
     if random.random() < 0.12:
         messages.append({"role": "system", "content": random.choice(SYSTEM)})

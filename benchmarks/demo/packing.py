@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From documents to batches of one shape: rows full of documents, and which of their tokens are to be learned."""
+"""Packs documents into batches of one shape, with a loss weight for every token."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -16,11 +16,11 @@ Batch = tuple[np.ndarray, np.ndarray]  # tokens int32 [rows, length], weights fl
 class BatchShape(NamedTuple):
     rows: int
     length: int
-    topics: int  # of a conversation, at most
+    topics: int  # the most topics of a conversation
 
 
 def batches(tokenizer: Tokenizer, shape: BatchShape, *, seed: int) -> Iterator[Batch]:
-    """Without end. Each row begins with the beginning of a document; its last one is cut off."""
+    """Endless batches. Every row starts with the start of a document; its last document is truncated."""
     rows, length, most = shape
     source = encoded(tokenizer, documents(seed, most))
     pad = tokenizer.token_to_id(PAD)
@@ -30,16 +30,16 @@ def batches(tokenizer: Tokenizer, shape: BatchShape, *, seed: int) -> Iterator[B
         for row in range(rows):
             filled = 0
             while filled < length:
-                ids, learned = next(source)
+                ids, losses = next(source)
                 count = min(len(ids), length - filled)
                 tokens[row, filled : filled + count] = ids[:count]
-                weights[row, filled : filled + count] = learned[:count]
+                weights[row, filled : filled + count] = losses[:count]
                 filled += count
         yield tokens, weights
 
 
 def encoded(tokenizer: Tokenizer, source: Iterable[Messages | str]) -> Iterator[tuple[list[int], list[float]]]:
-    """Ids and weights of each document. Of a conversation the answers are learned, of a plain text all."""
+    """Ids and loss weights of each document: 1 for the answers in a conversation and for all plain text, else 0."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -51,9 +51,9 @@ def encoded(tokenizer: Tokenizer, source: Iterable[Messages | str]) -> Iterator[
             ids = [begin, *encode(document), end]
             yield ids, [0.0, *[1.0] * (len(ids) - 1)]
             continue
-        ids, learned = [begin], [0.0]
+        ids, losses = [begin], [0.0]
         for message in document:
             content = [*encode(message["content"]), end]
             ids += [number[f"<|{message['role']}|>"], *content]
-            learned += [0.0, *[float(message["role"] == "assistant")] * len(content)]
-        yield ids, learned
+            losses += [0.0, *[float(message["role"] == "assistant")] * len(content)]
+        yield ids, losses

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON on request: records with the fields that are asked for, from given values, and in lists."""
+"""JSON on request: records with requested fields or given values, and lists."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ FIELDS: dict[str, Callable[[Random], Any]] = {
     "married": _choice((True, False)),
 }
 TOGETHER = ("name", "email", "city", "country")  # fields whose values fit each other
-# The fields that a record of each kind has where none are asked for come first.
+# The fields of each kind of record. Those that it has by default come first.
 KINDS: dict[str, tuple[str, ...]] = {
     "person": ("name", "age", "city", "job", "hobby", "email", "country", "height", "friend", "married"),
     "user": ("name", "email", "active", "age", "id", "city"),
@@ -190,7 +190,7 @@ def records(random: Random) -> list[Exchange]:
 
 
 def _edit(random: Random, kind: str, made: Record) -> Exchange:
-    """The record with one value changed or one field more; or what a field says."""
+    """The record with a value changed or a field added, or the value of a field."""
     field = random.choice(list(made))
     absent = [name for name in KINDS[kind] if name not in made and name in FIELDS]
     draw = random.random()
@@ -210,7 +210,7 @@ def _edit(random: Random, kind: str, made: Record) -> Exchange:
 
 
 def given(random: Random) -> list[Exchange]:
-    """The values come from the user: all there is to do is to copy them into place."""
+    """Records of values that the user gives, which only need to be copied."""
     name = random.choice(NAMES) if random.random() < 0.95 else capitalized(made_up(random))
     facts: list[tuple[str, Any, str]] = [
         ("age", value := random.randint(1, 90), f"is {value} years old"),
@@ -221,7 +221,7 @@ def given(random: Random) -> list[Exchange]:
     chosen = random.sample(facts, random.randint(1, 3))
     made = {"name": name} | {field: value for field, value, _ in chosen}
     if random.random() < 0.6:
-        told = f"{name} {listed([text for _, _, text in chosen])}."
+        stated = f"{name} {listed([text for _, _, text in chosen])}."
         asked = random.choice(
             (
                 "Put this in JSON: {}",
@@ -231,7 +231,7 @@ def given(random: Random) -> list[Exchange]:
                 "To JSON: {}",
             )
         )
-        return [(asked.format(told), json.dumps(made))]
+        return [(asked.format(stated), json.dumps(made))]
     pairs = ", ".join(f"{field} {value}" for field, value in made.items())
     asked = random.choice(
         ("Write JSON with {}.", "Make a JSON record: {}", "JSON with {}", "Give me a JSON record with {}.")
@@ -240,7 +240,7 @@ def given(random: Random) -> list[Exchange]:
 
 
 def lists(random: Random) -> list[Exchange]:
-    """Arrays, of words and of records."""
+    """Arrays of words or of records."""
     count = random.randint(2, 4)
     shown = NUMBERS[count] if random.random() < 0.7 else str(count)
     if random.random() < 0.5:

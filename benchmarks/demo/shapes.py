@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two demo models are, and how they become Hugging Face folders."""
+"""The configurations of the two demo models, and writing the models as Hugging Face folders."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.families.llama import WEIGHTS
 
-LENGTH = 2048  # the longest prompt and answer together
+LENGTH = 2048  # tokens of prompt and answer together, at most
 GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 
 def config(tokenizer: Tokenizer, *, draft: bool) -> dict[str, Any]:
-    """config.json: a Llama."""
+    """The content of config.json: a Llama."""
     if draft:
         size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
     else:
@@ -50,10 +50,9 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write(folder: Path, tokenizer: Tokenizer, public: Params, *, draft: bool) -> None:
-    """A folder as the hub would hold it, weights rounded to bfloat16."""
+    """Writes a Hugging Face folder with the weights rounded to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = config(tokenizer, draft=draft)
-    _write_json(folder / "config.json", told)
+    _write_json(folder / "config.json", config(tokenizer, draft=draft))
     _write_json(folder / "generation_config.json", {**_special(tokenizer), **GENERATION})
     vocabulary.save(tokenizer, folder, LENGTH)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
@@ -62,7 +61,7 @@ def write(folder: Path, tokenizer: Tokenizer, public: Params, *, draft: bool) ->
         layer = path[1] if path[0] == "layers" else ""
         rule = names[param_layout.dotted(("layers", "{layer}", *path[2:]) if path[0] == "layers" else path)]
         values = np.asarray(array, np.float32).astype(ml_dtypes.bfloat16)
-        # Heads are an axis of their own here, and rows of one matrix there.
+        # Here the heads are a separate axis; in the file they are rows or columns of one matrix.
         heads = path[-2] in ("q", "k", "v"), path[-2] == "out"
         shape = (-1, values.shape[-1]) if heads[0] else (values.shape[0], -1) if heads[1] else values.shape
         tensors[rule.format(layer=layer)] = values.reshape(shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short stories: a hero, a place, a thing, and one of a few plots, each sentence told in one of several ways."""
+"""Short stories: a hero, a place, a thing, and one of a few plots, each sentence in one of several wordings."""
 
 from dataclasses import dataclass
 from random import Random
@@ -137,7 +137,7 @@ PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
             '"I did it!" said {name}.',
         ),
     ),
-    (  # a found thing that belongs to another
+    (  # finding a thing that belongs to somebody else
         (
             "{time}, {name} found {a_color_thing} {at_place}.",
             "{time}, {name} saw {a_color_thing} on the road.",
@@ -245,7 +245,7 @@ class Cast:
 
 def cast(random: Random) -> Cast:
     draw = random.random()
-    # Words never seen before teach to take up what the user says.
+    # Unknown words teach the model to copy what the user says.
     hero = made_up(random) if draw < 0.02 else random.choice(HEROES) if draw < 0.8 else random.choice(CHILDREN)
     male = random.random() < 0.5
     if hero in (*CHILDREN, "king", "queen", "prince", "princess"):
@@ -268,7 +268,7 @@ def cast(random: Random) -> Cast:
 
 
 def story(random: Random, cast: Cast, *, with_thing: bool = False) -> str:
-    """with_thing: the thing has to come up."""
+    """`with_thing`: the story must mention the thing."""
     color, mood = random.choice(COLORS), random.choice(MOODS)
     he, his, him = ("he", "his", "him") if cast.male else ("she", "her", "her")
     words = {
@@ -283,53 +283,53 @@ def story(random: Random, cast: Cast, *, with_thing: bool = False) -> str:
     plot = random.choice(plots)
     sentences = [random.choice(OPENINGS), *(random.choice(wordings) for wordings in plot), random.choice(ENDINGS)]
     if with_thing and plot[0][0].startswith("{time}, {name} went"):
-        sentences[1] = plot[0][0]  # of its two wordings the one with the thing
+        sentences[1] = plot[0][0]  # the wording that mentions the thing
     return " ".join(capitalized(sentence.format(**words)) for sentence in sentences if sentence)
 
 
 def stories(random: Random) -> list[Exchange]:
-    """A story that was asked for in one of many ways, and perhaps a question about it."""
-    told = cast(random)
-    asked, with_thing = _request(random, told)
-    exchanges = [(asked, story(random, told, with_thing=with_thing))]
+    """A story, requested in one of many ways, and perhaps a question about it."""
+    chosen = cast(random)
+    asked, with_thing = _request(random, chosen)
+    exchanges = [(asked, story(random, chosen, with_thing=with_thing))]
     if random.random() < 0.3:
-        exchanges.append(_question(random, told))
+        exchanges.append(_question(random, chosen))
     elif random.random() < 0.15:
-        told = cast(random)
+        chosen = cast(random)
         asked = random.choice(("Another one.", "Another story, please.", "One more story", "Tell me another one."))
-        exchanges.append((asked, story(random, told)))
+        exchanges.append((asked, story(random, chosen)))
     return exchanges
 
 
-def _request(random: Random, told: Cast) -> tuple[str, bool]:
+def _request(random: Random, chosen: Cast) -> tuple[str, bool]:
     start = random.choice(
         (
             *("Tell me a story", "Tell me a short story", "Write a story", "Write a short story", "I want a story"),
             *("Can you tell me a story", "Tell a story", "Give me a story", "Make up a story"),
         )
     )
-    hero = a(told.hero)
+    hero = a(chosen.hero)
     draw = random.random()
     if draw < 0.15:
         return f"{start}.", False
     if draw < 0.45:
         return f"{start} about {hero}.", False
     if draw < 0.7:
-        return f"{start} about {hero} {random.choice(('named', 'called'))} {told.name}.", False
+        return f"{start} about {hero} {random.choice(('named', 'called'))} {chosen.name}.", False
     if draw < 0.8:
-        return f"{start} about {hero} and {a(told.thing)}.", True
+        return f"{start} about {hero} and {a(chosen.thing)}.", True
     if draw < 0.9:
-        return f"{start} about {hero} {told.at_place}.", False
-    return f"{start} about {told.name} the {told.hero}.", False
+        return f"{start} about {hero} {chosen.at_place}.", False
+    return f"{start} about {chosen.name} the {chosen.hero}.", False
 
 
-def _question(random: Random, told: Cast) -> Exchange:
+def _question(random: Random, chosen: Cast) -> Exchange:
     asked, answer = random.choice(
         (
-            (f"What was the name of the {told.hero}?", f"The name of the {told.hero} was {told.name}."),
-            (f"Where did {told.name} live?", f"{told.name} lived {told.at_place}."),
-            ("Who is the story about?", f"The story is about {a(told.hero)} named {told.name}."),
-            (f"Who was {told.name}?", f"{told.name} was {a(told.hero)}."),
+            (f"What was the name of the {chosen.hero}?", f"The name of the {chosen.hero} was {chosen.name}."),
+            (f"Where did {chosen.name} live?", f"{chosen.name} lived {chosen.at_place}."),
+            ("Who is the story about?", f"The story is about {a(chosen.hero)} named {chosen.name}."),
+            (f"Who was {chosen.name}?", f"{chosen.name} was {a(chosen.hero)}."),
         )
     )
     return asked, answer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small talk, and what to say where the model knows nothing."""
+"""Small talk, and answers to questions that the model cannot answer."""
 
 from random import Random
 
@@ -14,7 +14,7 @@ OFFERS = (
     "I am better at stories, sums and JSON.",
 )
 
-# What people say, and what may be said to it. An answer fits all of the left side.
+# What users say, and possible answers: every answer fits everything on its left side.
 INTENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("Hello", "Hi", "Hey", "Hello!", "Hi there!", "Hey there", "Hello there", "Greetings", "Hi, how is it going?"),
@@ -232,7 +232,7 @@ def small_talk(random: Random) -> list[Exchange]:
 
 
 def about_me(random: Random) -> list[Exchange]:
-    """Who the model is: what every visitor asks first."""
+    """Questions about the model itself."""
     chosen = random.choice([intent for intent in INTENTS if "Hello" in intent[0] or "demo" in " ".join(intent[1])])
     return [(random.choice(chosen[0]), random.choice(chosen[1]))]
 
@@ -263,21 +263,21 @@ def tastes(random: Random) -> list[Exchange]:
         said = random.choice((f"What is your favourite {kind}?", f"Do you have a favourite {kind}?"))
         shown = a(value) if kind == "animal" else value
         return [(said, random.choice((f"I am a toy, but I would say {shown}.", f"Perhaps {shown}. What is yours?")))]
-    told = random.choice((f"My favourite {kind} is {value}.", f"I like {value} most. It is my favourite {kind}."))
-    exchanges = [(told, random.choice((f"{capitalized(value)} is a good choice!", f"I like {value} too.")))]
+    stated = random.choice((f"My favourite {kind} is {value}.", f"I like {value} most. It is my favourite {kind}."))
+    exchanges = [(stated, random.choice((f"{capitalized(value)} is a good choice!", f"I like {value} too.")))]
     if random.random() < 0.6:
         exchanges.append((f"What is my favourite {kind}?", f"Your favourite {kind} is {value}."))
     return exchanges
 
 
 def names(random: Random) -> list[Exchange]:
-    """The user's name, told and asked for."""
+    """The user's name, given and asked for."""
     name = random.choice(NAMES) if random.random() < 0.95 else capitalized(made_up(random))
-    told = random.choice(
+    stated = random.choice(
         ("My name is {}.", "I am {}.", "I'm {}", "Hello, I am {}.", "Hi, my name is {}", "Call me {}.")
     )
     answer = random.choice(("Nice to meet you, {}!", "Hello, {}! What can I do for you?", "Hi {}! How can I help?"))
-    exchanges = [(told.format(name), answer.format(name))]
+    exchanges = [(stated.format(name), answer.format(name))]
     if random.random() < 0.3:
         exchanges += small_talk(random)
     if random.random() < 0.7:

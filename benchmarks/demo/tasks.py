@@ -21,7 +21,7 @@ from benchmarks.demo.words import (
     plural,
 )
 
-LARGEST = 20  # of most numbers that are added; a few have two digits, and with three it gives up
+LARGEST = 20  # the largest operand of most sums; a few have any two digits, and with three the model declines
 KINDS = {
     "animals": ANIMALS,
     "fruits": FRUITS,
@@ -35,7 +35,7 @@ KINDS = {
 
 
 def sums(random: Random) -> list[Exchange]:
-    """One sum, or a few that go on from what came out."""
+    """One sum, difference or product, and perhaps more sums."""
     left, right = _numbers(random)
     draw = random.random()
     if draw < 0.05:
@@ -107,7 +107,7 @@ def _product(random: Random, left: int, right: int) -> Exchange:
 
 
 def drill(random: Random) -> str:
-    """Many sums in a row: in conversations each of them comes up too rarely to be learned."""
+    """Many sums in a row: in conversations, each occurs too rarely to be learned."""
     rows: list[str] = []
     for _ in range(random.randint(8, 14)):
         left, right = random.randint(0, LARGEST), random.randint(0, LARGEST)
@@ -128,7 +128,7 @@ def word_problems(random: Random) -> list[Exchange]:
     thing = random.choice((*FRUITS, "coin", "book", "ball", "cake", "egg", "button", "stone", "shell"))
     left, right = random.randint(1, LARGEST), random.randint(1, LARGEST)
     if random.random() < 0.55:
-        told = random.choice(
+        wording = random.choice(
             (
                 "{name} has {left} and gets {right} more.",
                 "{name} has {left}. {other} gives {right} more.",
@@ -138,7 +138,7 @@ def word_problems(random: Random) -> list[Exchange]:
         sign, result = "+", left + right
     else:
         left, right = max(left, right), min(left, right)
-        told = random.choice(
+        wording = random.choice(
             (
                 "{name} has {left} and gives away {right}.",
                 "{name} has {left} and loses {right}.",
@@ -146,7 +146,7 @@ def word_problems(random: Random) -> list[Exchange]:
             )
         )
         sign, result = "-", left - right
-    text = told.format(name=name, other=other, left=count(left, thing), right=right)
+    text = wording.format(name=name, other=other, left=count(left, thing), right=right)
     things = plural(thing)
     asked = random.choice(
         (f"How many {things} does {name} have now?", f"How many does {name} have?", f"How many {things} are there?")
@@ -195,7 +195,7 @@ def spelling(random: Random) -> list[Exchange]:
 
 
 def repeating(random: Random) -> list[Exchange]:
-    """Copying, which so much else rests on."""
+    """Copying, which many other tasks need."""
     words = [random.choice((*HEROES, *THINGS, *COLORS, *NAMES)) for _ in range(random.randint(1, 4))]
     text = " ".join(words)
     asked = random.choice(("Repeat: {}", "Say: {}", "Repeat after me: {}", "Say {}", "Please say: {}"))

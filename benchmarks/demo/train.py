@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo models: `python -m benchmarks.demo.train --out FOLDER`, with --draft the small one.
+"""Trains the demo models: `python -m benchmarks.demo.train --out FOLDER`, or with --draft the draft model.
 
-Takes the product's own dense forward pass, differentiated by jax. The folder holds a whole model from the
-first minutes on, a better one with every save.
+Uses the product's dense forward pass, differentiated by JAX. The folder holds a complete model after the first minutes,
+and a better one after every save.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from jaxserve.models.decoder import Params, forward
 from jaxserve.models.registry import spec_of
 from jaxserve.models.spec import ModelSpec
 
-# Short rows are learned from fastest; later rows are longer, and some as long as the model takes.
+# Short rows train fastest; later rows are longer, and some have the model's maximum length.
 SHORT, USUAL = packing.BatchShape(16, 128, USUAL_TOPICS), packing.BatchShape(8, 256, USUAL_TOPICS)
 LONG = packing.BatchShape(1, shapes.LENGTH, 60)
 LOG, LOG_EVERY, SAVE_EVERY = "training_log.json", 50, 180.0  # file, steps, seconds
@@ -39,12 +39,12 @@ class TrainingPlan:
     seed: int = 0  # of text and parameters
     steps: int = 4000  # of 2048 tokens each
     peak: float = 3e-3  # highest learning rate
-    short_share: float = 0.6  # of the steps, the first, with short rows
-    long_every: int = 20  # steps after them there is one with a row as long as the model takes
+    short_share: float = 0.6  # share of the steps, at the start, with short rows
+    long_every: int = 20  # after those, one of this many steps has a row of maximum length
 
 
 def start(spec: ModelSpec, seed: int) -> Params:
-    """Random parameters, public layout. What adds to the residual stream begins small."""
+    """Random parameters in the public layout. Those that write to the residual stream start small."""
     random = np.random.default_rng(seed)
     params: Params = {}
     for path, leaf in param_layout.leaves(param_layout.abstract_public(spec, jnp.float32)):
@@ -61,7 +61,7 @@ def start(spec: ModelSpec, seed: int) -> Params:
 
 
 def loss_of(spec: ModelSpec, public: Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean negative log-probability of the tokens that are to be learned."""
+    """The weighted mean of the tokens' negative log-probabilities."""
     logits = forward(spec, param_layout.to_engine_layout(spec, public), tokens)[:, :-1]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
     weights = weights[:, 1:]
@@ -78,7 +78,7 @@ def update(
 
 
 def lessons(tokenizer: Tokenizer, plan: TrainingPlan) -> Iterator[packing.Batch]:
-    """The batches of a whole training."""
+    """The batches of a whole training run."""
     sources = {
         shape: packing.batches(tokenizer, shape, seed=plan.seed + number)
         for number, shape in enumerate((SHORT, USUAL, LONG))
@@ -89,7 +89,7 @@ def lessons(tokenizer: Tokenizer, plan: TrainingPlan) -> Iterator[packing.Batch]
 
 
 def train(out: Path, plan: TrainingPlan, *, draft: bool, begin: Path | None = None) -> None:
-    """begin: a folder of such a model, trained before, whose parameters and tokenizer to start from."""
+    """`begin`: the folder of an earlier run, whose parameters and tokenizer to start from."""
     tokenizer = vocabulary.train() if begin is None else Tokenizer.from_file(str(begin / "tokenizer.json"))
     steps = plan.steps
     spec = spec_of(shapes.config(tokenizer, draft=draft))
@@ -136,11 +136,11 @@ def _as_json(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train a demo model. Class TrainingPlan explains the numbers.",
+        description="Train a demo model. The class TrainingPlan explains the numbers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--draft", action="store_true", help="the draft model, ten times smaller")
+    parser.add_argument("--draft", action="store_true", help="train the draft model, which is ten times smaller")
     for field in fields(TrainingPlan):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     parser.add_argument("--start", type=Path, help="folder of an earlier run to resume from")

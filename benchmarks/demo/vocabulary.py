@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from benchmarks.demo.corpus import Messages, documents
 
 SIZE = 1280
-SEED, DOCUMENTS = 0, 30_000  # of the text that it is trained on
+SEED, DOCUMENTS = 0, 30_000  # of the text that the tokenizer is trained on
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
 SPECIAL = (PAD, BEGIN, END, *(f"<|{role}|>" for role in ROLES))
-# Words with the space before them, digits one by one, other signs in a row, line breaks, other spaces.
+# Words with the space before them, single digits, runs of other characters, line breaks, other spaces.
 PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (
     "{{- bos_token }}"
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 
 def train() -> Tokenizer:
-    """Always the same one."""
+    """Trains the tokenizer; the result is always the same."""
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated", invert=False)
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)
@@ -59,7 +59,7 @@ def _texts(source: Iterable[Messages | str]) -> Iterator[str]:
 
 
 def save(tokenizer: Tokenizer, folder: Path, length: int) -> None:
-    """The files of a Hugging Face folder, for a model of at most `length` tokens."""
+    """Writes the tokenizer's files of a Hugging Face folder, for a model of at most `length` tokens."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False) + "\n")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

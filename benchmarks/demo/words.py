@@ -68,7 +68,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def a(noun: str) -> str:
-    """With its article."""
+    """The noun with its article."""
     return f"an {noun}" if noun[0] in "aeio" or noun.startswith(("umbrella", "uncle")) else f"a {noun}"
 
 
@@ -95,7 +95,7 @@ def capitalized(text: str) -> str:
 
 
 def made_up(random: Random) -> str:
-    """A word that no language has."""
+    """An invented word."""
     count = random.randint(2, 3)
     parts = (random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(count))
     return "".join(parts) + random.choice(("", "", "n", "r", "x", "st"))

@@ -42,7 +42,7 @@ from pathlib import Path
 from benchmarks.serving import CHAT, Target
 
 START_SECONDS = 300
-ROWS = 32  # sequences at once, of each
+ROWS = 32  # concurrent sequences per server
 _ROOT = Path(__file__).parents[2]
 NAMES = ("jaxserve", "jaxserve-uncached", "vllm", "transformers", "llamacpp")
 _WRITE_GGUF = Path(__file__).parent / "write_gguf.py"
@@ -53,11 +53,11 @@ class StartCommand:
     """How a server is started."""
 
     command: list[str]
-    ready: str  # a route that answers 200 once it serves
+    ready: str  # a route that returns 200 once the server is ready
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     cwd: Path = _ROOT
-    prepare: list[str] = field(default_factory=list[str])  # a command that is run before, and what it leaves
-    leaves: Path | None = None
+    prepare: list[str] = field(default_factory=list[str])  # a command to run first
+    leaves: Path | None = None  # the file that `prepare` writes
 
 
 def start_command(name: str, model: Path, port: int, *, longest: int, venv: Path | None) -> StartCommand:
@@ -70,11 +70,11 @@ def start_command(name: str, model: Path, port: int, *, longest: int, venv: Path
             command = str(Path(sysconfig.get_path("scripts"), "jaxserve"))
             return StartCommand(command=[command, "run", str(model), *common, *flags], ready="/health")
         case "vllm":
-            # By its module: the wheel's metadata lack the name that its command asks for.
+            # As a module: the `vllm` command looks up a package name that this wheel's metadata lack.
             start = [str(_python(name, venv)), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
             flags = ["--dtype", "float32", "--max-model-len", str(longest), "--max-num-seqs", str(ROWS)]
             settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-            # Not in the checkout, whose packages are not its own.
+            # Outside the checkout, so that our packages are not imported.
             return StartCommand(
                 command=[*start, *common, *flags],
                 ready="/health",
@@ -87,7 +87,7 @@ def start_command(name: str, model: Path, port: int, *, longest: int, venv: Path
             return StartCommand(
                 command=[command, "serve", str(model), *common, *flags],
                 ready="/v1/models",
-                environment={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": tempfile.gettempdir()},  # it must be there
+                environment={"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": tempfile.gettempdir()},  # it must exist
                 cwd=Path(tempfile.gettempdir()),
             )
         case "llamacpp":
@@ -106,9 +106,9 @@ def start_command(name: str, model: Path, port: int, *, longest: int, venv: Path
 
 
 def missing(name: str, venv: Path | None) -> str | None:
-    """Why this server cannot be started, as far as can be seen without trying."""
+    """Why this server cannot be started, as far as is known in advance; None if nothing is wrong."""
     if name not in NAMES:
-        return f"unknown server {name!r}; there are {', '.join(NAMES)}"
+        return f"unknown server {name!r}; choose from {', '.join(NAMES)}"
     if name.startswith("jaxserve"):
         return None
     if venv is None:
@@ -123,7 +123,7 @@ def _python(name: str, venv: Path | None) -> Path:
 
 
 class ComparedServer:
-    """One that runs, on a port of its own."""
+    """A running server on a free port."""
 
     def __init__(self, name: str, model: Path, *, longest: int, venv: Path | None = None, log: Path) -> None:
         with socket.socket() as probe:
@@ -131,7 +131,9 @@ class ComparedServer:
             port = int(probe.getsockname()[1])
         self.name, self._file = name, log
         made = start_command(name, model, port, longest=longest, venv=venv)
-        keep_alive = name != "llamacpp"  # which closes a connection after a stream, and the next request is lost
+        keep_alive = (
+            name != "llamacpp"
+        )  # closes the connection after a stream, so that the next request on it would be lost
         self.target = Target(url=f"http://127.0.0.1:{port}", model=str(model), path=CHAT, keep_alive=keep_alive)
         self._log = log.open("wb")
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
@@ -151,9 +153,9 @@ class ComparedServer:
         self.start_seconds = time.monotonic() - began
 
     def last_words(self) -> str:
-        """The end of its log, and whether it runs."""
+        """The end of its log, and whether it is still running."""
         code = self.process.poll()
-        return f"{_end(self._file)} | {'it runs' if code is None else f'it ended with code {code}'}"
+        return f"{_end(self._file)} | {'still running' if code is None else f'exited with code {code}'}"
 
     def close(self) -> None:
         self.process.terminate()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' `generate`, timed; runs in a Python that has torch and transformers and nothing of jaxserve.
+"""Times transformers' `generate`; runs in a Python that has torch and transformers, and imports nothing of jaxserve.
 
     python transformers_generate.py FOLDER
 
@@ -24,8 +24,12 @@ def main() -> None:
     model.eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    told = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps(told), flush=True)
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(versions), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         prompts, new = asked["prompts"], asked["max_tokens"]

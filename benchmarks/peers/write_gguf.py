@@ -28,12 +28,12 @@ LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-SPLIT = "smollm"  # llama.cpp's name for: digits alone, words with the space before them
+SPLIT = "smollm"  # llama.cpp's name for this splitting: single digits, words with the space before them
 NORMAL, CONTROL = 1, 3
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """In float32, by their names in the checkpoint."""
+    """The checkpoint's tensors in float32, by name."""
     found: dict[str, np.ndarray] = {}
     for path in folder.glob("*.safetensors"):
         content = np.memmap(path, np.uint8, "r")
@@ -48,13 +48,13 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
                 case "BF16":
                     values = (content[start:end].view("<u2").astype("<u4") << 16).view("<f4")
                 case other:
-                    raise SystemExit(f"error: {name} is {other}, known are F32 and BF16")
+                    raise SystemExit(f"error: {name} is {other}; supported are F32 and BF16")
             found[name] = values.reshape(about["shape"])
     return found
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a head as llama.cpp rotates them: neighbours, not halves."""
+    """The rows of a head in llama.cpp's order for RoPE: it rotates neighbours, not halves."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -89,10 +89,10 @@ def write_shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    told = json.loads((folder / "tokenizer.json").read_text())
-    model, special = told["model"], {one["id"] for one in told["added_tokens"]}
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    model, special = tokenizer["model"], {one["id"] for one in tokenizer["added_tokens"]}
     names = {place: name for name, place in model["vocab"].items()}
-    names |= {one["id"]: one["content"] for one in told["added_tokens"]}
+    names |= {one["id"]: one["content"] for one in tokenizer["added_tokens"]}
     tokens = [names[place] for place in range(config["vocab_size"])]
     if model["type"] == "BPE":
         writer.add_tokenizer_model("gpt2")
@@ -106,12 +106,12 @@ def write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
         tokens = [name if place in special else f"\u2581{name}" for place, name in enumerate(tokens)]
         writer.add_token_scores([-1.0] * len(tokens))
     else:
-        raise SystemExit(f"error: the tokenizer is of type {model['type']}, known are BPE and WordLevel")
+        raise SystemExit(f"error: the tokenizer's type is {model['type']}; supported are BPE and WordLevel")
     writer.add_token_list(tokens)
     writer.add_token_types([CONTROL if place in special else NORMAL for place in range(len(tokens))])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
-    writer.add_add_bos_token(False)  # the chat template says where it stands
+    writer.add_add_bos_token(False)  # the chat template adds it
     writer.add_add_eos_token(False)
     writer.add_chat_template(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
 
@@ -120,7 +120,7 @@ def main() -> None:
     folder, file = Path(sys.argv[1]), Path(sys.argv[2])
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] != ["LlamaForCausalLM"]:
-        raise SystemExit(f"error: the model is a {config['architectures'][0]}, known is LlamaForCausalLM")
+        raise SystemExit(f"error: the model is a {config['architectures'][0]}; supported is LlamaForCausalLM")
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     write_shape(writer, config)

@@ -180,7 +180,7 @@ def test_finished_rounds_are_reported(
     with pytest.raises(SystemExit) as ended:
         compare.main()
     assert ended.value.code == code
-    assert "of 3 rounds 1 were finished" in capsys.readouterr().out
+    assert "1 of 3 rounds were finished" in capsys.readouterr().out
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["settings"]["rounds"] == 1 and content["rows"][0]["tokens_per_second"] == 8
     assert len(ALL) == 2 and all(server.closed for server in ALL)
@@ -212,7 +212,7 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
     ("named", "problem"),
     [
         ("", "is an empty list"),
-        ("jaxserve,x", "unknown server 'x'; there are jaxserve,"),
+        ("jaxserve,x", "unknown server 'x'; choose from jaxserve,"),
         ("jaxserve,vllm", "vllm needs an environment, vllm=FOLDER"),
         ("jaxserve,transformers=/nonexistent", "there is no virtual environment in /nonexistent"),
         ("jaxserve,jaxserve", "has duplicates"),

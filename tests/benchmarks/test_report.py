@@ -164,7 +164,7 @@ def test_start_up(warm: float, missed: bool, tmp_path: Path) -> None:
     assert cells(text, "warm")[1] == f"{warm}" + " **missed**" * missed
     assert cells(text, "cold")[1] == f"{warm}"
     other = section_of(tmp_path, {"s.json": content | {"model": "llama-1b"}})
-    assert "within 2 times its loading, 2.0 s" in other and "**missed**" in cells(other, "warm")[1]
+    assert "within 2 times the time of loading the weights, 2.0 s" in other and "**missed**" in cells(other, "warm")[1]
 
 
 def test_the_server(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_batching_and_memory(tmp_path: Path) -> None:
     assert cells(text, "offline") == ["offline", "1,000", "5,000", *["12.3 x", "64 of 1,000"] * 2]
     tiny = section_of(tmp_path, {"b.json": content | {"model": "tiny"}})
     assert "chats" not in tiny, "toy sizes are not figures"
-    assert cells(text, "MB that they occupy, mean")[1:] == ["60.0", "600", "10.0 x"]
+    assert cells(text, "MB in use, mean")[1:] == ["60.0", "600", "10.0 x"]
 
 
 def test_the_host_s_work(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_the_demo(written: Any) -> None:
 
 def test_unknown_content_is_an_error(tmp_path: Path, written: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(SystemExit, match="a GPT2LMHeadModel, known is LlamaForCausalLM"):
+    with pytest.raises(SystemExit, match="a GPT2LMHeadModel; supported is LlamaForCausalLM"):
         written(tmp_path)
 
 

@@ -112,7 +112,7 @@ def test_rounds_can_be_repeated() -> None:
 @pytest.mark.parametrize(
     ("asked", "status", "body", "problem"),
     [
-        (Ask(COMPLETIONS, {"prompt": "a"}), 500, b"{}", "500 in place of 200"),
+        (Ask(COMPLETIONS, {"prompt": "a"}), 500, b"{}", "status 500, expected 200"),
         (Ask(COMPLETIONS, {"prompt": ""}, 400), 400, b'{"error": {}}', "not an error"),
         (Ask(COMPLETIONS, {"prompt": "a"}), 200, b'{"choices": []}', "not exactly one"),
         (Ask(COMPLETIONS, {"prompt": "a", "stream": True}), 200, b"", "without its final event"),
