@@ -25,8 +25,8 @@ BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 ABOUT = """
 `python -m benchmarks.report` writes this section from the files in [results](results); each table links to its file.
 Comparisons are medians of rounds in which the sides take turns. `vs NAME` is jaxserve's output tokens per second
-divided by the other side's, `TTFT ratio` the other side's time to first token divided by jaxserve's: above 1, jaxserve
-is ahead. The models are `demo`, the one in the package, and `110m` and `1b`, Llamas with random weights. On CPUs
+divided by the other side's, and `TTFT ratio` is the other side's time to first token divided by jaxserve's: above 1,
+jaxserve is ahead. The model `demo` is part of the package; `110m` and `1b` are Llamas with random weights. On CPUs
 everything runs in float32.
 """.strip()
 TILES = "tuning.json"  # lies beside the sections of a GPU run, but is no result

@@ -199,7 +199,8 @@ def startup_lines(content: Content, rows: Rows) -> list[str]:
         parts = [f"{medians[name][phase]:.1f}" for phase in startup.PHASES]
         shown.append([name, judged(whole, ".1f", aim if name == "warm" else None, at_most=True), *parts])
     return [
-        f"Model `{model}`, seconds until the first token. Target: {about}.",
+        f"Model `{model}`, seconds until the first token: until the port answers, starting JAX, loading, compiling and "
+        f"the rest. Target: {about}.",
         "",
         *table(["start", "total", *startup.PHASES], shown),
     ]

@@ -11,7 +11,7 @@ from benchmarks import plot
 from benchmarks.plot import Panel
 from benchmarks.report_kinds import Content
 
-TITLE = "jaxserve's output tokens per second beside other servers and transformers"
+TITLE = "Output tokens per second of jaxserve, other servers and transformers"
 MODELS = {"110m": "Llama with 110 M random weights", "demo": "demo model, 1.6 M parameters"}
 BATCHED = (8, 32, 256, 1000)  # of the table's loads
 NAMES = {
