@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from benchmarks import arguments, compare, facts, kv_memory, offline
-from benchmarks.ragged import FULL, LONGEST, TINY, Asked, Scale, chats, even
+from benchmarks.batching_requests import FULL, LONGEST, TINY, Asked, Scale, chats, even
 from jaxserve import LLM, SamplingParams
 
 PARTS = ("chats", "offline", "memory")

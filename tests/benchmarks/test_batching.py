@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import batching, kv_memory, offline, ragged
+from benchmarks import batching, batching_requests, kv_memory, offline
 from benchmarks.batching import Generated
+from benchmarks.batching_requests import FULL, TINY, Asked
 from benchmarks.kv_memory import CacheUse
-from benchmarks.ragged import FULL, TINY, Asked
 from jaxserve.engine.execute import program_store
 
 
@@ -41,12 +41,12 @@ def tens(seed: int, count: int) -> list[Asked]:
 
 
 def test_requests_are_those_of_their_seed() -> None:
-    chats = [ragged.chats(replace(FULL.chats, seed=seed), 1000, 200) for seed in (1, 1, 2)]
-    even = [ragged.even(FULL, 1000, 200, seed=seed) for seed in (1, 1, 2)]
+    chats = [batching_requests.chats(replace(FULL.chats, seed=seed), 1000, 200) for seed in (1, 1, 2)]
+    even = [batching_requests.even(FULL, 1000, 200, seed=seed) for seed in (1, 1, 2)]
     for first, again, other in (chats, even):
         assert first == again and not {tuple(one.prompt) for one in first} & {tuple(one.prompt) for one in other}
         assert all(16 <= token < 1000 for one in first for token in one.prompt)
-        assert max(len(one.prompt) + one.new for one in first) <= ragged.LONGEST
+        assert max(len(one.prompt) + one.new for one in first) <= batching_requests.LONGEST
     answers = [one.new for one in chats[0]]
     assert min(answers) < 16 and max(answers) == 128, "chats are ragged"
     assert 98 < statistics.mean(one.new for one in even[0]) < 102 and {one.new for one in even[0]} <= set(
