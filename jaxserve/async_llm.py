@@ -123,8 +123,18 @@ class AsyncLLM:
     # --- between steps ----------------------------------------------------------------------------------------------
 
     async def update_weights(self, params: Params, version: int | None = None) -> None:
-        """Like LLM.update_weights. Requests in flight use the new parameters from their next token."""
-        await self._client.call("update_weights", params=params, version=version)
+        """Like LLM.update_weights. Requests in flight use the new parameters from their next token.
+
+        What the conversion needs is compiled in another thread meanwhile: they do not wait for it.
+        """
+        self._thread.check_alive()
+        found = await asyncio.to_thread(self._engine.conversions, params)
+        await self._client.call("replace_weights", found=found, version=version)
+
+    async def public_params(self, *, copy: bool = True) -> Params:
+        """Like LLM.public_params. Requests in flight continue meanwhile."""
+        params = await self._client.call("weights")
+        return await asyncio.to_thread(self._engine.public_params, params, copy=copy)
 
     async def sleep(self, level: int = 1) -> None:
         """Like LLM.sleep. Raises while requests are in flight."""

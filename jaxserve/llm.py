@@ -29,7 +29,6 @@ from jaxserve.host.driver import Driver
 from jaxserve.host.interrupts import Deferred
 from jaxserve.host.open import open_engine
 from jaxserve.host.token_arrays import GeneratedArrays
-from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer
@@ -262,7 +261,8 @@ class LLM:
         """Replace the parameters, given in public or engine layout. Raises, and keeps the old ones, if they are of
         another model. Outputs have the version as policy_version; default: the last version plus one.
 
-        Arrays in engine layout with equal shapes, dtype and shardings are used without a copy: do not donate them.
+        Arrays that are already as the engine needs them are used without a copy: do not donate what was given. All
+        others are converted one tensor at a time, and each old one is freed before the next is converted.
         """
         with self._alone():
             self._engine.update_weights(params, version=version)
@@ -290,13 +290,18 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """The parameters in engine layout, on the devices; empty while asleep."""
-        return self._engine.runner.params
+        """The engine's own arrays, in engine layout, on the devices: do not donate them. Empty while asleep."""
+        return jax.tree.map(lambda leaf: leaf, self._engine.runner.params)
 
-    def public_params(self) -> Params:
-        """A copy of the parameters in public layout, with one entry per matrix of the architecture."""
-        with self._alone(), self._engine.runner.on_mesh():
-            return param_layout.to_public_layout(self.spec, self.params)
+    def public_params(self, *, copy: bool = True) -> Params:
+        """A copy of the parameters in public layout, with one entry per matrix of the architecture.
+
+        With copy=False, arrays that are equal in both layouts are the engine's own, and only the others take memory:
+        do not donate or delete them.
+        """
+        with self._alone():
+            engine = self._engine
+            return engine.public_params(engine.weights(), copy=copy)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 

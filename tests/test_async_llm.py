@@ -14,9 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxserve.async_llm import AsyncLLM
+from jaxserve.engine.execute import weights
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.types.outputs import RequestOutput
@@ -342,6 +344,52 @@ def test_weights_change_between_steps(engine: AsyncLLM, reference: Reference) ->
         assert (await outputs(engine, PROMPT, GREEDY))[-1].num_cached_tokens == 16
         await engine.reset_prefix_cache()
         assert (await outputs(engine, PROMPT, GREEDY))[-1].num_cached_tokens == 0
+
+    run(work())
+
+
+def test_requests_do_not_wait_for_the_compiler(
+    engine: AsyncLLM, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that convert parameters are compiled beside the steps, which go on meanwhile."""
+    go_on, begun = threading.Event(), threading.Event()
+    compiled = weights._compiled
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return compiled(*args)
+
+    async def work() -> None:
+        for change in (engine.public_params, lambda: engine.update_weights(tiny_llm.params(0))):
+            go_on.clear()
+            begun.clear()
+            weights._joining.cache_clear()
+            weights._splitting.cache_clear()
+            task = asyncio.ensure_future(change())
+            await asyncio.to_thread(begun.wait, 60)
+            assert await answer(engine, PROMPT, GREEDY) == reference.greedy(PROMPT, 6)
+            assert not task.done()
+            go_on.set()
+            await task
+
+    monkeypatch.setattr(weights, "_compiled", slow)
+    run(work())
+
+
+def test_public_params_are_copies(engine: AsyncLLM, reference: Reference) -> None:
+    async def work() -> None:
+        public = await engine.public_params()
+        for got, wanted in zip(*map(jax.tree.leaves, (public, tiny_llm.params(0))), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+            got.delete()
+        assert await answer(engine, PROMPT, GREEDY) == reference.greedy(PROMPT, 6)
+        shared = await engine.public_params(copy=False)
+        assert shared["final_norm"]["weight"] is engine._engine.runner.params["final_norm"]["weight"]
+        await engine.sleep()
+        with pytest.raises(JaxserveError, match="the engine is asleep; wake it first"):
+            await engine.public_params()
+        await engine.wake()
 
     run(work())
 

@@ -22,14 +22,16 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.execute import loading, memory, program_store
+from jaxserve.engine.execute import loading, memory, program_store, weights
 from jaxserve.engine.execute.loading import OnProgress
 from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.runner import Handle, Runner
+from jaxserve.engine.execute.weights import Conversion
 from jaxserve.engine.schedule.packing import Batcher
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.scheduler import Scheduler
 from jaxserve.errors import EngineError, JaxserveError
+from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types.metrics import Counters, EngineMetrics
@@ -65,11 +67,11 @@ class Engine:
         store = program_store.open_store(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         if params is None:
-            self.model, weights = loading.open_folder(config, on), None
+            self.model, held = loading.open_folder(config, on), None
         else:
-            self.model, weights = loading.open_params(config, spec, params, on)
+            self.model, held = loading.open_params(config, spec, params, on)
         free = memory.available(config, self.model)
-        with loading.reading(self.model, weights, on_progress) as reading:
+        with loading.reading(self.model, held, on_progress) as reading:
             self.capacity = capacity = memory.sized(config, self.model, free, store)
             self.limits = limits = capacity.limits
             for line in capacity.lines():
@@ -102,9 +104,7 @@ class Engine:
 
         hold: the number of beams, if not 0. Each stops after every token and waits for `extend`; `branch` forks them.
         """
-        self.check_alive()
-        if self.asleep:
-            raise JaxserveError("the engine is asleep", "wake it first")
+        self.check_awake()
         self.scheduler.add(request, hold=hold)
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
@@ -196,6 +196,11 @@ class Engine:
         if self.error is not None:
             raise EngineError(f"the engine has failed: {self.error}", "restart it")
 
+    def check_awake(self) -> None:
+        self.check_alive()
+        if self.asleep:
+            raise JaxserveError("the engine is asleep", "wake it first")
+
     # --- between steps ----------------------------------------------------------------------------------------------
 
     def drain(self) -> list[Update]:
@@ -209,21 +214,51 @@ class Engine:
     def update_weights(self, params: Params, *, version: int | None = None) -> None:
         """Use these parameters from the next step on. Raises, and keeps the old ones, if they are of another model.
 
-        Arrays in engine layout with equal shapes, dtype and shardings are used without a copy; public layout is
-        converted on the devices. Resets the prefix cache. Requests in flight continue and keep their computed KV.
+        Arrays that are already as the engine needs them are used without a copy, others are converted on the devices.
+        Resets the prefix cache. Requests in flight continue and keep their computed KV.
+        """
+        self.replace_weights(self.conversions(params), version=version)
+
+    def conversions(self, params: Params) -> list[Conversion]:
+        """Check new parameters, and compile what their conversion needs. May be called by any thread."""
+        runner = self.runner
+        return weights.conversions(runner.spec, params, runner.mesh, dtype=runner.dtype, device=runner.device)
+
+    def replace_weights(self, found: list[Conversion], *, version: int | None = None) -> None:
+        """The rest of `update_weights`, between two steps.
+
+        One tensor after the other is converted, then takes the place of the old one, which is freed unless the program
+        holds it too. The largest comes first: where memory is short, it is refused, and nothing is replaced. A fault
+        after that ends the engine, since its parameters would be of two models.
         """
         self.check_alive()
         if version is not None and (not isinstance(version, int) or isinstance(version, bool) or version < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise JaxserveError(f"version is {version!r}", "use a whole number of at least 0")
-        runner = self.runner
-        runner.params = self._placed(params)
-        self._asleep_weights = None
+        if self._in_flight:
+            jax.block_until_ready(self.runner.last)  # steps that still compute hold the old parameters
+        params: Params = self.runner.params or {}  # none while asleep
+        replaced = 0
+        try:
+            for each in found:
+                param_layout.put(params, each.path, each.run())
+                replaced += 1
+        except BaseException as error:
+            if not replaced or not self.runner.params:
+                raise
+            self.error = f"only {replaced} of {len(found)} parameters were replaced: {type(error).__name__}: {error}"
+            raise EngineError(f"the engine failed: {self.error}", "restart it") from error
+        self.runner.params, self._asleep_weights = params, None
         self.scheduler.pool.reset()
         self.scheduler.policy_version = self.scheduler.policy_version + 1 if version is None else version
 
-    def _placed(self, params: Params) -> Params:
-        runner = self.runner
-        return loading.as_engine(runner.spec, params, runner.mesh, dtype=runner.dtype, device=runner.device)
+    def weights(self) -> Params:
+        """The parameters in engine layout: the engine's own arrays, in a new tree."""
+        self.check_awake()
+        return jax.tree.map(lambda leaf: leaf, self.runner.params)
+
+    def public_params(self, params: Params, *, copy: bool = True) -> Params:
+        """The parameters of `weights` in public layout. May be called by any thread."""
+        return weights.as_public(self.runner.spec, params, self.runner.mesh, copy=copy)
 
     def sleep(self, level: int = 1) -> None:
         """Free the devices' memory: the KV cache and the weights. Level 1 keeps the weights on the host, level 2 drops
@@ -254,7 +289,9 @@ class Engine:
             raise JaxserveError("the engine is not asleep", "call sleep first")
         runner = self.runner
         if self._asleep_weights is not None:
-            runner.params = self._placed(self._asleep_weights)
+            runner.params = weights.as_engine(
+                runner.spec, self._asleep_weights, runner.mesh, dtype=runner.dtype, device=runner.device
+            )
             self._asleep_weights = None
         if not runner.params:
             if not self._has_checkpoint:

@@ -9,7 +9,7 @@ Conversion only moves values, and is differentiable. Loading uses the same descr
 (`parts_of`) to write pieces directly into place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,10 +62,10 @@ def to_engine_layout(spec: ModelSpec, public: Params) -> Params:
         engine: Params = {}
         for path, (value, _) in leaves(target):
             parts = parts_of(path, value.shape, spec)
-            put(engine, path, _join(parts, [pieces[part.path] for part in parts], value))
+            put(engine, path, join(parts, [pieces[part.path] for part in parts], value))
         return engine
 
-    _check_public(spec, pieces, target)
+    check_public(spec, pieces, {path: value for path, (value, _) in leaves(target)})
     if not mesh.in_mesh():
         return convert(pieces)
     cuts = jax.tree.map(lambda pair: pair[1], target, is_leaf=lambda node: isinstance(node, tuple))
@@ -78,11 +78,9 @@ def to_public_layout(spec: ModelSpec, engine: Params) -> Params:
     def convert(engine: Params) -> Params:
         public: Params = {}
         for path, array in leaves(engine):
-            for part in parts_of(path, array.shape, spec):
-                value = array[part.index].reshape(part.view)
-                if part.view != part.source:  # repeated along axis 1
-                    value = value[:, :1]
-                put(public, part.path, value.reshape(part.shape))
+            parts = parts_of(path, array.shape, spec)
+            for part, value in zip(parts, split(parts, array), strict=True):
+                put(public, part.path, value)
         return public
 
     if not mesh.in_mesh():
@@ -159,7 +157,19 @@ def _attention_parts(path: Path, shape: tuple[int, ...], attention: Attention) -
     return [TensorPart(path, public, (), public, public)]
 
 
-def _join(parts: list[TensorPart], pieces: list[Any], like: Any) -> jax.Array:
+def split(parts: Sequence[TensorPart], array: jax.Array) -> list[jax.Array]:
+    """The public tensors that an engine tensor is made of."""
+    found: list[jax.Array] = []
+    for part in parts:
+        value = array[part.index].reshape(part.view)
+        if part.view != part.source:  # repeated along axis 1
+            value = value[:, :1]
+        found.append(value.reshape(part.shape))
+    return found
+
+
+def join(parts: Sequence[TensorPart], pieces: Sequence[Any], like: Any) -> jax.Array:
+    """The engine tensor made of these public tensors, with the shape and dtype of `like`."""
     values = [
         jnp.broadcast_to(piece.reshape(part.source), part.view) for part, piece in zip(parts, pieces, strict=True)
     ]
@@ -177,10 +187,11 @@ def _join(parts: list[TensorPart], pieces: list[Any], like: Any) -> jax.Array:
     return value.astype(like.dtype)
 
 
-def _check_public(spec: ModelSpec, pieces: Mapping[Path, Any], target: Params) -> None:
+def check_public(spec: ModelSpec, pieces: Mapping[Path, Any], target: Mapping[Path, Any]) -> None:
+    """Raises an error that names the tensor if `pieces` are not those of `target`, the engine layout in their dtype."""
     wanted = {
         part.path: (part.shape, value.dtype)
-        for path, (value, _) in leaves(target)
+        for path, value in target.items()
         for part in parts_of(path, value.shape, spec)
     }
     for path, (shape, dtype) in wanted.items():

@@ -2,8 +2,11 @@
 """New weights for a running LLM, and its sleep: what is swapped, what is refused, what it answers then."""
 
 import copy
+import gc
+import itertools
 import weakref
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,16 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ConfigError
-from jaxserve.errors import JaxserveError
+from jaxserve.engine.execute import weights
+from jaxserve.engine.execute.weights import Conversion
+from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.llm import LLM
 from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.types.sampling_params import SamplingParams
 from tests import tiny_llm
+from tests.conftest import ForbidCompiles
 from tests.golden import load as golden
 from tests.models import tiny
 from tests.tiny_llm import SPEC, Reference
@@ -97,6 +103,119 @@ def test_other_forms_of_the_same_weights(llm: LLM, answers: dict[str, list[int]]
         assert {leaf.dtype for leaf in jax.tree.leaves(llm.params)} == {jnp.dtype(jnp.float32)}
 
 
+def test_public_params_are_copies(llm: LLM, answers: dict[str, list[int]]) -> None:
+    """What a trainer donates or deletes is its own."""
+    public = llm.public_params()
+    assert not set(pointers(public)) & set(pointers(llm.params))
+    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2, tree), donate_argnums=0)
+    doubled = step(public)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(public))
+    np.testing.assert_array_equal(doubled["embed"]["weight"], 2 * np.asarray(OLD["embed"]["weight"]))
+    assert answer(llm) == answers["old"]
+
+
+def test_public_params_without_a_copy_are_the_engines_where_they_can_be(llm: LLM) -> None:
+    public, mine = llm.public_params(copy=False), llm.params
+    assert public["final_norm"]["weight"] is mine["final_norm"]["weight"]
+    for got, wanted in zip(*map(jax.tree.leaves, (public, OLD)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_tree_of_the_engine_is_not_changed_by_an_update(llm: LLM, answers: dict[str, list[int]]) -> None:
+    kept = llm.params
+    llm.update_weights(NEW)
+    llm.update_weights(kept)
+    assert answer(llm) == answers["old"]
+
+
+def test_only_the_first_call_compiles(llm: LLM, forbid_compiles: ForbidCompiles) -> None:
+    public = llm.public_params()
+    llm.update_weights(public)
+    other = jax.tree.map(jnp.array, NEW)
+    late = llm.metrics().compiled_late
+    with forbid_compiles():
+        llm.public_params()
+        llm.update_weights(other)
+        llm.update_weights(public)
+    assert llm.metrics().compiled_late == late
+
+
+def live() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_an_update_needs_memory_for_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the old parameters and the given ones; the old ones are freed on the way."""
+    spec = replace(SPEC, layers=SPEC.layers * 6)
+    llm = tiny_llm.make(spec=spec, params=tiny.public_params(spec))
+    given = tiny.public_params(spec, seed=1)
+    fused = [leaf.nbytes for path, leaf in param_layout.leaves(llm.params) if {"qkv", "gate_up"} & {*path}]
+    assert sum(fused) >= 6 * max(fused)
+    peaks, run = list[int](), Conversion.run
+
+    def measured(self: Conversion) -> jax.Array:
+        tensor = run(self)
+        peaks.append(live())
+        return tensor
+
+    monkeypatch.setattr(Conversion, "run", measured)
+    before = live()
+    llm.update_weights(given)
+    assert len(peaks) == len(jax.tree.leaves(llm.params))
+    assert before < max(peaks) <= before + max(fused)
+    assert live() <= before
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The conversion of this tensor, counted from 0, finds no memory."""
+    put, calls = weights._put, itertools.count()
+
+    def short(array: Any, where: Any) -> jax.Array:
+        if isinstance(array, jax.Array) and next(calls) == at:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+        return put(array, where)
+
+    monkeypatch.setattr(weights, "_put", short)
+
+
+def test_without_memory_nothing_is_replaced(
+    llm: LLM, answers: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = jax.tree.leaves(llm.params)
+    new = engine_layout(NEW)
+    with monkeypatch.context() as patch:
+        failing(patch, 0)
+        with pytest.raises(JaxserveError, match=r"needs [\d,]+ bytes per device beside .* RESOURCE_EXHAUSTED"):
+            llm.update_weights(new)
+    assert all(mine is old for mine, old in zip(jax.tree.leaves(llm.params), before, strict=True))
+    assert answer(llm) == answers["old"] and llm.metrics().policy_version == 0
+    llm.sleep(2)
+    with monkeypatch.context() as patch:
+        failing(patch, 3)
+        with pytest.raises(JaxserveError, match="RESOURCE_EXHAUSTED"):
+            llm.update_weights(new)
+    assert llm.params == {}, "half of the parameters were kept"
+    llm.update_weights(OLD)
+    llm.wake()
+    assert answer(llm) == answers["old"]
+
+
+def test_the_largest_tensor_comes_first() -> None:
+    found = weights.conversions(SPEC, NEW, None)
+    assert [each.size for each in found] == sorted((each.size for each in found), reverse=True)
+    assert found[0].path[-2:] in (("gate_up", "kernel"), ("qkv", "kernel"))
+
+
+def test_an_engine_with_parameters_of_two_models_answers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm.make()
+    failing(monkeypatch, 3)
+    with pytest.raises(EngineError, match="only 3 of 13 parameters were replaced"):
+        llm.update_weights(engine_layout(NEW))
+    with pytest.raises(EngineError, match="only 3 of 13"):
+        llm.generate(PROMPT, GREEDY)
+
+
 def edited(params: Params, path: tuple[Any, ...], value: Any) -> Params:
     """With this value at the path, or without the leaf where it is None."""
     params = copy.deepcopy(jax.tree.map(np.asarray, params))
@@ -159,6 +278,8 @@ def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int
     assert llm.params == {}
     with pytest.raises(JaxserveError, match="is asleep"):
         llm.generate(PROMPT, GREEDY)
+    with pytest.raises(JaxserveError, match="the engine is asleep; wake it first"):
+        llm.public_params()
     with pytest.raises(JaxserveError, match="is already asleep"):
         llm.sleep()
     if level == 2:

@@ -7,7 +7,7 @@ for an accelerator, `reading` does so in a thread.
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Mapping, Set
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from convert import load
 from convert.files import hub, progress
 from convert.load import LoadPlan
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.errors import JaxserveError
+from jaxserve.engine.execute import weights
 from jaxserve.models import hf, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
@@ -152,16 +152,11 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
     if spec.tied and "head" in params:
         spec = replace(spec, tied=False)
     dtype = None if config.dtype == "auto" else jnp.dtype(config.dtype)
-    engine = as_engine(spec, params, on, dtype=dtype, device=None if on is not None else _only_device(params))
-    shapes = shapes_of(engine)
+    engine = weights.as_engine(spec, params, on, dtype=dtype, device=None if on is not None else _only_device(params))
+    shapes = weights.shapes_of(engine)
     if known is None:
         return Opened(spec, shapes, on), engine
     return Opened(spec, shapes, on, known, _eos_token_ids(known), _sampling_defaults(known)), engine
-
-
-def shapes_of(arrays: Any) -> Any:
-    """The arrays' shapes, dtypes and shardings, enough to compile with."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays)
 
 
 def _only_device(params: Params) -> Any:
@@ -170,59 +165,6 @@ def _only_device(params: Params) -> Any:
     if len(devices) > 1:
         raise ConfigError(f"the parameters are on {len(devices)} devices, but mesh is not set", "set mesh")
     return next(iter(devices), None)
-
-
-def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, device: Any = None) -> Params:
-    """The parameters in engine layout, on the mesh or the single device. Leaves already in place are not copied."""
-    with jax.set_mesh(on):
-        given = _leaves(params)
-        dtype = dtype or getattr(given.get(("embed", "weight")), "dtype", jnp.dtype(jnp.float32))
-        targets = dict(param_layout.leaves(param_layout.abstract_params(spec, dtype)))
-        if targets.keys() != given.keys():
-            _check_not_engine(spec, given.keys(), targets)
-            given = _leaves(jax.jit(param_layout.to_engine_layout, static_argnums=0)(spec, params))
-        where = None if on is not None else SingleDeviceSharding(device or jax.devices()[0])
-        engine: Params = {}
-        for path, target in targets.items():
-            param_layout.put(engine, path, _placed(path, given[path], target, where or target.sharding))
-        return engine
-
-
-def _leaves(params: object) -> dict[param_layout.Path, Any]:
-    if not isinstance(params, Mapping):
-        problem = f"the parameters are of type {type(params).__name__}"
-        raise JaxserveError(problem, "pass a dict, as returned by load_model")
-    found = dict(param_layout.leaves(params))
-    for path, leaf in found.items():
-        if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
-            kind = getattr(leaf, "dtype", type(leaf).__name__)
-            raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "pass floating-point arrays")
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise JaxserveError(f"{param_layout.dotted(path)} was deleted or donated", "pass arrays that still exist")
-    return found
-
-
-def _check_not_engine(spec: ModelSpec, given: Set[param_layout.Path], targets: Mapping[param_layout.Path, Any]) -> None:
-    """Raises if the paths are nearly those of engine layout, with an error in terms of that layout."""
-    public = {part.path for path, leaf in targets.items() for part in param_layout.parts_of(path, leaf.shape, spec)}
-    if not given & (targets.keys() - public):
-        return
-    for path in targets.keys() - given:
-        raise JaxserveError(
-            f"the parameters have no {param_layout.dotted(path)}", "pass the complete tree in engine layout"
-        )
-    for path in given - targets.keys():
-        raise JaxserveError(f"the model has no parameter {param_layout.dotted(path)}", "pass parameters of this model")
-
-
-def _placed(path: param_layout.Path, leaf: Any, target: jax.ShapeDtypeStruct, where: Any) -> jax.Array:
-    if leaf.shape != target.shape:
-        found, wanted = f"{leaf.dtype}{list(leaf.shape)}", f"{target.dtype}{list(target.shape)}"
-        problem = f"{param_layout.dotted(path)} is {found}, expected {wanted}"
-        raise JaxserveError(problem, "pass parameters of this model, in the layout of its mesh")
-    if leaf.dtype != target.dtype:
-        leaf = leaf.astype(target.dtype)
-    return leaf if getattr(leaf, "sharding", None) == where else jax.device_put(leaf, where)
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:

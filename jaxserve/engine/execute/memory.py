@@ -6,7 +6,6 @@ largest programs if the size of the KV cache depends on their temporaries.
 """
 
 import contextlib
-import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -17,9 +16,11 @@ from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity, Memory
+from jaxserve.engine.execute import weights
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.runner import Runner
+from jaxserve.engine.execute.weights import shard_bytes
 from jaxserve.models.decoder import Params
 from jaxserve.models.mesh_fit import fit
 from jaxserve.models.spec import ModelSpec
@@ -63,7 +64,10 @@ def sized(config: EngineConfig, model: Opened, memory: Memory, store: Store | No
     found = capacity.resolve(config, model.spec, memory)
     if memory.usable is not None and not memory.on_cpu:
         probe = Runner.of(config, model, found.smallest(), store)
-        found = capacity.resolve(config, model.spec, replace(memory, step=probe.largest_step()))
+        step = probe.largest_step()
+        if model.plan is None:  # the program will give new parameters, which are converted between two steps
+            step = max(step, weights.largest_joined(model.spec, model.shapes))
+        found = capacity.resolve(config, model.spec, replace(memory, step=step))
     ends = frozenset(token for token in model.eos_token_ids if 0 <= token < model.spec.vocab_size)
     return replace(found.checked(), limits=replace(found.limits, eos_token_ids=ends))
 
@@ -94,9 +98,3 @@ def devices_of(model: Opened) -> list[Any]:
     if model.mesh is not None:
         return list(model.mesh.devices.flat)
     return list(model.shapes["embed"]["weight"].sharding.device_set)
-
-
-def shard_bytes(leaf: Any) -> int:
-    """The bytes per device of an array or its shape."""
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize

@@ -28,9 +28,10 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.buckets import fitting
 from jaxserve.engine.capacity import Capacity
 from jaxserve.engine.execute import programs
-from jaxserve.engine.execute.loading import Opened, shapes_of
+from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
+from jaxserve.engine.execute.weights import shapes_of
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import Ints, Layout, Packed
 from jaxserve.engine.schedule.plan import StepResult

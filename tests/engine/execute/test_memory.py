@@ -17,8 +17,9 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import GIB, SLACK, Capacity
 from jaxserve.engine.execute import loading, memory
-from jaxserve.engine.execute.loading import Opened, shapes_of
+from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.runner import Runner
+from jaxserve.engine.execute.weights import shapes_of
 from jaxserve.models.rope import angles
 from jaxserve.models.spec import Dynamic, LongRope, ModelSpec, Rope, Yarn
 from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
@@ -194,6 +195,16 @@ def state_of(sizes: Capacity) -> list[Any]:
     """What a runner of this capacity makes beside the KV cache."""
     runner = Runner(FULL, shapes_of(params_of(FULL)), sizes)
     return jax.tree.leaves((runner.tables, runner.last, runner.controls))
+
+
+def test_an_update_has_room_for_its_largest_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters that the program brought will be replaced: fused ones are converted beside the old ones."""
+    monkeypatch.setattr(FakeRunner, "largest_step", lambda self: 100)
+    got, _ = on_gpu(monkeypatch, FakeDevice(16 * GIB, 3 * GIB), gpu_memory_utilization=0.5)
+    layers = params_of(FULL)["layers"].values()
+    fused = [layer["attention"]["qkv"]["kernel"].nbytes for layer in layers]
+    fused += [layer["mlp"]["gate_up"]["kernel"].nbytes for layer in layers]
+    assert got.step == max(fused) > 100
 
 
 def test_a_device_that_does_not_report_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
