@@ -226,13 +226,15 @@ def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Scale) 
 
 def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.batching", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.batching",
+        description="Compare continuous batching and KV memory with transformers' generate.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--peer", type=arguments.python, metavar="PYTHON", help="a Python that has torch and transformers"
     )
     parser.add_argument("--model", default="demo", help=f"{', '.join(compare.MODELS)} or a folder")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to measure")
     parser.add_argument(
         "--requests",
         type=arguments.some(arguments.whole),

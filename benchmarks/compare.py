@@ -181,10 +181,14 @@ def markdown(rows: Sequence[ServerResult]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.compare",
+        description="Compare jaxserve with other servers of the same model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     whole = arguments.whole
-    parser.add_argument("--servers", type=named, default="jaxserve,jaxserve-uncached", help="names, peers as NAME=VENV")
+    parser.add_argument(
+        "--servers", type=named, default="jaxserve,jaxserve-uncached", help="comma-separated names; a peer as NAME=VENV"
+    )
     parser.add_argument("--model", default="demo", help=f"{', '.join(MODELS)} or a folder")
     parser.add_argument("--mix", default="fixed", choices=serving.MIXES, help="as for benchmarks.serving")
     parser.add_argument("--streams", type=arguments.some(whole), default="1,8,32", help="chats at once")

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that it runs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests (default: 0)")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     sizes, steps, longest, served = (

@@ -151,7 +151,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--seconds", type=arguments.positive, default=2.0, help="time for each row")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: 0)")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     print(f"jax {jax.__version__}, float32, block size {BLOCK_SIZE}, tables of {WIDTH_TOKENS} tokens")

@@ -176,13 +176,13 @@ def convert(source: Path, place: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.load", description="Compare loading a checkpoint with reading its file."
+        prog="python -m benchmarks.load", description="Compare loading a checkpoint with reading its files."
     )
     parser.add_argument("--gb", type=arguments.positive, default=1.0, help="size of the checkpoint")
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--dir", type=Path, help="parent of the temporary folder")
-    parser.add_argument("--rounds", type=arguments.whole, default=9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=arguments.whole, default=9, help="timed rounds (default: 9)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     options = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about PyTorch, which is not needed
     jax.config.update("jax_platforms", "cpu")

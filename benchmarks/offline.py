@@ -206,8 +206,8 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,8,32", help="prompts at once")
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to check that it runs")
-    parser.add_argument("--rounds", type=arguments.whole, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=arguments.whole, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and prompts (default: 0)")
     options = parser.parse_args()
     counts = [int(count) for count in options.concurrency.split(",")]
     shape = TINY if options.tiny else LlamaShape()

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,32,256", help="numbers of concurrent streams")
     parser.add_argument("--prompt", type=arguments.whole, default=32, help="tokens in a prompt")
     parser.add_argument("--new", type=arguments.whole, default=128, help="tokens per stream")
-    parser.add_argument("--rounds", type=arguments.whole, default=5)
+    parser.add_argument("--rounds", type=arguments.whole, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args()
     counts = [int(count) for count in options.streams.split(",")]

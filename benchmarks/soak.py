@@ -241,12 +241,12 @@ def main() -> None:
         prog="python -m benchmarks.soak",
         description="Check that a server's memory and counters stay stable under load.",
     )
-    parser.add_argument("--minutes", type=arguments.positive, default=30)
+    parser.add_argument("--minutes", type=arguments.positive, default=30, help="duration (default: 30)")
     parser.add_argument("--url", help="URL of a running server without other clients; requires --pid")
     parser.add_argument("--pid", type=int, help="process id of the server on this machine")
     parser.add_argument("--clients", type=arguments.whole, default=24, help="concurrent clients")
     parser.add_argument("--round", type=arguments.whole, default=500, help="requests per round")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests (default: 0)")
     parser.add_argument(
         "--json", type=arguments.file_to_write, metavar="FILE", help="also write the observations to FILE"
     )

@@ -18,14 +18,15 @@ from pallas_kernels import tuning
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Check and time every kernel on this GPU, and find the best tiles."
+        prog="python -m benchmarks.gpu",
+        description="Check and time the kernels and the engine on this GPU, and find the best tiles.",
     )
     made.add_argument(
         "--section",
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="sections to run (default: all); check, engine and time select all sections whose names start so",
+        help="sections to run (default: all); check, engine and time each select all sections of their kind",
     )
     made.add_argument(
         "--seconds", type=float, default=500.0, help="time budget for all sections together (default: %(default)s)"
