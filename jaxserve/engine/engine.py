@@ -191,6 +191,7 @@ class Engine:
         if not self.asleep:
             self.runner.free()
         self.runner.params = {}
+        self.runner.forget_programs()
 
     def check_alive(self) -> None:
         if self.error is not None:

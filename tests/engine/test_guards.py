@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxserve.engine.execute import programs
+from jaxserve.engine.execute import compiler
 from jaxserve.engine.schedule.packing import Layout, Packed
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.types.request import Request
@@ -114,7 +114,7 @@ def test_programs_write_in_place(warm: Watched) -> None:
     assert pool.shape[0] == BLOCKS
     for key in runner.every_key():
         with runner.on_mesh():
-            compiled = programs.compiled(runner.program(key))
+            compiled = compiler.compiled(runner.program(key))
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory.alias_size_in_bytes >= sum(sizes[name] for name in donated(key)), key
         if isinstance(key, Layout) or key == "edit":

@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.engine import Engine, _Progress
-from jaxserve.engine.execute import loading, memory, programs
+from jaxserve.engine.execute import compiler, loading, memory
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
 from jaxserve.parallel.mesh import make_mesh
@@ -44,7 +44,7 @@ def start(config: EngineConfig) -> Engine:
 def test_weights_are_read_while_programs_are_compiled(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
     """Each waits for the other to have begun."""
     compiling, reading = threading.Event(), threading.Event()
-    read, compile_on = loading.read, programs._compile_on
+    read, compile_on = loading.read, compiler.compile_on
 
     def slow_read(*given: Any) -> Params:
         reading.set()
@@ -57,7 +57,7 @@ def test_weights_are_read_while_programs_are_compiled(monkeypatch: pytest.Monkey
         return compile_on(*given)
 
     monkeypatch.setattr(loading, "read", slow_read)
-    monkeypatch.setattr(programs, "_compile_on", slow_compile)
+    monkeypatch.setattr(compiler, "compile_on", slow_compile)
     engine = start(config)
     assert engine.runner.params["embed"]["weight"].shape == engine.model.shapes["embed"]["weight"].shape
 
@@ -77,7 +77,7 @@ def test_a_fault_of_the_weights_ends_compiling(monkeypatch: pytest.MonkeyPatch, 
         compiled.append(given)
 
     monkeypatch.setattr(loading, "open_folder", then_shorter)
-    monkeypatch.setattr(programs, "_compile_on", slow_compile)
+    monkeypatch.setattr(compiler, "compile_on", slow_compile)
     with pytest.raises(JaxserveError, match="cannot read"):
         start(config)
     assert not compiled, "it was not told until programs were compiled"

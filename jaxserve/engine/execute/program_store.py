@@ -33,7 +33,7 @@ import pallas_kernels
 
 SUFFIX, PARTIAL = ".executable", ".partial"
 DAYS = 30  # a file not read for this long is deleted
-_FORM = 1  # version of the file format
+_FORM = 2  # version of the file format
 
 
 def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
@@ -70,8 +70,8 @@ class Store:
         """The program's file under the current settings. These may change: compare it before compiling and `save`."""
         return self.folder / f"{hashlib.sha256(f'{environment()}\n{program}'.encode()).hexdigest()}{SUFFIX}"
 
-    def load(self, file: Path, devices: Sequence[Any]) -> Any:
-        """The executable on these devices; None if there is no usable one."""
+    def load(self, file: Path, devices: Sequence[Any]) -> tuple[Any, int] | None:
+        """The executable on these devices, and what `save` got with it; None if there is no usable one."""
         try:
             with file.open("rb") as opened:
                 if not _trusted(os.fstat(opened.fileno())):
@@ -80,7 +80,7 @@ class Store:
         except OSError:  # absent, or not readable
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(content)
+            payload, in_tree, out_tree, extra = pickle.loads(content)
             found = serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )
@@ -90,17 +90,18 @@ class Store:
             return None
         with contextlib.suppress(OSError):
             os.utime(file)
-        return found
+        return found, extra
 
-    def save(self, file: Path, executable: Any) -> None:
-        """Write the file atomically. If that fails, the next start compiles again."""
+    def save(self, file: Path, executable: Any, extra: int) -> None:
+        """Write the file atomically. If that fails, the next start compiles again. `extra`: the bytes that a run takes
+        beside its arguments, which the executable no longer knows once it is loaded."""
         if jax.config.jax_compilation_cache_dir is not None:
             # An executable from jax's own cache cannot be serialized again: on a CPU it then lacks its functions, and
             # running it fails (NOT_FOUND).
             return
         partial = ""
         try:
-            content = pickle.dumps(serialize_executable.serialize(executable))
+            content = pickle.dumps((*serialize_executable.serialize(executable), extra))
             handle, partial = tempfile.mkstemp(dir=self.folder, suffix=PARTIAL)
             with os.fdopen(handle, "wb") as opened:
                 opened.write(content)

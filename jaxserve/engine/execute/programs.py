@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All programs that an engine runs on the devices, as pure functions, and the cache of their executables.
+"""All programs that an engine runs on the devices, as pure functions. compiler.py makes executables of them.
 
     model     (params, cache, tables, last, vector) -> hidden, entries, cache, tables      decode[B], mixed[T]
     head      (params, last, controls, hidden, entries) -> result, last, controls           head[S, need]
@@ -14,13 +14,7 @@ them have one shape for all buckets. State is donated: cache, tables [rows, widt
 token, the next step's input, which thus stays on the device), controls. For the vector's layout see packing.py.
 """
 
-import contextvars
-import os
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Layout
 from jaxserve.engine.schedule.sequence import Need
@@ -42,7 +35,7 @@ from jaxserve.parallel import mesh
 from jaxserve.sampling import controls as sampling_controls
 from jaxserve.sampling.columns import COLUMNS, OF_PARAMS
 from jaxserve.sampling.controls import Controls
-from pallas_kernels import dispatch, sampling
+from pallas_kernels import sampling
 from pallas_kernels.ragged import Ragged
 
 type Cache = list[LayerCache]
@@ -236,92 +229,3 @@ class Program:
     function: Callable[..., Any]
     static: tuple[Any, ...]
     shapes: tuple[Any, ...]
-
-
-# Engines of one process share executables of the same program, shapes and devices.
-_COMPILED: OrderedDict[Any, Any] = OrderedDict()
-_KEPT = 1024
-_LOCK = threading.Lock()
-
-
-def compile_all(
-    programs: Sequence[Program],
-    *,
-    workers: int,
-    store: Store | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-    beside: Future[Any] | None = None,
-) -> list[Any]:
-    """Compile the programs in parallel threads: XLA does not hold the GIL. `progress` gets the number done, the total
-    and the seconds. If the future `beside` fails, compilation stops."""
-    started, done = time.monotonic(), 0
-
-    def report(future: Any) -> None:
-        nonlocal done
-        with _LOCK:
-            done += 1
-            if progress is not None and not future.cancelled():
-                progress(done, len(programs), time.monotonic() - started)
-
-    context, device = jax.sharding.get_mesh() if mesh.in_mesh() else None, jax.config.jax_default_device
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = [
-            pool.submit(contextvars.copy_context().run, partial(_compile_on, context, device, program, store))
-            for program in programs
-        ]
-        for future in futures:
-            future.add_done_callback(report)
-        for future in as_completed(futures if beside is None else [*futures, beside]):
-            future.result()
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C, running compilations finish on their own
-
-
-def _options(platform: str) -> dict[str, Any] | None:
-    """Compiler options, unless XLA_FLAGS set them. LLVM's level 3 makes CPU programs slower: level 2 gave 5 to 16 %
-    more tokens per second with 8 and 32 rows of the demo, 7 % with 32 rows of a 110M model, else about the same."""
-    level = "xla_backend_optimization_level"
-    return {level: 2} if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else None
-
-
-def _compile_on(context: Any, device: Any, program: Program, store: Store | None) -> Any:
-    """Compile in a pool thread, which does not inherit the mesh or default device."""
-    with jax.default_device(device) if context is None else jax.set_mesh(context):
-        return compiled(program, store)
-
-
-def compiled(program: Program, store: Store | None = None, *, fresh: bool = False) -> Any:
-    """The executable for the current mesh: from this process, from the store, or compiled. `fresh` always compiles."""
-    leaves, tree = jax.tree.flatten(program.shapes)
-    shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
-    context = jax.sharding.get_mesh() if mesh.in_mesh() else None
-    where = context or jax.config.jax_default_device
-    key = (program.function, program.static, tree, shapes, where, dispatch.implementation())
-    with _LOCK:
-        if key in _COMPILED and not fresh:
-            _COMPILED.move_to_end(key)
-            return _COMPILED[key]
-    devices: list[Any] = list(where.devices.flat) if context is not None else [where or jax.devices()[0]]
-    kind = devices[0].platform, devices[0].device_kind, devices[0].client.platform_version
-    # The function's qualified name identifies it. The devices are added because a mesh's repr omits them.
-    named = repr((program.function.__module__, program.function.__qualname__, key[1:], devices, kind))
-    if key[-1] != ("kernel" if kind[0] in ("gpu", "cuda") else "cpu"):
-        store = None  # set by a test: jax may have traced parts of the program with another implementation
-    file = store.place(named) if store is not None else None
-    executable = store.load(file, devices) if store is not None and file is not None and not fresh else None
-    if executable is None:
-        jitted = jax.jit(
-            program.function,
-            static_argnames=STATIC.get(program.function, ()),
-            donate_argnames=DONATED[program.function],
-        )
-        executable = jitted.lower(*program.static, *program.shapes).compile(_options(devices[0].platform))
-        if store is not None and file is not None and store.place(named) == file:
-            store.save(file, executable)
-    with _LOCK:
-        _COMPILED[key] = executable
-        while len(_COMPILED) > _KEPT:
-            _COMPILED.popitem(last=False)
-    return executable

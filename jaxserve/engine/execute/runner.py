@@ -27,7 +27,7 @@ from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.buckets import fitting
 from jaxserve.engine.capacity import Capacity
-from jaxserve.engine.execute import programs
+from jaxserve.engine.execute import compiler, programs
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
@@ -139,22 +139,15 @@ class Runner:
         for array in jax.tree.leaves((self.cache, self.tables, self.last, self.controls)):
             array.delete()
 
+    def forget_programs(self) -> None:
+        """Run no more steps: executables go with the last engine that has them."""
+        self._executables.clear()
+
     def largest_step(self) -> int:
         """Bytes per device of the temporaries and results of the largest programs, which it compiles."""
         buckets = self.buckets
         tokens = packing.mixed_layout(buckets.tokens, buckets, self.limits.block_size)
-        analyses = [self._analysis(key) for key in (tokens, (buckets.entries, Need.FULL))]
-        sizes = [a.temp_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes for a in analyses if a]
-        return max(sizes, default=0)
-
-    def _analysis(self, key: ProgramKey) -> Any:
-        """The compiler's memory analysis of a program; recompiles if an executable from disk lacks it."""
-        found = self._executable(key).memory_analysis()
-        if not found or not found.temp_size_in_bytes:
-            with self.on_mesh():
-                self._executables[key] = programs.compiled(self.program(key), self._store, fresh=True)
-            found = self._executables[key].memory_analysis()
-        return found
+        return max(compiler.EXECUTABLES.extra(self._executable(key)) for key in (tokens, (buckets.entries, Need.FULL)))
 
     def on_mesh(self) -> Any:
         return jax.set_mesh(self.mesh) if self.mesh is not None else jax.default_device(self.device)
@@ -179,7 +172,7 @@ class Runner:
         with self.on_mesh():
             wanted = [self.program(key) for key in keys]
             workers = min(16, machine.cpus())
-            compiled = programs.compile_all(
+            compiled = compiler.compile_all(
                 wanted, workers=workers, store=self._store, progress=progress, beside=weights
             )
         self._executables |= dict(zip(keys, compiled, strict=True))
@@ -221,7 +214,7 @@ class Runner:
         if found is None:
             self.compiled_late += key != "fresh"
             with self.on_mesh():
-                found = self._executables[key] = programs.compiled(self.program(key), self._store)
+                found = self._executables[key] = compiler.compiled(self.program(key), self._store)
         return found
 
     def program(self, key: ProgramKey) -> Program:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Memory, resolve
-from jaxserve.engine.execute import program_store, programs
+from jaxserve.engine.execute import compiler, program_store
+from jaxserve.engine.execute.compiler import Executables
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.runner import Runner
+from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from pallas_kernels import dispatch
 from tests.fast import XLA_FLAGS
@@ -67,11 +68,9 @@ print(json.dumps({"tokens": tokens, **counts}))
 @pytest.fixture
 def forgetful() -> Generator[None]:
     """Nothing is shared within this process meanwhile."""
-    kept = dict(programs._COMPILED)
-    programs._COMPILED.clear()
-    yield
-    programs._COMPILED.clear()
-    programs._COMPILED.update(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "EXECUTABLES", Executables())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +109,11 @@ def test_the_next_process_neither_lowers_nor_compiles(tmp_path: Path, devices: i
 @pytest.mark.usefixtures("forgetful")
 def test_what_was_kept_computes_the_same(runner: Runner, store: Store) -> None:
     program = runner.program("edit")
-    made = programs.compiled(program, store)
+    made = compiler.compiled(program, store)
     [file] = files(store)
     assert file.stat().st_mode & 0o077 == 0
-    programs._COMPILED.clear()
-    read = programs.compiled(program, store)
+    compiler.EXECUTABLES.clear()
+    read = compiler.compiled(program, store)
     assert read is not made
 
     def run(executable: Any) -> list[np.ndarray]:
@@ -131,18 +130,18 @@ def test_what_was_kept_computes_the_same(runner: Runner, store: Store) -> None:
 @pytest.mark.parametrize("content", [b"", b"\x80", b"no pickle", None])
 def test_half_a_file_is_replaced(runner: Runner, store: Store, content: bytes | None) -> None:
     program = runner.program("edit")
-    programs.compiled(program, store)
+    compiler.compiled(program, store)
     [file] = files(store)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    programs._COMPILED.clear()
-    assert programs.compiled(program, store) is not None
+    compiler.EXECUTABLES.clear()
+    assert compiler.compiled(program, store) is not None
     assert files(store) == [file] and len(file.read_bytes()) > len(whole) // 2
 
 
 @pytest.mark.usefixtures("forgetful")
 def test_what_others_may_write_is_not_run(runner: Runner, store: Store) -> None:
-    programs.compiled(runner.program("edit"), store)
+    compiler.compiled(runner.program("edit"), store)
     [file] = files(store)
     device = runner.device
     assert store.load(file, [device]) is not None
@@ -160,14 +159,14 @@ def refuse(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("call", ["utime", "replace", "unlink"])
 def test_a_folder_of_many_users(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Where files of others can be neither touched nor replaced nor removed, a start goes on without them."""
-    programs.compiled(runner.program("edit"), store)
+    compiler.compiled(runner.program("edit"), store)
     [file] = files(store)
     monkeypatch.setattr(os, call, refuse)
     if call == "utime":
         assert store.load(file, [runner.device]) is not None
     elif call == "replace":
-        programs._COMPILED.clear()
-        programs.compiled(runner.program("set_row"), store)
+        compiler.EXECUTABLES.clear()
+        compiler.compiled(runner.program("set_row"), store)
         assert files(store) == [file], "a part of a file stays"
     else:
         file.write_bytes(b"broken")
@@ -230,38 +229,42 @@ def test_where_it_is_not_certain_what_is_compiled_nothing_is_kept(
     store = program_store.open_store(str(tmp_path / "x"), told.append)
     assert store is not None and not told
     with dispatch.use("interpret"):
-        programs.compiled(runner.program("edit"), store)
-    options = programs._options
+        compiler.compiled(runner.program("edit"), store)
+    memory = compiler._extra
 
-    def meanwhile(platform: str) -> dict[str, Any] | None:
+    def meanwhile(executable: Any) -> int:
         monkeypatch.setenv("NPROC", "7")
-        return options(platform)
+        return memory(executable)
 
-    monkeypatch.setattr(programs, "_options", meanwhile)
-    programs.compiled(runner.program("edit"), store)
+    monkeypatch.setattr(compiler, "_extra", meanwhile)
+    compiler.compiled(runner.program("edit"), store)
     assert files(store) == []
-    programs._COMPILED.clear()
-    programs.compiled(runner.program("edit"), store)
+    compiler.EXECUTABLES.clear()
+    compiler.compiled(runner.program("edit"), store)
     assert len(files(store)) == 1
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_fresh_ones_are_compiled_and_kept(runner: Runner, store: Store) -> None:
-    """What the compiler says of its memory may be lost on disk: the engine asks one that was just compiled."""
-    program = runner.program("edit")
-    first = programs.compiled(program, store)
-    again = programs.compiled(program, store, fresh=True)
-    assert again is not first and programs.compiled(program, store) is again and len(files(store)) == 1
+def test_the_memory_of_a_run_is_kept_on_disk(runner: Runner, store: Store) -> None:
+    """What the compiler says of it may be lost there, and an engine that asks again would have to compile again."""
+    program = runner.program((1, Need.FULL))
+    made = compiler.compiled(program, store)
+    taken = compiler.EXECUTABLES.extra(made)
+    memory = made.memory_analysis()
+    assert taken == memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes > 0
+    compiler.EXECUTABLES.clear()
+    again = compiler.compiled(program, store)
+    assert again is not made and compiler.EXECUTABLES.extra(again) == taken
 
 
 def test_keys_name_no_places_in_memory(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be others in the next process."""
     keys: list[str] = []
-    monkeypatch.setattr(programs, "_COMPILED", OrderedDict())
-    monkeypatch.setattr(Store, "load", lambda self, file, devices: object())
+    monkeypatch.setattr(compiler, "EXECUTABLES", Executables())
+    monkeypatch.setattr(Store, "load", lambda self, file, devices: (Executables(), 0))  # anything will do
     monkeypatch.setattr(Store, "place", lambda self, program: keys.append(program) or Path(program[:9]))
     for key in runner.every_key():
-        programs.compiled(runner.program(key), store)
+        compiler.compiled(runner.program(key), store)
     assert len(set(keys)) == len(keys) == len(runner.every_key())
     assert not [key for key in (*keys, program_store.environment()) if re.search(r"0x[0-9a-f]{5}|object at", key)]
 

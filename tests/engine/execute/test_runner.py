@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Memory, resolve
-from jaxserve.engine.execute import programs
+from jaxserve.engine.execute import compiler
 from jaxserve.engine.execute.runner import Runner, settle
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.sequence import Need
@@ -60,9 +60,9 @@ def test_padding_changes_nothing(runner: Runner) -> None:
 def test_programs_are_shared_by_equal_runners(runner: Runner) -> None:
     key = (1, Need.GREEDY)
     twin = Runner(runner.spec, runner.params, CAPACITY)
-    assert programs.compiled(twin.program(key)) is programs.compiled(runner.program(key))
+    assert compiler.compiled(twin.program(key)) is compiler.compiled(runner.program(key))
     other = Runner(runner.spec, runner.params, replace(CAPACITY, limits=replace(CAPACITY.limits, max_logprobs=2)))
-    assert programs.compiled(other.program(key)) is not programs.compiled(runner.program(key))
+    assert compiler.compiled(other.program(key)) is not compiler.compiled(runner.program(key))
 
 
 def test_memory_is_given_back_and_taken_again(runner: Runner) -> None:
@@ -100,21 +100,21 @@ def test_devices_do_not_share_programs(runner: Runner) -> None:
         other = Runner(runner.spec, jax.device_put(runner.params, device), CAPACITY)
     other.allocate()
     key = (1, Need.GREEDY)
-    assert programs.compiled(other.program(key)) is not programs.compiled(runner.program(key))
+    assert compiler.compiled(other.program(key)) is not compiler.compiled(runner.program(key))
     assert other.cache[0]["latent"].devices() == {device}
 
 
 def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[object] = []
 
-    def interrupt(context: object, device: object, program: object, store: object) -> None:
+    def interrupt(where: object, program: object, store: object) -> None:
         begun.append(program)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(programs, "_compile_on", interrupt)
+    monkeypatch.setattr(compiler, "compile_on", interrupt)
     wanted = [runner.program((1, need)) for need in Need] * 20
     with pytest.raises(KeyboardInterrupt):
-        programs.compile_all(wanted, workers=1)
+        compiler.compile_all(wanted, workers=1)
     assert len(begun) < len(wanted)
 
 
@@ -122,7 +122,7 @@ def test_programs_are_compiled_before_memory_is_taken(monkeypatch: pytest.Monkey
     """And the state that is made then is what they were compiled for: nothing is moved or compiled on the way."""
     late = Runner(runner.spec, runner.params, CAPACITY)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in state_of(late))
-    monkeypatch.setattr(programs, "compile_all", lambda wanted, **_: [programs.compiled(one) for one in wanted])
+    monkeypatch.setattr(compiler, "compile_all", lambda wanted, **_: [compiler.compiled(one) for one in wanted])
     late.warm()
     late.exercise()
     shapes = jax.tree.leaves(late._state)
