@@ -25,7 +25,7 @@ from convert.files.safetensors import read_index
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it takes a second to import, and a local folder does not need it
     from huggingface_hub import HfApi
 
 __all__ = ["SMALL", "TEMPLATE", "fetch"]

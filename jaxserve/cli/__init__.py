@@ -9,13 +9,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jaxserve import exit_codes
 from jaxserve.errors import UsageError
-
-if TYPE_CHECKING:
-    from jaxserve.flags.parser import Parser
+from jaxserve.flags import command
+from jaxserve.flags.parser import Parser
 
 
 class Command(NamedTuple):
@@ -71,20 +70,16 @@ def _dispatch(words: Sequence[str], *, debug: bool) -> int | None:
 
 
 def _call(name: str, words: Sequence[str]) -> int | None:
-    from jaxserve.flags import command
-
     return command.run(_kind(name), words, prog=f"jaxserve {name}", about=COMMANDS[name].about)
 
 
 def _kind(name: str) -> Any:
-    command = COMMANDS[name]
-    return getattr(importlib.import_module(command.module, __name__), command.kind)
+    chosen = COMMANDS[name]
+    return getattr(importlib.import_module(chosen.module, __name__), chosen.kind)
 
 
-def parser_of(name: str) -> "Parser":
+def parser_of(name: str) -> Parser:
     """The command line of a command."""
-    from jaxserve.flags import command
-
     return command.parser_of(_kind(name), f"jaxserve {name}", COMMANDS[name].about)
 
 
@@ -94,13 +89,13 @@ def _show(text: str) -> NoReturn:
 
 
 def _overview(prefix: str = "") -> str:
-    shown = {name: command for name, command in COMMANDS.items() if name.startswith(prefix)}
+    shown = {name: each for name, each in COMMANDS.items() if name.startswith(prefix)}
     lines = [
         f"usage: jaxserve {prefix}COMMAND [options]",
         "",
         *([] if prefix else ["Serve language models from JAX.", ""]),
         "commands:",
-        *(f"  {name:<18}{command.about}" for name, command in shown.items()),
+        *(f"  {name:<18}{each.about}" for name, each in shown.items()),
         "",
         "options of every command:",
         "  -h, --help        Show the options of a command.",

@@ -17,7 +17,7 @@ from jaxserve.cli.client import DEFAULT_URL, Client, ServerError, key_of_environ
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.setting import Setting
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it imports aiohttp, which --help does not need
     from jaxserve.cli.load import Job, Sample
 
 # Common words, mostly one token each: prompts for servers that have no /tokenize.

@@ -7,19 +7,17 @@ Only what was given is in the result, so that configuration files and defaults c
 """
 
 import re
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from jaxserve import unsupported
 from jaxserve.errors import UsageError
 from jaxserve.flags import values
 from jaxserve.flags.setting import Flag
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser
 
 _NEGATIVE = re.compile(r"-[\d.]")  # a number, not an option
 
@@ -127,15 +125,14 @@ class Parser:
         return text
 
 
-def _argparser(prog: str, flags: Sequence[Flag]) -> "ArgumentParser":
+class _Strict(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"see {self.prog} --help")
+
+
+def _argparser(prog: str, flags: Sequence[Flag]) -> ArgumentParser:
     """Of the options. Positional arguments are what it leaves over: it cannot mix optional ones with options."""
-    from argparse import SUPPRESS, ArgumentParser
-
-    class Strict(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(message, f"see {prog} --help")
-
-    parser = Strict(prog, add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    parser = _Strict(prog, add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
     parser._negative_number_matcher = _NEGATIVE  # pyright: ignore[reportPrivateUsage]
     for flag in flags:
         if not flag.is_option:

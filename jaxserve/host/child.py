@@ -33,7 +33,7 @@ from jaxserve.host.outbox import Outbox
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Abort
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it imports jax, see driver.py
     from jaxserve.engine.engine import Engine
 
 BEAT = 1.0

@@ -6,13 +6,10 @@ RequestOutput  what users see: text, tokens and log-probabilities of all samples
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
-
-if TYPE_CHECKING:
-    import numpy as np
-
+import numpy as np
 
 type FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -80,7 +77,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token
     num_cached_tokens: int = 0
-    embedding: "np.ndarray | None" = None  # float32 [hidden], of an embedding request
+    embedding: np.ndarray | None = None  # float32 [hidden], of an embedding request
 
 
 @dataclass(slots=True)

@@ -8,18 +8,15 @@ one event loop.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jaxserve.engine.capacity import Limits
 from jaxserve.server.observe import histogram
 from jaxserve.server.observe.histogram import Histogram
 from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics
-
-if TYPE_CHECKING:
-    from jaxserve.engine.capacity import Limits
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -62,7 +59,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         ProcessCollector(namespace=f"{prefix}_engine", pid=self._pid, registry=self._registry)
 
-    def set_limits(self, limits: "Limits") -> None:
+    def set_limits(self, limits: Limits) -> None:
         """Called when the engine is ready, before the first request."""
         if self.limits is None:
             self.set_longest(limits.max_model_len)
