@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caller's side of beam search: the sampling parameters of its request, and its result as sequences with text."""
 
-from typing import Any
-
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
 from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
-def sampling_params(beams: BeamSearchParams, **shown: Any) -> SamplingParams:
-    """Parameters that return a sample for each beam, all at the end. `shown`: logprobs, skip_special_tokens, ..."""
+def sampling_params(beams: BeamSearchParams, *, logprobs: int | None, detokenize: bool = True) -> SamplingParams:
+    """Parameters that return a sample for each beam, all at the end."""
     return SamplingParams(
         n=beams.beam_width,
         max_tokens=beams.max_tokens,
         ignore_eos=beams.ignore_eos,
         include_stop_str_in_output=beams.include_stop_str_in_output,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        **shown,
+        logprobs=logprobs,
+        detokenize=detokenize,
     )
 
 

@@ -21,8 +21,9 @@ from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.protocol.base import MAX_CALL_ID, Body, parse
 from jaxserve.server.protocol.sampling import Ordered, Sampling
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
+from jaxserve.types.parameters import Acts
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
@@ -164,13 +165,12 @@ def prepare_beams(
     field: str,
 ) -> list[Request]:
     """Like `prepare`, for a beam search of width n."""
-    given = body.given("length_penalty", "include_stop_str_in_output", "ignore_eos")
-    shown = body.given("skip_special_tokens", "spaces_between_special_tokens")
+    given = body.given(*(each.name for each in BEAM_FIELDS if each.sent))
+    shown = body.given(*(each.name for each in FIELDS if each.acts is Acts.TEXT and each.sent and each.beams))
     try:
         search = BeamSearchParams(beam_width=1 if body.n is None else body.n, max_tokens=max_tokens, **given)
-        detokenize = preparer.tokenizer is not None
-        sampling = beams.sampling_params(search, logprobs=logprobs, detokenize=detokenize, **shown)
-        return prepare(preparer, prompts, sampling, replace(order, beam_search=search), field=field)
+        sampling = beams.sampling_params(search, logprobs=logprobs, detokenize=preparer.tokenizer is not None)
+        return prepare(preparer, prompts, replace(sampling, **shown), replace(order, beam_search=search), field=field)
     except RequestError as error:
         named = "n" if error.field == "beam_width" else error.field
         raise type(error)(named, error.problem.replace("beam_width", "n"), error.hint) from None

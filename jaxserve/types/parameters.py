@@ -98,8 +98,9 @@ def parameter[T](
 
 
 def declared(cls: type) -> tuple[Parameter, ...]:
-    """The parameters of a dataclass, in order."""
-    return tuple(field.metadata[Parameter].named(field.name) for field in dataclasses.fields(cls))
+    """The parameters of a dataclass, in order; those without a default are not among them."""
+    found = dataclasses.fields(cls)
+    return tuple(field.metadata[Parameter].named(field.name) for field in found if Parameter in field.metadata)
 
 
 def markdown_table(parameters: Iterable[Parameter]) -> str:

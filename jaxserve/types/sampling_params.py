@@ -237,14 +237,18 @@ FIELDS = declared(SamplingParams)
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """Keep the `beam_width` likeliest continuations and return them all, best first."""
+    """Keep the `beam_width` most likely continuations and return them all, best first."""
 
     beam_width: int
     max_tokens: int
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    length_penalty: float = 1.0
-    include_stop_str_in_output: bool = False
+    ignore_eos: bool = parameter(False, Boolean(), "Continue after the model's end-of-text token.")
+    temperature: float = parameter(0.0, Number(low=0, high=2), "Must be 0.", sent=False)
+    length_penalty: float = parameter(
+        1.0,
+        Number(low=-100, high=100),
+        "With use_beam_search: beams are ranked by log probability / length ** this.",
+    )
+    include_stop_str_in_output: bool = parameter(False, Boolean(), "Keep the stop token at the end of the text.")
 
     def __new__(cls, *args: object, **given: object) -> Self:
         check_names(cls, given)
@@ -253,9 +257,11 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         Integer(1, MAX_SAMPLES)("beam_width", self.beam_width)
         Integer(1, INT32_MAX)("max_tokens", self.max_tokens)
-        Number(low=-100, high=100)("length_penalty", self.length_penalty)
-        for name in ("ignore_eos", "include_stop_str_in_output"):
-            Boolean()(name, getattr(self, name))
-        if Number(low=0, high=2)("temperature", self.temperature) != 0:
+        for each in BEAM_FIELDS:
+            each.check(getattr(self, each.name))
+        if self.temperature != 0:
             problem = f"temperature is {self.temperature}, but beams are ranked by the model's own log probabilities"
             raise RequestError("temperature", problem, "leave it at 0")
+
+
+BEAM_FIELDS = declared(BeamSearchParams)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from jaxserve.server.protocol.base import MAX_CALL_ID, Body, Expected, Name, NeverTrue, Strict
 from jaxserve.server.protocol.generated import with_parameters, with_unsupported
-from jaxserve.types.sampling_params import FIELDS
+from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS
 from jaxserve.unsupported import GENERATION_FIELDS
 
 MAX_METADATA = 16
@@ -75,12 +75,17 @@ class Ordered(Body):
         return self
 
 
-class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIELDS)):
+# Of two parameters of the same name, the later one describes the field.
+_PARAMETERS = (*BEAM_FIELDS, *FIELDS)
+
+
+class Sampling(with_unsupported(with_parameters(Ordered, _PARAMETERS), GENERATION_FIELDS)):
     if TYPE_CHECKING:  # the sampling parameters that are read here by name
         n: int | None
         prompt_logprobs: int | None
         skip_special_tokens: bool | None
         spaces_between_special_tokens: bool | None
+        length_penalty: float | None
 
     echo: bool | None = None
     stream: bool | None = None
@@ -98,12 +103,6 @@ class Sampling(with_unsupported(with_parameters(Ordered, FIELDS), GENERATION_FIE
     use_beam_search: Annotated[
         bool | None,
         Field(description="Beam search of width n: return the n most likely completions, best first. Not in a stream."),
-    ] = None
-    length_penalty: Annotated[
-        float | None,
-        Field(
-            ge=-100, le=100, description="With use_beam_search: beams are ranked by log probability / length ** this."
-        ),
     ] = None
 
     return_token_offsets: NeverTrue = None
