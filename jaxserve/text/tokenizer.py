@@ -138,10 +138,6 @@ class Tokenizer:
             raise RequestError("bad_words", problem, f"use at most {MAX_BAD_WORDS} sequences")
         return tuple(found)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The ids of `chat_text`, with the same options. Templates write special tokens themselves."""
-        return self.encode(self.chat_text(messages, **options), add_special_tokens=False)
-
     def chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -22,6 +22,7 @@ from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request
+from tests.engine.schedule.integrity import check_integrity
 from tests.fast import programs
 from tests.models import tiny
 
@@ -179,7 +180,7 @@ class Driver:
         alive = [sequence for group in scheduler.requests.values() for sequence in group]
         owned = Counter(block for sequence in alive for block in sequence.blocks if block)
         owned.update(self.held)
-        scheduler.pool.check_integrity(owned)
+        check_integrity(scheduler.pool, owned)
         running = scheduler.running
         assert sorted(s.order for s in running) == [s.order for s in running]
         rows = [s.row for s in running]

@@ -30,6 +30,7 @@ from jaxserve.sampling.columns import COLUMNS
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
+from tests.engine.schedule.integrity import check_integrity
 
 type Digests = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -380,7 +381,7 @@ class FakeEngine:
         """Whether all that is kept of sequences, rows and blocks agrees."""
         scheduler, alive = self.scheduler, self.sequences()
         owners = Counter(block for sequence in alive for block in sequence.blocks if block)
-        scheduler.pool.check_integrity(owners)
+        check_integrity(scheduler.pool, owners)
         running = [sequence for sequence in alive if sequence.status == Status.RUNNING]
         assert scheduler.running == sorted(running, key=order_of)
         rows = [sequence.row for sequence in running]

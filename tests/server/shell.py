@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application without an engine, in a thread of this process: for what happens before a handler asks for one."""
+"""The application without an engine, in a thread of this process: for all that handlers do without one."""
 
 import asyncio
 import threading
@@ -16,13 +16,15 @@ from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.state import Serving
 from tests.server.live import Client
 
+MODEL = "tiny"
+
 
 class Shell(Client):
     """with Shell(api_key=("secret",)) as server: ..."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(0)
-        self._config = ServerConfig(**settings)
+        config = ServerConfig(**{"served_model_name": (MODEL,), **settings})
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._started = threading.Event()
@@ -30,13 +32,12 @@ class Shell(Client):
         self.engine = SimpleNamespace(
             state=SimpleNamespace(phase="starting", detail="compiling 7/18", done=7, total=18), stats=None, pid=None
         )
-        self.serving = Serving(self._config, cast(Any, self.engine), metrics=Metrics("jaxserve", "tiny"))
-        self.serving.model_names = ("tiny",)
-        self.connections = Connections(self._config)
+        self.serving = Serving(config, cast(Any, self.engine), metrics=Metrics("jaxserve", MODEL))
+        self.connections = Connections(config)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._started.wait(30) and self.port, "the application did not start"
+        assert self._started.wait(60) and self.port, "the application did not start"
         return self
 
     def __exit__(self, *_: object) -> None:

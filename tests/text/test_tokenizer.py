@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.text import tokenizer as tokenizers
 from tests.golden.load import TOKENIZERS
+from tests.text.chats import chat_ids
 
 KINDS = ("byte-level", "byte-fallback")
 EXPECTED: dict[str, Any] = json.loads((TOKENIZERS / "expected.json").read_text())
@@ -186,7 +187,7 @@ def test_loading_prints_nothing_and_imports_no_framework() -> None:
         "from jaxserve.text import tokenizer",
         "assert not {'transformers', 'tokenizers'} & set(sys.modules), 'imported before it is needed'",
         f"loaded = tokenizer.load({str(TOKENIZERS / 'byte-level')!r})",
-        "loaded.render_chat([{'role': 'user', 'content': 'x'}]), loaded.decode([5])",
+        "loaded.encode(loaded.chat_text([{'role': 'user', 'content': 'x'}])), loaded.decode([5])",
         "assert not {'jax', 'torch', 'tensorflow'} & set(sys.modules)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
@@ -200,7 +201,7 @@ def test_loading_prints_nothing_and_imports_no_framework() -> None:
 def test_chats_are_those_of_transformers(kind: str) -> None:
     tokenizer, expected = LOADED[kind], EXPECTED[kind]
     assert tokenizer.chat_text(expected["messages"]) == expected["rendered"]
-    assert tokenizer.render_chat(expected["messages"]) == expected["chat_ids"]
+    assert chat_ids(tokenizer, expected["messages"]) == expected["chat_ids"]
 
 
 def test_a_final_message_can_be_continued() -> None:
@@ -260,28 +261,28 @@ def test_a_template_that_fails_is_the_requests_fault(template: str) -> None:
 
 def test_what_the_model_refuses_is_told() -> None:
     with pytest.raises(RequestError, match="Conversation roles must alternate"):
-        LOADED["byte-fallback"].render_chat([*USER, *USER])
+        LOADED["byte-fallback"].chat_text([*USER, *USER])
 
 
 @pytest.mark.parametrize("messages", [[], "hi", {"role": "user"}, ["hi"], [[USER[0]]], [{"content": "x"}], [{}], None])
 def test_what_are_no_messages_is_refused(messages: Any) -> None:
     with pytest.raises(RequestError) as refused:
-        LOADED["byte-level"].render_chat(messages)
+        LOADED["byte-level"].chat_text(messages)
     assert refused.value.field == "messages"
 
 
 @pytest.mark.parametrize("tools", ["f", ["f"], [print], {"name": "f"}])
 def test_what_are_no_tools_is_refused(tools: Any) -> None:
     with pytest.raises(RequestError) as refused:
-        LOADED["byte-level"].render_chat(USER, tools=tools)
+        LOADED["byte-level"].chat_text(USER, tools=tools)
     assert refused.value.field == "tools"
 
 
 def test_without_a_template_a_request_can_bring_one() -> None:
     tokenizer = small(["?", "hi"])
     with pytest.raises(RequestError, match="no chat template"):
-        tokenizer.render_chat(USER)
-    assert tokenizer.render_chat(USER, chat_template="{{ messages[0].content }}<end>") == [1, 2]
+        tokenizer.chat_text(USER)
+    assert chat_ids(tokenizer, USER, chat_template="{{ messages[0].content }}<end>") == [1, 2]
 
 
 # --- bad words ------------------------------------------------------------------------------------------------------

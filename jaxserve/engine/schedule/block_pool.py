@@ -19,8 +19,8 @@ nothing.
 
 import os
 import struct
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 NULL_BLOCK = 0
@@ -212,54 +212,6 @@ class BlockPool:
     def counts(self) -> tuple[int, int, int]:
         """The numbers of free, cached and used blocks."""
         return len(self._free), len(self._cached), self.num_blocks - 1 - self.available
-
-    def check_integrity(self, owners: Mapping[int, int] | None = None) -> None:
-        """Raise RuntimeError unless the state is consistent, also with the caller's owner counts by block."""
-        faults = [*self._state_faults(), *self._key_faults()]
-        if owners is not None and not faults:
-            here = {block: count for block, count in enumerate(self._owners) if count}
-            claimed = {block: count for block, count in owners.items() if block != NULL_BLOCK}
-            faults += [
-                f"block {block} has owners: {here.get(block, 0)}, by the caller's count {claimed.get(block, 0)}"
-                for block in sorted(here.keys() | claimed.keys())
-                if here.get(block, 0) != claimed.get(block, 0)
-            ]
-        if faults:
-            more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise RuntimeError(f"the block pool is inconsistent: {'; '.join(faults[:8])}{more}")
-
-    def _state_faults(self) -> Iterator[str]:
-        """Check that every block except the null block is in exactly one state."""
-        if not len(self._owners) == len(self._key_of) == self.num_blocks:
-            yield f"{self.num_blocks} blocks, {len(self._owners)} owner counts, {len(self._key_of)} keys"
-            return
-        free = Counter(self._free)
-        for block in [*free, *self._cached]:
-            if not 0 < block < self.num_blocks:
-                yield f"block {block} waits for reuse and {self._state(block)}"
-        if self._owners[NULL_BLOCK]:
-            yield f"the null block has owners: {self._owners[NULL_BLOCK]}"
-        for block in range(1, self.num_blocks):
-            places = free.get(block, 0) + (block in self._cached) + (self._owners[block] != 0)
-            if places != 1 or self._owners[block] < 0:
-                yield f"block {block} is in {places} of the states free, cached, used with {self._owners[block]} owners"
-            elif block in self._cached and self._key_of[block] is None:
-                yield f"block {block} is cached without a key"
-            elif free.get(block, 0) and self._key_of[block] is not None:
-                yield f"block {block} is free with a key"
-
-    def _key_faults(self) -> Iterator[str]:
-        """Check that keys and blocks map one to one, and that all keys are of this generation."""
-        for key, block in self._block_of.items():
-            if not (0 < block < len(self._key_of) and self._key_of[block] == key):
-                yield f"key {key.hex()} leads to block {block}, which does not have it"
-            if key[_DIGEST_BYTES:] != self._generation_mark:
-                yield f"key {key.hex()} of block {block} is not of generation {self.generation}"
-        for block, key in enumerate(self._key_of):
-            if key is not None and self._block_of.get(key) != block:
-                yield f"block {block} has key {key.hex()}, which does not lead to it"
-        if self._block_of and not self._caching:
-            yield f"{len(self._block_of)} keys without caching"
 
     def _misuse(self, verb: str, block: int) -> RuntimeError:
         return RuntimeError(f"cannot {verb} block {block}: it {self._state(block)}")

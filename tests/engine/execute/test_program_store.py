@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.config import EngineConfig
-from jaxserve.engine.capacity import Memory, resolve
 from jaxserve.engine.execute import compiler, program_store
 from jaxserve.engine.execute.compiler import Executables
 from jaxserve.engine.execute.program_store import Store
@@ -25,21 +23,10 @@ from jaxserve.engine.execute.runner import Runner
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from pallas_kernels import dispatch
+from tests.engine.execute.smallest import CAPACITY, SPEC
 from tests.fast import XLA_FLAGS
 from tests.models import tiny
 from tests.server import live
-
-SPEC = tiny.SPECS["mla"]
-CONFIG = EngineConfig(
-    model="tiny",
-    max_num_seqs=1,
-    max_num_batched_tokens=8,
-    max_model_len=16,
-    block_size=8,
-    num_blocks=5,
-    max_logprobs=3,
-)
-CAPACITY = resolve(CONFIG, SPEC, Memory(on_cpu=True, dtype="float32"))
 
 SCRIPT = """
 import json, sys

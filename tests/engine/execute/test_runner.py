@@ -8,26 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.config import EngineConfig
-from jaxserve.engine.capacity import Memory, resolve
 from jaxserve.engine.execute import compiler
 from jaxserve.engine.execute.runner import Runner, settle
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
+from tests.engine.execute.smallest import CAPACITY, SPEC
 from tests.models import tiny
-
-SPEC = tiny.SPECS["mla"]
-CONFIG = EngineConfig(
-    model="tiny",
-    max_num_seqs=1,
-    max_num_batched_tokens=8,
-    max_model_len=16,
-    block_size=8,
-    num_blocks=5,
-    max_logprobs=3,
-)
-CAPACITY = resolve(CONFIG, SPEC, Memory(on_cpu=True, dtype="float32"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.server.routes.served import Served, flat
+from tests.text.chats import chat_ids
 from tests.tiny_llm import Reference
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
@@ -16,7 +17,7 @@ OPTIONS: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature":
 
 def prompt_ids(served: Served, messages: Any = MESSAGES, **options: Any) -> list[int]:
     assert served.serving.tokenizer is not None
-    return served.serving.tokenizer.render_chat(messages, **options)
+    return chat_ids(served.serving.tokenizer, messages, **options)
 
 
 def test_an_answer(served: Served, reference: Reference) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.server.routes.served import Served
+from tests.text.chats import chat_ids
 from tests.tiny_llm import SPEC, Reference
 
 TEXTS = ["hello", "The sum of two and three", "😀"]
@@ -52,9 +53,9 @@ def test_tokens_of_a_conversation(served: Served) -> None:
     messages: Any = [{"role": "user", "content": "hi"}]
     tokenizer = served.serving.tokenizer
     assert tokenizer is not None
-    assert served.post("/tokenize", {"messages": messages}).json["tokens"] == tokenizer.render_chat(messages)
+    assert served.post("/tokenize", {"messages": messages}).json["tokens"] == chat_ids(tokenizer, messages)
     reply = served.post("/tokenize", {"messages": messages, "add_generation_prompt": False}).json
-    assert reply["tokens"] == tokenizer.render_chat(messages, add_generation_prompt=False)
+    assert reply["tokens"] == chat_ids(tokenizer, messages, add_generation_prompt=False)
 
 
 def test_embeddings(served: Served, reference: Reference) -> None:

@@ -1,62 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLM: what comes out against a dense forward pass; what is refused, and that nothing is left behind."""
+"""LLM: its outputs against a dense forward pass, rejected prompts and parameters, interruptions and faults."""
 
 import json
 import signal
 import threading
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.errors import CheckpointError, EngineError, JaxserveError, RequestError
 from jaxserve.llm import LLM
-from jaxserve.text import tokenizer as tokenizers
-from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 from tests import tiny_llm
+from tests.llm.checks import GREEDY, LONG, TOKENIZER, assert_empty, tokens
 from tests.tiny_llm import END, Reference
-
-TOKENIZER = tokenizers.load(tiny_llm.TOKENIZER)
-GREEDY = SamplingParams(temperature=0, max_tokens=6)
-LONG = list(range(40, 80))  # more than a step computes at once
-
-
-@pytest.fixture(scope="module")
-def shared() -> LLM:
-    return tiny_llm.make()
-
-
-@pytest.fixture
-def llm(shared: LLM) -> Generator[LLM]:
-    yield shared
-    assert_empty(shared)
-
-
-@pytest.fixture(scope="module")
-def reference() -> Reference:
-    return Reference(tiny_llm.params())
-
-
-def assert_empty(llm: LLM) -> None:
-    found = llm.metrics()
-    assert (found.running, found.waiting, found.used_blocks) == (0, 0, 0)
-    assert not llm._engine.unfinished
-
-
-def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
-    return [sample.token_ids for output in outputs for sample in output.outputs]
-
 
 # --- generate -------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_answers_are_those_of_the_model_in_the_order_of_the_prompts(llm: LLM, reference: Reference) -> None:
+def test_greedy_outputs_are_the_models_in_the_order_of_the_prompts(llm: LLM, reference: Reference) -> None:
     prompts = [LONG, [5], [425, 1, 2], *([i, i + 1] for i in range(100, 106))]
     outputs = llm.generate(prompts, GREEDY)
     assert tokens(outputs) == [reference.greedy(prompt, 6) for prompt in prompts]
@@ -67,7 +33,7 @@ def test_greedy_answers_are_those_of_the_model_in_the_order_of_the_prompts(llm: 
     assert len({output.request_id for output in outputs}) == len(prompts)
 
 
-def test_a_prompt_may_come_in_any_form(llm: LLM) -> None:
+def test_prompts_of_every_type(llm: LLM) -> None:
     ids = TOKENIZER.encode("The server")
     forms: list[Any] = [
         "The server",
@@ -110,7 +76,7 @@ def test_texts_end_at_stop_strings_and_at_the_end_of_text(llm: LLM, reference: R
     before = llm.metrics()
     [output] = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=50, stop=stop))
     after = llm.metrics()
-    assert after.generated_tokens - before.generated_tokens <= 5  # the engine is told at once
+    assert after.generated_tokens - before.generated_tokens <= 5  # the engine is stopped at once
     assert after.finished["stop"] == before.finished["stop"] + 1 and after.finished["abort"] == before.finished["abort"]
     [sample] = output.outputs
     assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
@@ -121,14 +87,14 @@ def test_texts_end_at_stop_strings_and_at_the_end_of_text(llm: LLM, reference: R
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
 
 
-def test_more_prompts_than_may_wait_are_served_all_the_same(reference: Reference) -> None:
+def test_generate_takes_more_prompts_than_the_queue_holds(reference: Reference) -> None:
     llm = tiny_llm.make(max_num_queued_reqs=1, max_num_queued_tokens=8)
     prompts = [[i, i + 1] for i in range(20)]
     assert tokens(llm.generate(prompts, replace(GREEDY, max_tokens=2))) == [reference.greedy(p, 2) for p in prompts]
     assert_empty(llm)
 
 
-def test_lower_priorities_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_with_lower_priority_values_are_served_first(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = tiny_llm.make(scheduling_policy="priority")
     calls: list[Any] = []
     monkeypatch.setattr(llm._engine, "add", tiny_llm.counted(llm._engine.add, calls))
@@ -137,7 +103,7 @@ def test_lower_priorities_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [call[0].prompt_token_ids for call in calls] == [[2], [1], [3]]
 
 
-def test_waiting_requests_are_few_however_many_prompts_come(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_keeps_the_queue_short(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     queued: list[int] = []
     step = llm._engine.step
     monkeypatch.setattr(llm._engine, "step", lambda: (queued.append(llm._engine.scheduler.queued), step())[1])
@@ -170,7 +136,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
 
 
-def test_chat_answers_what_the_template_makes(llm: LLM) -> None:
+def test_chat_renders_the_template(llm: LLM) -> None:
     [output] = llm.chat(HELLO, GREEDY)
     text = TOKENIZER.chat_text(HELLO)
     assert output.prompt == text and output.prompt_token_ids == TOKENIZER.encode(text, add_special_tokens=False)
@@ -183,7 +149,7 @@ def test_chat_answers_what_the_template_makes(llm: LLM) -> None:
     assert own.prompt == "Then"
 
 
-def test_bad_conversations_are_named(llm: LLM) -> None:
+def test_errors_name_the_bad_conversation(llm: LLM) -> None:
     with pytest.raises(RequestError, match="conversation 1: messages is empty"):
         llm.chat([HELLO, []], GREEDY)
     with pytest.raises(RequestError, match=r"^messages is empty"):
@@ -215,7 +181,7 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("prompt", "words"), BAD_PROMPTS)
-def test_bad_prompts_are_named_before_any_runs(llm: LLM, prompt: Any, words: str) -> None:
+def test_bad_prompts_are_rejected_before_any_request_runs(llm: LLM, prompt: Any, words: str) -> None:
     before = llm.metrics().requests
     with pytest.raises(RequestError, match=rf"^prompt 1: .*{words}") as caught:
         llm.generate([[1, 2], prompt, [3]], GREEDY)
@@ -235,7 +201,7 @@ BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "words"), BAD_PARAMS)
-def test_bad_parameters_are_named_before_any_runs(llm: LLM, options: dict[str, Any], words: str) -> None:
+def test_bad_parameters_are_rejected_before_any_request_runs(llm: LLM, options: dict[str, Any], words: str) -> None:
     before = llm.metrics().requests
     with pytest.raises(RequestError, match=words):
         llm.generate([1, 2], SamplingParams(**options))
@@ -244,7 +210,7 @@ def test_bad_parameters_are_named_before_any_runs(llm: LLM, options: dict[str, A
     assert llm.metrics().requests == before
 
 
-def test_lists_must_be_as_long_as_the_prompts(llm: LLM) -> None:
+def test_lists_of_parameters_match_the_prompts_in_length(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 sampling_params for 3 prompts"):
         llm.generate([[1], [2], [3]], [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="1 priorities for 2 prompts"):
@@ -255,7 +221,7 @@ def test_lists_must_be_as_long_as_the_prompts(llm: LLM) -> None:
         llm.generate([1], {"temperature": 0})  # pyright: ignore[reportArgumentType]
 
 
-def test_unknown_settings_are_named() -> None:
+def test_errors_name_unknown_settings() -> None:
     with pytest.raises(RequestError, match=r"EngineConfig has no field 'max_sequences'.*max_num_seqs"):
         LLM("tiny", max_sequences=3)
 
@@ -263,7 +229,7 @@ def test_unknown_settings_are_named() -> None:
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_an_engine_that_works(llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_still_works_after_ctrl_c(llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     step, steps = llm._engine._turn, 0
 
     def interrupted() -> Any:
@@ -300,7 +266,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         llm.generate([1], GREEDY)
 
 
-def test_a_fault_of_the_engine_is_an_engine_error_ever_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_fault_every_call_raises_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = tiny_llm.make()
     calls: list[Any] = []
 
@@ -316,7 +282,7 @@ def test_a_fault_of_the_engine_is_an_engine_error_ever_after(monkeypatch: pytest
     assert len(calls) == 1
 
 
-def test_one_thread_at_a_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_thread_may_use_an_llm_at_a_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     step, refused = llm._engine.step, list[JaxserveError]()
 
     def other() -> None:
@@ -335,67 +301,6 @@ def test_one_thread_at_a_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(llm._engine, "step", stepping)
     assert len(tokens(llm.generate([1], GREEDY))) == 1
     assert "AsyncLLM" in str(refused[0])
-
-
-# --- score and arrays -----------------------------------------------------------------------------------------------
-
-
-def test_scores_are_the_models(llm: LLM, reference: Reference) -> None:
-    sequences = [LONG, [5], [7, 8], list(range(60))]
-    found = llm.score(sequences)
-    assert [(scores.dtype, scores.shape) for scores in found] == [(np.float32, (len(s) - 1,)) for s in sequences]
-    for scores, sequence in zip(found, sequences, strict=True):
-        np.testing.assert_allclose(scores, reference.scores(sequence), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(llm.score(LONG)[0], found[0])
-    np.testing.assert_array_equal(llm.score(np.array(LONG))[0], found[0])
-    assert len(llm.score([list(range(128))])[0]) == 127  # as long as the model takes
-    with pytest.raises(RequestError, match=r"prompt 1: .*129 tokens.*scored"):
-        llm.score([[1], [1] * 129])
-
-
-def test_arrays_hold_what_generate_says(llm: LLM, reference: Reference) -> None:
-    params = SamplingParams(n=2, seed=3, max_tokens=5, logit_bias={END: 6.0})
-    prompts = [[1, 2, 3], [9], LONG]
-    outputs = llm.generate(prompts, replace(params, logprobs=1))
-    assert {len(ids) for ids in tokens(outputs)} > {5}  # some end early
-    padded = np.zeros((3, 40), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = jnp.array([3, 1, 40], jnp.int32)
-    for given in (prompts, [np.array(prompt) for prompt in prompts], (jnp.asarray(padded), lengths)):
-        found = llm.generate_arrays(given, params, pad_id=-1)
-        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
-        assert (found.tokens.shape, found.tokens.dtype, found.logprobs.dtype) == ((3, 2, 5), jnp.int32, jnp.float32)
-        for row, output in enumerate(outputs):
-            for sample in output.outputs:
-                at, count = (row, sample.index), len(sample.token_ids)
-                assert found.tokens[at].tolist() == sample.token_ids + [-1] * (5 - count)
-                assert found.mask[at].tolist() == [True] * count + [False] * (5 - count)
-                assert found.lengths[at] == count
-                assert found.finish_reasons[at] == ("stop", "length").index(str(sample.finish_reason))
-                text = output.prompt_token_ids + sample.token_ids
-                expected = reference.scores(text)[len(output.prompt_token_ids) - 1 :]
-                np.testing.assert_allclose(found.logprobs[at][:count], expected, rtol=1e-4, atol=1e-4)
-                assert not found.logprobs[at][count:].any()
-    assert llm.generate_arrays([], params).tokens.shape == (0, 1, 0)
-    assert llm.generate_arrays([[1] * 120], replace(params, max_tokens=None)).tokens.shape == (1, 2, 8)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "words"),
-    [
-        ([1, 2], "single prompt"),
-        ((np.zeros((2, 3), np.int32), np.array([3])), "one integer length per row"),
-        ((np.zeros((2, 3), np.int32), np.array([3, 4])), "lengths range from 3 to 4"),
-        ((np.zeros((2, 3), np.int32), np.array([3, 0])), "prompt 1: the prompt is empty"),
-        ([[1], [500]], "prompt 1: .*500"),
-    ],
-)
-def test_bad_arrays_are_named(llm: LLM, prompts: Any, words: str) -> None:
-    with pytest.raises(RequestError, match=words):
-        llm.generate_arrays(prompts, GREEDY)
-    with pytest.raises(RequestError, match="n varies from 1 to 2"):
-        llm.generate_arrays([[1], [2]], [GREEDY, SamplingParams(n=2)])
 
 
 def test_a_trace_is_written(llm: LLM, tmp_path: Path) -> None:
