@@ -25,10 +25,9 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
 from pallas_kernels.sampling import RowParams, sample, token_logprobs
 from tests.cuda.hopper import Compiled, compile_for_h200
+from tests.pallas_kernels.shapes import BF16, F32, I32, S, batch, paged_call
 
 RECORD = Path(__file__).with_name("resources.json")
-S: Any = jax.ShapeDtypeStruct  # stands in for arrays
-I32, F32, BF16 = jnp.int32, jnp.float32, jnp.bfloat16
 SHARED_LIMIT = 232_448  # bytes one program may have on Hopper
 
 
@@ -70,27 +69,10 @@ def check_no_copies(compiled: Compiled, *shapes: tuple[int, ...]) -> None:
             assert math.prod(int(n) for n in made[1].split(",")) not in sizes, line.strip()[:200]
 
 
-def batch(rows: int, *, decode_only: bool = False) -> Ragged:
-    return Ragged(
-        block_tables=S((rows, 512), I32),
-        kv_lens=S((rows,), I32),
-        cu_q_lens=S((rows + 1,), I32),
-        distribution=S((2,), I32),
-        decode_only=decode_only,
-    )
-
-
-def paged(tokens: int, rows: int, heads: int, kv_heads: int, dim: int, **options: Any) -> Compiled:
-    dtype, kv, block_size = options.pop("dtype", BF16), options.pop("kv", None), options.pop("block_size", 16)
-    pool = S((4096, block_size, kv_heads, dim), kv or dtype)
-    arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
-    ragged = batch(rows, decode_only=options.pop("decode_only", False))
-
-    def call(q: Any, k: Any, v: Any, ragged: Ragged, arrays: Any) -> jax.Array:
-        return paged_attention(q, k, v, ragged, **arrays, **options)
-
-    compiled = compile_for_h200(call, S((tokens, heads, dim), dtype), pool, pool, ragged, arrays)
-    check_no_copies(compiled, pool.shape)
+def paged(*sizes: int, **options: Any) -> Compiled:
+    call, shapes = paged_call(*sizes, **options)
+    compiled = compile_for_h200(call, *shapes)
+    check_no_copies(compiled, shapes[1].shape)
     return compiled
 
 

@@ -21,12 +21,11 @@ from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.ragged import Ragged
 from pallas_kernels.sampling import RowParams, sample, token_logprobs
+from tests.pallas_kernels.shapes import BF16, F32, I32, S, batch, paged_call
 
 H200 = jax.sharding.AbstractMesh(
     (), (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 )
-S: Any = jax.ShapeDtypeStruct  # stands in for arrays
-I32, F32, BF16 = jnp.int32, jnp.float32, jnp.bfloat16
 
 
 @contextlib.contextmanager
@@ -40,26 +39,9 @@ def lower(function: Callable[..., Any], *arguments: Any) -> str:
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def batch(rows: int, *, decode_only: bool = False) -> Ragged:
-    return Ragged(
-        block_tables=S((rows, 512), I32),
-        kv_lens=S((rows,), I32),
-        cu_q_lens=S((rows + 1,), I32),
-        distribution=S((2,), I32),
-        decode_only=decode_only,
-    )
-
-
-def paged(tokens: int, rows: int, heads: int, kv_heads: int, dim: int, **options: Any) -> str:
-    dtype, kv, block_size = options.pop("dtype", BF16), options.pop("kv", None), options.pop("block_size", 16)
-    pool = S((options.pop("blocks", 4096), block_size, kv_heads, dim), kv or dtype)
-    arrays = {name: options.pop(name) for name in ("sinks", "k_scale", "v_scale") if name in options}
-    ragged = batch(rows, decode_only=options.pop("decode_only", False))
-
-    def call(q: Any, k: Any, v: Any, ragged: Ragged, arrays: Any) -> jax.Array:
-        return paged_attention(q, k, v, ragged, **arrays, **options)
-
-    return lower(call, S((tokens, heads, dim), dtype), pool, pool, ragged, arrays)
+def paged(*sizes: int, **options: Any) -> str:
+    call, shapes = paged_call(*sizes, **options)
+    return lower(call, *shapes)
 
 
 LLAMA_8B, QWEN3_8B, QWEN3_MOE, GEMMA_3, PHI_2 = (32, 8, 128), (32, 8, 128), (64, 4, 128), (16, 8, 256), (32, 32, 80)
