@@ -177,7 +177,7 @@ class LLM:
     # --- numbers ----------------------------------------------------------------------------------------------------
 
     def score(self, tokens: Any) -> list[np.ndarray]:
-        """The log-probability of each token given those before it: one value fewer than tokens, for each sequence.
+        """The log probability of each token given those before it: one value fewer than tokens, for each sequence.
 
         `tokens` is a list of ids or a list of such lists.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample one row of logits: the filters, the noise and the log-probabilities, shared by the kernel and the CPU code.
+"""Sample one row of logits: the filters, the noise and the log probabilities, shared by the kernel and the CPU code.
 
 1. maximum, smallest finite value, check for NaN and +inf                    one pass
 2. min-p: a threshold below the maximum
@@ -34,7 +34,7 @@ class SamplingCall(NamedTuple):
     mode: Mode
     logprobs: LogprobMode | None
     top_n: int
-    given: bool  # the tokens are given, only their log-probabilities are wanted
+    given: bool  # the tokens are given, only their log probabilities are wanted
 
 
 class RowParams(NamedTuple):
@@ -270,7 +270,7 @@ def sample_row(row: LogitsRow, params: RowParams, *, mode: str, pivots: int) -> 
 
 
 class Likelihood(NamedTuple):
-    """Log-probability of one entry, its rank (1 plus the number of strictly greater entries), and the normalizer."""
+    """Log probability of one entry, its rank (1 plus the number of strictly greater entries), and the normalizer."""
 
     logprob: jax.Array
     rank: jax.Array
@@ -313,7 +313,7 @@ def next_best(row: LogitsRow, survivors: Survivors, after: tuple[Any, Any]) -> t
 def one_row(
     call: SamplingCall, row: LogitsRow, raw: LogitsRow | None, params: RowParams | jax.Array, *, pivots: int
 ) -> tuple[jax.Array, jax.Array, LogitsRow, Survivors, Likelihood | None]:
-    """Token, validity, and the row, survivors and likelihood that its log-probabilities are computed from."""
+    """Token, validity, and the row, survivors and likelihood that its log probabilities are computed from."""
     if call.given:
         assert not isinstance(params, RowParams)
         token, (summary, _) = params, summarize(row)

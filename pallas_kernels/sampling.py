@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample one token per row of logits, and compute its log-probability.
+"""Sample one token per row of logits, and compute its log probability.
 
     token[r] = argmax_i over the survivors of  logits[r, i] / temperature[r] + gumbel(seed[r], position[r], i)
 
@@ -16,7 +16,7 @@ is a hash of (seed, position, id), so there are no key arrays and a replayed ste
 
 `valid` is False for a row with a NaN, a +inf or no finite entry; its token is 0 and has no meaning.
 
-Log-probabilities: "raw" is log_softmax of `raw_logits` (the logits before penalties and masks; by default `logits`),
+Log probabilities: "raw" is log_softmax of `raw_logits` (the logits before penalties and masks; by default `logits`),
 "processed" is that of the survivors after the temperature. `ranks` is one plus the number of strictly larger entries.
 The top N are in descending order, equals by ascending id; missing entries have token -1 and -inf.
 """
@@ -43,7 +43,7 @@ MAX_VOCABULARY = 2**24  # counts are exact in float32 up to here
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of one token per row, and the likeliest tokens."""
+    """Log probabilities of one token per row, and the likeliest tokens."""
 
     logprobs: jax.Array  # float32 [rows], of the token
     ranks: jax.Array  # int32 [rows]
@@ -93,7 +93,7 @@ def sample(
 def token_logprobs(
     logits: jax.Array, tokens: jax.Array, *, top_n: int = 0, tiles: SamplingTiles | None = None
 ) -> Logprobs:
-    """Raw log-probabilities of the given tokens int32 [rows], for scoring and prompt log-probabilities."""
+    """Raw log probabilities of the given tokens int32 [rows], for scoring and prompt log probabilities."""
     logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     _check(logits, top_n)
     checks.check_int32("tokens", tokens)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags of a command as tables in Markdown, one for each group."""
 
+import re
+
 from jaxserve.flags.parser import Parser
 from jaxserve.flags.setting import Flag
 
@@ -25,4 +27,9 @@ def _row(parser: Parser, flag: Flag) -> str:
     if flag.choices:
         about += f" One of {', '.join(f'`{choice}`' for choice in flag.choices)}."
     cells = (", ".join(f"`{name}`" for name in names), f"`{default}`" if default else "", about)
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(cell: str) -> str:
+    """A vertical bar ends a cell even in a code span; an asterisk has a meaning only outside of one."""
+    return re.sub(r"(`[^`]*`)|\*", lambda match: match[1] or r"\*", cell).replace("|", r"\|")

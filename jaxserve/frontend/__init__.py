@@ -9,7 +9,7 @@ waits for its outputs:
     wire.Add           the Request as bytes, if the engine is in another process
     Sequence, Slice    the scheduler's state of one sample; its part of one step
     StepPlan           the slices of a step, launched by the runner
-    StepResult         what the step computed: tokens and log-probabilities
+    StepResult         what the step computed: tokens and log probabilities
     Update             what the step did for one sample, or the result of a beam search (host.beam_search)
     wire.Turn          the updates of a step as bytes, if the engine is in another process
     OutputBuilder      detokenizes, and finds stop strings

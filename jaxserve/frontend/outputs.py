@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns an engine's Updates into the RequestOutputs that users get: text, stop strings, log-probabilities.
+"""Turns an engine's Updates into the RequestOutputs that users get: text, stop strings, log probabilities.
 
 Runs in the process that has the tokenizer, wherever the engine is. An embedding is an output without text.
 
 Every output is an immutable snapshot, because users keep them. So with CUMULATIVE an update copies the text and a
 pointer per earlier token of its sample; DELTA and FINAL_ONLY copy nothing. Outputs share what no longer changes: the
-prompt's lists, the dicts of log-probabilities, samples without new tokens.
+prompt's lists, the dicts of log probabilities, samples without new tokens.
 """
 
 from collections.abc import Sequence

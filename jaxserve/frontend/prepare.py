@@ -92,7 +92,7 @@ class Preparer:
         return request
 
     def prepare_beams(self, prompt: Prompt, params: BeamSearchParams, **more: Any) -> Request:
-        """A checked request for a beam search that returns the log-probabilities of all its candidates."""
+        """A checked request for a beam search that returns the log probabilities of all its candidates."""
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("params", f"params is of type {type(params).__name__}", "pass BeamSearchParams")
         shown = beams.sampling_params(params, logprobs=2 * params.beam_width)

@@ -3,13 +3,13 @@
 
 Same semantics as vLLM: the 2 * width most likely tokens of each beam are candidates; those that end the text complete a
 beam, and the `width` best of the others continue; at the end the best of all are returned. A beam's score is the sum of
-its log-probabilities over length ** length_penalty, where the length includes the prompt but not the end of text.
+its log probabilities over length ** length_penalty, where the length includes the prompt but not the end of text.
 
 Beams share the KV blocks of their common prefix. A beam that continues in several ways is branched, and the first to
 write into a shared block gets a copy of it. When memory is short, the scheduler preempts waiting beams and recomputes
 them when they continue.
 
-The result has only ids and log-probabilities; the frontend, which has the tokenizer, makes the text.
+The result has only ids and log probabilities; the frontend, which has the tokenizer, makes the text.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ class _Step:
     logprob: float
     rank: int
     candidates: TokenLogprobs
-    total: float  # the sum of the log-probabilities so far
+    total: float  # the sum of the log probabilities so far
     count: int  # the number of tokens so far
 
     def chain(self) -> "list[_Step]":

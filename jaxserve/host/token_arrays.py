@@ -45,7 +45,7 @@ def prompt_rows(prompts: Any) -> list[Any]:
 def as_arrays(
     outputs: Sequence[RequestOutput], *, samples: int, width: int, pad_id: int, place: Any
 ) -> GeneratedArrays:
-    """Final outputs as arrays on the devices. Their requests must have log-probabilities enabled."""
+    """Final outputs as arrays on the devices. Their requests must have log probabilities enabled."""
     shape = (len(outputs), samples, width)
     tokens, logprobs = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
     lengths, reasons = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.int32)

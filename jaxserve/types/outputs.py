@@ -2,7 +2,7 @@
 """Owns the types of what an engine returns: updates, outputs and their parts.
 
 Update         the result of one step for one sample of a request
-RequestOutput  what users see: text, tokens and log-probabilities of all samples so far
+RequestOutput  what users see: text, tokens and log probabilities of all samples so far
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ type FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """A token's log-probability, and the most likely tokens at its position, best first."""
+    """A token's log probability, and the most likely tokens at its position, best first."""
 
     token: int
     logprob: float

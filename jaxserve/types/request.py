@@ -23,7 +23,7 @@ class Request:
     cache_salt: str | None = None  # requests share cached prompts only with those of the same salt
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None  # on the monotonic clock
-    score_only: bool = False  # nothing is generated: the prompt's log-probabilities are all that is wanted
+    score_only: bool = False  # nothing is generated: the prompt's log probabilities are all that is wanted
     embed: bool = False  # nothing is generated: the last token's hidden state is all that is wanted
     # The samples are the best beams of a search with these; params say how many and what is shown of them.
     beam_search: BeamSearchParams | None = None

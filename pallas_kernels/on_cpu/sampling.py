@@ -12,14 +12,14 @@ from pallas_kernels.row_search import FoldStep, LogitsRow
 
 _PIVOTS = 4  # on a CPU each pivot costs a pass
 
-# Log-probability and rank of the token, the likeliest tokens and their log-probabilities.
+# Log probability and rank of the token, the likeliest tokens and their log probabilities.
 type Likely = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def sample(
     call: SamplingCall, logits: jax.Array, raw_logits: jax.Array | None, params: RowParams | jax.Array
 ) -> tuple[jax.Array, jax.Array, Likely | None]:
-    """Tokens, validity and log-probabilities of all rows; `params` are the tokens themselves if those are given."""
+    """Tokens, validity and log probabilities of all rows; `params` are the tokens themselves if those are given."""
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
 
     def as_row(x: jax.Array) -> LogitsRow:

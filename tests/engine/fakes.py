@@ -59,7 +59,7 @@ def pick(drawn: int, vocab_size: int, masked: frozenset[int]) -> int:
 
 
 def likelihood(drawn: int, token: int) -> tuple[float, int, list[int], list[float]]:
-    """The log-probability of a token, its rank, the likeliest tokens and theirs."""
+    """The log probability of a token, its rank, the likeliest tokens and theirs."""
     mixed = crc32(struct.pack("<Iq", drawn, token))
     return -(mixed % 1024) / 64, 1 + mixed % 9, [drawn % 11, drawn % 13], [-(drawn % 64) / 8, -(drawn % 32) / 4]
 
@@ -271,7 +271,7 @@ class Oracle:
         return array[seen.start : seen.stop], np.array([digest(array[firsts[p] : p + 1]) for p in seen], np.int64)
 
     def reported(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
-        """The log-probability of what follows these tokens."""
+        """The log probability of what follows these tokens."""
         drawn = draw(*self._seen(tokens, len(tokens) - 1), b"")
         logprob, rank, top_tokens, top_logprobs = likelihood(drawn, token)
         return TokenLogprobs(token, logprob, rank, top_tokens[:wanted], top_logprobs[:wanted])

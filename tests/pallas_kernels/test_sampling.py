@@ -55,7 +55,7 @@ def run(
 
 
 def kept_ids(result: Sampled, row: int) -> set[int]:
-    """All survivors: the processed log-probabilities list them when top_n is the whole vocabulary."""
+    """All survivors: the processed log probabilities list them when top_n is the whole vocabulary."""
     assert result.logprobs is not None
     return {int(t) for t in np.asarray(result.logprobs.top_tokens)[row] if t >= 0}
 

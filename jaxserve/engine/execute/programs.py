@@ -137,7 +137,7 @@ def head(
     entries: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
     """The result is int32 [rows, 2]: token, valid; from Need.SCORED on [rows, 4 + 2 * n]: also logprob, rank, the n
-    most likely tokens and their log-probabilities. n is `top_n` for Need.FULL, else 0. Log-probabilities are those of
+    most likely tokens and their log probabilities. n is `top_n` for Need.FULL, else 0. Log probabilities are those of
     the model's raw distribution, or with `processed` of the distribution that is sampled from.
     """
     logits = decoder.logits(spec, params, hidden[:rows])

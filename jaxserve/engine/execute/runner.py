@@ -86,7 +86,7 @@ class Runner:
         mesh: Any = None,
         store: Store | None = None,
     ) -> None:
-        """`processed`: log-probabilities are those of the distribution that is sampled from, not of the raw one."""
+        """`processed`: log probabilities are those of the distribution that is sampled from, not of the raw one."""
         self.spec, self.limits, self.buckets, self.mesh = spec, capacity.limits, capacity.buckets, mesh
         self._processed, self._store = processed, store
         self.params: Params = params  # only their shapes until `warm`, if they are still being read

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies a step's result to one sequence: its next token, finish reason, log-probabilities, embedding."""
+"""Applies a step's result to one sequence: its next token, finish reason, log probabilities, embedding."""
 
 from collections.abc import Set
 
@@ -31,7 +31,7 @@ def sampled(
 
 
 def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
-    """Log-probabilities of the prompt tokens that the slice scores; its rows of logits start at `first`."""
+    """Log probabilities of the prompt tokens that the slice scores; its rows of logits start at `first`."""
     wanted = slice.sequence.request.params.prompt_logprobs or 0
     return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
 
@@ -43,7 +43,7 @@ def embedding(result: StepResult, entry: int) -> bytes:
 
 
 def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs:
-    """Log-probabilities with the `wanted` most likely tokens (-1: all). Other rows of the step may need more."""
+    """Log probabilities with the `wanted` most likely tokens (-1: all). Other rows of the step may need more."""
     logprobs, ranks = result.logprobs, result.ranks
     if logprobs is None or ranks is None:
         raise RuntimeError("a row needs log probabilities, but the step computed none")

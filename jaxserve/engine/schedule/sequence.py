@@ -28,7 +28,7 @@ class Need(IntEnum):
     GREEDY = 0
     RANDOM = 1
     FILTERED = 2  # top-k, top-p, min-p
-    SCORED = 3  # and the log-probability of the token
+    SCORED = 3  # and the log probability of the token
     FULL = 4  # and the likeliest ones, penalties, biases, masks
 
 
@@ -104,7 +104,7 @@ class Sequence:
 
     @property
     def scores(self) -> bool:
-        """Whether log-probabilities of its prompt are still wanted."""
+        """Whether log probabilities of its prompt are still wanted."""
         return self.scored < self.prompt_len
 
 

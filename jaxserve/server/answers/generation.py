@@ -21,7 +21,7 @@ from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 
 LOG = logging.getLogger("jaxserve.server")
-# An answer with more log-probabilities than this is built in a thread: it takes more than a few milliseconds.
+# An answer with more log probabilities than this is built in a thread: it takes more than a few milliseconds.
 MANY = 2000
 
 type Chunker = Callable[[int, RequestOutput, Usage], bytes]
@@ -109,7 +109,7 @@ class _Large:
         self._begun: set[tuple[int, int]] = set()
 
     def takes_long(self, place: int, output: RequestOutput) -> bool:
-        """Whether the output has more than MANY log-probabilities. A sample's first tokens also bring the prompt's."""
+        """Whether the output has more than MANY log probabilities. A sample's first tokens also bring the prompt's."""
         request = self._prepared[place]
         first = {(place, sample.index) for sample in output.outputs} - self._begun
         self._begun |= first

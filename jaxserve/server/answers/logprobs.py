@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities in OpenAI's shapes for completions and for chats, and in vLLM's shape for prompts.
+"""Log probabilities in OpenAI's shapes for completions and for chats, and in vLLM's shape for prompts.
 
 Token texts and offsets are computed from the tokens, never from the answer's text.
 """
@@ -32,7 +32,7 @@ class TokenNames:
 
 
 class CompletionLogprobs:
-    """The log-probabilities of one choice, added as its tokens arrive."""
+    """The log probabilities of one choice, added as its tokens arrive."""
 
     def __init__(
         self, names: TokenNames, wanted: int, *, after: Sequence[int], skip_special_tokens: bool, spaces: bool

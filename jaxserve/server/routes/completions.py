@@ -73,10 +73,10 @@ class _CompletionChoices:
         self._begun: dict[tuple[int, int], CompletionLogprobs | None] = {}
         self._prompts: dict[
             int, list[PositionLogprobs | None]
-        ] = {}  # their log-probabilities, which come once for all n
+        ] = {}  # their log probabilities, which come once for all n
 
     def _news(self, place: int, output: RequestOutput, sample: CompletionOutput) -> tuple[str, dict[str, Any] | None]:
-        """The text and log-probabilities that this output adds, with the prompt's before them if it is echoed."""
+        """The text and log probabilities that this output adds, with the prompt's before them if it is echoed."""
         body, key = self._body, (place, sample.index)
         text, first = sample.text, key not in self._begun
         if first:

@@ -31,7 +31,7 @@ def test_an_answer(served: Served, reference: Reference) -> None:
     assert choice.message.refusal is None and choice.message.tool_calls is None
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
     assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
-    # Log-probabilities in the shape of chats.
+    # Log probabilities in the shape of chats.
     assert choice.logprobs is not None and choice.logprobs.content is not None
     table = reference.logprobs([*ids, *expected])[len(ids) - 1 :]
     for place, entry in enumerate(choice.logprobs.content):

@@ -265,7 +265,7 @@ def test_cached_tokens_and_salts(served: Served) -> None:
 
 
 def test_unlikely_numbers_are_json(served: Served) -> None:
-    """What cannot be sampled has a log-probability that JSON can write."""
+    """What cannot be sampled has a log probability that JSON can write."""
     body = {"prompt": [5, 6], "max_tokens": 2, "logprobs": 8, "allowed_token_ids": [9], "temperature": 0}
     found = served.post("/v1/completions", body).json["choices"][0]["logprobs"]
     for top in found["top_logprobs"]:

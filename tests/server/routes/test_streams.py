@@ -39,7 +39,7 @@ def test_usage_comes_last_and_only_when_asked(served: Served) -> None:
 
 
 def test_large_events_are_made_in_a_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An echoed prompt's log-probabilities must not hold up everybody else: also for each further sample."""
+    """An echoed prompt's log probabilities must not hold up everybody else: also for each further sample."""
     body = {**BODY, "echo": True, "logprobs": 2, "n": 2, "temperature": 1, "seed": 3}
     chunks = served.post("/v1/completions", body).events
     threads: list[str] = []
