@@ -119,7 +119,7 @@ def test_inspect_shows_strange_names_in_any_terminal(tmp_path: Path) -> None:
     assert "gr\\xf6\\xdfe\\x1b[2J\\n " in done("inspect", tmp_path, PYTHONIOENCODING="ascii")
 
 
-def test_inspect_of_nothing(tmp_path: Path) -> None:
+def test_inspect_of_a_missing_file(tmp_path: Path) -> None:
     assert "no such file" in user_error("inspect", tmp_path / "absent")
     assert "contains no safetensors checkpoint" in user_error("inspect", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"junk")

@@ -85,7 +85,7 @@ def test_same_seed_same_jobs() -> None:
     assert len({len(prompt) for prompt in prompts}) > 1
 
 
-def test_failures_are_told(command: Command, server: FakeServer) -> None:
+def test_failures_are_reported(command: Command, server: FakeServer) -> None:
     words = ("bench", "serve", "--url", server.url, "--num-prompts", "3")
     server.faults[COMPLETIONS] = 503
     one_error(command(*words), 1, "the first request failed: 503 The server is loading")

@@ -79,7 +79,7 @@ def test_faults_of_the_server(command: Command, server: FakeServer, fault: int |
         (500, "It broke.", "It broke.", "see the server log"),
     ],
 )
-def test_a_server_that_says_what_to_do_has_the_last_word(
+def test_the_hint_of_the_server_is_shown(
     command: Command, server: FakeServer, *, status: int, message: str, problem: str, hint: str
 ) -> None:
     server.faults[CHAT], server.message = status, message
@@ -87,14 +87,14 @@ def test_a_server_that_says_what_to_do_has_the_last_word(
     one_error(said, 1, f"error: the server says: {problem}  hint: {hint}")
 
 
-def test_nobody_there(command: Command) -> None:
+def test_no_server(command: Command) -> None:
     one_error(command("chat", "--url", "http://127.0.0.1:9", "-q", "Hi"), 1, "cannot connect", "jaxserve run")
     one_error(command("chat", "--url", "ftp://x", "-q", "Hi"), 2, "not a server URL")
     one_error(command("chat", "--url", "http://x:y", "-q", "Hi"), 2, "not a server URL")
     one_error(command("chat", "--url", "http://x", "-q", "Hi", "--api-key", "k\r\nX: y"), 2, "an HTTP header cannot")
 
 
-def test_what_a_model_says_cannot_drive_the_terminal(command: Command, server: FakeServer) -> None:
+def test_model_output_cannot_control_the_terminal(command: Command, server: FakeServer) -> None:
     server.pieces = ("\x1b[2J\x1b]0;gotcha\x07", "a\tb\nc\r", "\x9b31m", "‮abc", "é✓")
     out = command("chat", "--url", server.url, "-q", "Hi").out
     assert out == "\\x1b[2J\\x1b]0;gotcha\\x07a\tb\nc\\r\\x9b31m\\u202eabcé✓\n"

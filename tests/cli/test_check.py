@@ -160,7 +160,7 @@ def test_a_published_model(command: Command, llama: Path) -> None:
     assert found["alternatives"]["--max-model-len 8192"]["concurrency"] > 50
 
 
-def test_what_does_not_fit(command: Command, llama: Path) -> None:
+def test_models_that_do_not_fit(command: Command, llama: Path) -> None:
     said = command("check", llama, "--memory", "16GiB")
     assert said.code == 1 and "weights" in said.out
     assert (
@@ -188,7 +188,7 @@ def test_the_table(command: Command, llama: Path) -> None:
     assert "8,030,261,248 in bfloat16" in out and "2.00 MiB per block of 16" in out and "with one flag changed" in out
 
 
-def test_what_each_flag_changes_is_what_it_gives(command: Command, tmp_path: Path) -> None:
+def test_the_effect_of_each_flag_is_as_predicted(command: Command, tmp_path: Path) -> None:
     model = golden.write_checkpoint("mistral-full", tmp_path / "tiny")
     found = json.loads(command("check", model, "--json").out)["alternatives"]
     flags = {name.split()[0] for name in found}

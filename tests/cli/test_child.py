@@ -36,7 +36,7 @@ child.main(sys.argv[1:])
     ],
 )
 @pytest.mark.parametrize("debug", [False, True])
-def test_what_a_user_can_mend_leaves_none(error: str, cause: str, *, traced: bool, debug: bool) -> None:
+def test_errors_that_a_user_can_fix_have_no_traceback(error: str, cause: str, *, traced: bool, debug: bool) -> None:
     ours, its = socket.socketpair()
     with ours, its:
         ours.sendall(wire.frame([wire.Start(asdict(EngineConfig(model="x")), None)]))

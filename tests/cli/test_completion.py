@@ -34,7 +34,7 @@ def test_bash(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_others_take_it(command: Command, shell: str) -> None:
+def test_other_shells_accept_it(command: Command, shell: str) -> None:
     script = command("completion", shell).out
     assert "max-model-len" in script and "bfloat16" in script
     if shutil.which(shell):

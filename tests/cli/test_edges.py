@@ -22,12 +22,12 @@ JAXSERVE = Path(sysconfig.get_path("scripts"), "jaxserve")
         ("profile", "", "--out", "traces"),
     ],
 )
-def test_an_empty_name_is_no_wish_for_the_demo(command: Command, words: tuple[str, ...]) -> None:
+def test_an_empty_name_does_not_mean_the_demo(command: Command, words: tuple[str, ...]) -> None:
     one_error(command(*words), 2, "--model is empty")
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://[x]:80", "http://h:99999", "ftp://h"])
-def test_addresses_that_are_none(command: Command, url: str) -> None:
+def test_invalid_addresses(command: Command, url: str) -> None:
     one_error(command("chat", "--url", url, "-q", "hi"), 2, "is not a server URL")
     one_error(command("bench", "serve", "--url", url), 2, "is not a server URL")
 
@@ -41,11 +41,11 @@ def test_addresses_that_are_none(command: Command, url: str) -> None:
         (("--save-result", "--result-dir", "none"), "no such folder: none"),
     ],
 )
-def test_load_that_cannot_be(command: Command, words: tuple[str, ...], told: str) -> None:
+def test_impossible_loads(command: Command, words: tuple[str, ...], told: str) -> None:
     one_error(command("bench", "serve", *words), 2, told)
 
 
-def test_figures_need_a_place_before_they_are_measured(command: Command) -> None:
+def test_the_output_file_is_checked_before_measuring(command: Command) -> None:
     one_error(command("bench", "latency", "--json", "none/there.json"), 2, "cannot write to none/there.json")
 
 
@@ -64,7 +64,7 @@ def test_configurations(command: Command, tmp_path: Path, text: str, told: str) 
     one_error(command("run", "--config", file), 2, told)
 
 
-def test_check_refuses_what_run_refuses(command: Command) -> None:
+def test_check_rejects_what_run_rejects(command: Command) -> None:
     one_error(command("check", "--max-num-batched-tokens", "16"), 2, "--max-num-batched-tokens is 16")
     one_error(command("check", "--max-model-len", "999999"), 2, "--max-model-len is 999999")
     one_error(command("check", "--memory", "-5"), 2, "--memory is -5")

@@ -62,7 +62,7 @@ PARSER = Parser("prog", flags_of(Settings), about="About.")
         (["--max-len", "1", "--max-len", "2"], {"max_len": 2}),
     ],
 )
-def test_what_is_given(words: list[str], expected: dict[str, Any]) -> None:
+def test_given_values(words: list[str], expected: dict[str, Any]) -> None:
     found = PARSER.parse(words)
     assert found == expected
     Settings(**found)
@@ -81,7 +81,7 @@ def test_whole_numbers(text: str, value: int) -> None:
 
 
 @given(st.text(max_size=8))
-def test_no_text_is_more_than_a_fault(text: str) -> None:
+def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
     try:
         found = PARSER.parse([f"--max-len={text}"])["max_len"]
     except UsageError as error:
@@ -91,7 +91,7 @@ def test_no_text_is_more_than_a_fault(text: str) -> None:
 
 
 @given(st.lists(st.sampled_from(["--max-len", "8", "--keys", "-", "--warm", "--no-warm", "--x", "-n", "a", "--", "="])))
-def test_no_line_is_more_than_a_fault(words: list[str]) -> None:
+def test_any_command_line_is_valid_or_a_usage_error(words: list[str]) -> None:
     try:
         Settings(**PARSER.parse(words))
     except UsageError as error:
@@ -120,14 +120,14 @@ def test_no_line_is_more_than_a_fault(words: list[str]) -> None:
         (["--keys"], "--keys needs a value", "--keys TEXT ..."),
     ],
 )
-def test_what_is_wrong(words: list[str], problem: str, hint: str) -> None:
+def test_wrong_values(words: list[str], problem: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         PARSER.parse(words)
     assert caught.value.problem == problem
     assert hint in caught.value.hint
 
 
-def test_what_must_be_given() -> None:
+def test_required_values() -> None:
     @dataclass
     class Needs:
         source: Annotated[str, Setting("Where from.", given_as="word", metavar="SRC")]
@@ -149,7 +149,7 @@ def test_values_of_files() -> None:
             values.from_data(flags[name], value)
 
 
-def test_what_is_secret_is_not_shown() -> None:
+def test_secrets_are_not_shown() -> None:
     with pytest.raises(UsageError) as caught:
         values.from_data(next(flag for flag in PARSER.flags if flag.name == "keys"), 123456)
     assert "123456" not in str(caught.value)
@@ -230,7 +230,7 @@ def test_right_values_in_python() -> None:
     assert found.names == ("a",)
 
 
-def test_python_and_the_command_line_say_the_same() -> None:
+def test_python_and_the_command_line_report_the_same_errors() -> None:
     for kind, name, value in ((EngineConfig, "block_size", 7), (ServerConfig, "body_timeout", -1.0)):
         parser = Parser("prog", flags_of(kind))
         given = parser.parse([f"--{name}={value}", *(["m"] if kind is EngineConfig else [])])

@@ -50,7 +50,7 @@ def url(live: Live) -> str:
     return f"http://127.0.0.1:{live.port}/v1"
 
 
-def test_how_it_starts(live: Live) -> None:
+def test_start(live: Live) -> None:
     first, second = live.log.splitlines()[:2]
     assert re.fullmatch(r"jaxserve [\d.]+  model tiny", first)
     assert second.startswith("settings: model=") and "max_model_len=256" in second and "warmup=False" in second

@@ -22,7 +22,7 @@ def test_a_server(command: Command, server: FakeServer, tmp_path: Path) -> None:
     assert len(server.bodies("/stop_profile")) == 1
 
 
-def test_a_run_of_its_own(command: Command, tmp_path: Path) -> None:
+def test_without_a_server(command: Command, tmp_path: Path) -> None:
     model = golden.write_checkpoint("llama-gqa-tied", tmp_path / "tiny")
     out = tmp_path / "traces"
     said = command(

@@ -68,7 +68,7 @@ def test_no_spelling_has_two_meanings() -> None:
         assert len(options) == len(set(options)), name
 
 
-def test_what_is_refused_is_no_flag_of_ours() -> None:
+def test_unsupported_flags_are_not_also_supported() -> None:
     flags = cli.parser_of("run").flags
     assert not {flag.name for flag in flags} & unsupported.SETTINGS.keys()
     assert not {option for flag in flags for option in flag.options} & unsupported.SHORT_FLAGS.keys()
@@ -96,7 +96,7 @@ def test_flags_reach_their_settings(
     assert (server.disable_log_stats, server.request_timeout) == (True, 2.5)
 
 
-def test_what_it_says_first(command: Command, served: Served, model: Path) -> None:
+def test_the_first_lines_of_output(command: Command, served: Served, model: Path) -> None:
     said = command("run", model, "--port", "0", "--api-key", "hunter2", "--max-num-seqs", "4", "--host", "127.0.0.1")
     assert said.out == ""
     first, second = said.err.splitlines()
@@ -241,7 +241,7 @@ def test_missing_tokenizer(command: Command, copy: Path, served: Served) -> None
     assert broken(command, copy, "--tokenizer", str(golden.TOKENIZERS / "byte-level")).code == 7
 
 
-def test_faults_of_ours_are_one_line_without_debug(
+def test_internal_errors_are_one_line_without_debug(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> int:
@@ -257,7 +257,7 @@ def test_faults_of_ours_are_one_line_without_debug(
         assert said.code == 1 and "Traceback" in said.err and "error: KeyError" in said.err
 
 
-def test_nothing_heavy_is_imported_for_a_fault() -> None:
+def test_errors_import_nothing_heavy() -> None:
     script = (
         "import sys\n"
         "from jaxserve.cli import main\n"
@@ -271,7 +271,7 @@ def test_nothing_heavy_is_imported_for_a_fault() -> None:
     assert result.stderr.startswith("error: folder '/absent' does not exist") and result.stderr.count("\n") == 1
 
 
-def test_a_length_that_is_too_long_takes_no_jax(model: Path) -> None:
+def test_a_length_that_is_too_long_is_found_without_jax(model: Path) -> None:
     script = "import sys; from jaxserve.cli import main; code = main(sys.argv[1:]); assert 'jax' not in sys.modules; "
     words = ["run", str(model), "--port", "0", "--max-model-len", "1M"]
     ask = [sys.executable, "-c", script + "sys.exit(code)", *words]
@@ -311,7 +311,7 @@ def test_help(command: Command) -> None:
         (["-tp", "2"], ("--tensor-parallel-size is 2, but JAX has only 1 CPU device",)),
     ],
 )
-def test_sizes_that_cannot_be(
+def test_impossible_sizes(
     command: Command, served: Served, model: Path, words: list[str], parts: tuple[str, ...]
 ) -> None:
     one_error(command("run", model, "--port", "0", *words), 2, *parts)
@@ -337,7 +337,7 @@ def test_sizes_of_a_converted_model(command: Command, served: Served, model: Pat
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "mistral-window", "gemma2", "deepseek-v3"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_what_is_refused_is_what_does_not_fit(tmp_path: Path, name: str, shards: int) -> None:
+def test_only_what_does_not_fit_is_rejected(tmp_path: Path, name: str, shards: int) -> None:
     folder = golden.write_checkpoint(name, tmp_path / "tiny")
     spec = registry.read_config(folder)[0]
     config = EngineConfig(model=str(folder), tensor_parallel_size=shards, block_size=8, max_model_len=100)
@@ -375,9 +375,7 @@ def test_devices_are_counted_where_they_are_certain(environment: dict[str, str],
     assert preflight.cpu_devices(environment) == expected
 
 
-def test_an_engine_that_does_not_start_speaks_of_flags(
-    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_the_engine_name_flags(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> int:
         raise EngineError("no memory for /x/num_blocks/y and max_model_len 5", "lower max_num_seqs.")
 

@@ -51,33 +51,33 @@ def test_reads_a_folder_of_links_as_download_caches_make_it(sharded: Path, tmp_p
         *("\ud800.safetensors", 5, None, ["1.safetensors"], {}),
     ],
 )
-def test_refuses_a_shard_that_is_no_plain_name(sharded: Path, shard: object) -> None:
+def test_rejects_a_shard_outside_the_folder(sharded: Path, shard: object) -> None:
     write_index(sharded, {"a": "1.safetensors", "b": shard})
     refused(sharded, "weight_map maps tensor 'b' to", "beside it")
 
 
-def test_refuses_an_absent_shard(sharded: Path) -> None:
+def test_rejects_a_missing_shard(sharded: Path) -> None:
     (sharded / "2.safetensors").unlink()
     refused(sharded, "2.safetensors: cannot be read (no such file or directory)")
 
 
-def test_refuses_a_damaged_shard(sharded: Path) -> None:
+def test_rejects_a_damaged_shard(sharded: Path) -> None:
     with (sharded / "1.safetensors").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 1)
     refused(sharded, "1.safetensors: tensor 'b' is truncated")
 
 
-def test_refuses_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
+def test_rejects_a_tensor_that_its_shard_lacks(sharded: Path) -> None:
     (sharded / "2.safetensors").write_bytes(blob({}))
     refused(sharded, "tensor 'c' is not in '2.safetensors'")
 
 
-def test_refuses_a_tensor_that_the_index_lacks(sharded: Path) -> None:
+def test_rejects_a_tensor_that_the_index_lacks(sharded: Path) -> None:
     write_index(sharded, {"a": "1.safetensors", "c": "2.safetensors"})
     refused(sharded, "tensor 'b' is in '1.safetensors', but the index does not list it there")
 
 
-def test_refuses_a_tensor_that_two_shards_hold(sharded: Path) -> None:
+def test_rejects_a_tensor_in_two_shards(sharded: Path) -> None:
     (sharded / "2.safetensors").write_bytes(blob({"c": entry(), "a": entry(offsets=[1, 2])}, b"00"))
     refused(sharded, "tensor 'a' is in '2.safetensors', but the index does not list it there")
 
@@ -100,30 +100,30 @@ def test_refuses_a_tensor_that_two_shards_hold(sharded: Path) -> None:
         (b'{"metadata":' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
 )
-def test_refuses_a_hostile_index(sharded: Path, text: bytes, complaint: str) -> None:
+def test_rejects_a_hostile_index(sharded: Path, text: bytes, complaint: str) -> None:
     (sharded / "model.safetensors.index.json").write_bytes(text)
     refused(sharded, "model.safetensors.index.json", complaint)
 
 
-def test_refuses_an_index_over_the_limit(sharded: Path) -> None:
+def test_rejects_an_index_over_the_limit(sharded: Path) -> None:
     with (sharded / "model.safetensors.index.json").open("wb") as file:
         file.truncate(10**9)  # sparse: takes no room
     refused(sharded, "expected at most")
 
 
-def test_refuses_pickles_with_a_hint(tmp_path: Path) -> None:
+def test_rejects_pickles_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     refused(tmp_path, "contains weights only in an unsupported format", "save the model as safetensors")
     refused(tmp_path / "pytorch_model.bin", "is a .bin file", "save the model as safetensors")
 
 
-def test_refuses_folders_without_a_checkpoint(tmp_path: Path) -> None:
+def test_rejects_folders_without_a_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path, "contains no safetensors checkpoint")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(blob({}))
     refused(tmp_path, "model.safetensors.index.json", "download the index too")
 
 
-def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_rejects_a_path_that_is_not_a_file(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "no such file")
     refused(tmp_path / "nul\0", "is not a file name")
     refused(tmp_path / ("x" * 5000), "file name too long")

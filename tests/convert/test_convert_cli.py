@@ -91,7 +91,7 @@ def clean_env() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
 
 
-def test_what_is_written(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
+def test_the_converted_folder(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
     trap = tmp_path / "trap"
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((source / name).read_text()) | {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}
@@ -190,7 +190,7 @@ def test_destination_is_never_lost(source: Path, tmp_path: Path, convert: Callab
     only(tmp_path, "source", "new", "someone", "file", "link")
 
 
-def test_a_replacement_that_fails_leaves_the_old(
+def test_a_failed_replacement_keeps_the_old_folder(
     source: Path, tmp_path: Path, convert: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "new"
@@ -205,7 +205,7 @@ def test_a_replacement_that_fails_leaves_the_old(
     load.open_model(place)
 
 
-def test_what_is_beside_it_is_never_lost(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
+def test_other_files_are_never_lost(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
     place, beside = tmp_path / "new", tmp_path / "new.replaced"
     assert convert(source, place).code == 0
     beside.mkdir()
@@ -249,7 +249,7 @@ def test_killed_half_way(source: Path, tmp_path: Path, convert: Callable[..., Ru
     same(load.load_model(place)[1], load.load_model(source)[1])
 
 
-def test_what_is_in_the_way(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
+def test_existing_destinations(source: Path, tmp_path: Path, convert: Callable[..., Run]) -> None:
     (tmp_path / "new.converting").mkdir()
     (tmp_path / "new.converting/thesis.tex").write_text("x")
     user_error(convert(source, tmp_path / "new"), "new.converting exists and was not created by a conversion")
@@ -289,7 +289,7 @@ def test_a_write_that_fails(source: Path, tmp_path: Path) -> None:
     only(tmp_path, "source")
 
 
-def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_as_such(tmp_path: Path) -> None:
     for error in (
         OSError(errno.ENOSPC, "x"),
         ValueError("RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28']"),
@@ -329,7 +329,7 @@ def test_from_the_hub(hub: Hub, source: Path, tmp_path: Path, convert: Callable[
     assert len(hub.asked) == asked
 
 
-def test_weights_of_what_is_not_supported_are_not_fetched(
+def test_weights_of_unsupported_models_are_not_downloaded(
     hub: Hub, source: Path, tmp_path: Path, convert: Callable[..., Run]
 ) -> None:
     files = {path.name: path.read_bytes() for path in source.iterdir()}
@@ -353,7 +353,7 @@ with progress.bar("converting", 2 * 10**9) as told:
 """
 
 
-def test_bar_on_a_terminal_and_nowhere_else() -> None:
+def test_the_progress_bar_needs_a_terminal() -> None:
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     command = [sys.executable, "-c", BAR]

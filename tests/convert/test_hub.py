@@ -47,7 +47,7 @@ def test_a_folder_is_itself(tmp_path: Path, hub: Hub, monkeypatch: pytest.Monkey
     assert hub.asked == []
 
 
-def test_what_is_no_model_folder(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_without_a_model(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "empty").mkdir()
@@ -65,7 +65,7 @@ def test_what_is_no_model_folder(tmp_path: Path, hub: Hub, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("source", ["/no/such/model", "no way", "./gone"])
-def test_a_wrong_path_is_told_before_anything_heavy_is_imported(source: str) -> None:
+def test_a_wrong_path_is_found_before_anything_heavy_is_imported(source: str) -> None:
     script = (
         "import sys\n"
         "from convert.files.hub import fetch\n"
@@ -85,7 +85,7 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize("source", BAD_IDS, ids=ascii)
-def test_refuses_what_is_no_hub_id(hub: Hub, source: str) -> None:
+def test_rejects_invalid_hub_ids(hub: Hub, source: str) -> None:
     refused(source, "neither a local folder nor a valid hub model name", "name a hub model as org/name")
     assert hub.asked == []
 
@@ -115,7 +115,7 @@ BAD_REVISIONS = [
 
 
 @pytest.mark.parametrize("revision", BAD_REVISIONS)
-def test_refuses_what_is_no_revision(hub: Hub, revision: str) -> None:
+def test_rejects_invalid_revisions(hub: Hub, revision: str) -> None:
     for offline in (False, True):
         refused(ID, "is not a valid revision", revision=revision, offline=offline)
     assert hub.asked == []
@@ -124,7 +124,7 @@ def test_refuses_what_is_no_revision(hub: Hub, revision: str) -> None:
 # -- downloads
 
 
-def test_downloads_what_is_needed_and_nothing_else(hub: Hub, cache: Path) -> None:
+def test_downloads_only_what_is_needed(hub: Hub, cache: Path) -> None:
     commit = hub.commit(ID, JUNK | SINGLE)
     folder = fetch(ID, cache_dir=cache)
     assert folder.name == commit
@@ -143,7 +143,7 @@ def test_downloads_the_shards_that_the_index_names(hub: Hub, cache: Path) -> Non
     assert hub.bodies()[-3:] == [*INDEX, *SHARDS]
 
 
-def test_a_single_file_goes_before_an_index(hub: Hub, cache: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index(hub: Hub, cache: Path) -> None:
     hub.commit(ID, SINGLE | INDEX | SHARDS)
     assert contents(fetch(ID, cache_dir=cache)) == SINGLE
 
@@ -204,7 +204,7 @@ def test_two_commits_share_what_they_have_in_common(hub: Hub, cache: Path) -> No
     assert hub.bodies() == ["config.json"]
 
 
-def test_the_token_goes_to_the_hub_alone(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_sent_only_to_the_hub(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.commit(ID, SINGLE)
     fetch(ID, cache_dir=cache)
@@ -247,7 +247,7 @@ def test_a_cache_that_cannot_be_written_still_serves(hub: Hub, cache: Path, monk
 # -- progress
 
 
-def test_silence_where_there_is_no_terminal(hub: Hub, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_without_a_terminal(hub: Hub, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     hub.commit(ID, SINGLE)
     fetch(ID, cache_dir=cache)
     assert capfd.readouterr() == ("", "")
@@ -311,7 +311,7 @@ def test_progress_on_a_terminal(hub: Hub, cache: Path, monkeypatch: pytest.Monke
         5,
     ],
 )
-def test_refuses_an_index_that_leads_elsewhere(hub: Hub, cache: Path, shard: object) -> None:
+def test_rejects_an_index_that_leads_elsewhere(hub: Hub, cache: Path, shard: object) -> None:
     index = json.dumps({"weight_map": {"a": shard}}).encode()
     hub.commit(ID, SMALL | {"model.safetensors.index.json": index, str(shard): b"x"})
     refused(ID, "expected the plain name of a .safetensors file beside it", cache_dir=cache)
@@ -324,7 +324,7 @@ def _only_commit(hub: Hub) -> str:
     return commit
 
 
-def test_refuses_an_index_of_shards_that_are_not_there(hub: Hub, cache: Path) -> None:
+def test_rejects_an_index_of_missing_shards(hub: Hub, cache: Path) -> None:
     hub.commit(ID, SMALL | INDEX)
     refused(ID, "has no 'model-00001-of-00002.safetensors', 'model-00002", "which its", "lists", cache_dir=cache)
 
@@ -339,7 +339,7 @@ def test_refuses_an_index_of_shards_that_are_not_there(hub: Hub, cache: Path) ->
         ({"README.md": b""}, ["no other weights"]),
     ],
 )
-def test_refuses_a_repository_without_safetensors(
+def test_rejects_a_repository_without_safetensors(
     hub: Hub, cache: Path, files: dict[str, bytes], expected: list[str]
 ) -> None:
     hub.commit(ID, SMALL | files)
@@ -347,7 +347,7 @@ def test_refuses_a_repository_without_safetensors(
     assert hub.bodies() == []
 
 
-def test_refuses_a_repository_without_a_config(hub: Hub, cache: Path) -> None:
+def test_rejects_a_repository_without_a_config(hub: Hub, cache: Path) -> None:
     hub.commit(ID, {"model.safetensors": WEIGHTS})
     refused(ID, "has no config.json", cache_dir=cache)
     assert hub.bodies() == []

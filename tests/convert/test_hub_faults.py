@@ -80,7 +80,7 @@ def test_unknown_names(hub: Hub, cache: Path) -> None:
     refused(ID, "'org/tiny' has no revision 'v9'", "/tree/main", cache_dir=cache, revision="v9")
 
 
-def test_no_road_to_the_hub(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_connection_to_the_hub(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.commit(ID, SINGLE)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -111,7 +111,7 @@ def test_a_hub_that_does_not_answer(hub: Hub, cache: Path, monkeypatch: pytest.M
     refused(ID, "timed out on 'org/tiny'", cache_dir=cache)
 
 
-def test_a_token_that_is_none(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_token(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_größe")
     refused(ID, "contains non-ASCII characters", "check HF_TOKEN", cache_dir=cache)
 
@@ -161,7 +161,7 @@ def test_a_small_file_fails(hub: Hub, cache: Path, naps: list[float]) -> None:
     assert contents(fetch(ID, cache_dir=cache)) == SINGLE
 
 
-def test_not_what_was_listed(hub: Hub, cache: Path) -> None:
+def test_a_file_that_differs_from_the_listing(hub: Hub, cache: Path) -> None:
     hub.commit(ID, SINGLE)
     hub.size_in_listing["model.safetensors"] = 10**4
     refused(ID, "has the wrong size after download from", ": expected 10000 bytes", cache_dir=cache)
@@ -170,7 +170,7 @@ def test_not_what_was_listed(hub: Hub, cache: Path) -> None:
     assert contents(fetch(ID, cache_dir=cache)) == SINGLE
 
 
-def test_passing_failures_are_waited_for(
+def test_temporary_failures_are_retried(
     hub: Hub,
     cache: Path,
     naps: list[float],

@@ -52,7 +52,7 @@ def test_layers_beyond_those_of_the_config(tmp_path: Path) -> None:
     refused(write(tmp_path, BIAS, num_hidden_layers=1), "tensor 'model.layers.1.", "is not part of the model")
 
 
-def test_buffers_are_no_weights(tmp_path: Path) -> None:
+def test_buffers_are_not_weights(tmp_path: Path) -> None:
     def add(tensors: Tensors) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
 
@@ -114,7 +114,7 @@ def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
         load.read(plan, dtype=jnp.float32)
 
 
-def test_code_that_comes_along_never_runs(tmp_path: Path) -> None:
+def test_code_of_a_checkpoint_never_runs(tmp_path: Path) -> None:
     trap, folder = tmp_path / "trap", tmp_path / "model"
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.T", None]}
     write(folder, BIAS, auto_map=auto_map)
@@ -141,7 +141,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("case", "sizes"), MESHES, ids=lambda value: str(value))
-def test_each_device_gets_its_part(tmp_path: Path, case: str, sizes: Any) -> None:
+def test_each_device_gets_its_shard(tmp_path: Path, case: str, sizes: Any) -> None:
     folder = golden.write_checkpoint(case, tmp_path)
     spec, alone = load.load_model(folder)
     public = param_layout.to_public_layout(spec, alone)

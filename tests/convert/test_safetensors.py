@@ -161,7 +161,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("file", "complaint"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_refuses_a_hostile_file(tmp_path: Path, file: bytes, complaint: str) -> None:
+def test_rejects_a_hostile_file(tmp_path: Path, file: bytes, complaint: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(file)
     assert str(path) in refused(path, complaint)

@@ -62,7 +62,7 @@ def test_chain_holds_every_call(name: str) -> None:
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_launch_plan_tells_whether_kernels_are_captured(graphs: bool, tmp_path: Path) -> None:
+def test_launch_plan_shows_whether_kernels_are_captured(graphs: bool, tmp_path: Path) -> None:
     """The evidence that the `hazards` section looks for, and the option that turns capturing off."""
     case = CASES["kv_write"]
     options: dict[str, Any] = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}

@@ -47,13 +47,13 @@ def test_small_sums_are_right(llm: LLM) -> None:
     assert ask(llm, *([f"What is {x} + {y}?"] for x, y in pairs)) == [f"{x} + {y} = {x + y}." for x, y in pairs]
 
 
-def test_who_it_is(llm: LLM) -> None:
+def test_the_model_introduces_itself(llm: LLM) -> None:
     for answer in ask(llm, ["Who are you?"], ["What are you?"]):
         assert "demo" in answer and "toy" in answer
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_json_record_is_json_and_has_the_fields_that_were_asked_for(llm: LLM, temperature: float) -> None:
+def test_a_json_record_is_json_with_the_requested_fields(llm: LLM, temperature: float) -> None:
     wanted = {
         "Give me a JSON record of a person with name, age and city.": ["name", "age", "city"],
         "Give me a JSON record of a book with title and author.": ["title", "author"],
@@ -65,7 +65,7 @@ def test_a_json_record_is_json_and_has_the_fields_that_were_asked_for(llm: LLM, 
     assert [list(json.loads(answer)) for answer in answers] == list(wanted.values())
 
 
-def test_facts_small_talk_and_what_was_said_before(llm: LLM) -> None:
+def test_facts_small_talk_and_memory_of_the_conversation(llm: LLM) -> None:
     hello, capital, name = ask(
         llm,
         ["hello"],
@@ -76,7 +76,7 @@ def test_facts_small_talk_and_what_was_said_before(llm: LLM) -> None:
     assert "Rome" in capital and "Anna" in name
 
 
-def test_a_story_is_about_whom_it_should_be(llm: LLM) -> None:
+def test_a_story_is_about_the_requested_hero(llm: LLM) -> None:
     [story] = ask(
         llm, ["Tell me a story about a fox named Rusty."], params=SamplingParams(temperature=0, max_tokens=200)
     )
@@ -84,7 +84,7 @@ def test_a_story_is_about_whom_it_should_be(llm: LLM) -> None:
     assert len(re.findall(r"[.!?]", story)) >= 5
 
 
-def test_both_folders_are_whole_and_small() -> None:
+def test_both_folders_are_complete_and_small() -> None:
     package = FOLDER.parent
     files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in files) <= LIMIT
@@ -102,7 +102,7 @@ def test_both_folders_are_whole_and_small() -> None:
     assert 8 <= sizes[0] / sizes[1] <= 12
 
 
-def test_the_draft_model_speaks_too() -> None:
+def test_the_draft_model_generates_text() -> None:
     [answer] = ask(LLM(str(DRAFT_FOLDER), **OPTIONS), ["Who are you?"])
     assert "demo" in answer
 

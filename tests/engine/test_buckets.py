@@ -36,7 +36,7 @@ def test_fitting_is_the_smallest_that_holds(top: int, data: st.DataObject) -> No
 
 
 @given(st.integers(1, 600), st.integers(0, 4096), st.integers(1, 512))
-def test_whatever_a_step_is_made_of_has_a_bucket(rows: int, more: int, score_rows: int) -> None:
+def test_every_possible_step_has_a_bucket(rows: int, more: int, score_rows: int) -> None:
     buckets = Buckets.of(rows, rows + more, score_rows)
     assert buckets.decode[-1] == rows and buckets.mixed[-1] == rows + more
     assert fitting(buckets.mixed, 1) == buckets.mixed[0] >= min(64, rows + more)

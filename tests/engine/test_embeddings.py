@@ -51,7 +51,7 @@ LENGTHS = (1, 2, 7, BLOCK, BLOCK + 1, 31, LONGEST)
     [dict(), dict(async_scheduling=False), dict(budget=5), dict(budget=4, enable_prefix_caching=False)],
     ids=["whole", "one step at a time", "chunks", "nothing shared"],
 )
-def test_of_every_length_by_every_road(options: dict[str, Any]) -> None:
+def test_every_length_whole_chunked_and_cached(options: dict[str, Any]) -> None:
     driver = Driver(**options)
     for _ in range(2):  # the second time most of it is cached
         streams = driver.finish(*(embed(f"{length}", length) for length in LENGTHS))
@@ -74,7 +74,7 @@ def neighbours() -> list[Request]:
     ]
 
 
-def test_neighbours_notice_nothing() -> None:
+def test_other_requests_are_not_affected() -> None:
     """Memory for little more than one: those that come last are preempted, and computed again."""
     wanted = alone(Driver(async_scheduling=False, enable_prefix_caching=False), neighbours())
     driver = Driver(spare=LONGEST // BLOCK + 1, budget=12)
@@ -106,7 +106,7 @@ def test_a_preempted_one_is_computed_again() -> None:
     check(driver.finish()["last", 0], 40)
 
 
-def test_what_is_aborted_on_the_way_tells_no_embedding() -> None:
+def test_an_aborted_request_returns_no_embedding() -> None:
     driver = Driver(budget=5)
     driver.add(embed("a", 40), embed("b", 40))
     for _ in range(3):
@@ -117,7 +117,7 @@ def test_what_is_aborted_on_the_way_tells_no_embedding() -> None:
     check(streams["b", 0], 40)
 
 
-def test_one_that_is_no_number_is_an_error_of_its_own() -> None:
+def test_an_embedding_that_is_not_finite_fails_only_its_request() -> None:
     driver = Driver(params=poisoned())
     sick = Request(id="sick", prompt_token_ids=[1, 2, BAD], embed=True)
     streams = driver.finish(sick, embed("sound", 3))

@@ -89,7 +89,9 @@ def _close(got: list[TokenLogprobs], wanted: list[TokenLogprobs]) -> None:
     budget=st.sampled_from([4, 5, 11, 32]),
     spare=st.sampled_from([LEAST, LEAST + 3, None]),
 )
-def test_any_work_any_way(seed: int, overlap: bool, caching: bool, budget: int, spare: int | None) -> None:
+def test_any_workload_in_any_configuration(
+    seed: int, overlap: bool, caching: bool, budget: int, spare: int | None
+) -> None:
     jobs = random_jobs(seed)
     driver = Driver(FULL, async_scheduling=overlap, enable_prefix_caching=caching, budget=budget, spare=spare)
     wanted = alone(single(FULL), [job.request for job in jobs])
@@ -108,7 +110,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("spec", [FULL, WINDOWED], ids=["full", "windowed"])
-def test_the_same_work_every_way(spec: ModelSpec) -> None:
+def test_the_same_workload_in_every_configuration(spec: ModelSpec) -> None:
     """Work that certainly preempts, copies, hits the cache, is cut into chunks; of the windowed model all rows ask for
     everything, so that few programs do."""
     seen: Counter[str] = Counter()
@@ -155,7 +157,7 @@ def test_tensor_parallel() -> None:
     assert driver.copied
 
 
-def test_own_seeds_are_of_the_order_of_arrival() -> None:
+def test_default_seeds_follow_the_order_of_arrival() -> None:
     """Requests that bring no seed get the engine's, whatever becomes of the others."""
     free = [
         Request(id=str(i), prompt_token_ids=[5, 6, 7 + i], params=SamplingParams(temperature=1.5, max_tokens=6))

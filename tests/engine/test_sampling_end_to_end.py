@@ -59,7 +59,7 @@ def check_end(request: Request, stream: Stream) -> None:
         assert stream.finish_reason == "abort" or len(tokens) == limit
 
 
-def test_every_token_is_foretold() -> None:
+def test_every_token_is_predicted() -> None:
     tokens = certain = 0
     for seed in range(200, 208):
         jobs = random_jobs(seed, count=10)
@@ -140,7 +140,7 @@ def others() -> list[Request]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_row_that_is_no_number_ends_alone(overlap: bool) -> None:
+def test_a_row_that_is_not_finite_ends_alone(overlap: bool) -> None:
     """The others are, bit for bit, as beside a sound request that leaves at the same time."""
     prompt = [*range(1, 1 + BLOCK), BAD, *range(20, 20 + BLOCK)]
     sick = Request(id="sick", prompt_token_ids=prompt, params=SamplingParams(temperature=0, max_tokens=1 + overlap))
@@ -156,7 +156,7 @@ def test_a_row_that_is_no_number_ends_alone(overlap: bool) -> None:
     assert poisoned_too == sound
 
 
-def test_nothing_that_is_no_number_is_cached_or_left_behind() -> None:
+def test_nothing_that_is_not_finite_is_cached_or_left_behind() -> None:
     """Its blocks serve nobody who asks the same; whoever gets them next reads nothing of it."""
     prompt = [*range(1, 1 + 2 * BLOCK), BAD, *range(20, 20 + BLOCK)]
     driver = Driver(params=poisoned(), spare=FULL.max_positions // BLOCK)

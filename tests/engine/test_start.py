@@ -103,7 +103,7 @@ def test_after_ctrl_c_the_rest_is_not_read(config: EngineConfig) -> None:
     assert isinstance(weights.exception(), CancelledError) and len(heard) == 1
 
 
-def test_weights_that_are_to_come_are_counted(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
+def test_memory_for_unloaded_weights_is_counted(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
     model = loading.open_folder(config, None)
     monkeypatch.setattr(memory, "budget", lambda devices, share: (1000, 100))
     monkeypatch.setattr(memory, "devices_of", lambda model: [type("Device", (), {"platform": "gpu"})])
@@ -124,7 +124,7 @@ def test_a_mesh_that_would_replicate_the_model_is_refused(axis: str) -> None:
     assert loading.on_mesh(EngineConfig(model="any"), alone) is alone
 
 
-def test_long_compiling_is_told_now_and_then() -> None:
+def test_long_compilation_is_reported_now_and_then() -> None:
     lines: list[str] = []
     progress = _Progress(lines.append, None, loading.done({}))
     for done, seconds in ((1, 10.0), (2, 16.0), (3, 20.0), (4, 31.0), (9, 50.0)):

@@ -260,7 +260,7 @@ WRONG: dict[str, tuple[Params, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_tree_is_refused_by_the_name_of_its_leaf(llm: LLM, answers: dict[str, list[int]], case: str) -> None:
+def test_a_wrong_tree_is_rejected_with_the_name_of_the_leaf(llm: LLM, answers: dict[str, list[int]], case: str) -> None:
     tree, words = WRONG[case]
     before = jax.tree.leaves(llm.params)
     with pytest.raises(JaxserveError, match=words):
@@ -271,7 +271,7 @@ def test_a_wrong_tree_is_refused_by_the_name_of_its_leaf(llm: LLM, answers: dict
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_gives_memory_back_and_wakes(llm: LLM, answers: dict[str, list[int]], level: int) -> None:
+def test_sleep_frees_memory_and_wake_restores_the_weights(llm: LLM, answers: dict[str, list[int]], level: int) -> None:
     cache = jax.tree.leaves(llm._engine.runner.cache)
     llm.sleep(level)
     assert all(pool.is_deleted() for pool in cache)
@@ -366,7 +366,7 @@ def pointers_of_shards(params: Params) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
 
 
-def test_a_mesh_of_the_caller_is_none_of_ours(llm: LLM, answers: dict[str, list[int]]) -> None:
+def test_a_mesh_set_by_the_caller_is_ignored(llm: LLM, answers: dict[str, list[int]]) -> None:
     with jax.set_mesh(make_mesh(tensor=2)):
         llm.update_weights(NEW)
         assert answer(llm) == answers["new"]
@@ -375,7 +375,7 @@ def test_a_mesh_of_the_caller_is_none_of_ours(llm: LLM, answers: dict[str, list[
         assert answer(fresh) == answers["old"]
 
 
-def test_what_was_donated_is_refused(llm: LLM, answers: dict[str, list[int]]) -> None:
+def test_donated_arrays_are_rejected(llm: LLM, answers: dict[str, list[int]]) -> None:
     tree = jax.tree.map(jnp.array, llm.public_params())
     tree["layers"][0]["mlp"]["down"]["kernel"].delete()
     with pytest.raises(JaxserveError, match=r"layers\.0\.mlp\.down\.kernel was deleted or donated"):

@@ -72,7 +72,7 @@ def runs(draw: st.DrawFn) -> tuple[int, list[Update]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(run=runs())
-def test_all_kinds_tell_all_of_every_sample(kind: RequestOutputKind, run: tuple[int, list[Update]]) -> None:
+def test_every_output_kind_reports_all_of_every_sample(kind: RequestOutputKind, run: tuple[int, list[Update]]) -> None:
     samples, updates = run
     build = builder(n=samples, output_kind=kind, logprobs=0)
     outputs: list[RequestOutput] = []
@@ -138,7 +138,7 @@ def test_an_update_without_tokens_shows_nothing_until_the_end(kind: RequestOutpu
     assert last.token_ids == ([] if kind is DELTA else ids("a"))
 
 
-def test_what_the_engine_tells_is_passed_on() -> None:
+def test_fields_of_updates_are_passed_on() -> None:
     build = builder()
     assert completion(build.add(update([5], policy_version=3))).policy_version == 3
     last = shown(build.add(update([6], policy_version=4, finish_reason="stop", stop_reason=6, num_cached_tokens=32)))
@@ -232,7 +232,7 @@ def test_stop_strings_need_a_tokenizer() -> None:
 TOP = [(10, -0.5), (11, -1.0), (12, -1.5), (13, -2.0)]
 
 
-def test_the_chosen_token_comes_first_then_the_likeliest() -> None:
+def test_the_chosen_token_comes_first_then_the_most_likely() -> None:
     position = completion(builder(logprobs=3).add(update([20], logprobs=[entry(20, -3.0, 17, TOP)]))).logprobs
     assert position is not None
     [position] = position
@@ -248,7 +248,7 @@ def test_the_chosen_token_comes_first_then_the_likeliest() -> None:
 @pytest.mark.parametrize(
     ("wanted", "kept"), [(0, []), (1, [10]), (4, [10, 12, 13]), (9, [10, 12, 13]), (-1, [10, 12, 13])]
 )
-def test_as_many_of_the_likeliest_as_wanted(wanted: int, kept: list[int]) -> None:
+def test_as_many_top_tokens_as_requested(wanted: int, kept: list[int]) -> None:
     output = completion(builder(logprobs=wanted).add(update([11], logprobs=[entry(11, -1.0, 5, TOP)])))
     assert output.logprobs is not None
     assert list(output.logprobs[0]) == [11, *kept]
@@ -256,7 +256,7 @@ def test_as_many_of_the_likeliest_as_wanted(wanted: int, kept: list[int]) -> Non
     assert output.cumulative_logprob == -1.0
 
 
-def test_log_probabilities_only_where_asked_for() -> None:
+def test_log_probabilities_only_if_requested() -> None:
     output = shown(builder().add(update([11], logprobs=[entry(11, -1.0)], prompt_logprobs=[entry(5, -1.0)])))
     assert completion(output).logprobs is None
     assert completion(output).cumulative_logprob is None
@@ -322,7 +322,7 @@ def test_an_embedding_is_an_output_without_a_text(kind: RequestOutputKind) -> No
     assert (completion(output).text, completion(output).token_ids) == ("", [])
 
 
-def test_a_failed_embedding_says_why() -> None:
+def test_a_failed_embedding_has_the_reason() -> None:
     made = OutputBuilder(None, Request(id="r", prompt_token_ids=PROMPT, embed=True))
     output = shown(made.add(update(finish_reason="error", error="not finite")))
     assert output.embedding is None and completion(output).error == "not finite"

@@ -131,13 +131,13 @@ def test_requests_of_numpy_values() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"cache_salt": "\ud800"}, {"priority": 2**64}, {"deadline": object()}])
-def test_what_cannot_be_sent_is_an_error_at_once(fields: dict[str, Any]) -> None:
+def test_values_that_cannot_be_sent_raise_at_once(fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="cannot be sent"):
         wire.add_of(Request(**{"id": "a", "prompt_token_ids": [1], **fields}))
 
 
 @pytest.mark.parametrize("fields", [{"prompt_token_ids": ["1"]}, {"deadline": "soon"}, {"bad_word_ids": 3}])
-def test_what_cannot_be_read_is_of_one_request(fields: dict[str, Any]) -> None:
+def test_an_unreadable_request_fails_alone(fields: dict[str, Any]) -> None:
     bad = wire.add_of(Request(**{"id": "bad", "prompt_token_ids": [1], **fields}))
     good = wire.add_of(Request(id="good", prompt_token_ids=[1]))
     first, second = through([msgspec.Raw(bad), msgspec.Raw(good)], of_parent=True)
@@ -158,7 +158,7 @@ def test_turns(given: list[Update]) -> None:
     ]
 
 
-def test_numbers_that_are_none() -> None:
+def test_nan_and_infinity() -> None:
     entry = TokenLogprobs(1, -math.inf, 1, [2], [math.nan])
     [turn] = through([wire.Turn([Update(request_id="a", index=0, logprobs=[entry])], METRICS)], of_parent=False)
     [found] = turn.updates[0].logprobs
@@ -254,7 +254,7 @@ def test_frames_follow_one_another_and_end() -> None:
         (struct.pack("<Q", 9) + b"\x91\x91\xa6pickle", msgspec.ValidationError),
     ],
 )
-def test_what_is_no_message(data: bytes, error: type[Exception]) -> None:
+def test_invalid_messages(data: bytes, error: type[Exception]) -> None:
     with pair() as (near, far):
         receiver = wire.Receiver(far, of_parent=True)
         near.sendall(data)
@@ -266,7 +266,7 @@ def test_what_is_no_message(data: bytes, error: type[Exception]) -> None:
 # --- a parent that does not read ------------------------------------------------------------------------------------
 
 
-def test_what_the_socket_does_not_take_is_kept_and_comes_later() -> None:
+def test_bytes_that_the_socket_does_not_take_are_sent_later() -> None:
     with pair() as (parent, child):
         box = outbox.Outbox(child)
         big = wire.Progress(50_000 * "x", 0, 0)
@@ -301,7 +301,7 @@ def test_a_child_waits_when_too_much_is_kept(monkeypatch: pytest.MonkeyPatch) ->
         receiver.close()
 
 
-def test_a_parent_that_is_gone_is_sent_nothing() -> None:
+def test_nothing_is_sent_to_a_parent_that_is_gone() -> None:
     with pair() as (parent, child):
         box = outbox.Outbox(child)
         while not box.kept:

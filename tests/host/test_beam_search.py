@@ -177,7 +177,7 @@ def test_beams_end_where_the_model_does(llm: LLM) -> None:
     assert_empty(llm)
 
 
-def test_impossible_widths_are_named(llm: LLM) -> None:
+def test_impossible_widths_are_rejected(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"beam_width is 5.*max_logprobs 8"):
         llm.beam_search(PROMPT, BeamSearchParams(beam_width=5, max_tokens=2))
     few = tiny_llm.make(max_num_seqs=2, max_num_batched_tokens=8)
@@ -188,7 +188,7 @@ def test_impossible_widths_are_named(llm: LLM) -> None:
     assert_empty(llm)
 
 
-def test_a_fault_in_one_beam_ends_that_search_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_one_beam_ends_only_its_search(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read, count = llm._engine.runner.read, 0
 
     def faulty(handle: Any) -> Any:

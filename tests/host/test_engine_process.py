@@ -83,7 +83,7 @@ def comparable(output: RequestOutput) -> RequestOutput:
 # --- the same -------------------------------------------------------------------------------------------------------
 
 
-def test_start_up_is_told(shared: Shared) -> None:
+def test_startup_is_reported(shared: Shared) -> None:
     details = [state.detail for state in shared.states if state.phase == "starting"]
     assert "opening the model" in details and "loading 100 %" in details
     assert shared.states[-1] == EngineState("ready", "")
@@ -177,7 +177,7 @@ def test_many_at_once(shared: Shared) -> None:
     run(work())
 
 
-def test_adds_of_one_turn_of_the_loop_share_messages(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_one_event_loop_turn_share_messages(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     frame = wire.frame
 
@@ -227,7 +227,7 @@ def test_aborts_free_everything(shared: Shared) -> None:
         living.wait(lambda: at_rest(shared), seconds=10)
 
 
-def test_a_loop_that_was_closed_under_its_streams(shared: Shared) -> None:
+def test_requests_of_a_closed_event_loop_are_aborted(shared: Shared) -> None:
     loop = asyncio.new_event_loop()
 
     async def begin() -> None:
@@ -313,15 +313,13 @@ def test_calls(shared: Shared, tmp_path: Path) -> None:
     run(work())
 
 
-def test_what_the_child_is_asked_beyond_the_list_is_refused_there_too(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_child_rejects_unknown_calls(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "CALLS", {**wire.CALLS, "close": None})  # of this process alone
     with pytest.raises(JaxserveError, match="no 'close'"):
         shared.engine.call("close").result(10)
 
 
-def test_consumers_in_several_loops(shared: Shared) -> None:
+def test_consumers_in_several_event_loops(shared: Shared) -> None:
     found: dict[int, int] = {}
 
     def consume(first: int) -> None:
@@ -346,7 +344,7 @@ def test_the_child_has_large_pages(shared: Shared) -> None:
         assert any(" hg" in heap[heap.index("VmFlags:") :] for heap in heaps)
 
 
-def test_the_child_sleeps_when_there_is_nothing_to_do(shared: Shared) -> None:
+def test_an_idle_child_uses_no_cpu_time(shared: Shared) -> None:
     def used() -> float:
         fields = Path(f"/proc/{shared.engine.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -126,7 +126,7 @@ def test_the_watchdog(config: EngineConfig, capfd: pytest.CaptureFixture[str], f
     assert f"in _{fault}" in capfd.readouterr().err  # where it hung
 
 
-def test_the_watchdog_lets_be_what_is_slow_or_idle(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_ignores_slow_and_idle_engines(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with living.process(config, command=living.faulty("slow"), watchdog=2) as engine:
         front = living.front(engine, config)
         time.sleep(2.5)
@@ -138,7 +138,7 @@ def test_the_watchdog_lets_be_what_is_slow_or_idle(config: EngineConfig, monkeyp
         assert last.outputs[0].finish_reason == "abort" and engine.state.phase == "ready"
 
 
-def test_a_child_that_says_nonsense(config: EngineConfig) -> None:
+def test_a_child_that_sends_garbage(config: EngineConfig) -> None:
     with living.process(config, command=living.faulty("chatter")) as engine:
         told, took = run(fail(engine, living.front(engine, config), lambda: None))
         assert took < 5 and "reading from the engine failed" in told[0]

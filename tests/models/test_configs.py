@@ -106,7 +106,7 @@ def test_every_architecture_is_here() -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_field_is_heeded(kind: str) -> None:
+def test_every_field_has_its_effect(kind: str) -> None:
     asked: set[str] = set()
     for content in (raw(kind), raw(kind, **OTHERWISE.get(kind, {}))):
         config = registry.as_config(content)
@@ -197,7 +197,7 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "settings", "names"), REFUSED)
-def test_what_is_not_computed_is_refused(kind: str, settings: Mapping[str, Any], names: str) -> None:
+def test_unsupported_options_are_rejected(kind: str, settings: Mapping[str, Any], names: str) -> None:
     with pytest.raises(CheckpointError, match=names):
         registry.spec_of(raw(kind, **settings))
 
@@ -229,7 +229,7 @@ def test_null_is_off() -> None:
 
 
 @pytest.mark.parametrize("count", [10**12, 0, -1, "2", 2.0, None, [3]])
-def test_absurd_numbers_of_layers_are_refused_at_once(count: object) -> None:
+def test_absurd_numbers_of_layers_are_rejected_at_once(count: object) -> None:
     for kind in ("llama", "cohere2", "gpt2"):
         name = "n_layer" if kind == "gpt2" else "num_hidden_layers"
         with pytest.raises(CheckpointError, match=f"{name} = .*, expected 1 to 1000"):

@@ -145,7 +145,7 @@ def variants() -> dict[str, specs.ModelSpec]:
     [*((name, None) for name in variants()), *((name, {"tensor": 2}) for name in ("dense", "moe", "mla"))],
     ids=lambda value: "mesh" if isinstance(value, dict) else value,
 )
-def test_what_nobody_asked_for_is_not_computed(name: str, sizes: dict[str, Any] | None) -> None:
+def test_only_wanted_tokens_pass_the_last_mlp(name: str, sizes: dict[str, Any] | None) -> None:
     """After the last block's attention only the wanted tokens go on, in any order, some of them twice; the KV of all is
     written."""
     spec = variants()[name]
@@ -186,7 +186,7 @@ def test_equal_layers_are_traced_once() -> None:
     assert text.count("func.func private @_run_block") == 1
 
 
-def test_an_id_out_of_range_harms_its_own_sequence_alone() -> None:
+def test_an_id_out_of_range_affects_only_its_sequence() -> None:
     spec = tiny.SPECS["moe"]
     params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens()
@@ -250,7 +250,7 @@ def test_every_process_makes_the_same_program() -> None:
         ),
     ],
 )
-def test_a_foreign_tree_is_refused_by_name(change: Callable[[decoder.Params], object], problem: str) -> None:
+def test_a_foreign_tree_is_rejected_by_name(change: Callable[[decoder.Params], object], problem: str) -> None:
     spec = tiny.SPECS["one-kv-head"]
     public = tiny.public_params(spec)
     change(public)
@@ -258,7 +258,7 @@ def test_a_foreign_tree_is_refused_by_name(change: Callable[[decoder.Params], ob
         param_layout.to_engine_layout(spec, public)
 
 
-def test_trees_of_the_wrong_layout_are_refused() -> None:
+def test_trees_of_the_wrong_layout_are_rejected() -> None:
     spec, tokens = tiny.SPECS["dense"], tiny.tokens()
     public = tiny.public_params(spec)
     with pytest.raises(JaxserveError, match="not in this model's engine layout; load them with load_model"):
@@ -280,7 +280,7 @@ def test_layers_may_be_numbered_by_strings_or_a_list() -> None:
 @pytest.mark.parametrize(
     ("lengths", "shown"), [(jnp.ones(1, jnp.int32), "2"), (jnp.ones(2), "2"), ([20, 20], "2")], ids=repr
 )
-def test_lengths_of_another_form_are_refused(lengths: Any, shown: str) -> None:
+def test_lengths_of_the_wrong_shape_are_rejected(lengths: Any, shown: str) -> None:
     spec = tiny.SPECS["dense"]
     params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     with pytest.raises(ValueError, match=rf"rope_lengths must be int32\[{shown}\]"):
@@ -300,7 +300,7 @@ def test_lengths_of_another_form_are_refused(lengths: Any, shown: str) -> None:
         (dict(scaling=specs.Dynamic(factor=0.5, original=8)), "has factor 0.5"),
     ],
 )
-def test_angles_of_nothing_are_refused(rope: dict[str, Any], problem: str) -> None:
+def test_bad_rope_parameters_are_rejected(rope: dict[str, Any], problem: str) -> None:
     attention = tiny.grouped()
     assert attention.rope is not None
     turned = dataclasses.replace(attention, rope=dataclasses.replace(attention.rope, **rope))
@@ -326,6 +326,6 @@ def test_angles_of_nothing_are_refused(rope: dict[str, Any], problem: str) -> No
         (dict(layers=(tiny.block(tiny.grouped(kv_heads=3), tiny.MLP),)), "8 heads are not a multiple of 3 KV heads"),
     ],
 )
-def test_absurd_sizes_are_refused(change: dict[str, Any], problem: str) -> None:
+def test_absurd_sizes_are_rejected(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(specs.CheckpointError, match=problem):
         dataclasses.replace(tiny.SPECS["dense"], **change)

@@ -96,12 +96,14 @@ def test_decode_step_has_the_expected_collectives(name: str) -> None:
         ("dense", dict(tensor="2"), "size '2'"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_the_numbers(name: str, sizes: dict[str, Any], problem: str) -> None:
+def test_dimensions_that_do_not_divide_are_rejected_with_the_numbers(
+    name: str, sizes: dict[str, Any], problem: str
+) -> None:
     with pytest.raises(JaxserveError, match=problem), jax.set_mesh(mesh.make_mesh(**sizes)):
         fit(tiny.SPECS[name], *mesh.shards())
 
 
-def test_an_auto_mesh_is_refused() -> None:
+def test_an_auto_mesh_is_rejected() -> None:
     auto = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     with pytest.raises(JaxserveError, match="'tensor' is of type Auto; use make_mesh"), jax.set_mesh(auto):
         fit(tiny.SPECS["dense"], *mesh.shards())

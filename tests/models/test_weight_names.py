@@ -59,7 +59,7 @@ def test_a_head_without_its_norm(tmp_path: Path) -> None:
         load.plan(folder, *registry.read_config(folder))
 
 
-def test_gemma_3_goes_by_newer_names_too(tmp_path: Path) -> None:
+def test_gemma_3_has_newer_names_too(tmp_path: Path) -> None:
     case = golden.read("gemma3-vision-hub")
     prefixes = {
         "language_model.model.": "model.language_model.",

@@ -25,7 +25,7 @@ F32 = np.float32
 
 
 @BOTH
-def test_numpy_arrays_are_welcome(implementation: dispatch.Implementation) -> None:
+def test_numpy_arrays_are_accepted(implementation: dispatch.Implementation) -> None:
     """Every argument may be a numpy array."""
     batch = make_batch(np.random.default_rng(0), **MIXED, dim=16)
     q: Any = batch.q.astype(F32)

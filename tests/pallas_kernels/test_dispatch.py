@@ -80,7 +80,7 @@ def test_measured_tiles_win_on_their_device_and_shape(table) -> None:
     assert tuning.choose("paged_decode", shape, default) == default  # another device
 
 
-def test_a_table_with_an_unknown_knob_is_refused(table) -> None:
+def test_a_table_with_an_unknown_knob_is_rejected(table) -> None:
     table({"NVIDIA H200": {"paged_decode": {"x": {"block_q": 3}}}})
     with targeting_h200(), pytest.raises(ValueError, match=r"\['block_q'\].*block_kv"):
         tuning.choose("paged_decode", "x", DecodeTiles())

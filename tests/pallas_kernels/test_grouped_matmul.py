@@ -221,7 +221,7 @@ def test_experts_over_two_devices(implementation: dispatch.Implementation) -> No
     assert error(cut(*arrays), reference.grouped_matmul(lhs, rhs, at)) < TOLERANCE["float32"]
 
 
-def test_numpy_arrays_are_welcome() -> None:
+def test_numpy_arrays_are_accepted() -> None:
     given: Any = [np.asarray(x) for x in make(11, EVEN)]
     assert error(grouped_matmul(*given), reference.grouped_matmul(*given)) < TOLERANCE["float32"]
 

@@ -217,7 +217,7 @@ def test_row_counts_with_padding_rows(rows: int) -> None:
         assert not np.asarray(got)[used:].any()
 
 
-def test_a_batch_of_nothing_gives_zeros() -> None:
+def test_an_empty_batch_gives_zeros() -> None:
     batch = make_batch(np.random.default_rng(10), q_lens=[], kv_lens=[], padding_rows=4, padding_tokens=4)
     for implementation in ("cpu", "interpret"):
         for decode_only in (True, False):

@@ -118,7 +118,9 @@ def test_allocation_is_zeros() -> None:
         ({}, ((1, 2),), True),
     ],
 )
-def test_who_needs_controls(asked: dict[str, Any], bad_words: tuple[tuple[int, ...], ...], needed: bool) -> None:
+def test_requests_that_need_controls(
+    asked: dict[str, Any], bad_words: tuple[tuple[int, ...], ...], needed: bool
+) -> None:
     assert needs_controls(SamplingParams(**asked), bad_words) is needed
 
 
@@ -152,7 +154,7 @@ def test_vectors_have_fixed_sizes() -> None:
         dict(params=SamplingParams(allowed_token_ids=[128])),
     ],
 )
-def test_what_has_no_place_is_never_cut(beyond: dict[str, Any]) -> None:
+def test_entries_that_do_not_fit_are_never_dropped(beyond: dict[str, Any]) -> None:
     """Users hear of it earlier and better; here a fault of ours must not become a wrong mask."""
     with pytest.raises((ValueError, IndexError)):
         pack(**beyond)

@@ -105,7 +105,7 @@ def run_step(rows: Rows, held: dict[int, Asked], places: list[int], *, seed: int
             assert_same_bits(found[place], logits[place])
 
 
-def test_a_row_is_edited_the_same_wherever_and_with_whomever() -> None:
+def test_a_row_is_edited_independently_of_its_place_and_its_neighbours() -> None:
     """Bit for bit: what a request samples must not depend on its batch."""
     rng = np.random.default_rng(0)
     asked = Asked(
@@ -149,7 +149,7 @@ def test_biases_come_before_penalties() -> None:
     assert found.tolist() == [1, -4, 1]
 
 
-def test_a_bias_does_not_bring_back_what_is_not_allowed() -> None:
+def test_a_bias_does_not_allow_masked_tokens() -> None:
     params = plain(allowed_token_ids=[0, 1], logit_bias={2: 100.0, 0: 1.0})
     found = row_of(Asked(params, prompt=[0]), 0, 0, 0, 0)
     assert found.tolist() == [1, 0, -np.inf, -np.inf]
@@ -172,7 +172,7 @@ def test_the_longest_minimum_does_not_overflow() -> None:
     ("output", "banned"),
     [([], [4]), ([1], [4]), ([1, 2], [3, 4]), ([0, 1, 2], [3, 4]), ([2, 1], [4]), ([1, 2, 0], [4])],
 )
-def test_bad_words_look_at_the_output_alone(output: list[int], banned: list[int]) -> None:
+def test_bad_words_depend_only_on_the_output(output: list[int], banned: list[int]) -> None:
     asked = Asked(plain(), prompt=[1, 2], output=output, bad_words=[(1, 2, 3), (4,)])
     assert np.flatnonzero(np.isneginf(row_of(asked, *[0] * VOCAB))).tolist() == banned
 
@@ -193,7 +193,7 @@ def odd_logits() -> Floats:
 
 
 @pytest.mark.parametrize("active", [True, False])
-def test_what_is_not_asked_for_keeps_its_bits(active: bool) -> None:
+def test_logits_without_edits_keep_their_bits(active: bool) -> None:
     """Infinities, NaNs, negative zeros and subnormals too."""
     rows, logits = Rows(ROWS, VOCAB), odd_logits()
     busy = Asked(plain(repetition_penalty=2, frequency_penalty=1), prompt=range(VOCAB), bad_words=[(1,)])
@@ -225,7 +225,7 @@ def test_a_mask_hides_nan() -> None:
 # --- limits ---------------------------------------------------------------------------------------------------------
 
 
-def test_as_much_as_a_request_can_ask_for() -> None:
+def test_the_maximum_of_every_control() -> None:
     vocab_size, rng = 5003, np.random.default_rng(3)
     params = plain(
         repetition_penalty=1.2,

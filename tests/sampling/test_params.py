@@ -109,23 +109,23 @@ def test_edges_of_the_ranges(name: str) -> None:
     [math.nan, math.inf, -math.inf, float("1e400"), 10**400, 10**5000, -(10**5000), "1", b"1", [1], {}, 1j],
     ids=type,
 )
-def test_what_is_no_number_of_use(name: str, value: Any) -> None:
+def test_invalid_numbers(name: str, value: Any) -> None:
     refused(name, **{name: value})
 
 
 @pytest.mark.parametrize("name", [*REALS, "n", "top_k", "seed", "max_tokens", "min_tokens"])
 @pytest.mark.parametrize("value", [True, np.True_])
-def test_true_is_no_number(name: str, value: Any) -> None:
+def test_booleans_are_not_numbers(name: str, value: Any) -> None:
     refused(name, **{name: value})
 
 
 @pytest.mark.parametrize("name", WHOLES)
 @pytest.mark.parametrize("value", [1.0, 1.5, np.float32(1), Fraction(1)])
-def test_whole_numbers_are_not_given_as_fractions(name: str, value: Any) -> None:
+def test_whole_numbers_cannot_be_floats(name: str, value: Any) -> None:
     refused(name, **{name: value})
 
 
-def test_numbers_of_other_libraries_become_plain_ones() -> None:
+def test_numbers_of_other_libraries_become_python_numbers() -> None:
     params = given_as(
         n=np.int64(2), top_k=np.int32(5), temperature=np.float32(0.5), min_p=0, logit_bias={np.int64(3): np.float64(1)}
     )
@@ -137,7 +137,7 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     "name", [name for name in DEFAULTS if DEFAULTS[name] not in (None, ()) and name != "max_tokens"]
 )
-def test_what_has_a_default_cannot_be_none(name: str) -> None:
+def test_parameters_with_a_default_cannot_be_none(name: str) -> None:
     refused(name, **{name: None})
 
 
@@ -149,7 +149,7 @@ def test_flags_are_true_or_false(name: str, value: Any) -> None:
     assert getattr(given_as(**{name: False}), name) is False
 
 
-def test_the_refusal_names_value_and_range() -> None:
+def test_errors_name_value_and_range() -> None:
     text = str(refused("top_p", top_p=1.5))
     assert "1.5" in text and "above 0 and at most 1" in text
     text = str(refused("n", n=99999))
@@ -158,7 +158,7 @@ def test_the_refusal_names_value_and_range() -> None:
     assert "-1" in text and "from 0 to 2" in text
 
 
-def test_a_refusal_of_something_vast_is_short() -> None:
+def test_errors_about_huge_values_are_short() -> None:
     refused("stop_token_ids", stop_token_ids="x" * 10**6)
     refused("temperature", temperature="\x1b[31m\n" * 1000)
 
@@ -172,12 +172,12 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("given", "told"), UNKNOWN)
-def test_unknown_fields_are_refused(given: dict[str, Any], told: str) -> None:
+def test_unknown_fields_are_rejected(given: dict[str, Any], told: str) -> None:
     [name] = given
     assert told in str(refused(name, **given))
 
 
-def test_values_without_names_are_refused() -> None:
+def test_positional_values_are_rejected() -> None:
     positional: Any = SamplingParams
     with pytest.raises(RequestError, match="by name"):
         positional(1, 0.5)
@@ -276,7 +276,7 @@ def test_logit_bias() -> None:
         refused("logit_bias", logit_bias=bad)
 
 
-def test_what_is_given_stays_the_callers() -> None:
+def test_the_callers_objects_are_not_changed() -> None:
     bias, stops = {1: 500.0}, [3]
     params = SamplingParams(logit_bias=bias, stop_token_ids=stops)
     bias[2], _ = 1.0, stops.append(4)
@@ -367,7 +367,7 @@ def test_beam_search_defaults() -> None:
         ("best_of", (1,)),
     ],
 )
-def test_beam_search_refusals(name: str, values: tuple[Any, ...]) -> None:
+def test_bad_beam_search_parameters_are_rejected(name: str, values: tuple[Any, ...]) -> None:
     for value in values:
         with pytest.raises(RequestError, match=name) as caught:
             BeamSearchParams(**{**dict(beam_width=2, max_tokens=2), name: value})

@@ -123,7 +123,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         assert "in use" in refused(tmp_path, host="localhost", port=port)
 
 
-def test_hosts_that_are_not_here(tmp_path: Path) -> None:
+def test_hosts_of_other_machines(tmp_path: Path) -> None:
     assert "cannot resolve host" in refused(tmp_path, host="no.such.host.invalid", port=0)
     assert "cannot resolve host" in refused(tmp_path, host="a" * 300, port=0)
     assert "cannot listen on 192.0.2.1" in refused(tmp_path, host="192.0.2.1", port=0)
@@ -206,7 +206,7 @@ def test_lines_cannot_be_forged(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_keys_are_masked_everywhere(form: str) -> None:
+def test_keys_are_masked_in_every_log_line(form: str) -> None:
     secrets = ("sk-1", "sk-1-longer", 'quo"te')
     text = logged(form, f"got {' '.join(secrets)}", secrets=secrets, fields={"x": "sk-1-longer"})
     assert "sk-1" not in text
@@ -222,7 +222,7 @@ def test_any_text_is_one_line(text: str, form: str) -> None:
     assert line.isprintable()
 
 
-def test_what_a_request_says(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_line_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
     record = RequestRecord("id\n7", arrival=0.0, error="no\x1b[31m")
     logger = logging.getLogger("jaxserve.server")
     logger.propagate = True
@@ -236,7 +236,7 @@ def test_what_a_request_says(caplog: pytest.LogCaptureFixture) -> None:
     assert "error=no\\x1b[31m" in shown
 
 
-def test_paces_that_are_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_speeds(caplog: pytest.LogCaptureFixture) -> None:
     """Of requests that ended before their first tokens were told of, and of those where nobody knows."""
     logging.getLogger("jaxserve.server").propagate = True
     prompt = Request(id="a", prompt_token_ids=[5], params=SamplingParams())

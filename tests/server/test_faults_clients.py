@@ -67,7 +67,7 @@ def until(sock: socket.socket, mark: bytes, times: int = 1) -> bytes:
     return data
 
 
-def test_clients_that_leave_before_anything_came(slow: Live) -> None:
+def test_clients_that_disconnect_before_the_first_token(slow: Live) -> None:
     for stream in (True, False):
         with slow.open_stream(stream=stream):
             pass
@@ -75,7 +75,7 @@ def test_clients_that_leave_before_anything_came(slow: Live) -> None:
             sock.sendall(post("/v1/completions", b'{"prompt": "a"}')[:-3])
 
 
-def test_clients_that_leave_in_the_middle(slow: Live) -> None:
+def test_clients_that_disconnect_in_the_middle(slow: Live) -> None:
     with slow.open_stream() as sock:
         until(sock, b"data: ", 3)
     with slow.open_stream(stream=False):
@@ -96,14 +96,14 @@ def test_rows_come_back_within_a_second(slow: Live, canary: Future[Reply]) -> No
     assert time.monotonic() - begin < 1.0
 
 
-def test_many_leave_at_once(slow: Live) -> None:
+def test_many_disconnect_at_once(slow: Live) -> None:
     socks = [slow.open_stream(stream=number % 2 == 0) for number in range(100)]
     time.sleep(0.3)
     for sock in socks:
         sock.close()
 
 
-def test_a_client_that_does_not_read_is_cut(slow: Live) -> None:
+def test_a_client_that_does_not_read_is_disconnected(slow: Live) -> None:
     body = {"prompt": "a", "max_tokens": 240, "stream": True, "n": 4, "logprobs": 20, "temperature": 1, "seed": 1}
     with slow.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -128,7 +128,7 @@ def test_a_slow_reader_gets_all_of_it(slow: Live) -> None:
     assert "".join(json.loads(event)["choices"][0]["text"] for event in said) == whole
 
 
-def test_too_many_are_told_when_to_come_again(slow: Live) -> None:
+def test_rejected_requests_get_a_retry_after(slow: Live) -> None:
     with ThreadPoolExecutor(30) as pool:
         replies = list(pool.map(lambda _: slow.complete(30), range(30)))
     statuses = [reply.status for reply in replies]
@@ -143,7 +143,7 @@ def test_too_many_are_told_when_to_come_again(slow: Live) -> None:
     assert slow.metrics()['jaxserve:admission_rejections_total{reason="queue_full"}'] >= statuses.count(503)
 
 
-def test_one_that_is_refused_in_part_is_refused(slow: Live, canary: Future[Reply]) -> None:
+def test_a_body_with_one_rejected_prompt_is_rejected(slow: Live, canary: Future[Reply]) -> None:
     canary.result()
     with slow.open_stream() as sock:
         until(sock, b"data: ")
@@ -152,7 +152,7 @@ def test_one_that_is_refused_in_part_is_refused(slow: Live, canary: Future[Reply
     assert reply.error
 
 
-def test_one_that_no_queue_can_hold_is_told_so(slow: Live) -> None:
+def test_a_body_larger_than_the_queue_is_a_client_error(slow: Live) -> None:
     reply = slow.complete(1, prompt=["a"] * 13)
     assert (reply.status, reply.error["param"]) == (400, "prompt")
     for number in ("13", "12", "8", "4"):
@@ -195,7 +195,7 @@ def test_deadlines(slow: Live) -> None:
     assert reply.events[-2]["error"]["code"] == 504
 
 
-def test_aborted_by_who_runs_the_server(slow: Live) -> None:
+def test_abort_requests(slow: Live) -> None:
     ends: list[Reply] = []
 
     def ask(name: str, stream: bool) -> None:
@@ -218,7 +218,7 @@ def test_aborted_by_who_runs_the_server(slow: Live) -> None:
     assert slow.post("/abort_requests", {"ids": []}).error["param"] == "ids"
 
 
-def test_it_does_not_sleep_while_it_works(slow: Live) -> None:
+def test_sleep_is_rejected_while_requests_run(slow: Live) -> None:
     with slow.open_stream() as sock:
         until(sock, b"data: ")
         reply = slow.post("/sleep")
@@ -252,7 +252,7 @@ def test_profiles_are_off(slow: Live) -> None:
     assert slow.post("/stop_profile").status == 409
 
 
-def test_nothing_piles_up(slow: Live, canary: Future[Reply]) -> None:
+def test_nothing_accumulates(slow: Live, canary: Future[Reply]) -> None:
     """Requests of all kinds, every third left early: connections, files and memory are as before."""
 
     def some(number: int) -> None:
@@ -276,7 +276,7 @@ def test_nothing_piles_up(slow: Live, canary: Future[Reply]) -> None:
     assert slow.metrics()["process_resident_memory_bytes"] - memory < 2**24
 
 
-def test_what_the_log_says(slow: Live) -> None:
+def test_the_log(slow: Live) -> None:
     slow.post("/v1/completions", CANARY, X_Request_Id="evil\x1b[31m")
     slow.post("/v1/completions", CANARY | {"temperature": 0.5, "seed": 7}, X_Request_Id="mine-8")
     lines = [json.loads(line) for line in slow.log.splitlines() if line.startswith("{")]
@@ -301,7 +301,7 @@ def test_a_prefix_cache_that_is_reset(slow: Live) -> None:
     assert cached() == 0
 
 
-def test_heads_answer_as_usual_meanwhile(slow: Live) -> None:
+def test_connections_are_reused_after_every_kind_of_answer(slow: Live) -> None:
     """A connection is used again after each kind of answer."""
     with slow.connect() as sock:
         for _ in range(3):

@@ -101,7 +101,7 @@ def test_the_port_answers_while_the_model_loads(tmp_path: Path) -> None:
         assert "ANYONE" not in one.log
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_model(tmp_path: Path) -> None:
     with living.started(tmp_path, server={"host": "0.0.0.0"}, fake="refuse") as one:
         assert one.wait_exit() == 1
         assert "Traceback" not in one.log
@@ -114,7 +114,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 # --- ending ---------------------------------------------------------------------------------------------------------
 
 
-def test_told_to_end_it_finishes_what_it_began(tmp_path: Path) -> None:
+def test_after_sigterm_it_finishes_requests_in_flight(tmp_path: Path) -> None:
     with living.live(tmp_path, fake="slow=0.03") as one, one.connect() as idle, begun(one, 60) as (sock, other):
         idle.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer(idle).status == 200
@@ -138,7 +138,7 @@ def test_told_to_end_it_finishes_what_it_began(tmp_path: Path) -> None:
         assert "Traceback" not in one.log
 
 
-def test_told_twice_it_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
     with living.live(tmp_path, fake="slow=0.05") as one, begun(one) as (sock, other):
         one.signal(signal.SIGINT)
         wait(lambda: one.get("/health").status == 503, 1)
@@ -151,7 +151,7 @@ def test_told_twice_it_ends_at_once(tmp_path: Path) -> None:
         assert "Traceback" not in one.log
 
 
-def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
+def test_requests_that_take_too_long_are_ended(tmp_path: Path) -> None:
     with living.live(tmp_path, fake="slow=0.05", server={"shutdown_timeout": 0.5}) as one, begun(one) as (sock, _):
         begin = time.monotonic()
         one.signal(signal.SIGTERM)
@@ -160,7 +160,7 @@ def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
         assert one.wait_exit(10) == 0
 
 
-def test_killed_it_leaves_nothing(tmp_path: Path) -> None:
+def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
     with living.live(tmp_path, fake="slow=0.05") as one, begun(one) as (sock, _):
         child = one.child()
         one.process.kill()

@@ -72,7 +72,7 @@ def _same(got: dict[str, Any], alone: dict[str, Any]) -> bool:
     )
 
 
-def test_features_do_what_they_say(live: Live) -> None:
+def test_features_have_their_effect(live: Live) -> None:
     """Else that nothing stays of them would say nothing."""
     got = {name: choices(live, **_fixed(name, [STEM]))[0]["token_ids"] for name in FEATURES}
     assert got["plain"] == got["logprobs"]

@@ -67,18 +67,18 @@ def samples(**grows: float) -> list[Snapshot]:
     ]
 
 
-def test_what_stays_is_right() -> None:
+def test_constant_figures_pass() -> None:
     assert soak.verdict(samples()) == []
     assert soak.verdict(samples(api_rss=0.04, engine_rss=-1, preemptions=3)) == []
 
 
 @pytest.mark.parametrize("name", [*soak.FLAT, "api_rss", "engine_rss"])
-def test_what_grows_is_wrong(name: str) -> None:
+def test_growing_figures_fail(name: str) -> None:
     [wrong] = soak.verdict(samples(**{name: 0.1 if name.endswith("rss") else 1}))
     assert name in wrong
 
 
-def test_lost_blocks_are_wrong() -> None:
+def test_lost_blocks_fail() -> None:
     assert soak.verdict(samples(blocks=-1))
 
 
@@ -132,6 +132,6 @@ def test_rounds_can_be_repeated() -> None:
         ),
     ],
 )
-def test_wrong_answers_are_seen(asked: Ask, status: int, body: bytes, problem: str) -> None:
+def test_wrong_answers_are_noticed(asked: Ask, status: int, body: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         traffic.check(asked, status, body)

@@ -122,7 +122,7 @@ def test_byte_fallback_parts_are_the_whole_decode_where_no_byte_is_broken(
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
 @given(before=TEXTS, after=st.lists(st.integers(0, 425), max_size=10) | TEXTS, skip=st.booleans())
-def test_text_goes_on_where_the_prompt_ends(kind: str, before: str, after: list[int] | str, skip: bool) -> None:
+def test_text_continues_the_prompt(kind: str, before: str, after: list[int] | str, skip: bool) -> None:
     tokenizer = BYTE_LEVEL if kind == "byte-level" else BYTE_FALLBACK
     prompt = tokenizer.encode(before)
     ids = tokenizer.encode(after) if isinstance(after, str) else after
@@ -132,7 +132,7 @@ def test_text_goes_on_where_the_prompt_ends(kind: str, before: str, after: list[
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
-def test_a_character_that_the_prompt_began_goes_on(tokenizer: Tokenizer) -> None:
+def test_a_character_that_the_prompt_began_is_completed(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a🙂", add_special_tokens=False)
     for cut in range(1, len(ids)):
         parts = streamed(tokenizer, ids[cut:], [], prompt=ids[:cut])
@@ -297,7 +297,7 @@ def test_stop_strings_count_after_min_tokens() -> None:
 
 
 @pytest.mark.parametrize("stop", [None, "zzz"])
-def test_a_stop_token_has_no_text_unless_asked_for(stop: str | None) -> None:
+def test_a_stop_token_has_no_text_unless_requested(stop: str | None) -> None:
     assert appended([0, 9], stopped=True, stop=stop) == Stopped(None, 2, "a")
     assert appended([0, 9], stopped=True, stop=stop, include_stop_str_in_output=True) == Stopped(None, 2, "ac")
     assert appended([0, END], stopped=True, stop=stop, include_stop_str_in_output=True) == Stopped(None, 2, "a")

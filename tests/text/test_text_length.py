@@ -65,7 +65,7 @@ CRAFTED: dict[str, tuple[Tokenizer, int, bool]] = {
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_what_is_known_of_each_kind(name: str) -> None:
+def test_the_length_of_each_kind(name: str) -> None:
     backend, per_token, spaces_count = CRAFTED[name]
     found = text_length(backend)
     assert (found.per_token, found.spaces_count) == (per_token, spaces_count)
@@ -76,7 +76,7 @@ SOUND = [name for name, (_, per_token, _) in CRAFTED.items() if per_token == 4] 
 
 
 @pytest.mark.parametrize("name", [*SOUND, *REAL])
-def test_no_text_has_fewer(name: str) -> None:
+def test_no_text_has_fewer_tokens(name: str) -> None:
     backend: Any = REAL[name]._backend if name in REAL else CRAFTED[name][0]
     known = text_length(backend)
 

@@ -46,14 +46,14 @@ def test_ids_and_texts_are_those_of_transformers(kind: str) -> None:
         assert tokenizer.decode(case["ids"]) == case["decoded_without_special"]
 
 
-def test_special_tokens_are_added_only_where_asked_for() -> None:
+def test_special_tokens_are_added_only_on_request() -> None:
     tokenizer = LOADED["byte-level"]
     with_them = tokenizer.encode("The model")
     assert tokenizer.encode("The model", add_special_tokens=False) == with_them[1:]
     assert tokenizer.decode(with_them[:1], skip_special_tokens=False) == "<|begin_of_text|>"
 
 
-def test_what_the_vocabulary_is() -> None:
+def test_the_vocabulary() -> None:
     assert LOADED["byte-level"].vocab_size == 426
     assert LOADED["byte-level"].eos_token_ids == {424}
     assert LOADED["byte-fallback"].vocab_size == 516
@@ -63,7 +63,7 @@ def test_what_the_vocabulary_is() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("token", [600, 2**31, 2**32, 2**70, -1])
-def test_ids_that_are_no_token_say_nothing(kind: str, token: int) -> None:
+def test_ids_outside_the_vocabulary_have_no_text(kind: str, token: int) -> None:
     tokenizer = LOADED[kind]
     plain = tokenizer.encode("the", add_special_tokens=False)
     assert tokenizer.decode([*plain, token, *plain]) == tokenizer.decode([*plain, *plain])
@@ -92,7 +92,7 @@ def test_bytes_of_single_tokens_put_together_are_the_text(kind: str) -> None:
     assert b"".join(part or b"" for part in parts).decode().strip() == text
 
 
-def test_texts_of_single_tokens_are_remembered_for_the_vocabulary_only() -> None:
+def test_texts_of_single_tokens_are_cached_only_for_the_vocabulary() -> None:
     tokenizer = tokenizers.load(TOKENIZERS / "byte-level")
     for token in range(5000):
         tokenizer.token_text(token)
@@ -102,7 +102,7 @@ def test_texts_of_single_tokens_are_remembered_for_the_vocabulary_only() -> None
 
 
 @pytest.mark.parametrize("text", ["half \ud83d of a pair", 5, None, ["a", "b"]])
-def test_what_is_no_text_is_refused(text: Any) -> None:
+def test_values_that_are_not_text_are_rejected(text: Any) -> None:
     with pytest.raises(RequestError) as refused:
         LOADED["byte-level"].encode(text)
     assert refused.value.field == "prompt"
@@ -131,7 +131,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_rejected(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="has no tokenizer"):
             tokenizers.load(folder)
@@ -142,7 +142,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0"}', '{"model": {"type": "BPE"}}', "\x00" * 50])
-def test_a_damaged_vocabulary_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_damaged_vocabulary_is_rejected(tmp_path: Path, content: str) -> None:
     folder = copy_of("byte-level", tmp_path)
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
@@ -172,7 +172,7 @@ def test_code_of_a_folder_never_runs(tmp_path: Path, declared: dict[str, Any], a
     assert not witness.exists()
 
 
-def test_a_vocabulary_that_asks_to_cut_and_fill_is_not_obeyed(tmp_path: Path) -> None:
+def test_truncation_and_padding_of_a_vocabulary_file_are_ignored(tmp_path: Path) -> None:
     folder = copy_of("byte-level", tmp_path)
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(4)
@@ -253,32 +253,32 @@ def test_template_variables_cannot_take_reserved_names(name: str) -> None:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_a_template_that_fails_is_the_requests_fault(template: str) -> None:
+def test_a_template_that_fails_is_a_request_error(template: str) -> None:
     with pytest.raises(RequestError, match="chat template") as refused:
         LOADED["byte-level"].chat_text(USER, chat_template=template)
     assert refused.value.field == "messages"
 
 
-def test_what_the_model_refuses_is_told() -> None:
+def test_errors_of_a_template_are_reported() -> None:
     with pytest.raises(RequestError, match="Conversation roles must alternate"):
         LOADED["byte-fallback"].chat_text([*USER, *USER])
 
 
 @pytest.mark.parametrize("messages", [[], "hi", {"role": "user"}, ["hi"], [[USER[0]]], [{"content": "x"}], [{}], None])
-def test_what_are_no_messages_is_refused(messages: Any) -> None:
+def test_invalid_messages_are_rejected(messages: Any) -> None:
     with pytest.raises(RequestError) as refused:
         LOADED["byte-level"].chat_text(messages)
     assert refused.value.field == "messages"
 
 
 @pytest.mark.parametrize("tools", ["f", ["f"], [print], {"name": "f"}])
-def test_what_are_no_tools_is_refused(tools: Any) -> None:
+def test_invalid_tools_are_rejected(tools: Any) -> None:
     with pytest.raises(RequestError) as refused:
         LOADED["byte-level"].chat_text(USER, tools=tools)
     assert refused.value.field == "tools"
 
 
-def test_without_a_template_a_request_can_bring_one() -> None:
+def test_a_request_can_have_its_own_template() -> None:
     tokenizer = small(["?", "hi"])
     with pytest.raises(RequestError, match="no chat template"):
         tokenizer.chat_text(USER)
@@ -360,7 +360,7 @@ def test_parts_of_text_are_one_text() -> None:
 
 
 @pytest.mark.parametrize("content", [5, None, [{"type": "image_url", "image_url": {"url": "x"}}], ["text"], [{}]])
-def test_content_that_is_no_text_is_refused(content: Any) -> None:
+def test_content_that_is_not_text_is_rejected(content: Any) -> None:
     with pytest.raises(RequestError, match=r"messages\[0\]") as caught:
         LOADED["byte-level"].chat_text([{"role": "user", "content": content}])
     assert caught.value.field.startswith("messages")

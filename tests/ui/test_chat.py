@@ -52,7 +52,7 @@ async def test_an_answer_is_shown_while_it_streams(visitor: Visitor, server: Fak
     }
 
 
-async def test_a_conversation_goes_on(visitor: Visitor, server: FakeServer) -> None:
+async def test_a_conversation_of_several_turns(visitor: Visitor, server: FakeServer) -> None:
     tab = await visitor.tab()
     await tab.click("#panel details:nth-of-type(2) summary")
     await tab.write("#system", "Be brief.")
@@ -66,7 +66,9 @@ async def test_a_conversation_goes_on(visitor: Visitor, server: FakeServer) -> N
 
 
 @pytest.mark.parametrize("by", ["button", "key"])
-async def test_stop_ends_the_request_and_keeps_what_came(visitor: Visitor, server: FakeServer, by: str) -> None:
+async def test_stop_ends_the_request_and_keeps_the_partial_answer(
+    visitor: Visitor, server: FakeServer, by: str
+) -> None:
     server.answers = [["Once", " upon", asyncio.Event()]]
     tab = await visitor.tab()
     await ask(tab, "A story")
@@ -114,14 +116,14 @@ async def test_a_failed_answer_is_not_sent_on(visitor: Visitor, server: FakeServ
         (b"data: {nonsense\n\n", "The server sent an event that is not valid JSON."),
     ],
 )
-async def test_streams_that_break_off(visitor: Visitor, server: FakeServer, last: bytes, message: str) -> None:
+async def test_interrupted_streams(visitor: Visitor, server: FakeServer, last: bytes, message: str) -> None:
     server.answers = [[event(chunk("The fox")), last]]
     tab = await visitor.tab()
     assert await asked(tab, "A story") == "The fox"
     assert await tab.evaluate(ERROR) == message
 
 
-async def test_events_may_be_cut_anywhere(visitor: Visitor, server: FakeServer) -> None:
+async def test_events_may_be_split_anywhere(visitor: Visitor, server: FakeServer) -> None:
     texts = ["Füchse ", "🦊 ", "sind\n", "schlau"]
     whole = b": a comment\r\n\r\n" + b"".join(event(chunk(text)).replace(b"\n", b"\r\n") for text in texts)
     whole = whole.replace(rb"\u00fc", "ü".encode()).replace(rb"\ud83e\udd8a", "🦊".encode()) + b"data: [DONE]\r\n\r\n"
@@ -201,7 +203,7 @@ HOSTILE = (
 )
 
 
-async def test_text_of_others_is_never_markup(visitor: Visitor, server: FakeServer) -> None:
+async def test_untrusted_text_is_never_markup(visitor: Visitor, server: FakeServer) -> None:
     server.models = ("<img src=x onerror=window.pwned=1>",)
     server.answers = [[HOSTILE, "\n\n```<img src=x>\n", HOSTILE, "\n```"], [{"error": {"message": HOSTILE}}]]
     tab = await visitor.tab()
@@ -222,7 +224,7 @@ async def test_text_of_others_is_never_markup(visitor: Visitor, server: FakeServ
     assert await tab.evaluate("window.pwned") is None
 
 
-async def test_the_policy_stops_what_gets_in_all_the_same(visitor: Visitor, server: FakeServer) -> None:
+async def test_the_content_security_policy_stops_injected_scripts(visitor: Visitor, server: FakeServer) -> None:
     """If a way for markup were ever found, it could neither run nor speak to others."""
     tab = await visitor.tab()
     await tab.evaluate("window.stopped = []; addEventListener('securitypolicyviolation', (e) => "

@@ -17,7 +17,7 @@ async def titles(tab: Tab) -> list[str]:
     return await tab.evaluate("[...document.querySelectorAll('#history .open')].map((node) => node.textContent)")
 
 
-async def test_tabs_keep_apart(visitor: Visitor, server: FakeServer) -> None:
+async def test_tabs_are_independent(visitor: Visitor, server: FakeServer) -> None:
     one, two = await visitor.tab(), await visitor.tab()
     await asked(one, "alpha")
     await asked(two, "beta")
@@ -38,7 +38,7 @@ async def test_tabs_keep_apart(visitor: Visitor, server: FakeServer) -> None:
     assert await titles(one) == ["alpha", "alpha", "beta"]
 
 
-async def test_a_new_tab_takes_up_the_last_conversation_that_none_shows(visitor: Visitor) -> None:
+async def test_a_new_tab_opens_the_last_conversation_that_no_tab_shows(visitor: Visitor) -> None:
     first = await visitor.tab()
     await asked(first, "alpha")
     second = await visitor.tab()
@@ -53,7 +53,7 @@ async def test_a_new_tab_takes_up_the_last_conversation_that_none_shows(visitor:
     assert await titles(third) == ["beta", "alpha"]
 
 
-async def test_clearing_deleting_and_taking_it_back(visitor: Visitor) -> None:
+async def test_clearing_deleting_and_undo(visitor: Visitor) -> None:
     tab = await visitor.tab()
     await asked(tab, "alpha")
     await tab.click("#panel details:nth-of-type(3) summary")
@@ -149,7 +149,7 @@ async def test_the_picture_of_the_engine(visitor: Visitor, server: FakeServer) -
     await tab.wait("document.querySelectorAll('#kv-grid i').length === 1")
 
 
-async def test_nothing_is_asked_for_while_the_tab_is_hidden(visitor: Visitor, server: FakeServer) -> None:
+async def test_a_hidden_tab_sends_no_requests(visitor: Visitor, server: FakeServer) -> None:
     tab = await visitor.tab()
     await tab.wait("document.querySelector('#engine-note').textContent === 'live'")
     front = await visitor.tab(window=False)
@@ -201,7 +201,7 @@ async def test_completion(visitor: Visitor, server: FakeServer) -> None:
     await tab.wait(f"{ended} && document.querySelector('#text-error').innerText === 'Broken.'")
 
 
-async def test_all_can_be_named_and_reached_without_a_mouse(visitor: Visitor) -> None:
+async def test_every_control_has_a_name_and_is_reachable_by_keyboard(visitor: Visitor) -> None:
     tab = await visitor.tab()
     await asked(tab, "Hello")
     tree = (await tab.command("Accessibility.getFullAXTree"))["nodes"]

@@ -104,7 +104,7 @@ def test_a_length_that_is_not_configured_is_fitted_and_logged() -> None:
         (dict(max_num_seqs=8, max_num_batched_tokens=7), "max_num_batched_tokens is 7, below max_num_seqs 8"),
     ],
 )
-def test_what_does_not_fit_is_refused(config: dict[str, Any], match: str) -> None:
+def test_models_that_do_not_fit_are_rejected(config: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         sized(**config)
 
@@ -225,7 +225,7 @@ def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what a spec says -----------------------------------------------------------------------------------------------
 
 
-def test_the_window_is_that_of_the_layer_that_sees_furthest() -> None:
+def test_the_window_is_that_of_the_layer_with_the_longest_context() -> None:
     assert capacity.window_of(WINDOWED) == 20
     assert capacity.window_of(FULL) is None  # one layer sees everything
     assert capacity.window_of(tiny.SPECS["mla"]) is None
@@ -300,13 +300,13 @@ def opened(folder: Path) -> Opened:
         (dict(eos_token_id=[True, "x", 4]), dict(eos_token_id=None), {4}),
     ],
 )
-def test_what_ends_a_text(
+def test_eos_tokens(
     tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, wanted: set[int]
 ) -> None:
     assert opened(folder_of(tmp_path, config, generation)).eos_token_ids == wanted
 
 
-def test_ids_that_the_model_does_not_have_end_nothing(tmp_path: Path) -> None:
+def test_eos_ids_outside_the_vocabulary_are_ignored(tmp_path: Path) -> None:
     known = opened(folder_of(tmp_path, dict(eos_token_id=[3, FULL.vocab_size, -1]), None))
     config = EngineConfig(model="tiny", num_blocks=9)
     got = memory.sized(config, known, memory.available(config, known))

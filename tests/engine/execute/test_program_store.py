@@ -94,7 +94,7 @@ def test_the_next_process_neither_lowers_nor_compiles(tmp_path: Path, devices: i
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_what_was_kept_computes_the_same(runner: Runner, store: Store) -> None:
+def test_stored_programs_compute_the_same(runner: Runner, store: Store) -> None:
     program = runner.program("edit")
     made = compiler.compiled(program, store)
     [file] = files(store)
@@ -127,7 +127,7 @@ def test_half_a_file_is_replaced(runner: Runner, store: Store, content: bytes | 
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_what_others_may_write_is_not_run(runner: Runner, store: Store) -> None:
+def test_programs_that_others_can_write_are_not_run(runner: Runner, store: Store) -> None:
     compiler.compiled(runner.program("edit"), store)
     [file] = files(store)
     device = runner.device
@@ -162,7 +162,7 @@ def test_a_folder_of_many_users(runner: Runner, store: Store, monkeypatch: pytes
     assert store.load(file, [runner.device]) is None
 
 
-def test_whatever_matters_is_in_the_key(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+def test_the_key_covers_everything_that_matters(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     seen = {store.place("program"), store.place("another")}
     assert store.place("program") in seen
 
@@ -202,7 +202,7 @@ def test_the_digest_is_of_all_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_where_it_is_not_certain_what_is_compiled_nothing_is_kept(
+def test_nothing_is_stored_if_the_key_is_uncertain(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code that was changed since it was imported, flags in a file, settings that change meanwhile, tests' choices."""
@@ -244,7 +244,7 @@ def test_the_memory_of_a_run_is_kept_on_disk(runner: Runner, store: Store) -> No
     assert again is not made and compiler.EXECUTABLES.extra(again) == taken
 
 
-def test_keys_name_no_places_in_memory(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_contain_no_memory_addresses(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be others in the next process."""
     keys: list[str] = []
     monkeypatch.setattr(compiler, "EXECUTABLES", Executables())
@@ -256,7 +256,7 @@ def test_keys_name_no_places_in_memory(runner: Runner, store: Store, monkeypatch
     assert not [key for key in (*keys, program_store.environment()) if re.search(r"0x[0-9a-f]{5}|object at", key)]
 
 
-def test_old_files_go(tmp_path: Path) -> None:
+def test_old_files_are_deleted(tmp_path: Path) -> None:
     names = [f"{name}{suffix}" for name in "ab" for suffix in (program_store.SUFFIX, program_store.PARTIAL)]
     for name in (*names, "of-somebody-else"):
         (tmp_path / name).touch()
@@ -267,14 +267,14 @@ def test_old_files_go(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"b.executable", "b.partial", "of-somebody-else"}
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     told: list[str] = []
     assert program_store.open_store(str(tmp_path / "file" / "folder"), told.append) is None
     assert len(told) == 1 and "compilation_cache_dir" in told[0]
 
 
-def test_where_jax_keeps_them_we_do_not(tmp_path: Path) -> None:
+def test_no_store_if_jax_has_its_own_cache(tmp_path: Path) -> None:
     told: list[str] = []
     assert program_store.open_store("", told.append) is None
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))

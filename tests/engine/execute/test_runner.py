@@ -52,7 +52,7 @@ def test_programs_are_shared_by_equal_runners(runner: Runner) -> None:
     assert compiler.compiled(other.program(key)) is not compiler.compiled(runner.program(key))
 
 
-def test_memory_is_given_back_and_taken_again(runner: Runner) -> None:
+def test_memory_is_freed_and_allocated_again(runner: Runner) -> None:
     leaves = jax.tree.leaves((runner.cache, runner.tables, runner.last, runner.controls))
     runner.free()
     assert all(leaf.is_deleted() for leaf in leaves)

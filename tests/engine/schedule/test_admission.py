@@ -125,7 +125,7 @@ def made(changes: dict[str, Any], params: dict[str, Any]) -> Request:
 
 
 @pytest.mark.parametrize(("changes", "params", "field", "said"), BAD)
-def test_bad_requests_are_refused_by_name(
+def test_bad_requests_are_rejected_with_the_name_of_the_field(
     changes: dict[str, Any], params: dict[str, Any], field: str, said: str
 ) -> None:
     request = made(changes, params)
@@ -135,7 +135,7 @@ def test_bad_requests_are_refused_by_name(
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
 
 
-def test_refused_requests_leave_nothing_and_disturb_nobody() -> None:
+def test_rejected_requests_leave_nothing_and_do_not_affect_others() -> None:
     engine = FakeEngine(LIMITS)
     canary = Request(
         id="canary", prompt_token_ids=[4, 5, 6], params=SamplingParams(temperature=1, seed=5, max_tokens=12)
@@ -169,14 +169,14 @@ def test_refused_requests_leave_nothing_and_disturb_nobody() -> None:
         (dict(cache_salt="x" * 128, priority=-(2**63), deadline=0), {}),
     ],
 )
-def test_what_is_at_the_edge_is_taken(changes: dict[str, Any], params: dict[str, Any]) -> None:
+def test_values_at_the_limits_are_accepted(changes: dict[str, Any], params: dict[str, Any]) -> None:
     engine = FakeEngine(LIMITS)
     engine.scheduler.add(made(changes, params))
     for sequence in engine.sequences():
         assert all(type(token) is int for token in cast("list[object]", sequence.tokens))
 
 
-def test_all_logprobs_where_the_engine_gives_all() -> None:
+def test_all_logprobs_are_accepted_if_the_engine_allows_them() -> None:
     limits = Limits(**{**vars(LIMITS), "max_logprobs": -1})
     admission.check(made({}, dict(logprobs=-1, prompt_logprobs=50)), limits)
     with pytest.raises(RequestError, match="logprobs is 51, above the engine's max_logprobs 50"):

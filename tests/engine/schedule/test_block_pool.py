@@ -57,7 +57,7 @@ def test_cached_blocks_are_reused_after_free_ones_least_recently_used_and_tails_
     assert pool.counts() == (0, 0, 7)
 
 
-def test_a_cached_block_stays_when_its_owner_goes_and_a_duplicate_does_not() -> None:
+def test_a_released_block_stays_cached_unless_it_is_a_duplicate() -> None:
     pool = BlockPool(8, 4)
     first, keys = filled(pool, 2)
     second, _ = filled(pool, 2)
@@ -69,7 +69,7 @@ def test_a_cached_block_stays_when_its_owner_goes_and_a_duplicate_does_not() -> 
     assert pool.allocate(2) == second
 
 
-def test_forgotten_blocks_are_the_next_ones_reused_and_owned_ones_stay_owned() -> None:
+def test_forgotten_blocks_are_reused_next_and_owned_ones_stay_owned() -> None:
     pool = BlockPool(8, 4)
     blocks, keys = filled(pool, 3)
     pool.release(blocks[1:])
@@ -80,7 +80,7 @@ def test_forgotten_blocks_are_the_next_ones_reused_and_owned_ones_stay_owned() -
     assert pool.allocate(2) == blocks[1:]
 
 
-def test_reset_keeps_owners_and_ignores_what_is_published_under_keys_of_before() -> None:
+def test_reset_keeps_owners_and_ignores_blocks_published_under_old_keys() -> None:
     pool = BlockPool(8, 4)
     blocks, keys = filled(pool, 3)
     pool.release(blocks[:1])
@@ -140,7 +140,7 @@ def test_extras_that_look_alike_have_different_roots() -> None:
     assert pool.root("a", 1) == pool.root("a", 1)
 
 
-def test_keys_tell_parents_tokens_and_their_order_apart() -> None:
+def test_keys_depend_on_parents_tokens_and_their_order() -> None:
     pool = BlockPool(2, 4)
     root, salted = pool.root(), pool.root("salt")
     keys = [pool.chain(parent, [1, 2, 3, 4]) for parent in (root, salted, pool.chain(root, [1, 2, 3, 4]))]
@@ -159,13 +159,13 @@ def test_another_pool_has_other_keys() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, -1], [1, 2, 3, 2**32]])
-def test_a_key_takes_a_full_block_of_known_tokens(tokens: list[int]) -> None:
+def test_a_key_needs_a_full_block_of_valid_tokens(tokens: list[int]) -> None:
     pool = BlockPool(2, 4)
     with pytest.raises(RuntimeError, match=f"4 token ids from 0 to .* got {len(tokens)}"):
         pool.chain(pool.root(), tokens)
 
 
-def test_what_is_no_key_is_refused() -> None:
+def test_invalid_keys_are_rejected() -> None:
     pool = BlockPool(4, 4)
     pool.allocate(1)
     with pytest.raises(RuntimeError, match="parent"):
@@ -269,7 +269,7 @@ def test_integrity_check_finds_planted_corruption(corruption: str) -> None:
 
 
 @pytest.mark.parametrize("owners", [{}, {1: 2}, {1: 1, 2: 1}, {1: 2, 2: 2}, {1: 2, 2: 1, 3: 1}, {1: 2, 2: 1, 99: 1}])
-def test_integrity_check_finds_owners_that_were_counted_otherwise(owners: dict[int, int]) -> None:
+def test_integrity_check_finds_wrong_owner_counts(owners: dict[int, int]) -> None:
     pool = busy_pool()
     check_integrity(pool, {0: 5, 1: 2, 2: 1, 3: 0})
     with pytest.raises(AssertionError, match="by the user's count"):

@@ -138,7 +138,7 @@ def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
 # --- edits and copies -----------------------------------------------------------------------------------------------
 
 
-def test_edits_that_do_not_fit_go_in_vectors_of_their_own() -> None:
+def test_edits_that_do_not_fit_go_in_further_vectors() -> None:
     wide = Batcher(replace(LIMITS, max_model_len=2000 * BLOCK, num_blocks=9000), BUCKETS)
     edits = {cell: 1 + cell for cell in range(5000)}
     packed = wide.pack(plan([Slice(sequence(0, [1]), 0, 1, True)], edits=edits, copies=[(3, 4)]))
@@ -226,6 +226,6 @@ def test_wrong_rows_and_lengths_raise(count: int, row: int, start: int, said: st
         batcher().pack(step)
 
 
-def test_more_than_a_step_holds_raises() -> None:
+def test_too_many_tokens_for_a_step_raise() -> None:
     with pytest.raises((RuntimeError, IndexError)):
         batcher().pack(plan([Slice(sequence(0, [1] * 30), 0, 17, True)]))

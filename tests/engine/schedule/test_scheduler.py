@@ -14,7 +14,7 @@ from jaxserve.types.outputs import Update
 from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
 
 
-def test_a_stream_of_arrivals_starves_nobody() -> None:
+def test_a_stream_of_arrivals_starves_no_request() -> None:
     """In memory for little more than one, whoever arrives is done after all before it and few after it."""
     engine = FakeEngine(limits(num_blocks=12, max_num_batched_tokens=8))
     draws = random.Random(0)
@@ -53,7 +53,7 @@ def test_queue_limits() -> None:
     assert scheduler.queued == 0 and "more" not in scheduler.requests
 
 
-def test_an_id_in_flight_is_refused_and_free_again_after_its_end() -> None:
+def test_an_id_in_flight_is_rejected_and_free_after_its_end() -> None:
     engine = FakeEngine(limits())
     engine.add(request("a", [1, 2]))
     with pytest.raises(RequestError, match="'a' is already in flight"):
@@ -92,7 +92,7 @@ def test_deadlines_that_never_come_are_not_kept() -> None:
     engine.check_over()
 
 
-def test_a_fault_ends_all_and_leaves_nothing() -> None:
+def test_a_fault_ends_all_requests_and_leaves_nothing() -> None:
     engine = FakeEngine(limits(max_num_seqs=2))
     for name in "abc":
         engine.add(request(name, [1, 2, 3], n=2))
@@ -127,7 +127,7 @@ def test_prompt_tokens_looked_up_and_found() -> None:
     assert (off.scheduler.prefix_queries, off.scheduler.prefix_hits) == (0, 0)
 
 
-def test_what_is_computed_again_is_not_looked_up_again() -> None:
+def test_recomputed_tokens_are_not_looked_up_again() -> None:
     engine = FakeEngine(limits(num_blocks=11))
     for i in range(4):
         engine.add(request(f"{i}", [i] * 8, max_tokens=20, ignore_eos=True))
@@ -162,7 +162,7 @@ def test_a_prompt_preempted_while_it_is_scored_is_scored_whole() -> None:
     assert slices[0].start == 0 and slices[0].score_to  # what was told already takes no step for each token again
 
 
-def test_priority_goes_before_arrival_and_gives_up_last() -> None:
+def test_priority_takes_precedence_over_arrival_and_is_preempted_last() -> None:
     engine = FakeEngine(limits(num_blocks=12, priority=True, max_num_seqs=2, max_num_batched_tokens=32))
     for name, priority in (("low", 5), ("middle", 1), ("high", -3)):
         engine.add(
@@ -174,7 +174,7 @@ def test_priority_goes_before_arrival_and_gives_up_last() -> None:
     assert ends == ["high", "middle", "low"] and engine.scheduler.preemptions
 
 
-def test_blocks_that_left_the_window_are_given_back() -> None:
+def test_blocks_outside_the_window_are_freed() -> None:
     engine = FakeEngine(limits(window=6, max_num_batched_tokens=8, num_blocks=16))
     engine.add(request("a", STEMS[0][:20], max_tokens=20, ignore_eos=True))
     [sequence] = engine.sequences()
@@ -229,7 +229,7 @@ def test_other_salts_share_nothing(salts: tuple[str | None, str | None]) -> None
     assert [plan.tokens for plan in engine.plans if plan.slices[0].start in (0, 12)] == [14, 14, 2]
 
 
-def test_cached_tokens_are_what_others_left_and_not_its_own() -> None:
+def test_cached_tokens_exclude_the_requests_own() -> None:
     engine = FakeEngine(limits(num_blocks=12, max_num_seqs=2, max_num_batched_tokens=32))
     for name, prompt in (("a", STEMS[0][:20]), ("b", STEMS[1][:16])):
         engine.add(request(name, prompt, max_tokens=16, ignore_eos=True))
@@ -239,7 +239,7 @@ def test_cached_tokens_are_what_others_left_and_not_its_own() -> None:
 
 
 @pytest.mark.parametrize("prompt", [3, 9])
-def test_after_a_reset_nothing_old_is_found(prompt: int) -> None:
+def test_after_a_reset_no_old_block_is_found(prompt: int) -> None:
     engine = FakeEngine(limits())
     engine.add(request("a", STEMS[0][:prompt], max_tokens=16, ignore_eos=True))
     engine.turn()
@@ -251,7 +251,7 @@ def test_after_a_reset_nothing_old_is_found(prompt: int) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 2])
-def test_scores_are_whole_when_the_sample_that_told_them_is_aborted(index: int) -> None:
+def test_scores_are_complete_if_the_sample_that_reported_them_is_aborted(index: int) -> None:
     """After the fork, with the step that scores the last of the prompt in flight."""
     engine = FakeEngine(limits(max_num_batched_tokens=8))
     made = request("a", STEMS[0][:12], n=3, prompt_logprobs=1)
@@ -265,7 +265,7 @@ def test_scores_are_whole_when_the_sample_that_told_them_is_aborted(index: int) 
     engine.check_over()
 
 
-def test_logits_that_are_not_finite_end_their_row_alone() -> None:
+def test_logits_that_are_not_finite_end_only_their_row() -> None:
     engine = FakeEngine(limits())
     engine.device.broken = {39}
     prompts = {"good": [1, 2, 3, 4, 5], "bad": [1, 2, 3, 4, 39, 6, 7, 8]}
@@ -295,7 +295,7 @@ def test_logits_that_are_not_finite_end_their_row_alone() -> None:
         (dict(max_tokens=1, ignore_eos=True), "length", None),
     ],
 )
-def test_why_a_sample_ends(params: dict[str, Any], reason: str, stop_reason: int | None) -> None:
+def test_finish_reasons(params: dict[str, Any], reason: str, stop_reason: int | None) -> None:
     scheduler = Scheduler(limits(max_model_len=5), score_rows=1)
     asked: dict[str, Any] = dict(max_tokens=9) | params
     scheduler.add(request("a", [1, 2, 3], **asked))
@@ -306,7 +306,7 @@ def test_why_a_sample_ends(params: dict[str, Any], reason: str, stop_reason: int
     assert [(update.finish_reason, update.stop_reason) for update in ended] == [(reason, stop_reason)]
 
 
-def test_the_ends_that_are_known_waste_no_step() -> None:
+def test_predictable_ends_waste_no_step() -> None:
     engine = FakeEngine(limits(), depth=2)
     engine.add(request("a", [1, 2, 3], max_tokens=5, ignore_eos=True))
     engine.drain()
@@ -343,7 +343,7 @@ def test_kv_memory_is_at_most_four_percent_above_the_tokens_held() -> None:
 # --- beams ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_beam_waits_to_be_told() -> None:
+def test_a_held_beam_waits_for_its_next_token() -> None:
     """Sampled tokens of a held sequence are never fed to it."""
     engine = FakeEngine(limits(), depth=2)
     engine.add(request("a", [1, 2, 3], temperature=0, logprobs=1), hold=2)

@@ -107,7 +107,7 @@ scripts = st.lists(rounds, min_size=3, max_size=7).map(
 
 @settings(max_examples=100)
 @given(engines(), scripts)
-def test_any_walk_gives_what_the_requests_alone_give(engine: FakeEngine, script: list[object]) -> None:
+def test_any_walk_gives_the_results_of_each_request_alone(engine: FakeEngine, script: list[object]) -> None:
     asked: dict[str, Request] = {}
     aborted: set[tuple[str, int | None]] = set()
     for action in script:
@@ -157,7 +157,7 @@ def first_steps(engine: FakeEngine, count: int) -> list[int]:
 @given(
     engines(), st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(-1, 1)), min_size=2, max_size=12)
 )
-def test_who_comes_first_has_its_first_token_first(engine: FakeEngine, asked: list[tuple[int, int, int]]) -> None:
+def test_first_tokens_come_in_order_of_arrival(engine: FakeEngine, asked: list[tuple[int, int, int]]) -> None:
     order: list[tuple[int, int]] = []
     for i, (length, n, priority) in enumerate(asked):
         n = min(n, engine.limits.max_num_seqs)

@@ -32,7 +32,7 @@ def path_of(route: Route) -> str:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_every_route_wants_a_key(keyed: Shell, route: Route) -> None:
+def test_every_route_requires_a_key(keyed: Shell, route: Route) -> None:
     public = route.path in PUBLIC or route.path.startswith("/static/")
     assert route.public == public
     path = path_of(route)
@@ -61,7 +61,7 @@ def test_every_route_wants_a_key(keyed: Shell, route: Route) -> None:
         assert reply.status != 401, header
 
 
-def test_keys_are_needed_for_what_is_not_there_too(keyed: Shell) -> None:
+def test_unknown_routes_require_a_key_too(keyed: Shell) -> None:
     for method, path in (("GET", "/nothing"), ("PUT", "/health"), ("DELETE", "/v1/models"), ("OPTIONS", "/metrics")):
         assert keyed.send(method, path).status == 401
     assert keyed.get("/nothing", Authorization=f"Bearer {KEY}").error["type"] == "NotFoundError"
@@ -97,7 +97,7 @@ def test_keys_are_needed_for_what_is_not_there_too(keyed: Shell) -> None:
         "GET /version HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade",
     ],
 )
-def test_no_way_around(keyed: Shell, line: str) -> None:
+def test_keys_cannot_be_bypassed(keyed: Shell, line: str) -> None:
     reply = keyed.raw(f"{line}\r\nConnection: close\r\n\r\n".encode())
     assert reply.status in (400, 401, 403, 404), reply.body
 
@@ -144,7 +144,7 @@ def test_allowed_hosts() -> None:
 @pytest.mark.parametrize(
     "origin", ["http://attacker.example", "null", "https://localhost.attacker.example", "http://localhost:1"]
 )
-def test_foreign_pages_may_not_ask(keyless: Shell, origin: str) -> None:
+def test_foreign_pages_are_rejected(keyless: Shell, origin: str) -> None:
     # text/plain: what a browser sends anywhere without asking first.
     for method, path in (("POST", "/v1/completions"), ("POST", "/sleep"), ("GET", "/version")):
         reply = keyless.send(method, path, b"{}", {"Origin": origin, "Content-Type": "text/plain"})
@@ -153,7 +153,7 @@ def test_foreign_pages_may_not_ask(keyless: Shell, origin: str) -> None:
         assert "access-control-allow-origin" not in reply.headers
 
 
-def test_our_own_page_may(keyless: Shell) -> None:
+def test_our_own_page_is_allowed(keyless: Shell) -> None:
     for origin, host in (
         (f"http://127.0.0.1:{keyless.port}", f"127.0.0.1:{keyless.port}"),
         ("https://localhost", "localhost:443"),  # behind a proxy that speaks TLS
@@ -215,7 +215,7 @@ def test_the_answer_is_the_same_for_all_wrong_keys(keyed: Shell) -> None:
     assert len({reply.body for reply in replies}) == 1
 
 
-def test_a_body_is_not_read_for_strangers(keyed: Shell) -> None:
+def test_a_body_is_not_read_without_a_key(keyed: Shell) -> None:
     with keyed.connect() as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
         assert answer(sock).status == 401

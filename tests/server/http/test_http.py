@@ -72,7 +72,7 @@ def test_while_it_starts(shell: Shell) -> None:
     assert shell.send("HEAD", "/health").body == b""
 
 
-def test_the_engine_is_gone(shell: Shell) -> None:
+def test_after_the_engine_failed(shell: Shell) -> None:
     shell.engine.state.phase = "failed"
     try:
         assert (shell.get("/health").status, shell.get("/live").status) == (503, 503)
@@ -107,7 +107,7 @@ def test_the_engine_is_gone(shell: Shell) -> None:
         (b"GET /version HTTP/1.1\r\nHost: localhost\r\nExpect: a-pony\r\n\r\n", 417),
     ],
 )
-def test_what_is_no_http(shell: Shell, data: bytes, status: int) -> None:
+def test_invalid_http(shell: Shell, data: bytes, status: int) -> None:
     with shell.connect() as sock:
         with contextlib.suppress(ConnectionError):  # it need not read all of ten megabytes
             sock.sendall(data)
@@ -179,7 +179,7 @@ def test_all_bodies_together_are_bounded(ready: Shell, monkeypatch: pytest.Monke
     assert ready.send("POST", "/sleep?level=7", b" " * 900).status == 400
 
 
-def test_a_client_may_ask_before_it_sends(ready: Shell) -> None:
+def test_expect_100_continue(ready: Shell) -> None:
     with ready.connect() as sock:
         sock.sendall(post("/sleep?level=7", b"{}", "Expect: 100-continue")[:-2])
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -187,7 +187,7 @@ def test_a_client_may_ask_before_it_sends(ready: Shell) -> None:
         assert answer(sock).error["param"] == "level"
 
 
-def test_requests_one_after_another_at_once(shell: Shell) -> None:
+def test_pipelined_requests(shell: Shell) -> None:
     with shell.connect() as sock:
         sock.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
         wait(lambda: sock.recv(2**16, socket.MSG_PEEK).count(b"HTTP/1.1 200") == 20)
@@ -196,7 +196,7 @@ def test_requests_one_after_another_at_once(shell: Shell) -> None:
 # --- slow and silent ------------------------------------------------------------------------------------------------
 
 
-def test_half_open_heads_are_closed(fast: Shell) -> None:
+def test_incomplete_headers_are_closed(fast: Shell) -> None:
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(fast.connect()) for _ in range(MANY)]
         for number, sock in enumerate(socks):
@@ -213,7 +213,7 @@ def test_half_open_heads_are_closed(fast: Shell) -> None:
     assert time.monotonic() - begin < 8
 
 
-def test_slow_bodies_are_cut(fast: Shell) -> None:
+def test_slow_bodies_are_cut_off(fast: Shell) -> None:
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(fast.connect()) for _ in range(50)]
         for sock in socks:
@@ -232,7 +232,7 @@ def test_slow_bodies_are_cut(fast: Shell) -> None:
     assert time.monotonic() - begin < 8
 
 
-def test_a_later_head_that_comes_slowly_is_cut() -> None:
+def test_slow_headers_of_a_later_request_are_cut_off() -> None:
     head = b"GET /version HTTP/1.1\r\nHost: localhost\r\nA: "
     with Shell(header_timeout=1.0, keep_alive_timeout=60.0) as server, contextlib.ExitStack() as stack:
         slow, idle, halves = (stack.enter_context(server.connect()) for _ in range(3))
@@ -255,7 +255,7 @@ def test_a_later_head_that_comes_slowly_is_cut() -> None:
         assert answer(idle).status == 200
 
 
-def test_bodies_that_make_no_progress_are_cut() -> None:
+def test_stalled_bodies_are_cut_off() -> None:
     with Shell(header_timeout=1.0, body_timeout=60.0) as server, server.connect() as slow, server.connect() as steady:
         server.serving.check_engine = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
         slow.sendall(post("/sleep", b" " * 500)[:-499])
@@ -285,7 +285,7 @@ def test_idle_connections_are_closed(fast: Shell) -> None:
     wait(lambda: not fast.connections.open, 5)
 
 
-def test_a_client_that_reads_nothing_is_cut(fast: Shell) -> None:
+def test_a_client_that_reads_nothing_is_disconnected(fast: Shell) -> None:
     with fast.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(0.2)
@@ -298,7 +298,7 @@ def test_a_client_that_reads_nothing_is_cut(fast: Shell) -> None:
     wait(lambda: not fast.connections.open, 5)
 
 
-def test_however_little_is_left_unread_the_connection_is_cut(fast: Shell) -> None:
+def test_a_client_that_leaves_a_little_unread_is_disconnected(fast: Shell) -> None:
     with contextlib.ExitStack() as stack:
         for count in (1, 2, 4, 8, 16, 32, 64):
             sock = stack.enter_context(fast.connect())
@@ -307,7 +307,7 @@ def test_however_little_is_left_unread_the_connection_is_cut(fast: Shell) -> Non
         wait(lambda: not fast.connections.open, 10)
 
 
-def test_past_the_limit_the_longest_idle_goes_first() -> None:
+def test_beyond_the_limit_the_longest_idle_connection_is_closed() -> None:
     with Shell(max_connections=4) as server, contextlib.ExitStack() as stack:
         socks = [stack.enter_context(server.connect()) for _ in range(4)]
         for sock in (socks[1], socks[2], socks[3], socks[0]):
@@ -320,7 +320,7 @@ def test_past_the_limit_the_longest_idle_goes_first() -> None:
             assert not any(closed(sock, 0.1) for sock in (socks[0], socks[2], socks[3]))
 
 
-def test_past_the_limit_of_busy_ones_others_are_refused() -> None:
+def test_beyond_the_limit_of_busy_connections_others_are_refused() -> None:
     with Shell(max_connections=2) as server, contextlib.ExitStack() as stack:
         server.serving.check_engine = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
         busy = [stack.enter_context(server.connect()) for _ in range(2)]
@@ -347,7 +347,7 @@ def test_ids_of_requests() -> None:
         assert server.get("/nothing", X_Request_Id="mine-7").headers["x-request-id"] == "mine-7"
 
 
-def test_nobody_is_told_of_a_fault(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_details_of_a_fault_are_not_revealed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise KeyError("/home/secret at 0x7fffdeadbeef")
 

@@ -86,7 +86,7 @@ def test_counts(counted: tuple[Live, dict[str, Any]]) -> None:
     assert got["jaxserve_engine_process_resident_memory_bytes"] > 2**20
 
 
-def test_it_reads_as_prometheus_reads(counted: tuple[Live, dict[str, Any]]) -> None:
+def test_prometheus_can_parse_it(counted: tuple[Live, dict[str, Any]]) -> None:
     reply = counted[0].get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = list(text_string_to_metric_families(reply.body.decode()))
@@ -99,7 +99,7 @@ def test_it_reads_as_prometheus_reads(counted: tuple[Live, dict[str, Any]]) -> N
             assert all({"model_name", "engine"} <= set(sample.labels) for sample in family.samples)
 
 
-def test_every_panel_asks_for_what_there_is(counted: tuple[Live, dict[str, Any]]) -> None:
+def test_every_panel_queries_existing_metrics(counted: tuple[Live, dict[str, Any]]) -> None:
     names = {name.split("{")[0] for name in counted[0].metrics()}
     labels = dict(re.findall(r"^(\S+?)\{(.*)\} ", counted[0].get("/metrics").body.decode(), re.MULTILINE))
     dashboard = json.loads((files(observe) / "grafana.json").read_text())

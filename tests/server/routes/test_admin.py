@@ -55,7 +55,7 @@ def test_a_trace(server: Live, root: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/stop_profile", "/reset_prefix_cache", "/sleep", "/wake_up"])
-def test_bodies_where_there_is_nothing_to_say(server: Live, path: str) -> None:
+def test_routes_without_a_body(server: Live, path: str) -> None:
     reply = server.post(path, {"tags": ["weights"]})
     assert (reply.status, reply.error["param"]) == (400, "tags")
     assert server.post(path, b"[]").status == 400

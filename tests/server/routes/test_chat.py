@@ -43,7 +43,7 @@ def test_an_answer(served: Served, reference: Reference) -> None:
         assert entry.bytes is not None and bytes(entry.bytes).decode(errors="replace") == entry.token
 
 
-def test_streamed_is_as_whole(served: Served) -> None:
+def test_a_stream_equals_the_whole_answer(served: Served) -> None:
     create = served.client().chat.completions.create
     more: dict[str, Any] = {"n": 2, "seed": 11, "temperature": 1.0, "max_tokens": 30}
     whole = create(**{**OPTIONS, **more})
@@ -101,7 +101,7 @@ def test_parts_of_text(served: Served) -> None:
     assert "a\nb" in reply["prompt_text"]
 
 
-def test_going_on_with_the_last_message(served: Served) -> None:
+def test_continuing_the_last_message(served: Served) -> None:
     begun: Any = [*MESSAGES, {"role": "assistant", "content": "It is"}]
     body = {
         "messages": begun,
@@ -129,13 +129,13 @@ def test_no_generation_prompt(served: Served) -> None:
     assert reply["choices"][0]["message"]["role"] == "user"
 
 
-def test_an_answer_sent_back_is_taken(served: Served) -> None:
+def test_a_returned_answer_is_accepted_as_a_message(served: Served) -> None:
     answer = served.client().chat.completions.create(**OPTIONS)
     back: Any = [*MESSAGES, answer.choices[0].message.model_dump(), {"role": "user", "content": "and"}]
     assert served.client().chat.completions.create(model="tiny", messages=back, max_tokens=1).choices
 
 
-def test_several_at_once_with_one_id(served: Served) -> None:
+def test_concurrent_requests_with_the_same_id(served: Served) -> None:
     """What clients send as an id is a name for them alone."""
 
     def ask(_: int) -> tuple[str, str]:

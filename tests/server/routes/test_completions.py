@@ -52,7 +52,7 @@ def test_greedy_text_is_the_models(served: Served, reference: Reference) -> None
     assert answer.usage.total_tokens == len(ids) + len(expected)
 
 
-def test_ids_are_as_good_as_text(served: Served) -> None:
+def test_ids_and_text_give_the_same(served: Served) -> None:
     options: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 6}
     create = served.client().completions.create
     by_text = create(prompt=PROMPT, **options)
@@ -74,7 +74,7 @@ def test_choices_go_by_prompts_then_samples(served: Served) -> None:
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_streamed_is_as_whole(served: Served, echo: bool) -> None:
+def test_a_stream_equals_the_whole_answer(served: Served, echo: bool) -> None:
     options: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30, "seed": 7, "temperature": 1.0}
     create = served.client().completions.create
     whole = create(**options, n=3, echo=echo)
@@ -88,7 +88,7 @@ def test_streamed_is_as_whole(served: Served, echo: bool) -> None:
         assert all(choice.text.startswith(PROMPT) for choice in whole.choices)
 
 
-def test_no_text_is_torn(served: Served) -> None:
+def test_no_character_is_split(served: Served) -> None:
     """Characters of several tokens come whole: what is streamed is, put together, what comes at once."""
     body = {"prompt": "😀 é", "max_tokens": 60, "temperature": 1.0, "seed": 3, "ignore_eos": True, "stream": True}
     events = served.post("/v1/completions", body).events
@@ -272,7 +272,7 @@ def test_unlikely_numbers_are_json(served: Served) -> None:
         assert all(math.isfinite(value) and value >= -9999.0 for value in top.values())
 
 
-def test_errors_as_the_client_raises_them(served: Served) -> None:
+def test_errors_raised_by_the_client(served: Served) -> None:
     create = served.client().completions.create
     with pytest.raises(openai.BadRequestError) as caught:
         create(model="tiny", prompt="x", temperature=3)
@@ -285,7 +285,7 @@ def test_errors_as_the_client_raises_them(served: Served) -> None:
     assert unknown.value.param == "best_off" and "best_of" in str(unknown.value)
 
 
-def test_advisory_fields_change_nothing(served: Served) -> None:
+def test_fields_without_effect_change_nothing(served: Served) -> None:
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 4}
     advice = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "prompt_cache_key": "k"}
     plain = served.post("/v1/completions", body).json["choices"]
@@ -346,6 +346,6 @@ def test_beams_are_those_of_the_python_api(served: Served) -> None:
     ],
     ids=repr,
 )
-def test_what_does_not_combine_with_beams(served: Served, fields: dict[str, Any], param: str) -> None:
+def test_parameters_that_do_not_combine_with_beams(served: Served, fields: dict[str, Any], param: str) -> None:
     body = {"prompt": "hello", "max_tokens": 2, "use_beam_search": True, **fields}
     check_error(served.post("/v1/completions", body), 400, param)

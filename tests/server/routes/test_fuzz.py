@@ -84,7 +84,7 @@ def bounded(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, **limits}
 
 
-def test_no_body_is_a_fault_of_the_server(served: Served) -> None:
+def test_no_body_causes_a_server_error(served: Served) -> None:
     page = served.send("GET", "/openapi.json").json
 
     @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])

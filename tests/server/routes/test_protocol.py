@@ -58,13 +58,13 @@ CHAT_FIELDS = (
 )
 
 
-def test_every_known_field_is_known_here() -> None:
+def test_every_field_of_vllm_is_known() -> None:
     assert not set(COMPLETION_FIELDS) - set(CompletionRequest.model_fields)
     assert not set(CHAT_FIELDS) - set(ChatRequest.model_fields)
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, EmbeddingRequest])
-def test_null_is_no_value(kind: type[Sampling]) -> None:
+def test_null_means_no_value(kind: type[Sampling]) -> None:
     needed = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "input": "x"}
     body = {name: needed.get(name) for name in kind.model_fields if name != "messages" or kind is ChatRequest}
     assert parse(kind, json.dumps(body).encode())
@@ -83,14 +83,14 @@ def test_unknown_fields_can_be_ignored() -> None:
     assert parse(CompletionRequest, large, allow_unknown=True)
 
 
-def test_a_key_of_broken_text_in_a_large_body_is_no_fault_of_ours() -> None:
+def test_a_broken_key_in_a_large_body_is_a_client_error() -> None:
     for broken in (b'{"\xff": 1, "prompt": "%s"}', b'{"messages": [{"\xff": 1}], "prompt": "%s"}'):
         with pytest.raises(ApiError) as refused:
             parse(CompletionRequest, broken % (b"x" * 100_000))
         assert refused.value.status == 400
 
 
-def test_no_unknown_field_hides_an_object_with_too_many_keys() -> None:
+def test_unknown_fields_cannot_hide_an_object_with_too_many_keys() -> None:
     biases = {str(place): 1 for place in range(20_000)}
     large = json.dumps({"other": 1, "prompt": "a", "logit_bias": biases}).encode()
     with pytest.raises(ApiError, match="too many keys"):
@@ -104,7 +104,7 @@ def test_endless_numbers_are_not_repeated(field: str) -> None:
     assert refused.value.status == 400 and refused.value.param == field and len(refused.value.message) < 500
 
 
-def test_faults_within_a_field_name_the_way_there() -> None:
+def test_errors_within_a_field_name_the_path() -> None:
     cases: list[tuple[type[Any], dict[str, Any], str]] = [
         (ChatRequest, {"messages": [{"role": "user", "content": "x"}, {"role": 5}]}, "messages[1].role"),
         (ChatRequest, {"messages": [{"role": "user", "content": [{"type": 5}]}]}, "messages[0].content"),
@@ -128,7 +128,7 @@ JSON = st.recursive(
 
 @settings(max_examples=300)
 @given(st.sampled_from([CompletionRequest, ChatRequest, TokenizeRequest]), st.data())
-def test_whatever_comes_is_a_body_or_a_refusal(kind: type[Any], data: st.DataObject) -> None:
+def test_any_object_is_a_body_or_a_client_error(kind: type[Any], data: st.DataObject) -> None:
     names = st.sampled_from(sorted(kind.model_fields)) | st.text(max_size=8)
     body = data.draw(st.dictionaries(names, JSON, max_size=6))
     try:
@@ -140,7 +140,7 @@ def test_whatever_comes_is_a_body_or_a_refusal(kind: type[Any], data: st.DataObj
 
 @settings(max_examples=100)
 @given(st.binary(max_size=40))
-def test_whatever_bytes_come(raw: bytes) -> None:
+def test_any_bytes_are_a_body_or_a_client_error(raw: bytes) -> None:
     with pytest.raises(ApiError):
         parse(CompletionRequest, raw)
 
@@ -148,7 +148,7 @@ def test_whatever_bytes_come(raw: bytes) -> None:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_errors_become() -> None:
+def test_errors_as_responses() -> None:
     refused = as_api_error(RequestError("top_p", "top_p is 2, expected a number above 0 to 1", "correct the value"))
     assert (refused.status, refused.param, refused.type) == (400, "top_p", "BadRequestError")
     assert refused.message == "top_p is 2, expected a number above 0 to 1. Correct the value."
@@ -158,7 +158,7 @@ def test_what_errors_become() -> None:
     assert as_api_error(ZeroDivisionError("/home/me")).status == 500
 
 
-def test_nothing_of_this_machine_is_told() -> None:
+def test_errors_reveal_nothing_about_the_machine() -> None:
     text = 'Traceback (most recent call last):\n  File "/home/me/x.py", line 3\nat 0x7f8899aabbcc'
     assert not TELLS.search(scrubbed(text))
     assert not TELLS.search(scrubbed("cannot open /tmp/a/b.json: no such file"))
@@ -181,7 +181,7 @@ def intake(vocab_size: int) -> Preparer:
     return Preparer(tokenizers.load(TOKENIZER), limits)
 
 
-def test_a_tokenizer_that_knows_more_than_the_model() -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
     """Its added tokens have no row in the embedding: text that holds one is refused, before any device reads it."""
     small, order = intake(420), Order(name="cmpl-x", add_special_tokens=False)
     with pytest.raises(RequestError, match="prompt contains token id 42"):
@@ -192,7 +192,7 @@ def test_a_tokenizer_that_knows_more_than_the_model() -> None:
     assert params.prepare(small, ["ab"], SamplingParams(), order, field="prompt")
 
 
-def test_jobs_are_told_apart_under_the_same_name() -> None:
+def test_requests_with_the_same_id_are_distinguished() -> None:
     order = Order(name="cmpl-a-b")
     made = params.prepare(intake(426), ["a", "b"], SamplingParams(), order, field="prompt")
     made += params.prepare(intake(426), ["a"], SamplingParams(), order, field="prompt")
@@ -233,7 +233,7 @@ def test_the_document_describes_every_route() -> None:
         assert reference.removeprefix("#/components/schemas/") in page["components"]["schemas"]
 
 
-def test_the_document_says_what_is_taken() -> None:
+def test_the_document_describes_what_is_accepted() -> None:
     schema = document(all_routes(ui=False))["components"]["schemas"]["CompletionRequest"]
     assert schema["additionalProperties"] is False and schema["required"] == ["prompt"]
     assert schema["properties"]["suffix"]["type"] == "null"

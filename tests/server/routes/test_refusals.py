@@ -57,7 +57,7 @@ def completion(**fields: Any) -> dict[str, Any]:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_prompts_that_are_none(served: Served, prompt: object) -> None:
+def test_invalid_prompts(served: Served, prompt: object) -> None:
     refused(served, COMPLETIONS, {"prompt": prompt, "max_tokens": 1}, "prompt")
     longer = [5] * 129 if prompt == [5] * 128 else prompt  # nothing is generated
     if isinstance(longer, list) and len(longer) == 1025:
@@ -65,7 +65,7 @@ def test_prompts_that_are_none(served: Served, prompt: object) -> None:
     refused(served, EMBEDDINGS, {"input": longer}, "input")
 
 
-def test_prompts_that_are_missing(served: Served) -> None:
+def test_missing_prompts(served: Served) -> None:
     refused(served, COMPLETIONS, {"max_tokens": 1}, "prompt")
     refused(served, EMBEDDINGS, {}, "input")
     refused(served, CHAT, {}, "messages")
@@ -73,13 +73,13 @@ def test_prompts_that_are_missing(served: Served) -> None:
 
 @pytest.mark.parametrize("number", [*NOT_FINITE, '"x"', "true", "[]", "{}"])
 @pytest.mark.parametrize("field", FLOATS)
-def test_numbers_that_are_none(served: Served, field: str, number: str) -> None:
+def test_invalid_numbers(served: Served, field: str, number: str) -> None:
     refused(served, COMPLETIONS, b'{"prompt":"x","max_tokens":1,"%b":%b}' % (field.encode(), number.encode()), field)
 
 
 @pytest.mark.parametrize("value", ["2.5", '"5"', "true", "[1]", "9" * 400, "9" * 30])
 @pytest.mark.parametrize("field", INTEGERS)
-def test_whole_numbers_that_are_none(served: Served, field: str, value: str) -> None:
+def test_invalid_whole_numbers(served: Served, field: str, value: str) -> None:
     refused(served, COMPLETIONS, b'{"prompt":"x","%b":%b}' % (field.encode(), value.encode()), field)
 
 
@@ -231,16 +231,16 @@ LATER_CHAT = {
 
 
 @pytest.mark.parametrize("field", LATER)
-def test_what_completions_cannot_do_yet_is_refused_by_name(served: Served, field: str) -> None:
+def test_unsupported_fields_of_completions_are_named(served: Served, field: str) -> None:
     refused(served, COMPLETIONS, completion(**{field: LATER[field]}), field)
 
 
 @pytest.mark.parametrize("field", LATER_CHAT)
-def test_what_chats_cannot_do_yet_is_refused_by_name(served: Served, field: str) -> None:
+def test_unsupported_fields_of_chats_are_named(served: Served, field: str) -> None:
     refused(served, CHAT, {"messages": HELLO, "max_tokens": 1, field: LATER_CHAT[field]}, field)
 
 
-def test_without_a_value_they_are_no_fault(served: Served) -> None:
+def test_unsupported_fields_may_be_null(served: Served) -> None:
     assert served.post(COMPLETIONS, completion(**dict.fromkeys(LATER))).status == 200
     body = {"messages": HELLO, "max_tokens": 1, **dict.fromkeys(LATER_CHAT)}
     assert served.post(CHAT, body).status == 200
@@ -293,7 +293,7 @@ CHATS: list[tuple[dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("fields", "param"), CHATS, ids=lambda value: json.dumps(value)[:50])
-def test_chats_that_are_none(served: Served, fields: dict[str, Any], param: str | None) -> None:
+def test_invalid_chats(served: Served, fields: dict[str, Any], param: str | None) -> None:
     refused(served, CHAT, {"messages": HELLO, "max_tokens": 1, **fields}, param)
 
 
@@ -328,7 +328,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_bodies_that_are_none(served: Served, name: str) -> None:
+def test_invalid_bodies(served: Served, name: str) -> None:
     for path in (COMPLETIONS, CHAT, EMBEDDINGS, "/tokenize", "/detokenize"):
         refused(served, path, BODIES[name], None)
 
@@ -336,12 +336,12 @@ def test_bodies_that_are_none(served: Served, name: str) -> None:
 @pytest.mark.parametrize(
     "media", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
 )
-def test_only_json_is_taken(served: Served, media: str) -> None:
+def test_only_json_is_accepted(served: Served, media: str) -> None:
     error = check_error(served.post(COMPLETIONS, completion(), Content_Type=media), 400)
     assert "application/json" in error["message"]
 
 
-def test_models_that_are_not_served(served: Served) -> None:
+def test_unknown_models(served: Served) -> None:
     for name in ("nope", "tiny\n", "x" * 4096, "../etc", "<script>", "\x1b[31m"):
         for path, fields in ((COMPLETIONS, completion()), (CHAT, {"messages": HELLO}), (EMBEDDINGS, {"input": "x"})):
             error = check_error(served.post(path, {**fields, "model": name}), 404, "model")
@@ -350,14 +350,14 @@ def test_models_that_are_not_served(served: Served) -> None:
     check_error(served.send("GET", "/v1/models/nope"), 404, "model")
 
 
-def test_what_is_known_about_a_misspelled_field(served: Served) -> None:
+def test_misspelled_fields_get_a_suggestion(served: Served) -> None:
     error = check_error(served.post(COMPLETIONS, completion(max_token=1)), 400, "max_token")
     assert "max_tokens" in error["message"]
     error = check_error(served.post(CHAT, {"messges": HELLO}), 400, "messges")
     assert "messages" in error["message"]
 
 
-def test_too_long_is_told_with_the_numbers(served: Served) -> None:
+def test_errors_about_length_have_the_numbers(served: Served) -> None:
     error = check_error(served.post(COMPLETIONS, {"prompt": [5] * 200}), 400, "prompt")
     assert "maximum context length is 128 tokens" in error["message"] and "200" in error["message"]
     error = check_error(served.post(COMPLETIONS, completion(prompt=[[5], [5] * 200])), 400, "prompt")
@@ -367,7 +367,7 @@ def test_too_long_is_told_with_the_numbers(served: Served) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["x", "0", "-1", "nan", "inf", "", "1" * 5000])
-def test_deadlines_that_are_none(served: Served, seconds: str) -> None:
+def test_invalid_deadlines(served: Served, seconds: str) -> None:
     check_error(served.post(COMPLETIONS, completion(), X_Request_Timeout=seconds), 400, "X-Request-Timeout")
 
 
@@ -377,7 +377,7 @@ def test_a_passed_deadline_is_a_504(served: Served) -> None:
         check_error(reply, 504)
 
 
-def test_ids_that_are_no_tokens(served: Served) -> None:
+def test_ids_outside_the_vocabulary(served: Served) -> None:
     for tokens in ([-1], [VOCABULARY], [10**9], [2**63], [True], ["5"], [0] * 10**6, None, 5):
         refused(served, "/detokenize", {"tokens": tokens}, "tokens" if tokens != [0] * 10**6 else None)
     refused(served, "/detokenize", {}, "tokens")
@@ -387,13 +387,13 @@ def test_ids_that_are_no_tokens(served: Served) -> None:
     refused(served, "/tokenize", {"prompt": "x", "messages": HELLO}, None)
 
 
-def test_embeddings_speak_of_input(served: Served) -> None:
+def test_embedding_errors_name_input(served: Served) -> None:
     for given in ([9999], [[5], [9999]], [5] * 129, "", ["x", ""], [[5]] * 2049):
         error = check_error(served.post(EMBEDDINGS, {"input": given}), 400, "input")
         assert "prompt" not in error["message"], error
 
 
-def test_embeddings_that_cannot_be(served: Served) -> None:
+def test_impossible_embeddings(served: Served) -> None:
     fields: list[tuple[dict[str, Any], str]] = [
         ({"dimensions": 5}, "dimensions"),
         ({"dimensions": 0}, "dimensions"),

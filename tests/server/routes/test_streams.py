@@ -28,7 +28,7 @@ def test_headers(served: Served) -> None:
     assert reply.headers["cache-control"] == "no-cache"
 
 
-def test_usage_comes_last_and_only_when_asked(served: Served) -> None:
+def test_usage_comes_last_and_only_on_request(served: Served) -> None:
     *chunks, done = served.post("/v1/completions", BODY).events
     assert done == "[DONE]" and all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
     *chunks, last, done = served.post("/v1/completions", {**BODY, "stream_options": {"include_usage": True}}).events
@@ -72,7 +72,7 @@ def test_usage_on_every_chunk(served: Served) -> None:
         assert all(chunk["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] for chunk in chunks)
 
 
-def test_usage_that_the_server_wants(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_enforced_by_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     monkeypatch.setattr(served.serving, "config", replace(served.serving.config, enable_force_include_usage=True))
@@ -141,7 +141,7 @@ def test_a_fault_in_a_stream_is_an_event_and_done_follows(
     check_error(served.post(path, {**body, "stream": False}), status)
 
 
-def test_a_request_that_the_engine_gives_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_the_engine_aborts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = _output("", finish_reason="error", error='the logits of File "/home/x.py" are not finite')
     monkeypatch.setattr(requests, "run", _says(broken, None))
     for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", CHAT)):
@@ -149,7 +149,7 @@ def test_a_request_that_the_engine_gives_up(served: Served, monkeypatch: pytest.
         check_error(served.post(path, body), 500)
 
 
-def test_an_aborted_request_ends_as_that(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aborted_request_ends_as_aborted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "run", _says(_output("so far", finish_reason="abort"), None))
     events = served.post("/v1/completions", BODY).events
     assert events[-2]["choices"][0]["finish_reason"] == "abort" and events[-1] == "[DONE]"
