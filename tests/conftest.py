@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test runs under: CPU, eight devices, strict promotion; a guard against compiles."""
+"""Sets up all tests: CPU, eight devices, strict promotion; a guard against compilation."""
 
 import contextlib
 import gc
@@ -15,7 +15,7 @@ from tests.fast import XLA_FLAGS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Comes before any test file is imported, so before anything asks jax for a device."""
+    """Runs before any test file is imported, so before anything asks jax for a device."""
     # A shell that starts the tests in the background has them ignore Ctrl-C, and their children with them.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard behind the promise that nothing compiles after warm-up must itself be able to fail."""
+"""The guard against compilation after warm-up can itself fail."""
 
 import threading
 

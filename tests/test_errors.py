@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every user error promises: one line, whatever is in it, also after crossing processes."""
+"""User errors are one line, whatever they contain, also after crossing processes."""
 
 import pickle
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""READMEs are true: examples run, links lead somewhere, generated parts are current. Modules say what they own."""
+"""READMEs are correct: examples run, links work, generated parts are current. Modules have docstrings."""
 
 import ast
 import re
@@ -94,7 +94,7 @@ def test_pictures_are_small() -> None:
 
 
 def run_example(readme: str, *, mentions: str) -> dict[str, Any]:
-    """The names that the README's one example with this word defines, run as a reader would paste it."""
+    """Run the README's only example with this word as a reader would; return the names that it defines."""
     [example] = [each for each in readmes.examples(readme) if mentions in each]
     names: dict[str, Any] = {}
     exec(compile(example, readme, "exec"), names)
@@ -109,7 +109,7 @@ def test_every_example_is_run() -> None:
 
 @pytest.fixture
 def my_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where examples look for it. Compiled programs are stored nowhere, as a user may decide."""
+    """The folder that examples load. No compiled programs are stored."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program_store, "open_store", lambda *_: None)
     return tmp_path / "my-model"
@@ -159,7 +159,7 @@ def test_the_example_of_a_model_runs(my_model: Path) -> None:
 
 
 def test_the_example_of_kernels_runs() -> None:
-    """Its rows are those of a pool in which only the new tokens are not zero."""
+    """The example's rows read a pool in which all except the new tokens is zero."""
     names = run_example("README.md", mentions="pallas_kernels")
     out = np.asarray(names["out"])
     assert out.shape == (6, 8, 64)

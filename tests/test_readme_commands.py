@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command in a README is run here, or is known to be run elsewhere; a new one fails until it is either.
+"""Every command in a README is run here or known to be run elsewhere; a new command fails until it is either.
 
 The server is `jaxserve run` with the demo model, as a reader would start it, but on a free port and with few shapes.
 Commands that need no server run in this process; a fresh one would spend most of its time importing jax.
@@ -36,7 +36,7 @@ ENVIRONMENT = os.environ | {
 
 
 def commands() -> list[str]:
-    """Of all READMEs, each once."""
+    """The commands of all READMEs, without repetition."""
     return list(dict.fromkeys(command for name in readmes.READMES for command in readmes.commands(name)))
 
 
@@ -143,7 +143,7 @@ def test_commands_without_a_server(
 
 
 def test_check_in_a_fresh_process(tmp_path: Path) -> None:
-    """Where it sets up jax's devices itself."""
+    """`jaxserve check` in a process where it sets up jax's devices itself."""
     assert run(f"jaxserve check {demo.FOLDER} --memory 1GiB", tmp_path)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model behind the Python API, and what a dense forward pass says that it must give.
+"""A tiny model behind the Python API, and its reference results from a dense forward pass.
 
 All tests take the same shapes, so that a process compiles each program once.
 """
@@ -55,7 +55,7 @@ class Reference:
         self._params = jax.jit(param_layout.to_engine_layout, static_argnums=0)(SPEC, public)
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
-        """float32 [tokens, vocabulary]: of what follows each of them."""
+        """float32 [tokens, vocabulary]: log probabilities of what follows each token."""
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens)] = tokens
         logits = run_forward(SPEC, self._params, jnp.asarray(padded))
@@ -66,7 +66,7 @@ class Reference:
         return table[np.arange(len(tokens) - 1), np.asarray(tokens[1:], np.int64)]
 
     def embedding(self, tokens: Sequence[int]) -> np.ndarray:
-        """float32 [hidden]: what the head multiplies after the last of them."""
+        """float32 [hidden]: the last token's hidden state before the head."""
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens)] = tokens
         return np.asarray(_states(self._params, jnp.asarray(padded))[0, len(tokens) - 1])
@@ -87,7 +87,7 @@ def _states(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def counted[**P, R](function: Callable[P, R], calls: list[Any]) -> Callable[P, R]:
-    """The same, noting the arguments of each call."""
+    """The same function, recording the arguments of each call."""
 
     def noting(*args: P.args, **options: P.kwargs) -> R:
         calls.append(args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command in this process, and a server for it to talk to."""
+"""Fixtures for commands: the command in this process, and a fake server."""
 
 import io
 import sys
@@ -24,7 +24,7 @@ type Command = Callable[..., Said]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`jaxserve` with these words and this standard input."""
+    """Run `jaxserve` with these arguments and this standard input."""
     for name in ("JAXSERVE_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -48,7 +48,7 @@ def server() -> Generator[FakeServer]:
 
 
 def one_error(said: Said, code: int, *parts: str) -> None:
-    """That it said nothing but one error, in the form of all errors."""
+    """Check that the only output is one error of the usual form."""
     assert (said.code, said.out) == (code, ""), said
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.err.count("  hint: ") == 1, said.err
     for part in parts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that speaks as much of OpenAI's API as the commands use. Keeps what it was asked."""
+"""A fake server with as much of OpenAI's API as the commands use. It records the requests."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ KEY = "secret"
 
 
 class FakeServer:
-    """`faults` are what it does wrong, by path: a status, or "cut" (no [DONE]), "late" (an error event), "junk"."""
+    """`faults` by path: a status, or "cut" (no [DONE]), "late" (an error event), "junk"."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
@@ -110,7 +110,7 @@ def _error(status: int, message: str) -> web.Response:
 
 @contextmanager
 def running(fake: FakeServer) -> Generator[FakeServer]:
-    """In a thread, on a free port."""
+    """Serve in a thread, on a free port."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     stop = asyncio.Event()
 

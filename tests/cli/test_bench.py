@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve bench`: the load generator's counts and times, vLLM's table, the JSON; and the engine without a server."""
+"""`jaxserve bench`: the load generator's counts and times, vLLM's table, JSON, and benchmarks without a server."""
 
 import asyncio
 import json

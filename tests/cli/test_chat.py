@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve chat` and `complete` against a server that is made up; a terminal is a real pseudo-terminal."""
+"""`jaxserve chat` and `complete` against a fake server; terminals are real pseudo-terminals."""
 
 import os
 import pty
@@ -102,7 +102,7 @@ def test_model_output_cannot_control_the_terminal(command: Command, server: Fake
 
 
 class Terminal:
-    """The command at a terminal of its own."""
+    """Run the command in a new pseudo-terminal."""
 
     def __init__(self, *words: str) -> None:
         self._end, theirs = pty.openpty()
@@ -114,7 +114,7 @@ class Terminal:
         self.seen, self._at = "", 0
 
     def until(self, text: str) -> None:
-        """Waits for `text`, after what was waited for before."""
+        """Wait until `text` appears after the text of the previous call."""
         end = time.monotonic() + 20
         while (place := self.seen.find(text, self._at)) < 0:
             ready, _, _ = select.select([self._end], [], [], max(0, end - time.monotonic()))

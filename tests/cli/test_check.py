@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve check` against what an engine takes, and against published sizes."""
+"""`jaxserve check` against an engine's memory, and against published sizes."""
 
 import json
 import re
@@ -38,7 +38,7 @@ LLAMA_8B = {
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """Its config alone."""
+    """Write only the config."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     return tmp_path
 
@@ -59,7 +59,7 @@ SAME: list[tuple[str, int | None, dict[str, Any]]] = [
 
 
 class Probe:
-    """In a runner's place: its compiler counts what `check` estimates."""
+    """A fake runner whose compiler reports what `check` estimates."""
 
     def __init__(self, plan: Capacity) -> None:
         self.plan = plan
@@ -76,7 +76,7 @@ class Probe:
 def test_check_and_engine_agree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str, gib: int | None, flags: dict[str, Any]
 ) -> None:
-    """Each on its own way to the arithmetic: check from described devices, the engine from those that it asks."""
+    """Both reach the same numbers: check from described devices, the engine from devices that it queries."""
     folder = golden.write_checkpoint(case, tmp_path / "tiny")
     config = EngineConfig(model=str(folder), gpu_memory_utilization=0.5, **flags)
     monkeypatch.setattr(memory, "free_on_cpu", lambda coming=0: 10**7)
@@ -98,7 +98,7 @@ def test_check_and_engine_agree(
 
 
 def plain(found: Capacity) -> Capacity:
-    """Without what only one of the two can know: what ends a text, and what a compiler or a device reports."""
+    """Drop what only one of the two knows: EOS tokens, and what a compiler or a device reports."""
     limits = replace(found.limits, eos_token_ids=frozenset(), rope_key=None)
     same = dict(usable=None, used=0) if found.fixed is not None else {}
     return replace(found, limits=limits, memory=replace(found.memory, step=None, **same))

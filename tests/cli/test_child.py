@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which faults of an engine's process leave a traceback on the terminal."""
+"""Which faults of an engine's process print a traceback."""
 
 import os
 import socket

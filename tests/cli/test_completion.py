@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The completion scripts, run by the shells that are here."""
+"""The completion scripts, run by the shells that are installed."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from tests.cli.conftest import Command, one_error
 
 
 def completed(script: str, folder: Path, *words: str) -> list[str]:
-    """What bash offers at the end of this line."""
+    """What bash suggests at the end of this line."""
     place = len(words) - 1
     line = " ".join(f"'{word}'" for word in words)
     ask = f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={place}; _jaxserve; printf '%s\\n' \"${{COMPREPLY[@]}}\""

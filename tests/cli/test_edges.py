@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines at the edges: empty names, odd addresses, repeated keys, unwritable files. One error each."""
+"""Unusual command lines: empty names, odd addresses, repeated keys, unwritable files. Each gives one error."""
 
 import subprocess
 import sysconfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve profile` of a server and of a run of its own: traces that Perfetto can read."""
+"""`jaxserve profile` of a server, and offline: traces that Perfetto can read."""
 
 import gzip
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve run`: from flags and a file to settings, and what is found wrong before anything heavy is imported."""
+"""`jaxserve run`: settings from flags and files, and the errors that are found before anything heavy is imported."""
 
 import json
 import re

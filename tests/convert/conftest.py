@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hub of a test's own, its cache, and time that does not pass."""
+"""Fixtures for downloads: a fake hub and cache per test, and sleeps that return at once."""
 
 import socket
 import time
@@ -16,7 +16,7 @@ from tests.convert.hub_server import Hub
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
-    """A hub of its own for each test; nothing of the user's home, and no host but this one."""
+    """A new hub for each test, without the user's home folder and without other hosts."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -46,7 +46,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long huggingface_hub would have slept between tries."""
+    """The times that huggingface_hub would have slept between attempts."""
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found

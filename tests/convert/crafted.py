@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files written by hand, right or wrong."""
+"""Writes safetensors files by hand, valid and invalid ones."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders from the golden cases, right or with one thing changed; and comparing parameters bit by bit."""
+"""Model folders from the golden cases, unchanged or with one change; bitwise comparison of parameters."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def refused(folder: Path, *expected: str) -> str:
-    """The one line that refuses this folder."""
+    """The error of loading this folder."""
     with pytest.raises(CheckpointError) as caught:
         load.load_model(folder)
     message = str(caught.value)
@@ -47,7 +47,7 @@ def refused(folder: Path, *expected: str) -> str:
 
 
 def same(found: Params, wanted: Params) -> None:
-    """Bit by bit, and where they lie."""
+    """Compare bits and shardings."""
     a, b = dict(param_layout.leaves(found)), dict(param_layout.leaves(wanted))
     assert a.keys() == b.keys()
     for path, value in a.items():

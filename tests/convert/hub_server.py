@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the hub on 127.0.0.1: its HTTP API as far as downloads go, with faults on demand.
+"""A fake hub on 127.0.0.1: the part of its HTTP API that downloads use, with faults on demand.
 
-Repositories live in memory. Files of safetensors are served as the hub serves large ones: a redirect to another host,
-here `localhost`, that carries the size and hash of what lies there. It knows no xet.
+Repositories are in memory. Safetensors files are served as the hub serves large files: by a redirect to another host,
+here `localhost`, with headers for size and hash. xet is not supported.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _CDN = re.compile(r"/cdn/(?P<hash>[0-9a-f]{64})/(?P<file>.+)")
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as it came: `place` is api, resolve or cdn."""
+    """A received request; `place` is api, resolve or cdn."""
 
     method: str
     place: str
@@ -37,7 +37,7 @@ class Asked:
 
 @dataclass
 class Fault:
-    """What to do instead of answering well, `times` times, to requests of this method for this place and file."""
+    """A fault: what to do, `times` times, instead of answering requests of this method for this place and file."""
 
     place: str
     file: str = ""
@@ -93,7 +93,7 @@ class Hub:
             self._server.server_close()
 
     def commit(self, id: str, files: Mapping[str, bytes], *, ref: str = "main") -> str:
-        """A new commit of exactly these files, and `ref` moved to it."""
+        """Create a commit of exactly these files and point `ref` to it."""
         repository = self.repositories.setdefault(id, Repository())
         commit = hashlib.sha1(repr((id, len(repository.commits), sorted(files.items()))).encode()).hexdigest()
         repository.commits[commit] = dict(files)
@@ -105,11 +105,11 @@ class Hub:
         return self.faults[-1]
 
     def bodies(self) -> list[str]:
-        """The files whose content was asked for, in order."""
+        """The files whose content was requested, in order."""
         return [one.file for one in self.asked if one.method == "GET" and one.place != "api" and not _redirects(one)]
 
     def revisions(self) -> set[str]:
-        """The revisions at which files were asked for."""
+        """The revisions at which files were requested."""
         return {one.revision for one in self.asked if one.place == "resolve"}
 
 

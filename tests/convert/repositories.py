@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stand-in of the hub serves, and what is asked of `fetch` again and again."""
+"""The repositories that the fake hub serves, and checks of `fetch` that several tests share."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders: shards and their index, what is refused, and how the user is told."""
+"""Model folders: shards and their index, what is rejected, and the error messages."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve convert` and `python -m convert`: what they write, and what is left when they do not."""
+"""`jaxserve convert` and `python -m convert`: what they write, and what a failure leaves behind."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def convert(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    """The command, in this process."""
+    """Run the command in this process."""
 
     def run(*args: str | Path) -> Run:
         capsys.readouterr()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name to a folder, against a stand-in of the hub: which files, which commit, and what is refused at sight."""
+"""From a name to a folder, against a fake hub: which files, which commit, and which names are rejected."""
 
 import errno
 import json
@@ -265,7 +265,7 @@ def test_progress_on_stderr(hub: Hub, cache: Path, capfd: pytest.CaptureFixture[
 
 
 def test_progress_of_xet_is_one_bar(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in has no xet, so what huggingface_hub does with it while downloading is done by hand here."""
+    """The fake hub has no xet, so this test makes the calls that huggingface_hub makes while downloading with it."""
     hub.commit(ID, SINGLE)
     counted: list[float] = []
     monkeypatch.setattr(huggingface_hub.utils.tqdm, "update", lambda _, count: counted.append(count))

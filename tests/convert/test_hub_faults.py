@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name to a folder where something fails: the hub, the way to it, the disk, or that there is no network."""
+"""From a name to a folder with failures: of the hub, the connection, the disk, or without a network."""
 
 import errno
 import logging

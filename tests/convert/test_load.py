@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model folder to parameters: what is refused and how, where the values land, and what it costs."""
+"""From a model folder to parameters: errors, values and their shardings, memory."""
 
 from pathlib import Path
 from typing import Any

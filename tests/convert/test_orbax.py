@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The converted form: bit-exact through every road, open to plain Orbax, small in memory, and hard to fool."""
+"""The converted form: exact in every direction, readable with plain Orbax, small in memory, safe with bad files."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header reader against the safetensors library, and against files made to hurt."""
+"""The header reader against the safetensors library, and against hostile files."""
 
 import json
 import time
@@ -223,7 +223,7 @@ VALID = blob(
 
 
 def both(file: bytes, path: Path) -> None:
-    """Ours refuses with a CheckpointError and nothing else; what it accepts, the library does."""
+    """Our reader rejects only with CheckpointErrors, and accepts only what the library accepts."""
     path.write_bytes(file)
     try:
         ours = read_header(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a jitted function for an H200 that is not there, and read what came out.
+"""Compiles a jitted function for an H200 without having one, and reads the result.
 
 XLA is given a description of the device (`h200.txtpb`) in place of one, and compiles down to sm_90a machine code.
 The PTX of each Pallas kernel is then assembled once more with `ptxas -v` for its registers, spills and shared
@@ -43,7 +43,7 @@ LAUNCH = r"kCustomKernel.*?(\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_m
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one kernel."""
+    """What ptxas reports about one kernel."""
 
     name: str
     registers: int
@@ -59,7 +59,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """How XLA starts a kernel."""
+    """How XLA launches a kernel."""
 
     grid: tuple[int, ...]
     threads: int
@@ -76,7 +76,7 @@ class Compiled:
 
 
 def ptxas() -> str:
-    """The assembler of the CUDA wheel, else one on the PATH."""
+    """ptxas of the CUDA wheel, else one on the PATH."""
     import importlib.util
 
     spec = importlib.util.find_spec("nvidia")

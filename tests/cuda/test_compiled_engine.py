@@ -72,7 +72,7 @@ def copied(compiled: Compiled, at_least: int) -> list[str]:
 
 
 def check(name: str, compiled: Compiled) -> launch_plan.LaunchPlan:
-    """What holds for every program, and the comparison with the record."""
+    """Check what holds for every program, and compare with the record."""
     plan = launch_plan.read(DUMP)
     assert plan is not None
     called = set(re.findall(r'custom_call_target="([^"]+)"', compiled.hlo))

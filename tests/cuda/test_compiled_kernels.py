@@ -32,7 +32,7 @@ SHARED_LIMIT = 232_448  # bytes one program may have on Hopper
 
 
 def check_resources(case: str, compiled: Compiled, *, products: bool, spills: bool = False) -> None:
-    """Gates for all kernels of a program, and the comparison with the record."""
+    """Check all kernels of a program, and compare with the record."""
     ours = {
         n: k
         for n, k in compiled.kernels.items()
@@ -61,7 +61,7 @@ def check_resources(case: str, compiled: Compiled, *, products: bool, spills: bo
 
 
 def check_no_copies(compiled: Compiled, *shapes: tuple[int, ...]) -> None:
-    """No instruction but a kernel makes an array as large as one of these."""
+    """Check that no instruction except a kernel makes an array as large as one of these."""
     sizes = {math.prod(shape) for shape in shapes}
     for line in compiled.hlo.splitlines():
         made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|fusion|transpose|convert)\(", line)
@@ -266,7 +266,7 @@ def test_grouped_matmul_of_odd_sides() -> None:
 
 @pytest.mark.parametrize("decode_only", [True, False])
 def test_layers_update_their_pools_in_place(decode_only: bool) -> None:
-    """Write, then read, layer after layer, as a step does: XLA copies no pool, and gives none a second home."""
+    """Write and read layer after layer, as a step does: XLA neither copies a pool nor allocates a second one."""
     tokens, layers = (64, 4) if decode_only else (512, 4)
     pool, ragged = S((4096, 16, 8, 128), BF16), batch(64, decode_only=decode_only)
 

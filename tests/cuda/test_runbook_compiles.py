@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU run book times is what it says: N calls of the op, one after the other, in one CUDA graph.
+"""The GPU run book times what it claims: N calls of the op, one after the other, in one CUDA graph.
 
 One full-size row of every timed section is compiled for an H200, and the first variants of its sweep.
 """
@@ -63,7 +63,7 @@ def test_chain_holds_every_call(name: str) -> None:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_launch_plan_shows_whether_kernels_are_captured(graphs: bool, tmp_path: Path) -> None:
-    """The evidence that the `hazards` section looks for, and the option that turns capturing off."""
+    """What the `hazards` section looks for, and the option that turns capturing off."""
     case = CASES["kv_write"]
     options: dict[str, Any] = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     if not graphs:
@@ -77,7 +77,7 @@ def test_launch_plan_shows_whether_kernels_are_captured(graphs: bool, tmp_path: 
 
 
 def test_a_variant_that_does_not_fit_is_an_error_and_not_a_crash() -> None:
-    """Wide tiles in many stages need more shared memory than the chip has; the sweep counts on hearing of it."""
+    """Wide tiles in many stages need more shared memory than the chip has; the sweep relies on the error."""
     tuned = next(t for t in sweep.shapes(False) if t.op == "paged_decode")
     fits = DecodeTiles(block_kv=64, num_stages=3)
     with pytest.raises(Exception, match=r"(?i)shared memory|RESOURCE_EXHAUSTED|INTERNAL"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained models in the package: what they answer, and how large they are."""
+"""The demo models in the package: their answers, and their size."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def llm() -> LLM:
 
 
 def ask(llm: LLM, *chats: list[str], params: SamplingParams = GREEDY) -> list[str]:
-    """The answers to the last of each chat's messages, which are the user's and the model's in turn. All end."""
+    """The answers to the last messages of these chats. All of them end by themselves."""
     roles = ("user", "assistant")
     messages = [[{"role": roles[turn % 2], "content": said} for turn, said in enumerate(chat)] for chat in chats]
     outputs = [output.outputs[0] for output in llm.chat(messages, params)]

@@ -40,7 +40,7 @@ def instructions() -> Iterator[tuple[str, str]]:
 
 
 def flags_of(words: list[str]) -> dict[str, Any]:
-    """How `jaxserve run` parses them; an unknown flag is an error."""
+    """Parse flags as `jaxserve run` does; an unknown flag is an error."""
     assert words[0] == "run"
     return parser_of("run").parse(words[1:])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small real model in an engine, driven request by request, with everything that must hold after each turn checked.
+"""Drives an engine with a small real model request by request, and checks all invariants after each turn.
 
 Compiling is nearly all of the time that such engines take, and engines of equal shapes share their programs. So there
 is one shape, and what a test wants scarcer (blocks, tokens in a step) is made so on the host alone.
@@ -48,7 +48,7 @@ VOCABULARY = FULL.vocab_size
 
 @cache
 def public_of(spec: ModelSpec) -> Params:
-    """Of this seed's model greedy texts do not soon go round in circles."""
+    """With this seed, greedy texts do not soon repeat themselves."""
     return tiny.public_params(spec, seed=21)
 
 
@@ -63,7 +63,7 @@ def _forward_full(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def logits_of(tokens: list[int], params: Params | None = None) -> np.ndarray:
-    """What FULL gives after each of these tokens, densely, in one program."""
+    """The dense model's logits after each of these tokens, in one program."""
     line = np.zeros((1, LONGEST), np.int32)
     line[0, : len(tokens)] = tokens
     return np.asarray(_forward_full(params_of(FULL) if params is None else params, jnp.asarray(line)))[0, : len(tokens)]
@@ -71,7 +71,7 @@ def logits_of(tokens: list[int], params: Params | None = None) -> np.ndarray:
 
 @dataclass
 class Stream:
-    """All that was told of one sample."""
+    """All updates of one sample."""
 
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
@@ -95,7 +95,7 @@ type Streams = dict[tuple[str, int], Stream]
 
 
 class Driver:
-    """An engine, and what it told. `spare` leaves that many blocks free, `budget` is tokens in a step."""
+    """An engine and its updates. `spare` is the number of blocks to leave free, `budget` the tokens per step."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Driver:
         self._watch_copies()
 
     def hold(self, count: int) -> None:
-        """Makes blocks scarce."""
+        """Make blocks scarce."""
         taken = self.scheduler.pool.allocate(count)
         assert taken is not None
         self.held += taken
@@ -159,7 +159,7 @@ class Driver:
         return updates
 
     def finish(self, *requests: Request) -> Streams:
-        """Adds these and runs until nothing is left to do; what was told since the last time."""
+        """Add these and run until the engine is empty; return the updates since the last call."""
         self.add(*requests)
         for _ in range(2000):
             if not self.engine.unfinished:
@@ -174,7 +174,7 @@ class Driver:
         return streams
 
     def check(self) -> None:
-        """What must hold between any two turns."""
+        """Check what must hold between any two turns."""
         scheduler = self.scheduler
         assert scheduler.limits.max_num_batched_tokens == self.budget
         alive = [sequence for group in scheduler.requests.values() for sequence in group]
@@ -203,7 +203,7 @@ class Driver:
 
 
 def alone(driver: Driver, requests: Iterable[Request]) -> Streams:
-    """Each by itself, with nothing cached."""
+    """Run each request alone, with nothing cached."""
     streams: Streams = {}
     for request in requests:
         driver.engine.reset_prefix_cache()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The declaration of sampling parameters against the kernels, request bodies and documentation that rely on it."""
+"""The declarations of sampling parameters agree with the kernels, request bodies and documentation."""
 
 import json
 from typing import Any, get_args, get_type_hints
@@ -49,7 +49,7 @@ def test_greedy_rows_have_every_column_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", [each.name for each in FIELDS if each.sent])
 def test_bodies_have_the_same_ranges(name: str) -> None:
-    """What a body takes, SamplingParams takes; what one of them refuses at the edge of a range, the other does too."""
+    """Bodies and SamplingParams accept and reject the same values at the edges of each range."""
     schema: Any = CompletionRequest.model_json_schema()["properties"][name]
     assert schema["description"] == BY_NAME[name].about
     value = next(each for each in schema["anyOf"] if each.get("type") != "null")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling parameters: defaults and ranges by name, what is normalised, and what every refusal says."""
+"""Sampling parameters: defaults, ranges, normalisation, and the errors."""
 
 import copy
 import math

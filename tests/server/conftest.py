@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model on disk, and a server of it, for each process that runs tests: a start takes seconds."""
+"""Fixtures for servers: a tiny model on disk and one server of it per test process, since a start takes seconds."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine's process without a model: `python -m tests.server.fake_engine FAULTS --fd N`. It starts in no time.
+"""An engine process without a model: `python -m tests.server.fake_engine FAULTS --fd N`. It starts at once.
 
-What the parent sees is the real child's: its messages, its beat, its end. Each step gives each request one more token.
+To the parent it behaves like the real child: messages, heartbeat, exit. Each step gives each request one more token.
 
 slow=S          a step takes S seconds
 raise=N         the Nth step raises

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server as a process: `python -O -m tests.server.launch '{"engine": {...}, "server": {...}, "command": [...]}'`."""
+"""Starts a server: `python -O -m tests.server.launch '{"engine": {...}, "server": {...}, "command": [...]}'`."""
 
 import json
 import sys

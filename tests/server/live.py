@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real server as a process of its own, under `python -O`, with a tiny model; and blunt ways to talk to it.
+"""The real server in a separate process, under `python -O`, with a tiny model; and low-level clients.
 
     with live(model, server={"api_key": ["secret"]}) as server:
         server.post("/v1/completions", {"prompt": "a", "max_tokens": 4}).json
 
-`fake="slow=0.05"` has an engine without a model in its place, see fake_engine.py: it starts in no time, and knows no
-text. `slow=0.05` makes each step of the real one so much longer.
+`fake="slow=0.05"` uses the engine without a model of fake_engine.py, which starts at once and has no tokenizer.
+`slow=0.05` makes each step of the real engine so much longer.
 """
 
 import http.client
@@ -54,7 +54,7 @@ def write_model(folder: Path) -> Path:
 
 
 class Reply:
-    """An answer, read whole."""
+    """A complete response."""
 
     def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         self.status, self.headers, self.body = status, headers, body
@@ -65,7 +65,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        """That it has the shape of an error, and tells nothing of this machine."""
+        """The error object; checks that it has the right shape and reveals nothing about the machine."""
         error = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}, error
         assert isinstance(error["message"], str) and error["message"]
@@ -80,7 +80,7 @@ class Reply:
 
 
 class Client:
-    """Of a server on this machine."""
+    """An HTTP client of a server on this machine."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -113,20 +113,20 @@ class Client:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def raw(self, data: bytes) -> Reply:
-        """What comes back for these bytes, until the server closes or the answer is whole."""
+        """The response to these bytes, until the server closes the connection or the response is complete."""
         with self.connect() as sock:
             sock.sendall(data)
             return answer(sock, data.split(b" ", 1)[0].decode("latin-1"))
 
     def open_stream(self, max_tokens: int = 200, **more: Any) -> socket.socket:
-        """A streamed completion that nothing was read of."""
+        """A streamed completion, of which nothing has been read yet."""
         body = {"prompt": "the", "max_tokens": max_tokens, "ignore_eos": True, "stream": True, **more}
         sock = self.connect()
         sock.sendall(post("/v1/completions", json.dumps(body).encode()))
         return sock
 
     def metrics(self) -> dict[str, float]:
-        """By name and labels, as they are written there, without the labels that all have."""
+        """The metrics by name and labels, without the labels that all of them have."""
         text = self.get("/metrics").body.decode()
         values: dict[str, float] = {}
         for line in text.splitlines():
@@ -137,7 +137,7 @@ class Client:
         return values
 
     def wait_idle(self, seconds: float = PATIENCE) -> None:
-        """Until no request has a row or a block."""
+        """Wait until no request has a row or a block."""
 
         def idle() -> bool:
             now = self.metrics()
@@ -220,7 +220,7 @@ def wait(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
 
 
 def closed(sock: socket.socket, seconds: float = PATIENCE) -> bool:
-    """Whether the other end closes within so long; what comes before that is dropped."""
+    """Whether the other end closes in time; data before that is dropped."""
     sock.settimeout(seconds)
     try:
         while sock.recv(65536):
@@ -233,7 +233,7 @@ def closed(sock: socket.socket, seconds: float = PATIENCE) -> bool:
 
 
 def gone(pid: int) -> bool:
-    """No such process, or one that has ended and nobody asked about."""
+    """Whether the process does not exist or is a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -249,7 +249,7 @@ def started(
     fake: str | None = None,
     slow: float | None = None,
 ) -> Generator[Live]:
-    """A process that was started just now; nothing of it is left afterwards."""
+    """A newly started server process; checks that nothing of it is left afterwards."""
     python, command = [sys.executable, "-O", "-m"], None
     options = {"model": str(model), "compilation_cache_dir": programs(), **ENGINE, **(engine or {})}
     if fake is not None:
@@ -301,7 +301,7 @@ def _session(leader: int) -> list[int]:
 
 @contextmanager
 def live(model: Path, **options: Any) -> Generator[Live]:
-    """One that takes requests. Ends by SIGTERM, which must leave nothing and give 0, unless the test ended it."""
+    """A server that is ready. SIGTERM must end it with exit code 0, unless the test has ended it."""
     with started(model, **options) as server:
         server.wait_listening()
         server.wait_ready()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's process with steps that take longer: `python -m tests.server.slow_engine SECONDS --fd N`."""
+"""The engine process with slower steps: `python -m tests.server.slow_engine SECONDS --fd N`."""
 
 import sys
 import time

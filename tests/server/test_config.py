@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the server, what is checked before anything is loaded, and what a log may hold."""
+"""Settings of the server, checks before anything is loaded, and the contents of the log."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_chat_templates(tmp_path: Path) -> None:
 
 
 def refused(tmp_path: Path, **settings: Any) -> str:
-    """What a start says. The model is not there: nothing may have looked for it."""
+    """The output of a start with a missing model, which must not have been looked up."""
     engine = EngineConfig(model=str(tmp_path / "none"))
     with pytest.raises(JaxserveError) as caught:
         lifecycle.serve(engine, ServerConfig(**settings), command=["/bin/false"])
@@ -237,7 +237,7 @@ def test_the_log_line_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_unknown_speeds(caplog: pytest.LogCaptureFixture) -> None:
-    """Of requests that ended before their first tokens were told of, and of those where nobody knows."""
+    """Requests that ended before their first tokens were reported, and requests whose counts are incomplete."""
     logging.getLogger("jaxserve.server").propagate = True
     prompt = Request(id="a", prompt_token_ids=[5], params=SamplingParams())
     with caplog.at_level(logging.INFO, "jaxserve.server"):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that leave, do not read, are too many or too late, against a real server with a slow engine. Whatever they
-do, a stream beside them gets what it gets alone, and rows and blocks come back."""
+"""Clients that disconnect, do not read, are too many or too late, against a real server with a slow engine. A stream
+beside them gets the same tokens as alone, and rows and blocks are freed."""
 
 import json
 import re
@@ -30,13 +30,13 @@ def slow(model: Path) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def alone(slow: Live) -> str:
-    """What the canary says when nobody else is there."""
+    """The canary's tokens when it is the only request."""
     return text_of(slow.post("/v1/completions", CANARY))
 
 
 @pytest.fixture(autouse=True)
 def canary(slow: Live, alone: str) -> Iterator[Future[Reply]]:
-    """One stream beside each test; afterwards nothing is left of the test."""
+    """Run one stream beside each test; afterwards nothing of the test is left."""
     slow.wait_idle()
     with ThreadPoolExecutor(1) as pool:
         beside = pool.submit(slow.post, "/v1/completions", CANARY | {"stream": True})
@@ -253,7 +253,7 @@ def test_profiles_are_off(slow: Live) -> None:
 
 
 def test_nothing_accumulates(slow: Live, canary: Future[Reply]) -> None:
-    """Requests of all kinds, every third left early: connections, files and memory are as before."""
+    """Requests of all kinds, every third disconnected early: connections, files and memory are as before."""
 
     def some(number: int) -> None:
         with slow.open_stream(2, stream=number % 2 == 0, prompt="" if number % 5 == 0 else "a") as sock:
@@ -302,7 +302,7 @@ def test_a_prefix_cache_that_is_reset(slow: Live) -> None:
 
 
 def test_connections_are_reused_after_every_kind_of_answer(slow: Live) -> None:
-    """A connection is used again after each kind of answer."""
+    """A connection is reused after each kind of answer."""
     with slow.connect() as sock:
         for _ in range(3):
             sock.sendall(post("/v1/completions", b'{"prompt": "a", "max_tokens": 1}'))

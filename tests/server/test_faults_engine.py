@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of the server: starting, ending, an engine that fails, hangs or is killed. Each test ends its own server,
-whose engine is a fake one. `started` itself fails where a process is left over.
+"""The life cycle of the server: start, shutdown, an engine that fails, hangs or is killed.
+
+Each test has its own server, whose engine is a fake. `started` fails if a process is left over.
 """
 
 import http.client
@@ -23,7 +24,7 @@ from tests.server.test_config import certificate
 
 
 def asked(max_tokens: int, *, stream: bool) -> dict[str, Any]:
-    """Without a tokenizer there is no text: a stream is seen by its ids."""
+    """Without a tokenizer there is no text: streams are compared by their ids."""
     return {"prompt": [1, 2, 3], "max_tokens": max_tokens, "stream": stream, "return_token_ids": True}
 
 
@@ -41,7 +42,7 @@ def body(max_tokens: int, *, stream: bool) -> bytes:
 
 @contextmanager
 def begun(server: Live, max_tokens: int = 200) -> Generator[tuple[socket.socket, socket.socket]]:
-    """A stream that has begun, and a request for a whole answer beside it."""
+    """A running stream, and a request for a whole answer beside it."""
     with server.connect() as stream, server.connect() as whole:
         whole.sendall(body(max_tokens, stream=False))
         stream.sendall(body(max_tokens, stream=True))
@@ -51,7 +52,7 @@ def begun(server: Live, max_tokens: int = 200) -> Generator[tuple[socket.socket,
 
 
 def check_broken(reply: Reply, *, status: int, ended: bool = False) -> None:
-    """That an answer which the engine did not finish says so. `ended`: because the server was told to end."""
+    """Check that an unfinished answer reports it. `ended`: because the server was shut down."""
     assert reply.status == status
     if status == 200:
         assert reply.events[-1] == "[DONE]"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request leaves behind reaches no other: rows, cached prompts, blocks. And a text is the same however it is
-sent. Over HTTP, against the real server; what is right is the answer given alone, or by `tokenizers` itself."""
+"""No request sees what another left in rows, cached prompts or blocks, and a text is the same however it is sent. Over
+HTTP against the real server; the reference is the answer to the request alone, or `tokenizers`."""
 
 import itertools
 import random
@@ -60,7 +60,7 @@ def _fixed(name: str, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def _same(got: dict[str, Any], alone: dict[str, Any]) -> bool:
-    """In all but the place; numbers as near as float32 is in steps of other sizes."""
+    """Equal except for the index; numbers within float32 rounding in steps of other sizes."""
     names = ("text", "token_ids", "finish_reason", "stop_reason")
     if any(got[name] != alone[name] for name in names):
         return False
@@ -73,7 +73,7 @@ def _same(got: dict[str, Any], alone: dict[str, Any]) -> bool:
 
 
 def test_features_have_their_effect(live: Live) -> None:
-    """Else that nothing stays of them would say nothing."""
+    """Otherwise the tests of what they leave behind would prove nothing."""
     got = {name: choices(live, **_fixed(name, [STEM]))[0]["token_ids"] for name in FEATURES}
     assert got["plain"] == got["logprobs"]
     assert set(got["allowed_token_ids"]) <= {40, 41, 42}
@@ -175,7 +175,7 @@ def reference(model: Path) -> tokenizers.Tokenizer:
 
 
 def _byte_tokens(reference: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Those of its bytes alone, in the order of the ids."""
+    """The text of the bytes alone, in the order of the ids."""
     alphabet = _alphabet()
     found = {reference.token_to_id(alphabet[byte]) for byte in text.encode()}
     return sorted(token for token in found if token is not None)
@@ -212,7 +212,7 @@ def _joined(live: Live, path: str, body: dict[str, Any]) -> dict[int, str]:
 def test_a_streamed_text_is_the_whole_text(
     live: Live, reference: tokenizers.Tokenizer, letters: str, more: dict[str, Any]
 ) -> None:
-    """Of bytes at random: characters that are spread over tokens, broken ones, broken ends."""
+    """Random bytes: characters that are spread over tokens, broken characters, broken ends."""
     if letters:
         more = more | {"allowed_token_ids": _byte_tokens(reference, letters)}
     seen, begun = "", _byte_tokens(reference, "é")[-1:]  # the first byte of a character
@@ -243,7 +243,7 @@ def test_a_streamed_text_is_the_whole_text(
 
 
 def test_more_than_all_blocks_hold(live: Live) -> None:
-    """Rows lose their blocks and start again, and nobody can tell by the answers."""
+    """Preempted requests start again, and their answers do not change."""
     rng = random.Random(5)
     bodies: list[dict[str, Any]] = []
     for number in range(6):

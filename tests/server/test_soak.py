@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten rounds of mixed traffic against the real server: it stays as it was. The same for half an hour, with memory
-measured finely: `python -m benchmarks.soak`. And that the soak would see what it looks for."""
+"""Ten rounds of mixed traffic against the real server leave it unchanged, and the soak detects what it looks for.
+`python -m benchmarks.soak` does the same for half an hour, with finer measurements of memory."""
 
 import asyncio
 import random
@@ -23,7 +23,7 @@ MOST_MB = 64  # that either process may grow by meanwhile; a process takes memor
 
 @pytest.fixture(scope="module")
 def warm(model: Path) -> Iterator[Live]:
-    """One that compiled all there is before it said that it is ready. Two rows: most requests wait."""
+    """A server that has compiled everything before it became ready. It has two rows: most requests wait."""
     with living.live(model, engine={"warmup": True, "max_num_seqs": 2, "max_num_batched_tokens": 16}) as server:
         yield server
 
@@ -46,7 +46,7 @@ def test_a_soak(warm: Live) -> None:
 
 
 def samples(**grows: float) -> list[Snapshot]:
-    """250, each after another 500 requests, with what `grows` by so much from one to the next."""
+    """250 samples, 500 requests apart, in which the figures in `grows` increase by so much each."""
     first = Snapshot(
         requests=500,
         seconds=5.0,

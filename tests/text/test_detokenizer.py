@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that is made while tokens arrive, against decodes of the whole and searches of the whole text."""
+"""Incremental detokenizing against decoding all tokens and searching the whole text."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def wrapped(names: Sequence[str], decoder: Any) -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int], **options: Any) -> list[str]:
-    """What is given out when the tokens arrive in parts of these sizes, then one by one."""
+    """The text parts when the tokens arrive in chunks of these sizes, then one by one."""
     prompt = options.pop("prompt", ())
     detokenizer = IncrementalDetokenizer(tokenizer, prompt, SamplingParams(**options))
     parts: list[str] = []
@@ -51,7 +51,7 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int], cuts: Sequence[int], **op
 
 
 def sentencepiece_rule(run: bytes) -> str:
-    """What a run of byte tokens says: its characters, and a mark for every byte that is part of none."""
+    """The text of a run of byte tokens: its characters, and a replacement character for every other byte."""
     text = ""
     while run:
         for size in (4, 3, 2, 1):
@@ -88,7 +88,7 @@ PIECES = st.tuples(st.sampled_from("é€🙂\u0301\ufffd"), st.integers(0, 3), 
 
 
 def broken(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
-    """Characters that are begun, broken and finished, among all sorts of tokens."""
+    """Incomplete, broken and complete characters among all sorts of tokens."""
     piece = PIECES.map(lambda it: tokenizer.encode(it[0], add_special_tokens=False)[-4:][it[1] : it[2]])
     token = st.integers(0, tokenizer.vocab_size - 1).map(lambda token: [token])
     return st.lists(piece | token, max_size=20).map(lambda parts: [token for part in parts for token in part])
@@ -204,7 +204,7 @@ class Stopped:
 
 
 def searched(ids: Sequence[int], params: SamplingParams) -> Stopped:
-    """By the text after each token, all of it searched for all stop strings each time."""
+    """Search the whole text for all stop strings after each token."""
     data = b""
     before = ""
     for count, token in enumerate(ids, start=1):

@@ -31,7 +31,7 @@ LIMITS = Limits(
 
 
 def of_bytes(**parts: Any) -> Tokenizer:
-    """Byte-level BPE with one long word, and what else is given."""
+    """Byte-level BPE with one long word and further options."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*letters, "aa", "aaaa"])}
     backend = Tokenizer(models.BPE(vocabulary, [("a", "a"), ("aa", "aa")]))

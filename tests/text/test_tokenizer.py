@@ -26,7 +26,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def small(words: list[str], **options: Any) -> tokenizers.Tokenizer:
-    """A word each token, cut at spaces."""
+    """A tokenizer with one token per word, split at spaces."""
     backend = Backend(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = options.pop("decoder", None)
@@ -85,7 +85,7 @@ def test_texts_of_single_tokens_put_together_are_the_text(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_of_single_tokens_put_together_are_the_text(kind: str) -> None:
-    """Also where a character is cut over several tokens, none of which has a text."""
+    """Also if a character spans several tokens, none of which has a text."""
     tokenizer = LOADED[kind]
     text = "naïve 你好 🦊🦊 done"
     parts = [tokenizer.token_bytes(token) for token in tokenizer.encode(text, add_special_tokens=False)]

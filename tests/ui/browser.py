@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A headless Chromium, spoken to in its DevTools protocol over a WebSocket. No driver, nothing to install but itself.
+"""A headless Chromium, controlled over the DevTools protocol on a WebSocket. Needs no driver.
 
 Knows nothing of the page under test. Input goes the way a user's does: through the browser, at a place on the screen.
 """
@@ -65,7 +65,7 @@ class Browser:
         return reply["result"]
 
     async def profile(self) -> str:
-        """Cookies and storage of their own, as a private window has."""
+        """A separate profile of cookies and storage, like a private window."""
         return (await self.command("Target.createBrowserContext"))["browserContextId"]
 
     async def forget(self, profile: str) -> None:
@@ -73,7 +73,7 @@ class Browser:
         await self.command("Target.disposeBrowserContext", browserContextId=profile)
 
     async def tab(self, profile: str, *, window: bool = True) -> "Tab":
-        """A new tab, in a window of its own unless told otherwise: a tab behind another counts as hidden."""
+        """A new tab, by default in a separate window: a tab behind another counts as hidden."""
         target = await self.command(
             "Target.createTarget", url="about:blank", browserContextId=profile, newWindow=window, background=False
         )
@@ -108,7 +108,7 @@ class Tab:
         return await self._browser.command(method, self._session, **params)
 
     async def open(self, url: str, *, ready: str = "document.readyState === 'complete'") -> None:
-        """Waits until `ready` is true of the new page; until then there may still be the old one."""
+        """Wait until `ready` is true in the new page; until then the old page may still be there."""
         await self.evaluate("window.before = true")
         await self.command("Page.navigate", url=url)
         await self.wait(f"!window.before && ({ready})")
@@ -127,7 +127,7 @@ class Tab:
         return reply["result"].get("value")
 
     async def wait(self, condition: str) -> None:
-        """Until the expression is true of the page."""
+        """Wait until the expression is true in the page."""
         try:
             async with asyncio.timeout(PATIENCE):
                 while True:

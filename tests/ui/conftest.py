@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One browser for all tests of the page, a profile and a stand-in server for each. Tests here may be coroutines."""
+"""One browser for all tests of the page; a profile and a fake server for each. Tests here may be coroutines."""
 
 import asyncio
 import inspect
@@ -51,7 +51,7 @@ def server(runner: asyncio.Runner) -> Generator[FakeServer]:
 
 
 class Visitor:
-    """Someone with a browser of their own. What a page complains of in the end fails the test."""
+    """A user with a separate browser profile. Errors that a page logs fail the test at the end."""
 
     def __init__(self, browser: Browser, profile: str, url: str) -> None:
         self._browser, self._profile, self._url = browser, profile, url

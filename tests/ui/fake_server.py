@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the server: the page as it is served, and an API that says what a test wants, when it wants it."""
+"""A fake server: the real page, and an API whose answers and timing the test controls."""
 
 import asyncio
 import json

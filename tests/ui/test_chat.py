@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Talking to the model through the page: sending, streaming, stopping, failing, editing, keys, hostile text."""
+"""Chats through the page: sending, streaming, stopping, failing, editing, keys, hostile text."""
 
 import asyncio
 import json
@@ -225,7 +225,7 @@ async def test_untrusted_text_is_never_markup(visitor: Visitor, server: FakeServ
 
 
 async def test_the_content_security_policy_stops_injected_scripts(visitor: Visitor, server: FakeServer) -> None:
-    """If a way for markup were ever found, it could neither run nor speak to others."""
+    """Even if injected markup got into the page, it could neither run scripts nor contact other hosts."""
     tab = await visitor.tab()
     await tab.evaluate("window.stopped = []; addEventListener('securitypolicyviolation', (e) => "
                        "stopped.push(e.effectiveDirective))")  # fmt: skip

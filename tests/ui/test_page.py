@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rest of the page: what tabs keep, sampling, the engine's picture, completions, keyboards, narrow screens."""
+"""The rest of the page: state of tabs, sampling, the engine's picture, completions, keyboard, narrow screens."""
 
 import asyncio
 from typing import Any

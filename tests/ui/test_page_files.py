@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page as HTTP: all files are there, none needs another host, the policy is strict. No browser is needed here."""
+"""The page over HTTP: all files exist, none needs another host, the policy is strict. These tests need no browser."""
 
 import re
 from pathlib import Path

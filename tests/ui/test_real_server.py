@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page on the real server: that the two mean the same by what they say to each other."""
+"""The page with the real server: the two agree on the API."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ KEY = "an open secret"
 
 @pytest.fixture(scope="module")
 def real(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Generator[Live]:
-    """Slow enough to be stopped; no story of it ends. Asks for the browser, so as not to start where there is none."""
+    """A slow server whose texts never end. Requires the browser, so that it does not start without one."""
     assert browser
     model = living.write_model(tmp_path_factory.mktemp("ui") / "tiny")
     for name, end in ("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token"):
@@ -30,7 +30,7 @@ def real(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Generato
 
 
 async def test_the_real_server(browser: Browser, real: Live) -> None:
-    """From the moment that it listens, with a key, to a stream that is stopped, whose blocks are then free."""
+    """From the start, with a key, to a stopped stream whose blocks are then free."""
     profile = await browser.profile()
     visitor = Visitor(browser, profile, f"http://127.0.0.1:{real.port}/")
     tab = await visitor.tab(ready="document.querySelector('#state').dataset.kind !== 'connecting'")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine can hold: the arithmetic against numbers worked out by hand, on devices that are not here."""
+"""The capacity of an engine: its arithmetic against numbers worked out by hand, on described devices."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_cpu_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of what is free, and of that whole blocks."""
+    """A quarter of the free memory, in whole blocks."""
     pretend_memory(monkeypatch, 10 * 4096)
     blocks = 10 * 4096 // 4 // BLOCK_BYTES
     assert blocks == 5
@@ -192,7 +192,7 @@ def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_of(sizes: Capacity) -> list[Any]:
-    """What a runner of this capacity makes beside the KV cache."""
+    """The memory that a runner of this capacity allocates in addition to the KV cache."""
     runner = Runner(FULL, shapes_of(params_of(FULL)), sizes)
     return jax.tree.leaves((runner.tables, runner.last, runner.controls))
 

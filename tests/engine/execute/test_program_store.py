@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executables on disk: the next process neither traces nor compiles, and nothing that does not fit is ever run."""
+"""Executables on disk: the next process neither traces nor compiles, and no wrong program is ever run."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is let in: every route with and without keys, names and pages that are not ours, and ways around."""
+"""Access control: every route with and without keys, foreign hosts and pages, and attempts to bypass it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -163,7 +163,7 @@ def test_our_own_page_is_allowed(keyless: Shell) -> None:
 
 
 def test_a_key_is_enough_for_any_page(keyed: Shell) -> None:
-    """Its page had to be given one: only browsers' own credentials could be borrowed."""
+    """A page must have been given the key: only a browser's stored credentials could be misused."""
     reply = keyed.get("/version", Origin="http://other.example", Authorization=f"Bearer {KEY}")
     assert reply.status == 200
     assert "access-control-allow-origin" not in reply.headers

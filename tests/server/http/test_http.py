@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP as nobody should speak it: malformed, huge, slow, silent, unread. Each has an end and an answer that is ours."""
+"""Malformed, huge, slow, silent and unread HTTP. Each connection ends, and every answer is the server's."""
 
 import contextlib
 import gzip
@@ -26,7 +26,7 @@ def shell() -> Iterator[Shell]:
 
 @pytest.fixture(scope="module")
 def ready(shell: Shell) -> Shell:
-    """One whose handlers are reached: what they then ask of an engine fails."""
+    """A server that passes requests to handlers, which then fail for lack of an engine."""
     shell.serving.check_engine = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     return shell
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What /metrics says after known requests, against what the answers said. Dashboards find what they ask for."""
+"""/metrics after known requests agrees with their answers. Dashboards query existing metrics."""
 
 import json
 import random
@@ -41,7 +41,7 @@ BODY: dict[str, Any] = {"prompt": "a b c d e f g h i j k l m n o p", "max_tokens
 
 @pytest.fixture(scope="module")
 def counted(model: Path) -> Iterator[tuple[Live, dict[str, Any]]]:
-    """A server that has warmed up and answered three requests, and what their usage adds up to."""
+    """A warm server that has answered three requests, and the sum of their usage."""
     with living.live(model, engine={"warmup": True, "max_num_seqs": 2, "max_num_batched_tokens": 16}) as server:
         replies = [server.post("/v1/completions", BODY).json]
         replies.append(server.post("/v1/completions", BODY | {"n": 2, "temperature": 1, "seed": 1}).json)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every refusal must look like, and a witness that it disturbed nobody."""
+"""Checks of error responses, and a client that verifies that other requests are not affected."""
 
 import re
 import threading
@@ -13,7 +13,7 @@ PROMPT = "The sum of two and three"
 
 
 def check_error(reply: Reply, status: int, param: str | None = None) -> Any:
-    """The error, of the one shape that clients know. `param`: the field it names, or the one it lies in."""
+    """The error, in OpenAI's shape. `param`: the field that it names, or a field that contains it."""
     assert reply.status == status, reply.body[:500]
     assert reply.headers["content-type"].startswith("application/json")
     assert set(reply.json) == {"error"}
@@ -26,7 +26,7 @@ def check_error(reply: Reply, status: int, param: str | None = None) -> Any:
 
 
 class Canary:
-    """A client that asks the same all the time, greedily: its answers must never change."""
+    """A client that repeats one greedy request: its answers must never change."""
 
     def __init__(self, served: Served) -> None:
         self._served = served

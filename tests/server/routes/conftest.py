@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One application per process that runs tests; making another costs seconds of compiling."""
+"""Fixtures for routes: one application per test process, since another costs seconds of compilation."""
 
 import asyncio
 from collections.abc import Iterator
@@ -27,5 +27,5 @@ def served(async_llm: AsyncLLM) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """The same model, computed densely."""
+    """The same model as a dense forward pass."""
     return Reference(tiny_llm.params())

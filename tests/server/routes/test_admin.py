@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only who runs the server does: traces, ending all requests. The engine is a fake one."""
+"""Routes for operators: traces, aborting all requests. The engine is a fake."""
 
 import socket
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/v1/chat/completions as OpenAI's own client sees it."""
+"""/v1/chat/completions through OpenAI's client."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -136,7 +136,7 @@ def test_a_returned_answer_is_accepted_as_a_message(served: Served) -> None:
 
 
 def test_concurrent_requests_with_the_same_id(served: Served) -> None:
-    """What clients send as an id is a name for them alone."""
+    """An id sent by a client does not have to be unique."""
 
     def ask(_: int) -> tuple[str, str]:
         body = {**OPTIONS, "request_id": "same"}

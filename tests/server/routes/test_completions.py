@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/v1/completions as OpenAI's own client sees it, against the model computed densely."""
+"""/v1/completions through OpenAI's client, against the dense model."""
 
 import asyncio
 import math
@@ -89,7 +89,7 @@ def test_a_stream_equals_the_whole_answer(served: Served, echo: bool) -> None:
 
 
 def test_no_character_is_split(served: Served) -> None:
-    """Characters of several tokens come whole: what is streamed is, put together, what comes at once."""
+    """Characters of several tokens are not split: the streamed parts add up to the whole text."""
     body = {"prompt": "😀 é", "max_tokens": 60, "temperature": 1.0, "seed": 3, "ignore_eos": True, "stream": True}
     events = served.post("/v1/completions", body).events
     text = "".join(event["choices"][0]["text"] for event in events[:-1])
@@ -142,7 +142,7 @@ def test_logprobs(served: Served, reference: Reference) -> None:
 
 
 def check_offsets(text: str, tokens: list[str], offsets: list[int]) -> None:
-    """That each token of whole characters stands where it is said to."""
+    """Check that each token of whole characters is at its offset in the text."""
     assert len(tokens) == len(offsets) and offsets == sorted(offsets)
     for token, at in zip(tokens, offsets, strict=True):
         if "\ufffd" not in token and not token.startswith("<|") and not text[:at].endswith("\ufffd"):
@@ -150,7 +150,7 @@ def check_offsets(text: str, tokens: list[str], offsets: list[int]) -> None:
 
 
 def test_echo_scores_the_prompt(served: Served, reference: Reference) -> None:
-    """The way in which evaluations ask for the likelihood of a text, of ids too."""
+    """How evaluation harnesses request the likelihood of a text or of ids."""
     ids = ids_of(served, PROMPT)
     for prompt in (PROMPT, ids):
         create = served.client().completions.create
@@ -265,7 +265,7 @@ def test_cached_tokens_and_salts(served: Served) -> None:
 
 
 def test_unlikely_numbers_are_json(served: Served) -> None:
-    """What cannot be sampled has a log probability that JSON can write."""
+    """Tokens that cannot be sampled have a log probability that JSON can represent."""
     body = {"prompt": [5, 6], "max_tokens": 2, "logprobs": 8, "allowed_token_ids": [9], "temperature": 0}
     found = served.post("/v1/completions", body).json["choices"][0]["logprobs"]
     for top in found["top_logprobs"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies drawn from the document that describes them, and bodies near those: none is a fault of the server."""
+"""Bodies drawn from the OpenAPI document, and bodies close to them: none causes a server error."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ SMALL = 8  # what lists and texts have at most
 
 
 def drawn(schema: dict[str, Any], parts: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Values of a schema of the kinds that pydantic writes."""
+    """Values of a JSON schema, for the kinds of schema that pydantic writes."""
     if "$ref" in schema:
         return drawn(parts[schema["$ref"].rpartition("/")[2]], parts)
     if "anyOf" in schema:
@@ -53,7 +53,7 @@ def drawn(schema: dict[str, Any], parts: dict[str, Any]) -> st.SearchStrategy[An
 
 @st.composite
 def _some(draw: st.DrawFn, more: dict[str, st.SearchStrategy[Any]]) -> dict[str, Any]:
-    """A few of the members that may be left out."""
+    """Some of the optional members."""
     names = draw(st.lists(st.sampled_from(sorted(more)), max_size=4, unique=True)) if more else []
     return {name: draw(more[name]) for name in names}
 
@@ -62,7 +62,7 @@ ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 
 
 def bodies(page: dict[str, Any]) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    """A path, and what it is sent: by its schema, or with one member that is not."""
+    """A path and a body: valid by its schema, or with one invalid member."""
     parts, found = page["components"]["schemas"], list[st.SearchStrategy[tuple[str, dict[str, Any]]]]()
     for path, methods in page["paths"].items():
         if path in PATHS:
@@ -77,7 +77,7 @@ def bodies(page: dict[str, Any]) -> st.SearchStrategy[tuple[str, dict[str, Any]]
 
 
 def bounded(body: dict[str, Any]) -> dict[str, Any]:
-    """Of the served model, and short: long answers tell no more."""
+    """Set the served model and small lengths: long answers find no more faults."""
     limits: dict[str, Any] = {"model": "tiny"} if isinstance(body.get("model"), str | None) else {}
     if isinstance(body.get("max_tokens"), int) and body["max_tokens"] > 2:
         limits["max_tokens"] = 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies and their errors without a server, and the document that describes them."""
+"""Request bodies and their errors without a server, and the OpenAPI document."""
 
 import json
 import re
@@ -182,7 +182,7 @@ def intake(vocab_size: int) -> Preparer:
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
-    """Its added tokens have no row in the embedding: text that holds one is refused, before any device reads it."""
+    """Added tokens without a row in the embedding: text that contains one is rejected before it reaches a device."""
     small, order = intake(420), Order(name="cmpl-x", add_special_tokens=False)
     with pytest.raises(RequestError, match="prompt contains token id 42"):
         params.prepare(small, ["a<|eot_id|>b"], SamplingParams(), order, field="prompt")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's own client against the real server: its own process, the engine in a child of it, under `python -O`."""
+"""OpenAI's client against the real server, in a separate process with the engine in a child, under `python -O`."""
 
 from collections.abc import Iterator
 from typing import Any

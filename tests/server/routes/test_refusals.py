@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad requests: each has one status, names its field, tells nothing of this machine, and disturbs nobody."""
+"""Bad requests: each error has a status and a field, reveals nothing about the machine and affects no other request."""
 
 import http.client
 import json
@@ -33,7 +33,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity", "1e400", "-1e400")
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed(served: Served) -> Iterator[None]:
-    """All the time somebody else is served, and at the end nothing is left of what was refused."""
+    """Another client is served all the time, and rejected requests leave nothing behind."""
     with Canary(served):
         yield
     assert served.in_flight() == 0
@@ -406,7 +406,7 @@ def test_impossible_embeddings(served: Served) -> None:
 
 
 def test_a_body_in_many_pieces(served: Served) -> None:
-    """As if it had come in one."""
+    """The same as for a body in one piece."""
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
     body = json.dumps({"prompt": "x" * 100_000}).encode()
     pieces = (body[at : at + 7] for at in range(0, len(body), 7))

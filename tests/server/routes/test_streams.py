@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Event streams: usage, chunks by the number, and every way in which one may end."""
+"""Event streams: usage, the number of tokens per chunk, and every way in which a stream may end."""
 
 import asyncio
 import threading
@@ -39,7 +39,7 @@ def test_usage_comes_last_and_only_on_request(served: Served) -> None:
 
 
 def test_large_events_are_made_in_a_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An echoed prompt's log probabilities must not hold up everybody else: also for each further sample."""
+    """The log probabilities of an echoed prompt must not block the event loop, also for further samples."""
     body = {**BODY, "echo": True, "logprobs": 2, "n": 2, "temperature": 1, "seed": 3}
     chunks = served.post("/v1/completions", body).events
     threads: list[str] = []

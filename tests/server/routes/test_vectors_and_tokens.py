@@ -15,7 +15,7 @@ TEXTS = ["hello", "The sum of two and three", "😀"]
 
 
 def dense(reference: Reference, ids: list[int]) -> np.ndarray:
-    """The hidden state of the last token, of length one."""
+    """The hidden state of the last token, normalized to length one."""
     state = reference.embedding(ids).astype(np.float64)
     return state / np.linalg.norm(state)
 
