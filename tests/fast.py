@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tests, and the processes they start, compile: fast, and each program once. Most of their time is compiling."""
+"""Makes compilation fast for tests and the processes they start: cheap options, and each program once."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ XLA_FLAGS = (
 
 
 def programs() -> str:
-    """A folder for compiled ones, the same for all processes that run tests of one user here."""
+    """A folder for compiled programs, shared by all test processes of a user on this machine."""
     folder = Path(tempfile.gettempdir()) / f"jaxserve-tests-{os.getuid()}" / "xla"
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads who imports whom from the AST and reports what breaks the order. The rules are data, on top: they name folders.
+"""Reads the imports of all modules from their AST and reports violations. The rules are data and name folders.
 
-All imports count: those inside functions and under TYPE_CHECKING bind the design just the same.
+All imports count, also those inside functions and under TYPE_CHECKING.
 """
 
 import ast
@@ -70,7 +70,7 @@ class Module:
 
     @property
     def unit(self) -> str:
-        """What of ORDER it belongs to."""
+        """The unit of ORDER that the module belongs to."""
         parts = self.name.split(".")
         return inside(self.name, RANKS) or ".".join(parts[:2] if parts[0] == "jaxserve" else parts[:1])
 
@@ -146,7 +146,7 @@ def _may_import(module: Module, target: str) -> bool:
 
 
 def _phantoms(tree: Mapping[str, Module]) -> set[str]:
-    """What the rules name and the tree has not."""
+    """The units that the rules name and that do not exist."""
     return {unit for unit in (*RANKS, *JAX_FREE, *JAX_ALLOWED) if unit not in tree}
 
 
@@ -158,7 +158,7 @@ def _existing(target: str, tree: Mapping[str, Module]) -> str:
 
 
 def _road_to_jax(start: str, tree: Mapping[str, Module]) -> list[str] | None:
-    """How `start` comes to import jax, through our own modules and the packages they lie in."""
+    """The chain of imports from `start` to jax, through our own modules and the packages they are in."""
     roads: list[list[str]] = []
     seen: set[str] = set()
 

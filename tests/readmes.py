@@ -30,7 +30,7 @@ def read(name: str) -> str:
 
 
 def examples(name: str) -> list[str]:
-    """Its Python."""
+    """The README's Python blocks."""
     return re.findall(r"^```python\n(.*?)^```", read(name), re.DOTALL | re.MULTILINE)
 
 
@@ -42,7 +42,7 @@ def commands(name: str) -> list[str]:
 
 
 def routes() -> str:
-    """Those of the API; the page's files are not part of it."""
+    """A table of the API's routes, without the files of the page."""
     lines = ["| route | | key |", "|---|---|---|"]
     for route in all_routes(ui=False):
         lines.append(f"| `{route.method} {route.path}` | {route.summary} | {'no' if route.public else 'yes'} |")
@@ -50,7 +50,7 @@ def routes() -> str:
 
 
 def refused_fields() -> str:
-    """Of every list of request fields in unsupported.py."""
+    """A table with every list of request fields in unsupported.py."""
     lists: dict[str, Mapping[str, object]] = {
         name.removesuffix("_FIELDS").lower(): fields
         for name, fields in vars(unsupported).items()
@@ -69,7 +69,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def renewed(text: str) -> str:
-    """The README with its generated parts as the code has them."""
+    """The README with its generated parts up to date."""
     return PART.sub(lambda part: f"{part[1]}\n{GENERATED[part[2]]()}\n{part[3]}", text)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device of plain numpy with the runner's `launch` and `read`, an oracle for what it gives, an engine around it.
+"""A device in plain numpy with the runner's `launch` and `read`, an oracle for its results, an engine around it.
 
-The device carries a step out as the programs do: block table edits and copies, slots from positions and tables, tokens
-fed forward by row. Of every token it keeps in the slot the token, its position, and a digest of all that it attended to
-when it was computed. A row of logits attends to these through its block table; the next token is a hash of them and of
-how the row samples. So a wrong block, a stale edit, a missed copy, two owners, a wrong position, a late token or
-sampling numbers of somebody else change the answer, or are found at once: nobody attends to a slot of another position.
+The device executes a step as the programs do: block table edits and copies, slots from positions and tables, tokens
+fed forward by row. In the slot of each token it stores the token, its position, and a digest of all that the token
+attended to. A row of logits attends to these through its block table; the next token is a hash of them and of the row's
+sampling parameters. So a wrong block, a stale edit, a missed copy, two owners, a wrong position, a late token or the
+parameters of another request change the result, or are found at once: no slot with a wrong position is attended to.
 
-The oracle makes the same answer from the request alone.
+The oracle computes the same result from the request alone.
 """
 
 import random
@@ -45,12 +45,12 @@ STEMS = [random.Random(seed).choices(range(VOCAB), k=40) for seed in (1, 2)]
 
 
 def digest(attended: Ints) -> int:
-    """Of the tokens that a token attends to, itself included: what its KV depends on."""
+    """A digest of the tokens that a token attends to, including itself: what its KV depends on."""
     return crc32(attended.astype("<i4").tobytes())
 
 
 def draw(tokens: Ints, digests: Digests, way: bytes) -> int:
-    """A hash of a whole history and of how a row samples; what else a step gives is made of it."""
+    """A hash of a whole history and of the row's sampling parameters; the other results of a step derive from it."""
     return crc32(digests.astype("<i8").tobytes(), crc32(tokens.astype("<i4").tobytes(), crc32(way)))
 
 
@@ -59,18 +59,18 @@ def pick(drawn: int, vocab_size: int, masked: frozenset[int]) -> int:
 
 
 def likelihood(drawn: int, token: int) -> tuple[float, int, list[int], list[float]]:
-    """The log probability of a token, its rank, the likeliest tokens and theirs."""
+    """The log probability and rank of a token, and the most likely tokens with their log probabilities."""
     mixed = crc32(struct.pack("<Iq", drawn, token))
     return -(mixed % 1024) / 64, 1 + mixed % 9, [drawn % 11, drawn % 13], [-(drawn % 64) / 8, -(drawn % 32) / 4]
 
 
 def embedded(drawn: int) -> list[int]:
-    """Small numbers, whole ones: they are exact in float32."""
+    """Small whole numbers, which are exact in float32."""
     return list(struct.pack("<I", drawn))
 
 
 def way(position: int, numbers: list[int], output: list[int]) -> bytes:
-    """How a row samples; a greedy one does not look at most of its numbers."""
+    """A row's sampling parameters; a greedy row ignores most of them."""
     used = numbers if numbers[COLUMNS.index("temperature")] else numbers[:1]
     return struct.pack(f"<q{len(used)}q{len(output)}q", position, *used, *output)
 
@@ -80,7 +80,7 @@ def way(position: int, numbers: list[int], output: list[int]) -> bytes:
 
 @dataclass
 class Controls:
-    """A row's, as the real ones are: what was generated is counted on the device."""
+    """A row's control state, as in the real one: generated tokens are counted on the device."""
 
     output: list[int]
     stops: frozenset[int]
@@ -100,7 +100,7 @@ class FakeDevice:
         self.launched: list[Packed] = []
 
     def poison(self, blocks: list[int]) -> None:
-        """Nobody may read what lies there."""
+        """Fill memory that must not be read."""
         for array in (self.tokens, self.positions):
             array[blocks] = POISON
 
@@ -125,7 +125,7 @@ class FakeDevice:
         return handle[1]
 
     def layouts(self) -> list[packing.Layout]:
-        """What is compiled."""
+        """The shapes that are compiled."""
         mixed = [packing.mixed_layout(size, self.buckets, self.limits.block_size) for size in self.buckets.mixed]
         return [*mixed, *map(packing.decode_layout, self.buckets.decode)]
 
@@ -142,7 +142,7 @@ class FakeDevice:
             array[destinations] = array[sources]
 
     def _write(self, parts: dict[str, Ints], *, decode: bool) -> tuple[Ints, Ints]:
-        """KV of all tokens, before any of them is attended to: as each layer does. The line and position of each."""
+        """Write the KV of all tokens before any is attended to, as layers do. Returns the line and position of each."""
         starts, rows, kv_lens = parts["starts"], parts["rows"], parts["kv_lens"]
         singles, count = parts["distribution"].tolist()
         counts = np.diff(starts)[:count]
@@ -166,7 +166,7 @@ class FakeDevice:
         return rows[lines], positions
 
     def _attend(self, row: int, position: int) -> tuple[Ints, Digests]:
-        """Tokens and digests that a token sees, through its row's table."""
+        """The tokens and digests that a token attends to, through its row's table."""
         first = 0 if self.limits.window is None else max(0, position - self.limits.window + 1)
         seen = np.arange(first, position + 1)
         slots = (self.tables[row, seen // self.limits.block_size], seen % self.limits.block_size)
@@ -234,7 +234,7 @@ class FakeDevice:
 
 @dataclass
 class Answer:
-    """All that a sample of a request was told, or should be."""
+    """All results of a sample, actual or expected."""
 
     tokens: list[int] = field(default_factory=list[int])
     reason: FinishReason | None = None
@@ -258,7 +258,7 @@ class Answer:
 
 
 class Oracle:
-    """One token after the other, from the whole history."""
+    """Generate one token after the other from the whole history."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -271,7 +271,7 @@ class Oracle:
         return array[seen.start : seen.stop], np.array([digest(array[firsts[p] : p + 1]) for p in seen], np.int64)
 
     def reported(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
-        """The log probability of what follows these tokens."""
+        """The log probability of the token that follows these."""
         drawn = draw(*self._seen(tokens, len(tokens) - 1), b"")
         logprob, rank, top_tokens, top_logprobs = likelihood(drawn, token)
         return TokenLogprobs(token, logprob, rank, top_tokens[:wanted], top_logprobs[:wanted])
@@ -317,7 +317,7 @@ class Oracle:
 
 
 class FakeEngine:
-    """An engine's turn, with everything checked after each."""
+    """An engine that is checked after each turn."""
 
     def __init__(self, limits: Limits, *, score_rows: int = 8, depth: int = 2) -> None:
         self.limits, self.depth = limits, depth
@@ -367,7 +367,7 @@ class FakeEngine:
         return updates
 
     def drain(self, most: int = 3000) -> None:
-        """Until all have ended; who waits for ever fails."""
+        """Run until all requests have ended; one that waits forever fails."""
         for _ in range(most):
             if not (self.scheduler.unfinished or self.in_flight):
                 return
@@ -378,7 +378,7 @@ class FakeEngine:
         return [sequence for group in self.scheduler.requests.values() for sequence in group]
 
     def check(self) -> None:
-        """Whether all that is kept of sequences, rows and blocks agrees."""
+        """Check that the state of sequences, rows and blocks is consistent."""
         scheduler, alive = self.scheduler, self.sequences()
         owners = Counter(block for sequence in alive for block in sequence.blocks if block)
         check_integrity(scheduler.pool, owners)
@@ -406,7 +406,7 @@ class FakeEngine:
             assert sequence.scores_reported <= sequence.scored <= sequence.prompt_len
 
     def check_over(self) -> None:
-        """Whether nothing is left once all have ended."""
+        """Check that nothing is left after all requests have ended."""
         scheduler = self.scheduler
         free, cached, used = scheduler.pool.counts()
         assert used == 0 and free + cached == self.limits.num_blocks - 1
@@ -417,14 +417,14 @@ class FakeEngine:
 
 
 def check_victims(before: list[Sequence]) -> None:
-    """Of those that ran before, in their order, the last ones have given up their rows, if any."""
+    """Of the rows that ran before, only the last ones may have been preempted."""
     alive = [sequence for sequence in before if sequence.status != Status.FINISHED]
     still = [sequence.status == Status.RUNNING for sequence in alive]
     assert still == sorted(still, reverse=True)
 
 
 def check_plan(plan: StepPlan, limits: Limits, buckets: Buckets) -> None:
-    """Whether a step has a shape that is compiled, and each sequence is in it once."""
+    """Check that a step has a compiled shape and has each sequence once."""
     assert plan.tokens == sum(slice.count for slice in plan.slices) <= limits.max_num_batched_tokens
     assert plan.entries == sum(slice.entries for slice in plan.slices) <= buckets.entries
     assert len({id(slice.sequence) for slice in plan.slices}) == len(plan.slices) <= limits.max_num_seqs

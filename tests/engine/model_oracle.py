@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one sample of a request may be, from the model's logits by plain numpy: each token, how likely, in which rank.
+"""Predicts a sample of a request from the model's logits in plain numpy: tokens, log probabilities, ranks.
 
-The noise that sampling adds is a pure function of seed, position and token, so that even a sampled token is foretold.
-Only where two are as good as equal, in float32, is either right.
+The noise that sampling adds is a pure function of seed, position and token, so even a sampled token can be predicted.
+Only if two tokens are nearly equal in float32, either is correct.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ NEAR = 2e-4  # of two logits: the dense model and the paged one differ by less
 
 @dataclass(frozen=True)
 class Step:
-    """Where the next token of a sample comes from."""
+    """What determines the next token of a sample."""
 
     request: Request
     index: int
@@ -38,7 +38,7 @@ class Step:
 
     @property
     def scores(self) -> np.ndarray:
-        """What sampling takes the maximum of, in units of logits."""
+        """The values that sampling takes the maximum of, in units of logits."""
         params, edited = self.request.params, self.edited
         if params.greedy:
             return edited
@@ -51,7 +51,7 @@ class Step:
         return edited + np.float64(np.float32(params.temperature)) * np.asarray(noise, np.float64)
 
     def survivors(self, slack: float = 0.0) -> np.ndarray:
-        """Which tokens the filters keep; with slack also those that are dropped by no more than that."""
+        """The tokens that the filters keep; with slack also those that are filtered out by no more than that."""
         params = self.request.params
         edited = self.edited
         kept = survivors(
@@ -64,7 +64,7 @@ class Step:
         return kept | ((edited >= edited[kept].min() - 10 * slack) & (edited > -np.inf)) if slack > 0 else kept
 
     def possible(self) -> set[int]:
-        """The tokens that are right: one, but for ties."""
+        """The correct tokens: one, except for ties."""
         scores = self.scores
         best = np.where(self.survivors(), scores, -np.inf).max()
         loosely = np.where(self.survivors(NEAR), scores, -np.inf)
@@ -84,7 +84,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def check_logprobs(told: TokenLogprobs, logits: np.ndarray, token: int, wanted: int) -> None:
-    """Against a row of logits; ranks and order up to ties."""
+    """Compare with a row of logits; ranks and order up to ties."""
     likely = log_softmax(logits)
     assert told.token == token
     np.testing.assert_allclose(told.logprob, likely[token], rtol=1e-5, atol=1e-4)

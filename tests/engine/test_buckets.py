@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes that are compiled: each size has a bucket, no bucket is far above the sizes it holds, and there are few."""
+"""The compiled sizes: each size has a bucket, no bucket is much larger than its sizes, and there are few."""
 
 from itertools import pairwise
 

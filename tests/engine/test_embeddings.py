@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings: what a dense forward pass gives for the last token, whatever the road and whoever runs beside."""
+"""Embeddings equal a dense forward pass for the last token, with chunks, cached prefixes and other requests."""
 
 from functools import cache
 from typing import Any
@@ -75,7 +75,7 @@ def neighbours() -> list[Request]:
 
 
 def test_other_requests_are_not_affected() -> None:
-    """Memory for little more than one: those that come last are preempted, and computed again."""
+    """Memory for little more than one request: the last ones are preempted and computed again."""
     wanted = alone(Driver(async_scheduling=False, enable_prefix_caching=False), neighbours())
     driver = Driver(spare=LONGEST // BLOCK + 1, budget=12)
     driver.add(*neighbours())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a warm engine never does, over work that uses every feature: compile, send more than it said, allocate, copy."""
+"""What a warm engine never does, with work that uses every feature: compile, send too much, allocate, copy."""
 
 import gc
 import re
@@ -21,7 +21,7 @@ SEEDS = range(4)
 
 
 class Watched(Driver):
-    """Knows of each step what it was given, how many vectors were sent for it, and where the state lies after it."""
+    """Records each step's input, the number of vectors sent, and the addresses of the state after it."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -65,7 +65,7 @@ def warm() -> Watched:
 
 
 def work(seed: int) -> list[Job]:
-    """Every kind of row, and some that certainly take their share of a feature."""
+    """Every kind of row, and some that certainly use a feature."""
     jobs = random_jobs(100 + seed, count=10)
     plain: dict[str, Any] = dict(prompt_token_ids=list(range(1 + seed, 20 + seed)))
     asked = (
@@ -106,7 +106,7 @@ def test_a_warm_engine(warm: Watched, forbid_compiles: ForbidCompiles) -> None:
 
 
 def test_programs_write_in_place(warm: Watched) -> None:
-    """XLA aliases the whole state, and copies no pool inside."""
+    """XLA aliases the whole state and copies no pool."""
     runner = warm.runner
     sizes = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(state)) for name, state in state_of(runner).items()}
     pool = next(iter(runner.cache[0].values()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request's result is its own: whatever else runs, however its work is cut up, wherever its KV comes from.
+"""A request's result does not depend on other requests, on how its work is chunked, or where its KV comes from.
 
-Random work is run in every way an engine has, and each stream must be that of the request alone. Float32, where sums in
-another order can turn a tie: two tokens that differ must be one, by an oracle that knows the model's logits.
+Random work runs in every mode of an engine, and each stream must equal that of the request alone. In float32, sums in
+another order can decide a tie differently: two tokens that differ must be a tie, by an oracle with the model's logits.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ LEAST = LONGEST // BLOCK  # blocks that the longest sequence takes: with fewer t
 
 @cache
 def single(spec: ModelSpec) -> Driver:
-    """The plainest engine: one step at a time, whole prompts, nothing shared."""
+    """The simplest engine: one step at a time, whole prompts, nothing shared."""
     return Driver(spec, async_scheduling=False, enable_prefix_caching=False)
 
 
@@ -133,7 +133,7 @@ def test_the_same_workload_in_every_configuration(spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 def test_a_prompt_that_was_left_half_computed(turns: int) -> None:
-    """The next one to ask the same finds no block that is half full."""
+    """The next request with the same prompt finds no half-full block."""
     prompt = list(range(30, 54))
     asked = [Request(id=name, prompt_token_ids=prompt, params=SamplingParams(temperature=0)) for name in "ab"]
     driver = Driver(budget=5)
@@ -158,7 +158,7 @@ def test_tensor_parallel() -> None:
 
 
 def test_default_seeds_follow_the_order_of_arrival() -> None:
-    """Requests that bring no seed get the engine's, whatever becomes of the others."""
+    """Requests without a seed get the engine's, independently of what happens to other requests."""
     free = [
         Request(id=str(i), prompt_token_ids=[5, 6, 7 + i], params=SamplingParams(temperature=1.5, max_tokens=6))
         for i in range(3)

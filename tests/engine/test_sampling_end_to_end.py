@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole engine against numpy: from the model's logits alone each token, how likely it is, how often it comes."""
+"""The whole engine against numpy: tokens, log probabilities and frequencies from the model's logits alone."""
 
 from collections import Counter
 from typing import Any
@@ -18,7 +18,7 @@ from tests.engine.workloads import random_jobs, run
 
 
 def check(request: Request, index: int, stream: Stream, *, processed: bool = False) -> int:
-    """Every token and every number told of a sample; how many of its tokens were foretold without a doubt."""
+    """Check every token and number of a sample; return how many of its tokens could be predicted with certainty."""
     prompt, params = list(request.prompt_token_ids), request.params
     logits = logits_of([*prompt, *stream.tokens])
     certain = 0
@@ -73,7 +73,7 @@ def test_every_token_is_predicted() -> None:
 
 
 def test_processed_logprobs() -> None:
-    """Of the distribution that is sampled from; those of a prompt are the model's own all the same."""
+    """Log probabilities of the distribution that is sampled from; those of a prompt are still the model's."""
     jobs = random_jobs(300, count=8, always={"logprobs": 5, "n": 1, "prompt_logprobs": 2})
     requests = [job.request for job in jobs if job.request.generates]
     assert sum(bool(r.params.top_k) for r in requests) and sum(r.params.penalized for r in requests)
@@ -93,7 +93,7 @@ def test_processed_logprobs() -> None:
     ids=lambda params: " ".join(params),
 )
 def test_frequencies(params: dict[str, Any]) -> None:
-    """Of many samples, each with a seed of its own. The seeds are fixed: a right engine passes always."""
+    """Frequencies over many samples, each with its own seed. The seeds are fixed, so a correct engine always passes."""
     prompt, count = [17, 5, 60], 300
     driver = Driver()
     requests = [
@@ -117,7 +117,7 @@ BAD = 33
 
 
 def poisoned() -> Params:
-    """One token's embedding is not a number."""
+    """One token's embedding is NaN."""
     params = params_of(FULL)
     weight = params["embed"]["weight"].at[BAD].set(jnp.nan)
     return {**params, "embed": {**params["embed"], "weight": weight}}
@@ -141,7 +141,7 @@ def others() -> list[Request]:
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_row_that_is_not_finite_ends_alone(overlap: bool) -> None:
-    """The others are, bit for bit, as beside a sound request that leaves at the same time."""
+    """The other rows are bitwise the same as beside a sound request that leaves at the same time."""
     prompt = [*range(1, 1 + BLOCK), BAD, *range(20, 20 + BLOCK)]
     sick = Request(id="sick", prompt_token_ids=prompt, params=SamplingParams(temperature=0, max_tokens=1 + overlap))
     results = []
@@ -157,7 +157,7 @@ def test_a_row_that_is_not_finite_ends_alone(overlap: bool) -> None:
 
 
 def test_nothing_that_is_not_finite_is_cached_or_left_behind() -> None:
-    """Its blocks serve nobody who asks the same; whoever gets them next reads nothing of it."""
+    """Its blocks are not reused for the same prompt; the next owners read nothing of it."""
     prompt = [*range(1, 1 + 2 * BLOCK), BAD, *range(20, 20 + BLOCK)]
     driver = Driver(params=poisoned(), spare=FULL.max_positions // BLOCK)
     for name in ("first", "again"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row is used again and again: whatever one request left in it, the next one's result is bit for bit its own."""
+"""Rows are reused: whatever a request left in its row, the next request's result is bitwise unaffected."""
 
 from functools import cache
 from typing import Any
@@ -64,13 +64,13 @@ def new() -> Driver:
 
 @cache
 def first(name: str) -> Streams:
-    """Of an engine that has served nobody else."""
+    """The results of an engine that has served no other request."""
     return new().finish(tenant(name) if name in FEATURES else following(name))
 
 
 @pytest.fixture(scope="module")
 def used() -> Driver:
-    """One engine for all tests here: there is more and more that could be stale."""
+    """One engine for all tests here, in which more and more could be stale."""
     return new()
 
 
@@ -99,7 +99,7 @@ def test_after_an_abort(used: Driver, feature: str) -> None:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_after_a_preemption(used: Driver, feature: str) -> None:
-    """Both when it comes back itself, and when it does not and others come."""
+    """Both if the preempted request returns, and if others take its row."""
     for comes_back in (True, False):
         older = Request(id="older", prompt_token_ids=PROMPT, params=SamplingParams(temperature=0, max_tokens=20))
         before = used.scheduler.preemptions
@@ -122,7 +122,7 @@ def test_after_a_preemption(used: Driver, feature: str) -> None:
 
 
 def test_features_show() -> None:
-    """Left behind, each would change something."""
+    """Each feature, if left behind, would change a result."""
     plain = new().finish(Request(id="plain", prompt_token_ids=PROMPT, params=SamplingParams(**PLAIN)))["plain", 0]
     assert plain.tokens.index(STOP) == 8  # late enough to be preempted before it
     for feature in FEATURES:

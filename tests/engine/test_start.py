@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an engine starts: weights are read while programs are compiled, and what goes wrong with one ends the other."""
+"""How an engine starts: weights are read while programs are compiled, and a fault of one ends the other."""
 
 import threading
 from concurrent.futures import CancelledError
@@ -42,7 +42,7 @@ def start(config: EngineConfig) -> Engine:
 
 
 def test_weights_are_read_while_programs_are_compiled(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
-    """Each waits for the other to have begun."""
+    """Each waits until the other has begun."""
     compiling, reading = threading.Event(), threading.Event()
     read, compile_on = loading.read, compiler.compile_on
 

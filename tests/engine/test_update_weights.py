@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New weights for a running LLM, and its sleep: what is swapped, what is refused, what it answers then."""
+"""New weights for a running LLM, and its sleep: what is swapped, what is rejected, and the outputs afterwards."""
 
 import copy
 import gc
@@ -217,7 +217,7 @@ def test_an_engine_with_parameters_of_two_models_answers_nothing(monkeypatch: py
 
 
 def edited(params: Params, path: tuple[Any, ...], value: Any) -> Params:
-    """With this value at the path, or without the leaf where it is None."""
+    """The tree with this value at the path, or without the leaf if the value is None."""
     params = copy.deepcopy(jax.tree.map(np.asarray, params))
     node: Any = params
     for key in path[:-1]:
@@ -318,7 +318,7 @@ def test_weights_may_come_during_sleep(llm: LLM, answers: dict[str, list[int]]) 
 
 
 def test_a_shared_tree_outlives_sleep(answers: dict[str, list[int]]) -> None:
-    """Its arrays are the trainer's too."""
+    """The trainer holds the same arrays."""
     mine = engine_layout(NEW)
     llm = tiny_llm.make(params=mine)
     assert pointers(llm.params) == pointers(mine)

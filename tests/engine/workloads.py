@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random work for an engine, by seed: who comes when, asks for what, and is aborted when. And the way to run it."""
+"""Random work for an engine, by seed: requests with their times of arrival and abort, and how to run it."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +52,7 @@ def random_jobs(seed: int, *, count: int = 7, always: dict[str, Any] | None = No
 
 
 def _embedding(job: Job) -> Job:
-    """Of the same prompt, a little later."""
+    """A request with the same prompt, a little later."""
     request = replace(job.request, id=f"{job.request.id}.embedding", params=SamplingParams(), bad_word_ids=())
     return Job(replace(request, score_only=False, embed=True), job.arrival + 1, abort_after=job.abort_after)
 
@@ -96,7 +96,7 @@ def _params(random: np.random.Generator, always: dict[str, Any]) -> SamplingPara
 
 
 def run(driver: Driver, jobs: list[Job]) -> Streams:
-    """All of them, each at its time."""
+    """Run all requests, each at its time."""
     waiting = list(jobs)
     streams: Streams = {}
     start = driver.turns

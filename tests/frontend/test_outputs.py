@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs as users see them, against decodes of all tokens and searches of the whole text."""
+"""Outputs as users see them, compared with decoding all tokens and searching the whole text."""
 
 import copy
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def entry(token: int, logprob: float, rank: int = 1, top: Sequence[tuple[int, fl
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[int, list[Update]]:
-    """How many samples, and updates that end all of them, mixed."""
+    """The number of samples, and mixed updates that end all of them."""
     samples = draw(st.integers(1, 3))
     parts = [draw(st.lists(st.lists(st.integers(0, 425), max_size=3), min_size=1, max_size=5)) for _ in range(samples)]
     order = draw(st.permutations([index for index, part in enumerate(parts) for _ in part]))
@@ -199,7 +199,7 @@ def test_a_stop_string_ends_its_sample(kind: RequestOutputKind, include: bool, d
 
 
 def until(text: str, stop: str, *, include: bool) -> tuple[list[int], str, tuple[str, str | None]]:
-    """What is left of a text: its tokens, its text, and why it ends."""
+    """A completion cut at its stop string: its tokens, its text, and its stop reason."""
     tokens, begin = ids(text), text.find(stop)
     if begin < 0:
         return tokens, text, ("length", None)
@@ -310,7 +310,7 @@ def test_without_text_there_are_ids(kind: RequestOutputKind, options: dict[str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_embedding_is_an_output_without_a_text(kind: RequestOutputKind) -> None:
-    """The prompt's last token is half a character, which is nothing to show."""
+    """The prompt's last token is half a character, which cannot be shown yet."""
     prompt = [*PROMPT, TOKENIZER.encode("é", add_special_tokens=False)[0]]
     request = Request(id="r", prompt_token_ids=prompt, params=SamplingParams(output_kind=kind), embed=True)
     values = np.array([0.5, -2, 3e-5], np.float32)

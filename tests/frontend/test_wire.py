@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever parent and child say arrives as it was said, in whatever pieces the socket takes it."""
+"""Messages between parent and child arrive unchanged, in whatever pieces the socket transfers them."""
 
 import math
 import socket
@@ -104,7 +104,7 @@ def pair() -> Generator[tuple[socket.socket, socket.socket]]:
 
 
 def through(messages: list[Any], *, of_parent: bool) -> list[Any]:
-    """Over a socket that takes them in two pieces."""
+    """Send messages over a socket that transfers them in two pieces."""
     with pair() as (near, far):
         receiver = wire.Receiver(far, of_parent=of_parent)
         data = wire.frame(messages)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a golden case is, and what the pages of several families need."""
+"""The type of a golden case, and what the files of several families share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The golden cases: what transformers computed, and the checkpoints it computed that from.
+"""The golden cases: what transformers computed, and the checkpoints it used.
 
 golden = read("llama-gqa-tied")
 write_checkpoint("llama-gqa-tied", folder)  # what the hub would hold; load and run it

@@ -37,7 +37,7 @@ TOPK = torch.topk, torch.Tensor.topk
 
 
 class Unfit(Exception):
-    """This seed makes a model that proves too little; another one may do."""
+    """The model of this seed proves too little; try another seed."""
 
 
 @dataclass

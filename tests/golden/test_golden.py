@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The golden files are whole, small and what their weights are made from has not changed."""
+"""The golden files are complete and small, and the weights' generator has not changed."""
 
 import hashlib
 import json

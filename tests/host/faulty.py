@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine's process with a fault: `python -m tests.host.faulty FAULT --fd N`.
+"""An engine process with a fault: `python -m tests.host.faulty FAULT --fd N`.
 
 raise, loop, hold   at the first step: an error, a loop without end, C code without end that keeps Python's lock
 slow                four steps take a second each, then the request ends
-start               an error that nobody foresaw while the model is opened
-compile             a start that takes for ever
-chatter             at the first step: what no parent understands
+start               an unexpected error while the model is opened
+compile             a start that never ends
+chatter             at the first step: bytes that the parent cannot parse
 """
 
 import os

@@ -32,7 +32,7 @@ PATIENCE = 60  # seconds, for what takes one or two
 
 
 def write_model(folder: Path) -> Path:
-    """A llama of one layer with the vocabulary of the byte-level tokenizer, which lies beside it."""
+    """Write a llama of one layer, with the byte-level tokenizer and its vocabulary."""
     golden = load.read("llama-gqa-tied")
     config = {**golden.config, "vocab_size": VOCABULARY, "num_hidden_layers": 1}
     shapes = golden.tensors | {"model.embed_tokens.weight": (VOCABULARY, config["hidden_size"])}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search against one that computes every beam anew with a dense forward pass."""
+"""Beam search against a naive one that computes every beam again with a dense forward pass."""
 
 import json
 from collections.abc import Set
@@ -28,7 +28,7 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module")
 def ends(reference: Reference) -> Set[int]:
-    """Tokens that beams of this model come upon early, so that some complete."""
+    """End tokens that beams of this model reach early, so that some are completed."""
     [first, *_] = naive(reference, PROMPT, BeamSearchParams(beam_width=2, max_tokens=4), frozenset())
     return frozenset((first[0][len(PROMPT) + 2], int(np.argsort(reference.logprobs(PROMPT)[-1])[-3])))
 
@@ -42,7 +42,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory, ends: Set[int]) -> LLM:
 
 
 def naive(reference: Reference, prompt: list[int], params: BeamSearchParams, ends: Set[int]) -> list[Beam]:
-    """By the definition: best first."""
+    """A naive beam search, best first."""
 
     def score(beam: Beam) -> float:
         return beam[1] / (len(beam[0]) - (beam[0][-1] in ends)) ** params.length_penalty
@@ -115,7 +115,7 @@ def test_the_end_of_text_completes_beams_unless_it_is_ignored(llm: LLM, referenc
 
 
 def test_every_beam_may_end_at_once(llm: LLM, ends: Set[int], reference: Reference) -> None:
-    """Where all candidates end the text nothing is left to go on."""
+    """If all candidates end the text, no beam is left to continue."""
     engine = llm._engine
     likely = np.argsort(-reference.logprobs(PROMPT)[-1])[:2].tolist()
     before = engine.scheduler.limits
@@ -129,7 +129,7 @@ def test_every_beam_may_end_at_once(llm: LLM, ends: Set[int], reference: Referen
 
 
 def used_blocks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What every step leaves in use."""
+    """The number of used blocks after every step."""
     step, used = llm._engine.step, list[int]()
 
     def noting() -> Any:

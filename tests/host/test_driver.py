@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's loop: searches, ordinary requests and aborts in one engine; each gets its ends, and nothing is left."""
+"""The driver's loop: searches, ordinary requests and aborts in one engine; each ends once, and nothing is left."""
 
 import random
 from collections import Counter
@@ -33,7 +33,7 @@ def search(width: int) -> BeamSearchParams:
 
 
 class Walk:
-    """A Host that adds requests and aborts some, by lot, and counts the ends of each sample."""
+    """A Host that adds requests, aborts some at random, and counts the ends of each sample."""
 
     def __init__(self, llm: LLM, seed: int, turns: int = 20) -> None:
         self._llm, self._draws, self._turns = llm, random.Random(seed), turns

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a real child process gives what one in this process gives, and keeps nothing of what is over."""
+"""An engine in a real child process gives the same results as one in this process, and keeps nothing of ended requests."""
 
 import asyncio
 import os
@@ -64,7 +64,7 @@ def shared(module_shared: Shared) -> Generator[Shared]:
 
 
 def at_rest(shared: Shared) -> bool:
-    """Nothing of any request is left anywhere."""
+    """Check that nothing of any request is left in either process."""
     stats = shared.engine.stats
     assert stats is not None and shared.engine.state.phase == "ready"
     held = stats.running, stats.waiting, stats.used_blocks, len(shared.engine._streams), len(shared.front.names())
@@ -102,7 +102,7 @@ def test_startup_is_reported(shared: Shared) -> None:
     ],
 )
 def test_the_same_as_in_this_process(shared: Shared, llm: LLM, params: SamplingParams) -> None:
-    """To the last bit, so one at a time: what else a step computes changes the last bits of log probabilities."""
+    """Bitwise, so one at a time: other requests in a step change the last bits of log probabilities."""
 
     async def work() -> list[list[RequestOutput]]:
         return [await living.outputs(shared.front, prompt, params) for prompt in PROMPTS]
@@ -249,7 +249,7 @@ def test_errors_keep_their_class(shared: Shared, config: EngineConfig) -> None:
     front = shared.front
 
     def unchecked(**fields: Any) -> Request:
-        """As if nobody had checked it here."""
+        """Skip the checks in this process."""
         return Request(**{"id": "bad", "prompt_token_ids": [1], "params": replace(GREEDY, detokenize=False), **fields})
 
     async def refused(request: Request, words: str, field: str) -> None:
@@ -334,7 +334,7 @@ def test_consumers_in_several_event_loops(shared: Shared) -> None:
 
 
 def test_the_child_has_large_pages(shared: Shared) -> None:
-    """What malloc gives it may be backed by them: where that must be asked for, the flag of the heap says so."""
+    """Memory from malloc may use large pages; where that must be requested, the heap has the flag."""
     settings = Path(f"/proc/{shared.engine.pid}/environ").read_bytes().split(b"\0")
     assert f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')}".encode() in settings
     mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")

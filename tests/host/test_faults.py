@@ -35,7 +35,7 @@ def run[T](work: Coroutine[Any, Any, T]) -> T:
 
 
 def gone(pid: int | None) -> bool:
-    """Ended; whether anybody has waited for it is another matter."""
+    """Whether the process has ended, also as a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -43,7 +43,7 @@ def gone(pid: int | None) -> bool:
 
 
 async def fail(engine: EngineProcess, front: EngineClient, cause: Callable[[], object]) -> tuple[list[str], float]:
-    """What five streams and a call end with, and how long after the cause the last of them does."""
+    """The errors that end five streams and a call, and the time from the cause to the last of them."""
 
     async def consume(first: int) -> None:
         async for _ in front.outputs(front.preparer.prepare([first], PARAMS)):
@@ -100,7 +100,7 @@ async def opened(front: EngineClient) -> Any:
 
 
 async def to_the_end(stream: Any) -> None:
-    """Of a stream that ends with an error. What came before that is given first."""
+    """The error that ends a stream, after all of its outputs."""
     while True:
         await stream.next()
 
@@ -117,7 +117,7 @@ def test_a_step_that_raises(config: EngineConfig, capfd: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(("fault", "words"), [("loop", "completed no step"), ("hold", "no heartbeat")])
 def test_the_watchdog(config: EngineConfig, capfd: pytest.CaptureFixture[str], fault: str, words: str) -> None:
-    """Both in Python that goes round in circles, and in C that lets no thread of Python run."""
+    """Both in a Python loop, and in C code that holds Python's lock."""
     with living.process(config, command=living.faulty(fault), watchdog=2) as engine:
         front = living.front(engine, config)
         told, took = run(fail(engine, front, lambda: None))

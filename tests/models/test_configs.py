@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every field of every family's config is heeded, or harmless; what is not computed is refused by its name."""
+"""Every field of every family's config has its effect or is harmless; unsupported values are rejected by name."""
 
 import dataclasses
 from collections.abc import Mapping

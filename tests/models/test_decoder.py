@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every model: the two ways agree, gradients are right, equal specs share executables."""
+"""What holds for every model: dense and paged agree, gradients are correct, equal specs share executables."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def test_spec_survives_json(name: str) -> None:
 
 
 def loss(spec: specs.ModelSpec, public: decoder.Params, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
-    """A trainer's: mean negative log-likelihood of the next token, from public parameters."""
+    """A training loss: mean negative log-likelihood of the next token, from public parameters."""
     logits = decoder.forward(spec, param_layout.to_engine_layout(spec, public), tokens, remat=remat)
     logprobs = jax.nn.log_softmax(logits[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1))
@@ -87,7 +87,7 @@ def test_right_padding_and_the_batch_change_nothing() -> None:
 
 
 def test_long_sequences_are_taken_in_chunks() -> None:
-    """Over 512 tokens the dense way cuts the queries; the result is that of a prefix computed whole."""
+    """Above 512 tokens, dense attention splits the queries; the result is that of a prefix computed whole."""
     spec = dataclasses.replace(tiny.SPECS["dense"], max_positions=1024)
     params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=530)
@@ -146,8 +146,8 @@ def variants() -> dict[str, specs.ModelSpec]:
     ids=lambda value: "mesh" if isinstance(value, dict) else value,
 )
 def test_only_wanted_tokens_pass_the_last_mlp(name: str, sizes: dict[str, Any] | None) -> None:
-    """After the last block's attention only the wanted tokens go on, in any order, some of them twice; the KV of all is
-    written."""
+    """After the last block's attention only the wanted tokens continue, in any order, some of them twice; the KV of all
+    tokens is written."""
     spec = variants()[name]
     with nullcontext() if sizes is None else jax.set_mesh(mesh.make_mesh(**sizes)):
         params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
@@ -220,7 +220,7 @@ print(hashlib.sha256(lowered.as_text().encode()).hexdigest())
 
 
 def test_every_process_makes_the_same_program() -> None:
-    """Or the compilation cache of one would be of no use to the next."""
+    """Otherwise one process could not use another's compilation cache."""
     root = Path(__file__).parents[2]
     programs = [
         subprocess.run(

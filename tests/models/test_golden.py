@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family and switch against what transformers computed, by the ways through the decoder. Each way of attention
-goes through pages here or in tests/engine/test_families.py."""
+"""Every family and config option against transformers' results, by dense and paged attention.
+
+Each kind of attention runs paged here or in tests/engine/test_families.py.
+"""
 
 import jax.numpy as jnp
 import numpy as np

@@ -30,7 +30,7 @@ BATCH: dict[str, Any] = dict(
 
 
 def batch(options: dict[str, Any]) -> Ragged:
-    """A right batch, with the changes to it that are taken out of the options."""
+    """A valid batch, with the changes to it that the options contain."""
     fields = BATCH | {name: options.pop(name) for name in BATCH if name in options}
     made: dict[str, Any] = {k: jnp.asarray(v, jnp.int32) if isinstance(v, list) else v for k, v in fields.items()}
     return Ragged(**made)

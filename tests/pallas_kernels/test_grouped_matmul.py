@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matmul of rows by group, on CPUs and by the interpreted kernel, and its gradients, against the oracle.
 
-Rows of no group hold NaN wherever the contract allows it.
+Rows of no group hold NaN wherever the specification allows it.
 """
 
 import functools
@@ -85,7 +85,7 @@ def test_sides_that_fit_no_tile(implementation: dispatch.Implementation, dtype: 
 
 @BOTH
 def test_more_rows_than_a_tile_and_more_columns(implementation: dispatch.Implementation) -> None:
-    """The order of the programs: several chunks of row tiles, the last one not full."""
+    """Several chunks of row tiles, the last one not full."""
     offsets = (3, 3, 200, 230, 1190)
     given = make(2, offsets, rows=1200, n=40, k=24)
     out = run(implementation, *given, tiles=MatmulTiles(256, 16, 16, 4, 2))
@@ -150,7 +150,7 @@ def test_every_row_has_one_tile(cuts: list[int], block: int) -> None:
 def test_wrong_offsets_under_jit_stay_in_bounds(
     implementation: dispatch.Implementation, offsets: tuple[int, ...]
 ) -> None:
-    """Nothing can be raised there: the rows may be wrong, but the shape is right and no memory is corrupted."""
+    """Under jit nothing can be raised: the rows may be wrong, but the shape is right and no memory is corrupted."""
     lhs, rhs, _ = make(5, (0, 10, ROWS))
     assert run(implementation, lhs, rhs, jnp.asarray(offsets, I32), tiles=SMALL).shape == (ROWS, 24)
 

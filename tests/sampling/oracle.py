@@ -13,7 +13,7 @@ from jaxserve.types.sampling_params import SamplingParams
 
 @dataclass
 class Asked:
-    """A request as far as its logits are concerned, and what it generated so far."""
+    """The part of a request that affects its logits, and its tokens so far."""
 
     params: SamplingParams
     prompt: Sequence[int]

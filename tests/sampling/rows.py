@@ -24,7 +24,7 @@ class Rows:
         self.controls = ALLOCATE(rows, vocab_size)
 
     def put(self, row: int, asked: Asked) -> int:
-        """Gives the row to a request, with what it generated so far; how many count vectors that took."""
+        """Give the row to a request with its tokens so far; return the number of count vectors that this took."""
         vector, counts = pack_row(
             row=row,
             vocab_size=self.vocab_size,

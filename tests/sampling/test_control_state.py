@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What controls cost: memory, copies, transfers; and which requests need them."""
+"""The costs of controls (memory, copies, transfers), and which requests need them."""
 
 from functools import partial
 from typing import Any
@@ -155,7 +155,7 @@ def test_vectors_have_fixed_sizes() -> None:
     ],
 )
 def test_entries_that_do_not_fit_are_never_dropped(beyond: dict[str, Any]) -> None:
-    """Users hear of it earlier and better; here a fault of ours must not become a wrong mask."""
+    """Users get an earlier and better error; here a bug of the caller must not become a wrong mask."""
     with pytest.raises((ValueError, IndexError)):
         pack(**beyond)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The edits of logits against an oracle, over walks in which requests come, generate, are preempted and go."""
+"""The edits of logits against an oracle, in walks of requests that arrive, generate, are preempted and end."""
 
 from typing import Any
 
@@ -254,7 +254,7 @@ def test_the_maximum_of_every_control() -> None:
 
 @pytest.mark.parametrize("generated", [30, 31, 40])
 def test_bad_words_of_every_length(generated: int) -> None:
-    """Word n is complete but for its last token when n - 1 tokens are generated; each has a token of its own."""
+    """Word n is complete except for its last token after n - 1 tokens; each word has a different last token."""
     output = [index % 7 for index in range(generated)]
     words = [(*output[generated - length + 1 :], 35 + length) for length in range(1, min(generated + 1, 32) + 1)]
     too_early = [(8, *output[generated - length + 2 :], 1 + length) for length in range(2, 33)]

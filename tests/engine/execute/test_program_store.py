@@ -76,7 +76,7 @@ def files(store: Store) -> list[Path]:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_next_process_neither_lowers_nor_compiles(tmp_path: Path, devices: int) -> None:
-    """And says the same. Every kind of program is there: one row is enough for that."""
+    """Also the output is the same. One row is enough to have every kind of program."""
     model = live.write_model(tmp_path / "tiny")
     options = {"model": str(model), "max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 64}
     options |= {"block_size": 8, "compilation_cache_dir": str(tmp_path / "kept" / "there")}
@@ -187,7 +187,7 @@ def test_the_key_covers_everything_that_matters(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_digest_is_of_all_code(tmp_path: Path) -> None:
-    """Of each file's name and content."""
+    """The digest covers each file's name and content."""
     seen = {program_store.sources(tmp_path)}
     for change in (
         lambda: (tmp_path / "a.py").write_text(""),
@@ -205,7 +205,7 @@ def test_the_digest_is_of_all_code(tmp_path: Path) -> None:
 def test_nothing_is_stored_if_the_key_is_uncertain(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Code that was changed since it was imported, flags in a file, settings that change meanwhile, tests' choices."""
+    """Code that changed after it was imported, flags in a file, settings that change, forced implementations."""
     told: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(program_store, "LOADED", "what was imported")
@@ -245,7 +245,7 @@ def test_the_memory_of_a_run_is_kept_on_disk(runner: Runner, store: Store) -> No
 
 
 def test_keys_contain_no_memory_addresses(runner: Runner, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which would be others in the next process."""
+    """Such addresses would differ in the next process."""
     keys: list[str] = []
     monkeypatch.setattr(compiler, "EXECUTABLES", Executables())
     monkeypatch.setattr(Store, "load", lambda self, file, devices: (Executables(), 0))  # anything will do

@@ -25,7 +25,7 @@ def runner() -> Runner:
 
 
 def filled(tree: Any) -> Any:
-    """Values that any write would change."""
+    """Fill the state with values that any write would change."""
     return jax.tree.map(lambda leaf: (jax.numpy.ones_like(leaf) * 7).astype(leaf.dtype), tree)
 
 
@@ -61,7 +61,7 @@ def test_memory_is_freed_and_allocated_again(runner: Runner) -> None:
 
 
 def test_the_end_of_a_process_waits_for_its_steps(runner: Runner) -> None:
-    """Else jax's threads, which want Python's lock when a copy is done, abort it."""
+    """Otherwise jax's threads, which need Python's lock after a copy, abort the process."""
 
     @jax.jit
     def slow(vector: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ def test_an_unknown_program(runner: Runner) -> None:
 
 
 def test_devices_do_not_share_programs(runner: Runner) -> None:
-    """Equal shapes elsewhere are other programs, whatever jax's default device is."""
+    """Equal shapes on another device need other programs, independently of jax's default device."""
     device = jax.devices()[2]
     with jax.default_device(device):
         other = Runner(runner.spec, jax.device_put(runner.params, device), CAPACITY)
@@ -106,7 +106,7 @@ def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pyte
 
 
 def test_programs_are_compiled_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch, runner: Runner) -> None:
-    """And the state that is made then is what they were compiled for: nothing is moved or compiled on the way."""
+    """The state that is allocated later matches the compiled programs: nothing is moved or compiled again."""
     late = Runner(runner.spec, runner.params, CAPACITY)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in state_of(late))
     monkeypatch.setattr(compiler, "compile_all", lambda wanted, **_: [compiler.compiled(one) for one in wanted])

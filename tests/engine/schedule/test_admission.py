@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine refuses: named by field, value and range, with nothing of it kept and nobody else disturbed."""
+"""Rejected requests: errors name field, value and range; nothing is kept, and no other request is affected."""
 
 from typing import Any, cast
 

@@ -151,7 +151,7 @@ def test_keys_depend_on_parents_tokens_and_their_order() -> None:
 
 
 def test_another_pool_has_other_keys() -> None:
-    """Nobody outside of the process can make prompts whose keys collide."""
+    """Keys cannot be predicted outside of the process, so nobody can construct prompts whose keys collide."""
     here, there = BlockPool(2, 4), BlockPool(2, 4)
     assert here.root("a") != there.root("a")
     parent = here.root("a")

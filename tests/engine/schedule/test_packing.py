@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: block moves in turns against moving them one by one, edits that do not fit, ids that would reach others."""
+"""Packing: block moves in turns against single moves, edits that do not fit, ids out of range."""
 
 from dataclasses import replace
 from typing import Any
@@ -166,7 +166,7 @@ def test_edits_that_fit_need_no_call() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda pair: pair[0] != pair[1]), max_size=30))
 def test_copies_in_turns_are_copies_one_by_one(copies: list[tuple[int, int]]) -> None:
-    """A turn reads all before it writes anything, or the other way round: either must give the same."""
+    """A turn may read everything before it writes, or the other way round: both must give the same."""
     one_by_one = list(range(10))
     for source, destination in copies:
         one_by_one[destination] = one_by_one[source]

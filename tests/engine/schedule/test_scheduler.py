@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's rules, each by itself, over a device of plain numpy. No jax."""
+"""The scheduler's rules, one by one, over a device in plain numpy, without jax."""
 
 import random
 from typing import Any
@@ -15,7 +15,7 @@ from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answ
 
 
 def test_a_stream_of_arrivals_starves_no_request() -> None:
-    """In memory for little more than one, whoever arrives is done after all before it and few after it."""
+    """With memory for little more than one request, requests finish nearly in order of arrival."""
     engine = FakeEngine(limits(num_blocks=12, max_num_batched_tokens=8))
     draws = random.Random(0)
     done: list[int] = []
@@ -252,7 +252,7 @@ def test_after_a_reset_no_old_block_is_found(prompt: int) -> None:
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_scores_are_complete_if_the_sample_that_reported_them_is_aborted(index: int) -> None:
-    """After the fork, with the step that scores the last of the prompt in flight."""
+    """Abort after the fork, while the step that scores the end of the prompt is in flight."""
     engine = FakeEngine(limits(max_num_batched_tokens=8))
     made = request("a", STEMS[0][:12], n=3, prompt_logprobs=1)
     engine.add(made)
@@ -314,7 +314,7 @@ def test_predictable_ends_waste_no_step() -> None:
 
 
 def test_kv_memory_is_at_most_four_percent_above_the_tokens_held() -> None:
-    """At blocks of 16 and lengths as chats have them, nothing shared."""
+    """With blocks of 16, lengths like those of chats, and nothing shared."""
     draws = random.Random(0)
     scheduler = Scheduler(
         limits(

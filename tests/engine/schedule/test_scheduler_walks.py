@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler over a device of plain numpy, by random walks: all get what the oracle says. No jax."""
+"""The scheduler over a device in plain numpy, in random walks compared with the oracle, without jax."""
 
 import random
 from dataclasses import dataclass
@@ -57,12 +57,12 @@ class Steps:
 
 @dataclass
 class Reset:
-    """Of the prefix cache."""
+    """The prefix cache is reset."""
 
 
 @dataclass
 class Wait:
-    """A second."""
+    """A second passes."""
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -175,7 +175,7 @@ def test_first_tokens_come_in_order_of_arrival(engine: FakeEngine, asked: list[t
 
 
 class Beams:
-    """A search that chooses by lot, and checks what it is told of each beam against the oracle."""
+    """A beam search that chooses at random, and compares each beam's updates with the oracle."""
 
     def __init__(self, engine: FakeEngine, prompt: list[int], *, width: int, rounds: int, seed: int) -> None:
         self.engine, self.width, self.rounds, self.draws = engine, width, rounds, random.Random(seed)
