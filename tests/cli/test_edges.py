@@ -33,7 +33,7 @@ def test_invalid_addresses(command: Command, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (("--timeout", "inf"), "--timeout is inf"),
         (("--request-rate", "1e-320"), "--request-rate is 1e-320"),
@@ -41,8 +41,8 @@ def test_invalid_addresses(command: Command, url: str) -> None:
         (("--save-result", "--result-dir", "none"), "no such folder: none"),
     ],
 )
-def test_impossible_loads(command: Command, words: tuple[str, ...], told: str) -> None:
-    one_error(command("bench", "serve", *words), 2, told)
+def test_impossible_loads(command: Command, words: tuple[str, ...], reported: str) -> None:
+    one_error(command("bench", "serve", *words), 2, reported)
 
 
 def test_the_output_file_is_checked_before_measuring(command: Command) -> None:
@@ -50,7 +50,7 @@ def test_the_output_file_is_checked_before_measuring(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("port: 1\nport: 2\n", "port is given twice"),
         ('port: !!int ""\n', "is not valid YAML"),
@@ -58,10 +58,10 @@ def test_the_output_file_is_checked_before_measuring(command: Command) -> None:
         ("allowed-origins: '[\"https://x\"]'\n", "--allowed-origins has an entry that is a JSON list"),
     ],
 )
-def test_configurations(command: Command, tmp_path: Path, text: str, told: str) -> None:
+def test_configurations(command: Command, tmp_path: Path, text: str, reported: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    one_error(command("run", "--config", file), 2, told)
+    one_error(command("run", "--config", file), 2, reported)
 
 
 def test_check_rejects_what_run_rejects(command: Command) -> None:

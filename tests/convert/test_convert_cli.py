@@ -347,9 +347,9 @@ def test_weights_of_unsupported_models_are_not_downloaded(
 
 BAR = """
 from convert.files import progress
-with progress.bar("converting", 2 * 10**9) as told:
+with progress.bar("converting", 2 * 10**9) as reported:
     for _ in range(10):
-        told(2 * 10**8)
+        reported(2 * 10**8)
 """
 
 

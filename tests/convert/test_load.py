@@ -213,9 +213,9 @@ def test_casts_are_numpys(tmp_path: Path, stored: str, held: str) -> None:
 
 def test_progress_adds_up(tmp_path: Path) -> None:
     folder = golden.write_checkpoint(MOE, tmp_path)
-    told: list[int] = []
-    load.load_model(folder, progress=told.append)
-    assert sum(told) == load.open_model(folder).bytes
+    reported: list[int] = []
+    load.load_model(folder, progress=reported.append)
+    assert sum(reported) == load.open_model(folder).bytes
 
 
 def test_the_buffer_becomes_the_parameter() -> None:

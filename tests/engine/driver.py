@@ -83,7 +83,7 @@ class Stream:
     embedding: bytes | None = None
 
     def take(self, update: Update) -> None:
-        assert self.finish_reason is None, "told after its end"
+        assert self.finish_reason is None, "reported after its end"
         self.tokens += update.token_ids
         self.logprobs += update.logprobs or []
         self.prompt_logprobs += update.prompt_logprobs or []
@@ -169,7 +169,7 @@ class Driver:
             raise AssertionError("it never ends")
         streams, self.streams = self.streams, {}
         for name, stream in streams.items():
-            assert stream.finish_reason is not None, f"{name} was not told to have ended"
+            assert stream.finish_reason is not None, f"{name} was not reported to have ended"
         assert self.scheduler.pool.counts()[2] == len(self.held), "blocks are left behind"
         return streams
 

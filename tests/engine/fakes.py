@@ -251,7 +251,7 @@ class Answer:
         self.logprobs += update.logprobs or []
         self.embedding = update.embedding
         if self.reported:
-            assert update.scheduled is None, "told again when it got its row"
+            assert update.scheduled is None, "reported again when it got its row"
         else:
             self.scheduled, self.reported = update.scheduled, True
         self.reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
@@ -297,9 +297,9 @@ class Oracle:
         numbers = [int(controlled), (seed + 2**31) % 2**32 - 2**31, *floats[:2], params.top_k, floats[2]]
         tokens = list(prompt)
         while answer.reason is None:
-            told = way(len(tokens), numbers, answer.tokens if controlled else [])
+            reported = way(len(tokens), numbers, answer.tokens if controlled else [])
             masked = stops if len(answer.tokens) < params.min_tokens else frozenset[int]()
-            token = pick(draw(*self._seen(tokens, len(tokens) - 1), told), limits.vocab_size, masked)
+            token = pick(draw(*self._seen(tokens, len(tokens) - 1), reported), limits.vocab_size, masked)
             if params.logprobs is not None:
                 answer.logprobs.append(self.reported(tokens, token, params.logprobs))
             tokens.append(token)
@@ -327,7 +327,7 @@ class FakeEngine:
         self.batcher = Batcher(limits, self.buckets)
         self.in_flight: deque[tuple[StepPlan, tuple[Packed, StepResult]]] = deque()
         self.answers: dict[tuple[str, int], Answer] = {}
-        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample told them
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample reported them
         self.plans: list[StepPlan] = []
         self.now = 0.0
         self.rowed: dict[tuple[str, int], float] = {}  # when each sample first had a row

@@ -83,14 +83,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def check_logprobs(told: TokenLogprobs, logits: np.ndarray, token: int, wanted: int) -> None:
+def check_logprobs(reported: TokenLogprobs, logits: np.ndarray, token: int, wanted: int) -> None:
     """Compare with a row of logits; ranks and order up to ties."""
     likely = log_softmax(logits)
-    assert told.token == token
-    np.testing.assert_allclose(told.logprob, likely[token], rtol=1e-5, atol=1e-4)
+    assert reported.token == token
+    np.testing.assert_allclose(reported.logprob, likely[token], rtol=1e-5, atol=1e-4)
     above, near = (likely > likely[token] + NEAR).sum(), (likely > likely[token] - NEAR).sum()
-    assert above + 1 <= told.rank <= max(near, above + 1)
+    assert above + 1 <= reported.rank <= max(near, above + 1)
     count = min(wanted, int((likely > -np.inf).sum()))
-    assert len(told.top_tokens) == len(told.top_logprobs) == len(set(told.top_tokens)) == count
-    np.testing.assert_allclose(told.top_logprobs, np.sort(likely)[::-1][:count], rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(told.top_logprobs, likely[told.top_tokens], rtol=1e-5, atol=1e-4)
+    assert len(reported.top_tokens) == len(reported.top_logprobs) == len(set(reported.top_tokens)) == count
+    np.testing.assert_allclose(reported.top_logprobs, np.sort(likely)[::-1][:count], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(reported.top_logprobs, likely[reported.top_tokens], rtol=1e-5, atol=1e-4)

@@ -37,9 +37,9 @@ def check(jobs: list[Job], got: Streams, wanted: Streams) -> None:
         for name in names:
             _same(job, name[1], got[name], wanted[name])
         # Whichever sample tells them: where the first is aborted it is another.
-        told, right = ([entry for name in names for entry in of[name].prompt_logprobs] for of in (got, wanted))
-        assert len(told) == len(right) or all(got[name].finish_reason == "abort" for name in names)
-        _close(told, right[: len(told)])
+        reported, right = ([entry for name in names for entry in of[name].prompt_logprobs] for of in (got, wanted))
+        assert len(reported) == len(right) or all(got[name].finish_reason == "abort" for name in names)
+        _close(reported, right[: len(reported)])
 
 
 def _same(job: Job, index: int, got: Stream, wanted: Stream) -> None:

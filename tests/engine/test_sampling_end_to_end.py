@@ -34,8 +34,8 @@ def check(request: Request, index: int, stream: Stream, *, processed: bool = Fal
     if params.prompt_logprobs is not None and index == 0:
         if stream.finish_reason != "abort":
             assert len(stream.prompt_logprobs) == len(prompt) - 1
-        for i, told in enumerate(stream.prompt_logprobs, start=1):
-            check_logprobs(told, logits[i - 1], prompt[i], params.prompt_logprobs)
+        for i, reported in enumerate(stream.prompt_logprobs, start=1):
+            check_logprobs(reported, logits[i - 1], prompt[i], params.prompt_logprobs)
     else:
         assert not stream.prompt_logprobs
     check_end(request, stream)
@@ -161,8 +161,8 @@ def test_nothing_that_is_not_finite_is_cached_or_left_behind() -> None:
     prompt = [*range(1, 1 + 2 * BLOCK), BAD, *range(20, 20 + BLOCK)]
     driver = Driver(params=poisoned(), spare=FULL.max_positions // BLOCK)
     for name in ("first", "again"):
-        told = driver.finish(Request(id=name, prompt_token_ids=prompt, params=SamplingParams(n=2, seed=1)))
-        assert [(s.finish_reason, s.tokens, s.cached) for s in told.values()] == [("error", [], 0)] * 2
+        reported = driver.finish(Request(id=name, prompt_token_ids=prompt, params=SamplingParams(n=2, seed=1)))
+        assert [(s.finish_reason, s.tokens, s.cached) for s in reported.values()] == [("error", [], 0)] * 2
         assert driver.scheduler.pool.counts()[1] == 0
     assert np.isnan(np.asarray(driver.runner.cache[1]["k"])).any()
     for request in others():

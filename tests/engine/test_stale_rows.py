@@ -114,10 +114,10 @@ def test_after_a_preemption(used: Driver, feature: str) -> None:
             used.engine.abort(feature)
             used.engine.abort("older")
         used.let_go()
-        told = used.finish()
+        reported = used.finish()
         if comes_back:
-            told.pop(("older", 0))
-            assert {name: s.tokens for name, s in told.items()} == {n: s.tokens for n, s in first(feature).items()}
+            reported.pop(("older", 0))
+            assert {name: s.tokens for name, s in reported.items()} == {n: s.tokens for n, s in first(feature).items()}
         check_next(used)
 
 
@@ -126,5 +126,5 @@ def test_features_show() -> None:
     plain = new().finish(Request(id="plain", prompt_token_ids=PROMPT, params=SamplingParams(**PLAIN)))["plain", 0]
     assert plain.tokens.index(STOP) == 8  # late enough to be preempted before it
     for feature in FEATURES:
-        told = first(feature)
-        assert len(told) > 1 or told[feature, 0] != plain, feature
+        reported = first(feature)
+        assert len(reported) > 1 or reported[feature, 0] != plain, feature

@@ -80,7 +80,7 @@ def test_a_fault_of_the_weights_ends_compiling(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(compiler, "compile_on", slow_compile)
     with pytest.raises(JaxserveError, match="cannot read"):
         start(config)
-    assert not compiled, "it was not told until programs were compiled"
+    assert not compiled, "it was not reported until programs were compiled"
     go_on.set()
 
 

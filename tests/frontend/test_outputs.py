@@ -94,16 +94,16 @@ def test_every_output_kind_reports_all_of_every_sample(kind: RequestOutputKind, 
         if kind is DELTA:
             parts = [part for output in outputs for part in output.outputs if part.index == index]
             last = parts[-1]
-            told = (
+            reported = (
                 "".join(part.text for part in parts),
                 [token for part in parts for token in part.token_ids],
                 [each for part in parts for each in part.logprobs or []],
             )
         else:
             last = outputs[-1].outputs[index]
-            told = last.text, last.token_ids, last.logprobs
+            reported = last.text, last.token_ids, last.logprobs
         wanted = [{token: Logprob(-float(token), 1, TOKENIZER.token_text(token))} for token in tokens]
-        assert told == (TOKENIZER.decode([*PROMPT, *tokens]).removeprefix("The server"), tokens, wanted)
+        assert reported == (TOKENIZER.decode([*PROMPT, *tokens]).removeprefix("The server"), tokens, wanted)
         assert last.index == index
         assert last.finish_reason == mine[-1].finish_reason
         assert last.cumulative_logprob == -float(sum(tokens))

@@ -73,18 +73,18 @@ def main() -> int:
             continue
         seconds = time.monotonic() - start
         numbers = f"{new.content['seed']:5}{new.spread:8.2f}{new.error:9.1e}{new.margin:9.4f}{new.seen:8.2f}"
-        told = compare(case, new)
-        if told and not options.check:
+        reported = compare(case, new)
+        if reported and not options.check:
             write(case, new)
-        elif told:
+        elif reported:
             bad.append(case.name)
-        print(f"{case.name:34}{numbers}{seconds:9.1f}  {told or 'same'}", flush=True)
+        print(f"{case.name:34}{numbers}{seconds:9.1f}  {reported or 'same'}", flush=True)
     if not options.names or any(name in "tokenizers" for name in options.names):
-        told = make_tokenizers.compare()
-        print("tokenizers ", told or "same")
-        if told and not options.check:
+        reported = make_tokenizers.compare()
+        print("tokenizers ", reported or "same")
+        if reported and not options.check:
             make_tokenizers.write()
-        elif told:
+        elif reported:
             bad.append("tokenizers")
     if not options.names:
         for path in sorted(load.DATA.glob("*.npz")):
@@ -207,16 +207,16 @@ def loaded(case: Case, config: Mapping[str, Any], values: Mapping[str, np.ndarra
     """The checkpoint as transformers loads it, with every part in plain eager torch."""
     with tempfile.TemporaryDirectory() as folder:
         load.write_folder(folder, config, values, "float32", shards=1)
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, reported = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="eager",
             experts_implementation="eager",
             output_loading_info=True,
         )
-    if told["missing_keys"] or told["mismatched_keys"]:
-        raise RuntimeError(f"missing {told['missing_keys']}, of another shape {told['mismatched_keys']}")
-    unexpected = set(told["unexpected_keys"]) - set(case.unread)
+    if reported["missing_keys"] or reported["mismatched_keys"]:
+        raise RuntimeError(f"missing {reported['missing_keys']}, of another shape {reported['mismatched_keys']}")
+    unexpected = set(reported["unexpected_keys"]) - set(case.unread)
     if unexpected:
         raise RuntimeError(f"not read: {sorted(unexpected)}")
     return model.eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a real child process gives the same results as one in this process, and keeps nothing of ended requests."""
+"""An engine in a real child process gives the results of one in this process, and keeps nothing of ended requests."""
 
 import asyncio
 import os

@@ -73,8 +73,8 @@ def test_a_child_that_is_killed_and_another_after_it(config: EngineConfig) -> No
         front = living.front(engine, config)
         pid = engine.pid
         assert pid is not None
-        told, took = run(fail(engine, front, lambda: os.kill(pid, signal.SIGKILL)))
-        assert took < 5 and set(told) == {states[-1].error} and "SIGKILL" in told[0]
+        reported, took = run(fail(engine, front, lambda: os.kill(pid, signal.SIGKILL)))
+        assert took < 5 and set(reported) == {states[-1].error} and "SIGKILL" in reported[0]
         assert engine.state.phase == states[-1].phase == "failed"
         living.wait(lambda: not Path(f"/proc/{pid}").exists(), seconds=10)  # no zombie either
     assert engine.state.phase == "failed"
@@ -108,9 +108,9 @@ async def to_the_end(stream: Any) -> None:
 def test_a_step_that_raises(config: EngineConfig, capfd: pytest.CaptureFixture[str]) -> None:
     with living.process(config, command=living.faulty("raise")) as engine:
         front = living.front(engine, config)
-        told, took = run(fail(engine, front, lambda: None))
-        assert took < 5 and set(told) == {engine.state.error}
-        assert "the engine failed: ValueError: of the device" in told[0] and "\n" not in told[0]
+        reported, took = run(fail(engine, front, lambda: None))
+        assert took < 5 and set(reported) == {engine.state.error}
+        assert "the engine failed: ValueError: of the device" in reported[0] and "\n" not in reported[0]
         living.wait(lambda: gone(engine.pid), seconds=10)
     assert "Traceback" in capfd.readouterr().err
 
@@ -120,8 +120,8 @@ def test_the_watchdog(config: EngineConfig, capfd: pytest.CaptureFixture[str], f
     """Both in a Python loop, and in C code that holds Python's lock."""
     with living.process(config, command=living.faulty(fault), watchdog=2) as engine:
         front = living.front(engine, config)
-        told, took = run(fail(engine, front, lambda: None))
-        assert words in told[0] and took > 1
+        reported, took = run(fail(engine, front, lambda: None))
+        assert words in reported[0] and took > 1
         living.wait(lambda: gone(engine.pid), seconds=10)
     assert f"in _{fault}" in capfd.readouterr().err  # where it hung
 
@@ -140,8 +140,8 @@ def test_the_watchdog_ignores_slow_and_idle_engines(config: EngineConfig, monkey
 
 def test_a_child_that_sends_garbage(config: EngineConfig) -> None:
     with living.process(config, command=living.faulty("chatter")) as engine:
-        told, took = run(fail(engine, living.front(engine, config), lambda: None))
-        assert took < 5 and "reading from the engine failed" in told[0]
+        reported, took = run(fail(engine, living.front(engine, config), lambda: None))
+        assert took < 5 and "reading from the engine failed" in reported[0]
         living.wait(lambda: gone(engine.pid), seconds=10)
 
 

@@ -268,7 +268,7 @@ async def test_a_key_is_asked_for_and_kept_in_the_tab(visitor: Visitor, server: 
     await tab.write("#key-input", "other")
     await tab.press("Enter")
     await tab.wait(f"{ENDED} && {ANSWER} === 'Hello there.' && document.querySelectorAll('.assistant').length === 2")
-    # Another tab has to be told.
+    # Another tab has to be notified.
     another = await visitor.tab(ready="document.querySelector('#key-dialog').open")
     await another.click("#key-cancel")
     await another.wait("!document.querySelector('#notice').hidden")

@@ -269,10 +269,10 @@ def test_equal_keys_are_equal_angles(scaling: Any) -> None:
         parts = angles(rope, jnp.arange(6, dtype=jnp.int32), jnp.full(6, length, jnp.int32))
         return b"".join(np.asarray(part).tobytes() for part in parts)
 
-    if key is not None:  # it is what the devices are told as the length
+    if key is not None:  # the length that the devices get
         assert all(turned(key(length)) == turned(length) for length in lengths)
-        told = {key(length): turned(length) for length in lengths}
-        assert len(told) == len(set(told.values())) > 1
+        reported = {key(length): turned(length) for length in lengths}
+        assert len(reported) == len(set(reported.values())) > 1
 
 
 # --- what a folder says ---------------------------------------------------------------------------------------------

@@ -206,15 +206,15 @@ def test_nothing_is_stored_if_the_key_is_uncertain(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code that changed after it was imported, flags in a file, settings that change, forced implementations."""
-    told: list[str] = []
+    reported: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(program_store, "LOADED", "what was imported")
-        assert program_store.open_store(str(tmp_path / "x"), told.append) is None
+        assert program_store.open_store(str(tmp_path / "x"), reported.append) is None
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", str(tmp_path / "flags.txt"))
-        assert program_store.open_store(str(tmp_path / "x"), told.append) is None
-    store = program_store.open_store(str(tmp_path / "x"), told.append)
-    assert store is not None and not told
+        assert program_store.open_store(str(tmp_path / "x"), reported.append) is None
+    store = program_store.open_store(str(tmp_path / "x"), reported.append)
+    assert store is not None and not reported
     with dispatch.use("interpret"):
         compiler.compiled(runner.program("edit"), store)
     memory = compiler._extra
@@ -269,17 +269,17 @@ def test_old_files_are_deleted(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    told: list[str] = []
-    assert program_store.open_store(str(tmp_path / "file" / "folder"), told.append) is None
-    assert len(told) == 1 and "compilation_cache_dir" in told[0]
+    reported: list[str] = []
+    assert program_store.open_store(str(tmp_path / "file" / "folder"), reported.append) is None
+    assert len(reported) == 1 and "compilation_cache_dir" in reported[0]
 
 
 def test_no_store_if_jax_has_its_own_cache(tmp_path: Path) -> None:
-    told: list[str] = []
-    assert program_store.open_store("", told.append) is None
+    reported: list[str] = []
+    assert program_store.open_store("", reported.append) is None
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
     try:
-        assert program_store.open_store(str(tmp_path / "mine"), told.append) is None
+        assert program_store.open_store(str(tmp_path / "mine"), reported.append) is None
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
-    assert not told and not (tmp_path / "mine").exists()
+    assert not reported and not (tmp_path / "mine").exists()

@@ -125,14 +125,14 @@ def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
     packer = batcher()
     first, later = sequence(1, [1], temperature=2, top_k=3), sequence(1, [1], temperature=0, min_tokens=1)
     at = packing.FIXED + COLUMNS.index("top_k")
-    told: list[int] = []
+    reported: list[int] = []
     for tenant, arrivals in ((first, [first]), (first, []), (later, [later])):
         step = plan([Slice(tenant, 0, 1, True)])
         step.arrivals = arrivals
         packed = packer.pack(step)
-        told.append(parts(packed)["entries"][at])
+        reported.append(parts(packed)["entries"][at])
         assert packed.controlled == ([later] if later in arrivals else [])
-    assert told == [3, 3, 0]
+    assert reported == [3, 3, 0]
 
 
 # --- edits and copies -----------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def test_an_id_in_flight_is_rejected_and_free_after_its_end() -> None:
     engine.turn()
     engine.scheduler.abort("a")
     engine.scheduler.add(request("a", [5], max_tokens=1))  # the step in flight is of the one before
-    told = [update for _ in range(4) for update in engine.scheduler.take_ended() + engine.turn()]
-    assert [update.finish_reason for update in told] == ["abort", "length"]
+    reported = [update for _ in range(4) for update in engine.scheduler.take_ended() + engine.turn()]
+    assert [update.finish_reason for update in reported] == ["abort", "length"]
 
 
 def test_deadlines_end_requests_wherever_they_are() -> None:
@@ -159,7 +159,7 @@ def test_a_prompt_preempted_while_it_is_scored_is_scored_whole() -> None:
     assert engine.scheduler.preemptions
     check_answers(engine, made, set())
     slices = [s for plan in engine.plans for s in plan.slices if s.sequence.request is made and s.count > 1]
-    assert slices[0].start == 0 and slices[0].score_to  # what was told already takes no step for each token again
+    assert slices[0].start == 0 and slices[0].score_to  # scores reported already are not computed again
 
 
 def test_priority_takes_precedence_over_arrival_and_is_preempted_last() -> None:

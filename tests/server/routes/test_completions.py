@@ -133,7 +133,7 @@ def test_logprobs(served: Served, reference: Reference) -> None:
     table = reference.logprobs([*ids, *generated])[len(ids) - 1 :]
     np.testing.assert_allclose(found.token_logprobs, [table[i, t] for i, t in enumerate(generated)], atol=1e-4)
     for place, top in enumerate(found.top_logprobs):
-        # The greedy token is among the three likeliest; those that are written alike are told once.
+        # The greedy token is among the three most likely; tokens with the same text count once.
         assert 1 <= len(top) <= 3
         best = np.sort(table[place])[::-1][:3]
         assert max(top.values()) == pytest.approx(best[0], abs=1e-4)
@@ -210,14 +210,14 @@ def test_prompt_logprobs(served: Served, reference: Reference) -> None:
     ids = ids_of(served, PROMPT)
     body = {"prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 2}
     [choice] = served.post("/v1/completions", body).json["choices"]
-    told = choice["prompt_logprobs"]
-    assert told[0] is None and len(told) == len(ids)
+    reported = choice["prompt_logprobs"]
+    assert reported[0] is None and len(reported) == len(ids)
     scores = reference.scores(ids)
     for place, token in enumerate(ids[1:]):
-        entry = told[place + 1][str(token)]
+        entry = reported[place + 1][str(token)]
         assert entry["logprob"] == pytest.approx(float(scores[place]), abs=1e-4)
         assert entry["rank"] >= 1 and isinstance(entry["decoded_token"], str)
-        assert len(told[place + 1]) in (2, 3)
+        assert len(reported[place + 1]) in (2, 3)
 
 
 def test_token_ids(served: Served, reference: Reference) -> None:

@@ -218,8 +218,8 @@ def test_the_document_describes_every_route() -> None:
     routes = [route for route in all_routes(ui=False)]
     page = json.loads(json.dumps(document(routes)))
     assert page["openapi"] == "3.1.0" and page["info"]["title"] == "jaxserve" and page["info"]["version"]
-    told = {(method.upper(), path) for path, methods in page["paths"].items() for method in methods}
-    assert told == {(route.method, route.path) for route in routes}
+    reported = {(method.upper(), path) for path, methods in page["paths"].items() for method in methods}
+    assert reported == {(route.method, route.path) for route in routes}
     names = [operation["operationId"] for methods in page["paths"].values() for operation in methods.values()]
     assert len(names) == len(set(names))
     for path, methods in page["paths"].items():
