@@ -135,7 +135,7 @@ def test_rejects_a_path_that_is_not_a_file(tmp_path: Path) -> None:
     refused(tmp_path, "is not a regular file")
     loop.rmdir()
     os.mkfifo(loop)
-    refused(tmp_path, "is not a regular file")  # opening it would wait for ever
+    refused(tmp_path, "is not a regular file")  # opening it would block
 
 
 def test_header_limit_holds_for_a_sparse_file(tmp_path: Path) -> None:

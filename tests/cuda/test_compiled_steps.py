@@ -49,7 +49,7 @@ def launched(compiled: Compiled) -> list[str]:
 
 
 def large_copies(compiled: Compiled, at_least: int) -> list[str]:
-    """Instructions that make an array of so many elements, be it one of several results."""
+    """Instructions that make an array of so many elements, also as one of several results."""
     found: list[str] = []
     for line in launched(compiled):
         made = re.search(r"= (\([^=]*?\)|\w+\[[\d,]*\]\S*) (copy|copy-start|fusion|transpose|convert|pad)\(", line)

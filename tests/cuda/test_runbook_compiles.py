@@ -53,8 +53,8 @@ def test_chain_holds_every_call(name: str) -> None:
     assert len(kernel_calls(several.hlo)) == 8 * len(kernel_calls(one.hlo))
     # No copies of anything: not of a cache, not of logits, not of queries.
     assert not re.findall(r"\bcopy(?:-start)?\(", several.hlo)
-    # At most one tiny kernel between two calls, which makes the second wait for the first; the matmul by group has
-    # two of its own, in which the wait is.
+    # At most one tiny kernel between two calls, which makes the second wait for the first; the matmul by group needs
+    # two kernels anyway, which contain the wait.
     beside = 2 if name.startswith("grouped") else 1
     assert len(re.findall(r"\bfusion\(", several.hlo)) <= 8 * beside + 1
     if case.donate:

@@ -303,7 +303,7 @@ def test_after_a_deep_sleep_a_checkpoint_is_read_again(tmp_path: Path) -> None:
     llm.update_weights(jax.tree.map(lambda leaf: -leaf, llm.params), version=7)
     held += [weakref.ref(leaf) for leaf in jax.tree.leaves(llm.params)]
     llm.sleep(2)
-    assert not any(leaf() is not None for leaf in held), "somebody keeps the weights"
+    assert not any(leaf() is not None for leaf in held), "the weights are still referenced"
     llm.wake()
     assert llm.metrics().policy_version == 0, "the checkpoint's are no update"
     assert llm.generate([1, 5, 9], GREEDY)[0].outputs[0].token_ids == before

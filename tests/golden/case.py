@@ -20,7 +20,7 @@ class Case:
     rules: Rules = field(default_factory=Rules)
     # (pattern, replacement): from the names transformers saves to those of published checkpoints.
     rename: Sequence[tuple[str, str]] = ()
-    # Tensors that published checkpoints hold though transformers saves none such.
+    # Tensors that published checkpoints have although transformers does not save them.
     extra: Mapping[str, Sequence[int]] = field(default_factory=dict)
     # And some that no model reads.
     unread: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 
-# With wide embeddings a tied model would repeat its last token for ever.
+# With wide embeddings a tied model would repeat its last token forever.
 TIED = Rules(gains={"embed_tokens": 0.25})
 
 # Experts 1 and 4 always have the same score: whatever the hidden state, it is exactly 0.

@@ -34,8 +34,8 @@ OFFSETS = {
     "starts late": (6, 6, 11, 20),
     "ends early": (0, 3, 9),
     "a middle part": (4, 5, 5, 13),
-    "nobody": (0, 0, 0),
-    "nobody, behind": (20, 20),
+    "empty groups alone": (0, 0, 0),
+    "an empty group at the end": (20, 20),
     "one group": (0, 20),
     "one row each": tuple(range(21)),
 }
@@ -167,7 +167,7 @@ def test_weights_of_empty_groups_are_not_read() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["even", "empty groups", "starts late", "ends early", "nobody"])
+@pytest.mark.parametrize("name", ["even", "empty groups", "starts late", "ends early", "empty groups alone"])
 def test_gradients(implementation: dispatch.Implementation, name: str) -> None:
     offsets = OFFSETS[name]
     lhs, rhs, at = make(7, offsets)

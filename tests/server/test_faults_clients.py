@@ -206,7 +206,7 @@ def test_abort_requests(slow: Live) -> None:
     for thread in threads:
         thread.start()
     wait(lambda: running(slow) >= 4)
-    assert slow.post("/abort_requests", {"request_ids": ["cmpl-mine", "cmpl-nobody"]}).json == {"aborted": 1}
+    assert slow.post("/abort_requests", {"request_ids": ["cmpl-mine", "cmpl-unknown"]}).json == {"aborted": 1}
     threads[0].join(PATIENCE)
     assert ends[0].events[-1] == "[DONE]"
     reasons = {choice["finish_reason"] for event in ends[0].events[:-1] for choice in event["choices"]}

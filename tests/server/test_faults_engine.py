@@ -184,7 +184,7 @@ def test_an_engine_that_fails(tmp_path: Path, fault: str) -> None:
         check_broken(answer(other), status=500)
         assert health(one) in (503, 0)
         [whole] = [line for line in one.log.splitlines() if "status=500" in line]
-        assert "generated_tokens" not in whole and "tokens_per_second" not in whole  # nobody knows
+        assert "generated_tokens" not in whole and "tokens_per_second" not in whole  # unknown
         assert one.wait_exit(10) == 1
         assert time.monotonic() - begin < 5
         assert "the engine failed: " in one.log

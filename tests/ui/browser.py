@@ -131,7 +131,7 @@ class Tab:
         try:
             async with asyncio.timeout(PATIENCE):
                 while True:
-                    # While a new page takes the old one's place there is none to ask.
+                    # While a new page replaces the old one, there is no page to ask.
                     with contextlib.suppress(RuntimeError):
                         if await self.evaluate(f"Boolean({condition})"):
                             return

@@ -258,13 +258,13 @@ def test_keys_contain_no_memory_addresses(runner: Runner, store: Store, monkeypa
 
 def test_old_files_are_deleted(tmp_path: Path) -> None:
     names = [f"{name}{suffix}" for name in "ab" for suffix in (program_store.SUFFIX, program_store.PARTIAL)]
-    for name in (*names, "of-somebody-else"):
+    for name in (*names, "of-another-user"):
         (tmp_path / name).touch()
     long_ago = time.time() - (program_store.DAYS + 1) * 86400
-    for name in ("a.executable", "a.partial", "of-somebody-else"):
+    for name in ("a.executable", "a.partial", "of-another-user"):
         os.utime(tmp_path / name, (long_ago, long_ago))
     Store(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"b.executable", "b.partial", "of-somebody-else"}
+    assert {path.name for path in tmp_path.iterdir()} == {"b.executable", "b.partial", "of-another-user"}
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:

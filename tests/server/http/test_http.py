@@ -343,7 +343,7 @@ def test_ids_of_requests() -> None:
         }
         assert len(made) == 4
         assert all(len(name) == 32 and name.isalnum() for name in made)
-        # One that is already in use, by others, is nobody's problem.
+        # The id of another request in flight may be used again.
         assert server.get("/nothing", X_Request_Id="mine-7").headers["x-request-id"] == "mine-7"
 
 
