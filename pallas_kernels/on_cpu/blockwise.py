@@ -12,7 +12,7 @@ are much slower in bfloat16.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,18 @@ class RowChunks(NamedTuple):
     values: jax.Array  # [rows, tokens, kv_heads * value_dim]
 
 
+class Attention(NamedTuple):
+    """What all rows of a call have in common; the options are those of `pallas_kernels.paged_attention`."""
+
+    kv_heads: int
+    value_dim: int
+    block_size: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: jax.Array | None = None
+
+
 type ReadChunk = Callable[[jax.Array], Chunk]  # block ids [n] -> Chunk
 type ReadRows = Callable[[jax.Array], RowChunks]  # block ids [rows, n] -> RowChunks
 
@@ -68,19 +80,15 @@ def _attend_tile(
     start: jax.Array,
     stop: jax.Array,
     *,
+    attention: Attention,
     longest: int,
     read: ReadChunk,
-    block_size: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: jax.Array | None,
-    value_dim: int,
 ) -> jax.Array:
     """One tile of one row: query [kv_heads, group, tile, dim] against the KV tokens [start, stop). `longest` is the
     most blocks that a row can have."""
     kv_heads, group, tile, dim = query.shape
-    flat = query.reshape(kv_heads, group * tile, dim) * scale
+    block_size, soft_cap, window, sinks = attention.block_size, attention.soft_cap, attention.window, attention.sinks
+    flat = query.reshape(kv_heads, group * tile, dim) * attention.scale
     where = jnp.broadcast_to(positions[None, :], (group, tile)).reshape(-1)
 
     def step(first: jax.Array, per_chunk: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -108,7 +116,7 @@ def _attend_tile(
     if sinks is not None:
         by_head = jnp.broadcast_to(sinks.reshape(kv_heads, group, 1), (kv_heads, group, tile)).reshape(rows)
         maximum, total = by_head, jnp.where(stop > 0, 1.0, total)
-    out = jnp.zeros((*rows, value_dim), jnp.float32)
+    out = jnp.zeros((*rows, attention.value_dim), jnp.float32)
     state = (maximum, total, out)
     first, end = start // block_size, (stop + block_size - 1) // block_size
     large, small = chunk_blocks(block_size, kv_heads * dim, tile)
@@ -120,7 +128,7 @@ def _attend_tile(
     rest = (jnp.maximum(end - rest_first, 0) + small - 1) // small
     _, total, out = lax.fori_loop(0, rest, lambda i, s: step(rest_first + i * small, small, s), state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
-    return out.reshape(kv_heads, group, tile, value_dim)
+    return out.reshape(kv_heads, group, tile, attention.value_dim)
 
 
 def _attend_group(
@@ -128,17 +136,12 @@ def _attend_group(
     blocks: jax.Array,
     lengths: jax.Array,
     *,
+    attention: Attention,
     read_rows: ReadRows,
-    kv_heads: int,
-    block_size: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: jax.Array | None,
-    value_dim: int,
 ) -> jax.Array:
     """One query token of each of a few rows, [rows, heads, dim], over all of their KV; the longest sets the chunks."""
     count, heads, dim = query.shape
+    kv_heads, value_dim, block_size, scale, window, soft_cap, sinks = attention
     group, per_chunk = heads // kv_heads, max(1, GROUP_CHUNK // block_size)
     # Queries as a block-diagonal matrix, zero for the other KV heads: one product multiplies all heads with the keys as
     # they lie in memory. It does several times the multiplications, but those are not what takes the time.
@@ -178,10 +181,10 @@ def _decode_in_groups(
     tables: jax.Array,
     kv_lens: jax.Array,
     rows: jax.Array,
+    *,
+    attention: Attention,
     alone: Callable[[jax.Array], jax.Array],
     read_rows: ReadRows,
-    kv_heads: int,
-    **options: Any,
 ) -> jax.Array:
     """The decode rows [0, rows) in groups of similar length, which takes few steps and uses all cores. If the lengths
     in a group differ much, each row runs `alone`, so that the work still follows the tokens. The result has
@@ -200,7 +203,7 @@ def _decode_in_groups(
 
         def together() -> jax.Array:
             query = queries.at[at].get(mode="clip")
-            return _attend_group(query, tables[at], lens, read_rows=read_rows, kv_heads=kv_heads, **options)
+            return _attend_group(query, tables[at], lens, attention=attention, read_rows=read_rows)
 
         def apart() -> jax.Array:
             return lax.map(lambda r: alone(r)[0], at)
@@ -210,7 +213,7 @@ def _decode_in_groups(
         return lax.dynamic_update_slice(out, result, (i * count, 0, 0))
 
     heads = queries.shape[1]
-    out = jnp.zeros((len(places), heads, options["value_dim"]), jnp.float32)
+    out = jnp.zeros((len(places), heads, attention.value_dim), jnp.float32)
     out = lax.fori_loop(0, (rows + count - 1) // count, group, out)
     return out[jnp.argsort(order)]
 
@@ -218,31 +221,22 @@ def _decode_in_groups(
 def attend(
     q: jax.Array,
     ragged: Ragged,
+    attention: Attention,
     *,
-    kv_heads: int,
-    value_dim: int,
-    block_size: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: jax.Array | None,
     read: ReadChunk,
     read_rows: ReadRows | None = None,
 ) -> jax.Array:
     """Attention of every row; zeros for the tokens of no row. Returns [tokens, heads, value_dim] in q's dtype."""
     tokens, heads, dim = q.shape
+    kv_heads, value_dim, window = attention.kv_heads, attention.value_dim, attention.window
     group = heads // kv_heads
     block_tables, kv_lens, cu_q_lens, distribution = ragged.arrays().values()
     # JAX would shift a slice that runs over an edge: pad both arrays.
     query_tile = min(QUERY_TILE, tokens)
     short_tile = SHORT_TILE if query_tile > SHORT_TILE else 0
-    over = max(chunk_blocks(block_size, kv_heads * dim, tile)[0] for tile in (1, query_tile))
+    over = max(chunk_blocks(attention.block_size, kv_heads * dim, tile)[0] for tile in (1, query_tile))
     tables = jnp.pad(block_tables, ((0, 0), (0, over)))
     queries = jnp.pad(q.astype(jnp.float32), ((0, query_tile), (0, 0), (0, 0)))
-
-    options: dict[str, Any] = dict(
-        block_size=block_size, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, value_dim=value_dim
-    )
 
     def one_tile(r: jax.Array, offset: jax.Array, tile: int) -> jax.Array:
         begin, count, kv_len = cu_q_lens[r], cu_q_lens[r + 1] - cu_q_lens[r], kv_lens[r]
@@ -255,9 +249,9 @@ def attend(
             tables[r],
             jnp.int32(0) if window is None else jnp.maximum(position - window + 1, 0),
             jnp.minimum(kv_len, position + tile),
+            attention=attention,
             longest=block_tables.shape[1],
             read=read,
-            **options,
         )
         return result.transpose(2, 0, 1, 3).reshape(tile, heads, value_dim)
 
@@ -302,7 +296,9 @@ def attend(
         out = decode_rows(out)
     else:
         alone = partial(one_tile, offset=jnp.int32(0), tile=1)
-        grouped = _decode_in_groups(queries, tables, kv_lens, distribution[0], alone, read_rows, kv_heads, **options)
+        grouped = _decode_in_groups(
+            queries, tables, kv_lens, distribution[0], attention=attention, alone=alone, read_rows=read_rows
+        )
         out = lax.dynamic_update_slice(out, grouped[:tokens], (0, 0, 0))
     if not ragged.decode_only:
         out = ragged_rows(out, query_tile, long_tiles)

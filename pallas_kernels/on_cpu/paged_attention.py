@@ -39,9 +39,7 @@ def paged_attention(
     def tokens_first(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
         return take(pool, pool_scale, blocks).reshape(len(blocks), -1, kv_heads * pool.shape[3])
 
-    return blockwise.attend(
-        q,
-        ragged,
+    attention = blockwise.Attention(
         kv_heads=kv_heads,
         value_dim=v_pool.shape[3],
         block_size=block_size,
@@ -49,6 +47,11 @@ def paged_attention(
         window=window,
         soft_cap=soft_cap,
         sinks=sinks,
+    )
+    return blockwise.attend(
+        q,
+        ragged,
+        attention,
         read=lambda blocks: blockwise.Chunk(heads_first(k_pool, k_scale, blocks), heads_first(v_pool, v_scale, blocks)),
         read_rows=lambda blocks: blockwise.RowChunks(
             tokens_first(k_pool, k_scale, blocks), tokens_first(v_pool, v_scale, blocks)
