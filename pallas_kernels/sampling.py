@@ -43,7 +43,7 @@ MAX_VOCABULARY = 2**24  # counts are exact in float32 up to here
 
 
 class Logprobs(NamedTuple):
-    """Log probabilities of one token per row, and the likeliest tokens."""
+    """Log probabilities of one token per row, and the most likely tokens."""
 
     logprobs: jax.Array  # float32 [rows], of the token
     ranks: jax.Array  # int32 [rows]

@@ -59,7 +59,7 @@ class Integer:
 
 @dataclass(frozen=True, slots=True)
 class TopTokens(Integer):
-    """How many of the likeliest tokens to return: -1 for all, True for one, False for no log probabilities at all."""
+    """How many of the most likely tokens to return: -1 for all, True for one, False for no log probabilities at all."""
 
     low: int = -1
     high: int = INT32_MAX

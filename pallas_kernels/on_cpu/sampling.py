@@ -12,7 +12,7 @@ from pallas_kernels.row_search import FoldStep, LogitsRow
 
 _PIVOTS = 4  # on a CPU each pivot costs a pass
 
-# Log probability and rank of the token, the likeliest tokens and their log probabilities.
+# Log probability and rank of the token, the most likely tokens and theirs.
 type Likely = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 

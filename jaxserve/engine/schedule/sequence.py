@@ -29,7 +29,7 @@ class Need(IntEnum):
     RANDOM = 1
     FILTERED = 2  # top-k, top-p, min-p
     SCORED = 3  # and the log probability of the token
-    FULL = 4  # and the likeliest ones, penalties, biases, masks
+    FULL = 4  # and the most likely ones, penalties, biases, masks
 
 
 class Sequence:
