@@ -6,10 +6,12 @@ RequestOutput  what users see: text, tokens and log probabilities of all samples
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
-import numpy as np
+
+if TYPE_CHECKING:  # `from jaxserve import RequestOutput` imports neither numpy nor jax
+    import numpy as np
 
 type FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -77,7 +79,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token
     num_cached_tokens: int = 0
-    embedding: np.ndarray | None = None  # float32 [hidden], of an embedding request
+    embedding: "np.ndarray | None" = None  # float32 [hidden], of an embedding request
 
 
 @dataclass(slots=True)
