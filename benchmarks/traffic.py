@@ -4,7 +4,7 @@
     half        one token
     a fifth     clients that leave before the end, streaming and not, at any moment
     a twentieth requests that must be rejected
-    the rest    samples, log-probabilities, penalties, stops, lists of prompts, chats, embeddings, tokens
+    the rest    samples, log probabilities, penalties, stops, lists of prompts, chats, embeddings, tokens
 
 Measures nothing. The prompts are short: any model with a context of 192 tokens, 400 token ids and two rows will do.
 """

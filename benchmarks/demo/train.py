@@ -61,7 +61,7 @@ def start(spec: ModelSpec, seed: int) -> Params:
 
 
 def loss_of(spec: ModelSpec, public: Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-    """The weighted mean of the tokens' negative log-probabilities."""
+    """The weighted mean of the tokens' negative log probabilities."""
     logits = forward(spec, param_layout.to_engine_layout(spec, public), tokens)[:, :-1]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
     weights = weights[:, 1:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section `check_sampling`: tokens, validity and log-probabilities against the oracle, and tokens against the CPU."""
+"""Section `check_sampling`: tokens, validity and log probabilities against the oracle, and tokens against the CPU."""
 
 import hashlib
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ def digest(tokens: Array) -> str:
 
 
 def check_logprobs(x: Array, keep: Array, temperature: float, *, r: int, out: Sampled) -> float:
-    """The largest error of the row's log-probabilities; infinite if a rank or a top token is wrong."""
+    """The largest error of the row's log probabilities; infinite if a rank or a top token is wrong."""
     assert out.logprobs is not None
     token, top_n = int(out.tokens[r]), out.logprobs.top_tokens.shape[1]
     live = np.where(keep, x, -np.inf)

@@ -12,6 +12,7 @@ from benchmarks.demo import packing, vocabulary
 from jaxserve.demo import DRAFT_FOLDER, FOLDER
 from jaxserve.errors import RequestError
 from jaxserve.text import tokenizer as tokenizers
+from tests.text.chats import chat_ids
 
 TOKENIZER = tokenizers.load(FOLDER)
 CHAT = [
@@ -34,7 +35,7 @@ def test_a_conversation_of_several_turns() -> None:
     assert TOKENIZER.chat_text(CHAT) == f"{text}<|assistant|>"
     assert TOKENIZER.chat_text(CHAT, add_generation_prompt=False) == text
     [end] = TOKENIZER.eos_token_ids
-    assert TOKENIZER.token_text(end) == "<|end|>" and TOKENIZER.render_chat(CHAT).count(end) == 4
+    assert TOKENIZER.token_text(end) == "<|end|>" and chat_ids(TOKENIZER, CHAT).count(end) == 4
     developer = [{"role": "developer", "content": "Be kind."}, *CHAT[1:]]
     assert TOKENIZER.chat_text(developer) == TOKENIZER.chat_text(CHAT)
 
@@ -53,7 +54,7 @@ def test_a_role_that_it_does_not_know_is_refused() -> None:
 def test_training_and_serving_make_the_same_ids_of_a_conversation() -> None:
     backend = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     [(ids, learned)] = packing.encoded(backend, [[*CHAT, {"role": "assistant", "content": "3 + 4 = 7."}]])
-    prompt = TOKENIZER.render_chat(CHAT)
+    prompt = chat_ids(TOKENIZER, CHAT)
     assert ids[: len(prompt)] == prompt
     # Answers are learned, with their end; what comes before each of them is not.
     said = [
