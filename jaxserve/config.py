@@ -100,6 +100,14 @@ class EngineConfig:
         ),
     ] = None
     block_size: Annotated[int, Setting("Tokens per KV cache block.", "Memory", low=8, high=256, power_of_two=True)] = 16
+    enable_sleep_mode: Annotated[
+        bool,
+        Setting(
+            "Let other processes use a GPU's memory while the engine is asleep. Steps take longer, because jax then "
+            "allocates their memory from the driver instead of its own pool.",
+            "Memory",
+        ),
+    ] = False
     enable_prefix_caching: Annotated[bool, Setting("Reuse the KV cache of prompts that share a prefix.", "Memory")] = (
         True
     )

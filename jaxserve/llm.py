@@ -268,7 +268,10 @@ class LLM:
             self._engine.update_weights(params, version=version)
 
     def sleep(self, level: int = 1) -> None:
-        """Free the devices' memory. Level 1 keeps the weights on the host, level 2 drops them."""
+        """Free the devices' memory. Level 1 keeps the weights on the host, level 2 drops them.
+
+        On a GPU, other processes can use the memory only with enable_sleep_mode; this one always can.
+        """
         with self._alone():
             self._engine.sleep(level)
 

@@ -79,7 +79,6 @@ SETTINGS = {
         disable_uvicorn_access_log="there is no access log",
         enable_prompt_tokens_details="usage always includes the number of cached tokens",
         enable_server_load_tracking="/load is always available",
-        enable_sleep_mode="/sleep is always available",
     ),
 }
 

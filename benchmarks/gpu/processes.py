@@ -22,7 +22,7 @@ from benchmarks.gpu import book, children
 from benchmarks.gpu.book import Row, Section, Settings
 from benchmarks.gpu.engine.gap import TRACED_AS_RUN
 from jaxserve.config import EngineConfig
-from jaxserve.engine.execute.memory import MEMORY_SHARE
+from jaxserve.engine.execute import jax_start
 
 KERNELS, ENGINE, HERE = "kernels", "engine", "here"
 GRACE = 60.0  # seconds that a process may overrun: a compilation cannot be interrupted
@@ -65,7 +65,7 @@ def _child(group: Sequence[Section], settings: Settings, process: str, seconds: 
     command += ["--size", "tiny" if settings.tiny else "full"]
     env = children.environment()
     if process == ENGINE:
-        env.setdefault(MEMORY_SHARE, str(EngineConfig(model="any").gpu_memory_utilization))
+        env = jax_start.environment(EngineConfig(model="any"), env)
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {TRACED_AS_RUN}".strip()
     print(f"\nin a separate process: {', '.join(names)}", flush=True)
     child = subprocess.Popen(command, cwd=children.ROOT, env=env, start_new_session=True)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.execute import loading, memory, program_store, weights
+from jaxserve.engine.execute import jax_start, loading, memory, program_store, weights
 from jaxserve.engine.execute.loading import OnProgress
 from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.runner import Handle, Runner
@@ -63,7 +63,7 @@ class Engine:
         once the limits are known.
         """
         self.config, self.report = config, report
-        memory.reserve_memory(config)
+        jax_start.start(config)
         store = program_store.open_store(config.compilation_cache_dir, report)
         on = loading.on_mesh(config, mesh)
         if params is None:
@@ -76,6 +76,8 @@ class Engine:
             self.limits = limits = capacity.limits
             for line in capacity.lines():
                 report(line)
+            if config.enable_sleep_mode and not self.returns_memory:
+                report(f"enable_sleep_mode has no effect: {jax_start.KEEPS_MEMORY}")
             if opened is not None:
                 opened(self)
             self.runner = Runner.of(config, self.model, capacity, store)
@@ -261,9 +263,11 @@ class Engine:
         """The parameters of `weights` in public layout. May be called by any thread."""
         return weights.as_public(self.runner.spec, params, self.runner.mesh, copy=copy)
 
-    def sleep(self, level: int = 1) -> None:
+    def sleep(self, level: int = 1) -> bool:
         """Free the devices' memory: the KV cache and the weights. Level 1 keeps the weights on the host, level 2 drops
         them. No request may be in flight.
+
+        Returns whether other processes can use the memory. If not, jax keeps it for this process.
         """
         self.check_alive()
         if level not in (1, 2):
@@ -282,6 +286,16 @@ class Engine:
         runner.params = {}
         runner.free()
         self.asleep = True
+        shared = self.returns_memory
+        kept = "discarded" if level == 2 else "kept in host memory"
+        whose = "to all processes" if shared else f"to this process only ({jax_start.KEEPS_MEMORY})"
+        self.report(f"asleep: weights are {kept}; freed device memory is available {whose}")
+        return shared
+
+    @property
+    def returns_memory(self) -> bool:
+        """Whether memory that it frees is free for other processes too."""
+        return all(map(jax_start.returns_memory, memory.devices_of(self.model)))
 
     def wake(self) -> None:
         """Allocate memory again and restore the weights. After level 2 these are the ones from `update_weights`, if it

@@ -32,7 +32,8 @@ READ_AHEAD = 1 << 20
 
 # The engine's methods that a parent may call, with the types of their results.
 CALLS: Mapping[str, Any] = {
-    **dict.fromkeys(("abort", "also_ends", "reset_prefix_cache", "sleep", "start_profile", "wake"), None),
+    **dict.fromkeys(("abort", "also_ends", "reset_prefix_cache", "start_profile", "wake"), None),
+    "sleep": bool,
     "metrics": EngineMetrics,
     "stop_profile": Path,
 }

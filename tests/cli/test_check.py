@@ -15,7 +15,7 @@ from jaxserve.cli.with_jax import memory_plan
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Capacity, size
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.execute import loading, memory
+from jaxserve.engine.execute import jax_start, loading, memory
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.runner import Runner
 from jaxserve.models import kv_cache
@@ -82,7 +82,7 @@ def test_check_and_engine_agree(
     monkeypatch.setattr(memory, "free_on_cpu", lambda coming=0: 10**7)
     if gib is not None:
         device = type("Gpu", (), {"platform": "gpu", "memory_stats": lambda self: {"bytes_limit": gib * 2**29}})()
-        monkeypatch.setenv(memory.MEMORY_SHARE, "0.5")
+        monkeypatch.setenv(jax_start.MEMORY_SHARE, "0.5")
         monkeypatch.setattr(memory, "devices_of", lambda model: [device])
         monkeypatch.setattr(memory, "Runner", Probe)
     model = loading.open_folder(config, loading.on_mesh(config, None))

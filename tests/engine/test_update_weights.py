@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ConfigError
-from jaxserve.engine.execute import weights
+from jaxserve.engine.execute import jax_start, weights
 from jaxserve.engine.execute.weights import Conversion
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.llm import LLM
@@ -292,6 +292,38 @@ def test_sleep_frees_memory_and_wake_restores_the_weights(llm: LLM, answers: dic
         llm.wake_up()
     with pytest.raises(JaxserveError, match="level 3"):
         llm.sleep(3)
+
+
+@pytest.mark.parametrize("level, kept", [(1, "kept in host memory"), (2, "discarded")])
+@pytest.mark.parametrize("returned", [True, False])
+def test_sleep_says_who_can_use_the_memory(
+    llm: LLM,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    level: int,
+    kept: str,
+    returned: bool,
+) -> None:
+    monkeypatch.setattr(jax_start, "returns_memory", lambda device: returned)
+    assert llm._engine.sleep(level) == returned
+    line = capsys.readouterr().err
+    assert line.startswith(f"asleep: weights are {kept}; freed device memory is available to ")
+    assert ("to all processes" in line, "to this process only (jax keeps freed memory" in line) == (
+        returned,
+        not returned,
+    )
+    llm.update_weights(OLD)
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_sleep_mode_without_effect_is_reported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, returned: bool
+) -> None:
+    """As in a program that has started jax before."""
+    monkeypatch.setattr(jax_start, "returns_memory", lambda device: returned)
+    tiny_llm.make(enable_sleep_mode=True)
+    line = "enable_sleep_mode has no effect: jax keeps freed memory unless"
+    assert (line in capsys.readouterr().err) == (not returned)
 
 
 def test_after_a_deep_sleep_a_checkpoint_is_read_again(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def start(cache: str, since: float, tiny: bool) -> None:
     """Starts an engine with all programs that the product compiles before it is ready."""
     from jaxserve.config import EngineConfig
     from jaxserve.engine.engine import Engine
-    from jaxserve.engine.execute import memory
+    from jaxserve.engine.execute import jax_start
     from jaxserve.types.request import Request
     from jaxserve.types.sampling_params import SamplingParams
 
@@ -38,7 +38,7 @@ def start(cache: str, since: float, tiny: bool) -> None:
     }
     small["warmup"] = False
     config = EngineConfig(model="random", compilation_cache_dir=cache, **(small if tiny else {}))
-    memory.reserve_memory(config)  # before the device is used
+    jax_start.start(config)  # before the device is used
     from benchmarks.gpu.engine import rig
 
     say(import_s=time.time() - since, python_s=_BEGAN - since)

@@ -6,7 +6,6 @@ largest programs if the size of the KV cache depends on their temporaries.
 """
 
 import contextlib
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity, Memory
-from jaxserve.engine.execute import weights
+from jaxserve.engine.execute import cuda_driver, jax_start, weights
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.runner import Runner
@@ -25,8 +24,6 @@ from jaxserve.models.decoder import Params
 from jaxserve.models.mesh_fit import fit
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
-
-MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax's own variable: the share of a GPU's memory that it takes
 
 
 def available(config: EngineConfig, model: Opened) -> Memory:
@@ -72,24 +69,30 @@ def sized(config: EngineConfig, model: Opened, memory: Memory, store: Store | No
     return replace(found.checked(), limits=replace(found.limits, eos_token_ids=ends))
 
 
-def reserve_memory(config: EngineConfig) -> None:
-    """Make jax reserve as much of a GPU as the engine may use. No effect if the program has already used a device or
-    has set the variable itself."""
-    os.environ.setdefault(MEMORY_SHARE, str(config.gpu_memory_utilization))
+# --- an accelerator's memory ----------------------------------------------------------------------------------------
 
 
 def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
-    """Usable bytes and bytes in use, of the device with the least left."""
+    """Usable bytes and bytes in use, of the device with the least left.
+
+    The utilization refers to all memory of the device. Arrays that the program holds already count as used, and what
+    jax may have beyond the utilization is left to the program.
+    """
 
     def of(device: Any) -> tuple[int, int]:
         stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
+        limits = [stats[name] for name in ("bytes_limit", "bytes_reservable_limit") if stats.get(name)]
+        asked = cuda_driver.memory(device)
+        if limits:
+            limit, used = min(limits), stats.get("bytes_in_use", 0)
+            total = asked.total if asked is not None else limit / jax_start.share_of(device)
+        elif asked is not None:  # jax allocates every array from the driver, as other processes do
+            total, used = asked.total, asked.total - asked.free
+            limit = total
+        else:
             problem = f"{device} does not report how much memory it has"
             raise ConfigError(problem, "set num_blocks or kv_cache_memory_bytes")
-        limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
-        # The limit is jax's share of the memory; the utilization refers to all of it.
-        share = float(os.environ.get(MEMORY_SHARE, "0.75"))
-        return int(min(limit, limit / share * utilization)), used
+        return int(min(limit, total * utilization)), used
 
     return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])
 

@@ -121,17 +121,20 @@ async def sleep(request: web.Request) -> web.StreamResponse:
     if serving.asleep:
         raise ApiError(409, "The engine is already asleep. Wake it with POST /wake_up.", type="ConflictError")
     serving.asleep = True
-    await _whatever_the_client_does(_fall_asleep(serving, int(level)))
-    return reply({"status": "asleep", "level": int(level)})
+    shared = await _whatever_the_client_does(_fall_asleep(serving, int(level)))
+    free_for = "all processes" if shared else "this server"
+    return reply({"status": "asleep", "level": int(level), "memory_free_for": free_for})
 
 
-async def _fall_asleep(serving: Serving, level: int) -> None:
+async def _fall_asleep(serving: Serving, level: int) -> object:
+    """Returns whether other processes can use the memory."""
     try:
-        await _ask(serving, "sleep", level=level)
+        shared = await _ask(serving, "sleep", level=level)
     except BaseException:
         serving.asleep = False
         raise
     serving.metrics.sleep_level = level
+    return shared
 
 
 async def wake_up(request: web.Request) -> web.StreamResponse:
@@ -152,11 +155,11 @@ async def _wake(serving: Serving) -> None:
     serving.metrics.sleep_level = 0
 
 
-async def _whatever_the_client_does(work: Coroutine[None, None, None]) -> None:
+async def _whatever_the_client_does[T](work: Coroutine[None, None, T]) -> T:
     """Run to the end even if the client disconnects, so that the recorded sleep state matches the engine's."""
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # the client is gone: mark as read
         raise
@@ -201,7 +204,7 @@ ROUTES = (
                 "1 (default) keeps the weights in host memory; 2 discards them and reloads on wake-up.",
             ),
         ),
-        summary="Free device memory until /wake_up.",
+        summary="Free device memory until /wake_up: for other processes too if --enable-sleep-mode is set.",
     ),
     Route("POST", "/wake_up", wake_up, summary="Wake the engine from sleep."),
     Route("GET", "/is_sleeping", is_sleeping, summary="Whether the engine is asleep."),

@@ -16,7 +16,8 @@ from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import GIB, SLACK, Capacity
-from jaxserve.engine.execute import loading, memory
+from jaxserve.engine.execute import cuda_driver, jax_start, loading, memory
+from jaxserve.engine.execute.cuda_driver import DriverMemory
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.runner import Runner
 from jaxserve.engine.execute.weights import shapes_of
@@ -152,6 +153,34 @@ def test_the_budget(monkeypatch: pytest.MonkeyPatch, fraction: str | None, utili
     devices = [FakeDevice(80 * GIB, used * GIB, float(fraction or 0.75)) for used in (3, 16, 5)]
     most, used = memory.budget(devices, utilization)
     assert (most / GIB, used) == (pytest.approx(usable), 16 * GIB)  # of the one that has least left
+
+
+def test_a_running_jax_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer started it, with three quarters of the memory, and holds arrays: it keeps the rest of its pool."""
+    for name in (jax_start.MEMORY_SHARE, jax_start.DEPRECATED_SHARE):
+        monkeypatch.delenv(name, raising=False)
+    jax_start.start(EngineConfig(model="any", gpu_memory_utilization=0.5))
+    assert jax_start.MEMORY_SHARE not in os.environ and jax_start.DEPRECATED_SHARE not in os.environ
+    assert memory.budget([FakeDevice(80 * GIB, 20 * GIB)], 0.5) == (40 * GIB, 20 * GIB)
+
+
+def test_the_driver_knows_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever share jax has of it, and where jax reports nothing, as with its allocator `platform`."""
+    monkeypatch.setenv(jax_start.MEMORY_SHARE, "0.9")  # changed since jax started
+    monkeypatch.setattr(cuda_driver, "memory", lambda device: DriverMemory(total=80 * GIB, free=15 * GIB))
+    device = FakeDevice(80 * GIB, 3 * GIB)
+    assert memory.budget([device], 0.5) == (40 * GIB, 3 * GIB)
+    assert memory.budget([device], 0.9) == (60 * GIB, 3 * GIB)
+    monkeypatch.setattr(FakeDevice, "memory_stats", lambda self: {"bytes_limit": 0, "bytes_in_use": 0})
+    assert memory.budget([device], 0.9) == (72 * GIB, 65 * GIB)
+
+
+def test_only_gpus_have_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"bytes_limit": 16 * GIB, "bytes_reservable_limit": 15 * GIB, "bytes_in_use": GIB}
+    monkeypatch.setattr(FakeDevice, "memory_stats", lambda self: stats)
+    device = FakeDevice(0, 0, platform="tpu")
+    assert memory.budget([device], 0.5) == (15 * GIB // 2, GIB)
+    assert memory.budget([device], 1.0) == (15 * GIB, GIB)
 
 
 @dataclass
