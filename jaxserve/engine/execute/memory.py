@@ -80,7 +80,7 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
     """
 
     def of(device: Any) -> tuple[int, int]:
-        stats = device.memory_stats() or {}
+        stats = _reported(device)
         limits = [stats[name] for name in ("bytes_limit", "bytes_reservable_limit") if stats.get(name)]
         asked = cuda_driver.memory(device)
         if limits:
@@ -95,6 +95,14 @@ def budget(devices: list[Any], utilization: float) -> tuple[int, int]:
         return int(min(limit, total * utilization)), used
 
     return min((of(device) for device in devices), key=lambda pair: pair[0] - pair[1])
+
+
+def _reported(device: Any) -> dict[str, int]:
+    """What jax reports of its memory; nothing on a CPU, and with some allocators."""
+    try:
+        return device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError:
+        return {}
 
 
 def devices_of(model: Opened) -> list[Any]:

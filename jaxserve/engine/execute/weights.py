@@ -52,6 +52,8 @@ class Conversion:
             tensor = self.pieces[0] if self.program is None else self.program(*map(_put, self.pieces, self.places))
             return _put(tensor, self.target.sharding).block_until_ready()
         except jax.errors.JaxRuntimeError as error:
+            if not _of_memory(error):
+                raise
             name, size = param_layout.dotted(self.path), shard_bytes(self.target)
             problem = f"{name} needs {size:,} bytes per device beside the parameters in use and the given ones: {error}"
             raise JaxserveError(problem, "free memory on the devices, or lower gpu_memory_utilization") from None
@@ -72,7 +74,8 @@ def conversions(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, 
             found = [_as_given(path, given[path], target, on) for path, target in targets.items()]
         else:
             _check_not_engine(spec, given.keys(), targets)
-            param_layout.check_public(spec, given, _targets(spec, stored, where))
+            as_stored = targets if dtype in (None, stored) else _targets(spec, stored, where)
+            param_layout.check_public(spec, given, as_stored)
             found = []
             for path, target in targets.items():
                 parts = param_layout.parts_of(path, target.shape, spec)
@@ -103,6 +106,8 @@ def as_public(spec: ModelSpec, engine: Params, on: Any, *, copy: bool) -> Params
             try:
                 values = jax.block_until_ready(_splitting(parts, shapes_of(array), on)(array))
             except jax.errors.JaxRuntimeError as error:
+                if not _of_memory(error):
+                    raise
                 problem = f"there is no memory for a copy of the parameters beside the engine's: {error}"
                 raise JaxserveError(problem, "lower gpu_memory_utilization, or set copy=False") from None
         for part, value in zip(named, values, strict=True):
@@ -205,6 +210,10 @@ def _place(piece: Any, target: jax.ShapeDtypeStruct, on: Any) -> Any:
         return target.sharding
     known = getattr(piece, "sharding", None)
     return known if isinstance(known, NamedSharding) and known.mesh == on else NamedSharding(on, P())
+
+
+def _of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _put(array: Any, where: Any) -> jax.Array:

@@ -174,6 +174,12 @@ def test_the_driver_knows_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(FakeDevice, "memory_stats", lambda self: {"bytes_limit": 0, "bytes_in_use": 0})
     assert memory.budget([device], 0.9) == (72 * GIB, 65 * GIB)
 
+    def refused(self: FakeDevice) -> dict[str, int]:
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: GetAllocatorStats")
+
+    monkeypatch.setattr(FakeDevice, "memory_stats", refused)
+    assert memory.budget([device], 0.9) == (72 * GIB, 65 * GIB)
+
 
 def test_only_gpus_have_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = {"bytes_limit": 16 * GIB, "bytes_reservable_limit": 15 * GIB, "bytes_in_use": GIB}
