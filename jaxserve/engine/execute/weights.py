@@ -212,7 +212,7 @@ def _place(piece: Any, target: jax.ShapeDtypeStruct, on: Any) -> Any:
     return known if isinstance(known, NamedSharding) and known.mesh == on else NamedSharding(on, P())
 
 
-def _of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+def _of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
