@@ -10,19 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convert import orbax
 from convert.files.reader import Array, OnBytes, Reader, aligned
 from convert.plan import LoadPlan, plan
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import CheckpointError, JaxserveError
 from jaxserve.models import param_layout, registry
 from jaxserve.models.decoder import Params
 from jaxserve.models.registry import Family
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import DTYPES, ModelSpec
 
 __all__ = ["LoadPlan", "load", "load_model", "open_model", "open_spec", "param_dtype", "plan", "read"]
-
-_COMPUTED_IN = ("bfloat16", "float16", "float32")
 
 
 def load_model(folder: str | Path, *, dtype: Any = None, progress: OnBytes | None = None) -> tuple[ModelSpec, Params]:
@@ -31,7 +30,8 @@ def load_model(folder: str | Path, *, dtype: Any = None, progress: OnBytes | Non
     `dtype=None` means the checkpoint's dtype, or float32 on CPU.
     """
     opened = open_model(Path(folder).expanduser())
-    return opened.spec, read(opened, dtype=param_dtype(opened, dtype), progress=progress)
+    opened = opened.in_dtype(param_dtype(opened, dtype))
+    return opened.spec, read(opened, progress)
 
 
 def open_spec(folder: Path) -> ModelSpec:
@@ -48,7 +48,7 @@ def open_model(folder: Path) -> LoadPlan:
 
 def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress: OnBytes | None = None) -> Params:
     """Load the parameters in engine layout onto the mesh in context, as `dtype`."""
-    return read(plan(folder, spec, family), dtype=dtype, progress=progress)
+    return read(plan(folder, spec, family).in_dtype(dtype), progress)
 
 
 def param_dtype(plan: LoadPlan, wanted: Any = None) -> Any:
@@ -62,21 +62,32 @@ def param_dtype(plan: LoadPlan, wanted: Any = None) -> Any:
         dtype = jnp.dtype(wanted)
     except TypeError:
         dtype = None
-    if dtype is None or dtype.name not in _COMPUTED_IN:
-        raise JaxserveError(f"unsupported parameter dtype {wanted!r}", f"choose one of {', '.join(_COMPUTED_IN)}")
+    if dtype is None or dtype.name not in DTYPES:
+        raise JaxserveError(f"unsupported parameter dtype {wanted!r}", f"choose one of {', '.join(DTYPES)}")
     return dtype
 
 
-def read(plan: LoadPlan, *, dtype: Any, progress: OnBytes | None = None) -> Params:
+def read(plan: LoadPlan, progress: OnBytes | None = None) -> Params:
+    """Read the parameters in engine layout onto the mesh in context, as the spec's dtype."""
     params: Params = {}
     with Reader(progress) as reader:
-        for path, target in param_layout.leaves(param_layout.abstract_params(plan.spec, dtype)):
+        for path, target in param_layout.leaves(param_layout.abstract_params(plan.spec)):
             host = aligned(target.shape, target.dtype)
+            first: Array | None = None
             for part in param_layout.parts_of(path, target.shape, plan.spec):
-                into = host[part.index].reshape(part.view, copy=False)
+                into = part.rows_first(host)[part.index].reshape(part.view, copy=False)
                 reader.fill(plan.copies(part.path, into, part.source))
+                if part.shared:
+                    _check_equal(part.path, host, first)
+                    first = host.copy()
             param_layout.put(params, path, _to_devices(host, target))
     return params
+
+
+def _check_equal(path: param_layout.Path, found: Array, first: Array | None) -> None:
+    if first is not None and not np.array_equal(found, first):
+        problem = f"{param_layout.dotted(path)} differs from that of the weights it is fused with"
+        raise CheckpointError(problem, "this checkpoint is not supported")
 
 
 def _to_devices(host: Array, target: jax.ShapeDtypeStruct) -> jax.Array:

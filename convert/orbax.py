@@ -21,23 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import jax.numpy as jnp
 import numpy as np
 
 from convert.files import output
 from convert.files.header import BITS, TensorInfo, quote
 from convert.files.reader import OnBytes, Reader, aligned
-from convert.plan import LoadPlan, Piece
+from convert.plan import COMPONENT_DTYPES, DTYPES, LoadPlan, Piece
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import hf, param_layout
 from jaxserve.models import spec as specs
 from jaxserve.models.spec import ModelSpec
+from jaxserve.models.weight import component_at
+from jaxserve.quant.scheme import Component
 
 FORMAT = 1
 SPEC, PARAMS = "spec.json", "params"
 
-_ZARR_DTYPES = {"bfloat16": "BF16", "<f2": "F16", "<f4": "F32"}
+_ZARR_DTYPES = {
+    **{"bfloat16": "BF16", "<f2": "F16", "<f4": "F32"},
+    **{"|i1": "I8", "|u1": "U8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32"},  # of quantized weights
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"},
+}
+_PLAIN = [name for name, dtype in _ZARR_DTYPES.items() if dtype in DTYPES]
 _HINT = "convert the model again"
 
 
@@ -53,7 +59,7 @@ def plan(folder: Path) -> LoadPlan:
     spec = read_spec(folder)
     params = folder / PARAMS
     try:
-        wanted = dict(param_layout.leaves(param_layout.abstract_public(spec, jnp.float32)))
+        wanted = dict(param_layout.leaves(param_layout.abstract_public(spec)))
     except (AttributeError, TypeError, ValueError) as error:  # "8" for 8
         _fail(folder / SPEC, f"contains no valid model spec ({error})")
     names = {param_layout.dotted(path) for path in wanted}
@@ -65,7 +71,10 @@ def plan(folder: Path) -> LoadPlan:
         _fail(params, f"has no {quote(missing[0])}{more}, which {SPEC} requires")
     if extra := sorted(found - names):
         _fail(params, f"has {quote(extra[0])}, which is not part of the model that {SPEC} describes")
-    return LoadPlan(spec, {path: [Piece(_stored(params, path, leaf.shape))] for path, leaf in wanted.items()})
+    pieces = {
+        path: [Piece(_stored(params, path, leaf.shape, component_at(spec, path)))] for path, leaf in wanted.items()
+    }
+    return LoadPlan.of(spec, pieces)
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -88,15 +97,17 @@ def read_spec(folder: Path) -> ModelSpec:
     return spec
 
 
-def _stored(params: Path, path: param_layout.Path, shape: tuple[int, ...]) -> TensorInfo:
+def _stored(params: Path, path: param_layout.Path, shape: tuple[int, ...], component: Component | None) -> TensorInfo:
     name = param_layout.dotted(path)
     place = params / name
     array = hf.read_json(place / ".zarray")
     if array.get("shape") != list(shape):
         _fail(place, f"has shape {array.get('shape')}, expected {list(shape)}")
     dtype = _ZARR_DTYPES.get(str(array.get("dtype")))
-    if dtype is None:
-        _fail(place, f"has dtype {array.get('dtype')!r}, expected one of {', '.join(_ZARR_DTYPES)}")
+    if dtype is None or (component is None and dtype not in DTYPES):
+        _fail(place, f"has dtype {array.get('dtype')!r}, expected one of {', '.join(_PLAIN)}")
+    if component is not None and COMPONENT_DTYPES[dtype] != component.dtype:
+        _fail(place, f"has dtype {array.get('dtype')!r}, expected {component.dtype}")
     plain = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "chunks": list(shape)}
     if any(array.get(key, "absent") != value for key, value in plain.items()):
         _fail(place, "is not stored as one uncompressed chunk")
@@ -128,7 +139,8 @@ def write(
     plan: LoadPlan, folder: Path, *, source: dict[str, str | None], dtype: Any = None, progress: OnBytes | None = None
 ) -> None:
     """Write parameters and spec into a folder, one tensor at a time. `dtype=None` keeps each tensor's dtype."""
-    public = param_layout.abstract_public(plan.spec, dtype or jnp.float32)
+    plan = plan if dtype is None else plan.in_dtype(dtype)
+    public = param_layout.abstract_public(plan.spec)
     tree: dict[str, Any] = {}
     with Reader(progress) as reader:
         for path, leaf in param_layout.leaves(public):

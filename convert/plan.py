@@ -8,11 +8,11 @@ is found before any data is read, and reported in one line that names the file, 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,25 @@ from convert.files.header import BITS, TensorInfo, quote
 from convert.files.reader import Array, TensorCopy, equal_bytes
 from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.models import param_layout
+from jaxserve.models import param_layout, registry
 from jaxserve.models.registry import Family
 from jaxserve.models.spec import Layer, ModelSpec
+from jaxserve.models.weight import component_at
 from jaxserve.models.weights import Rule, View
+from jaxserve.quant.scheme import Component
 
-# Supported dtypes of stored weights. The other dtypes of safetensors are quantized formats.
+# Supported dtypes of stored weights. The others hold components of quantized weights.
 DTYPES: dict[str, Any] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype(jnp.bfloat16),
+}
+COMPONENT_DTYPES: dict[str, Any] = DTYPES | {
+    **{f"{sign}{bits}": np.dtype(f"{sign}{bits // 8}".lower()) for sign in "IU" for bits in (8, 16, 32, 64)},
+    "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
+    "F8_E8M0": jnp.dtype(jnp.float8_e8m0fnu),
 }
 
 # Buffers that some checkpoints store although every model computes them: never weights.
@@ -43,16 +51,22 @@ _HINT = "check that config.json belongs to these weights"
 
 @dataclass(frozen=True)
 class Piece:
-    """A public tensor, or one expert's part of it: its location and an optional view of that."""
+    """A public tensor, or one expert's part of it: its location and an optional view of that. What a component of a
+    quantized weight packs is unpacked first."""
 
     info: TensorInfo
     view: View | None = None
+    unpack: Callable[[Array], Array] | None = None
 
     @property
     def dtype(self) -> Any:
-        return DTYPES[self.info.dtype]
+        return COMPONENT_DTYPES[self.info.dtype]
+
+    def unpacked(self, data: Array) -> Array:
+        return data if self.unpack is None else self.unpack(data)
 
     def look(self, data: Array, layer: Layer | None) -> Array:
+        data = self.unpacked(data)
         return data if self.view is None else self.view(data, layer)
 
 
@@ -63,6 +77,16 @@ class LoadPlan:
     spec: ModelSpec
     pieces: Mapping[param_layout.Path, Sequence[Piece]]
 
+    @classmethod
+    def of(cls, spec: ModelSpec, pieces: Mapping[param_layout.Path, Sequence[Piece]]) -> Self:
+        """In the checkpoint's dtype."""
+        found = cls(spec, pieces)
+        return found.in_dtype(found.stored_dtype())
+
+    def in_dtype(self, dtype: Any) -> Self:
+        """The plan of the same model with parameters of this dtype."""
+        return replace(self, spec=replace(self.spec, dtype=jnp.dtype(dtype).name))
+
     @property
     def bytes(self) -> int:
         infos = {piece.info for pieces in self.pieces.values() for piece in pieces}
@@ -70,19 +94,29 @@ class LoadPlan:
 
     def size(self, dtype: Any = None) -> int:
         """Approximate bytes of the parameters as `dtype`, or as stored."""
-        infos = {piece.info for pieces in self.pieces.values() for piece in pieces}
-        return sum(math.prod(info.shape) for info in infos) * jnp.dtype(dtype).itemsize if dtype else self.bytes
+        if dtype is None:
+            return self.bytes
+        plain = {piece.info for path in self.pieces if not self._component(path) for piece in self.pieces[path]}
+        rest = {piece.info for pieces in self.pieces.values() for piece in pieces} - plain
+        values = sum(math.prod(info.shape) for info in plain)
+        return values * jnp.dtype(dtype).itemsize + sum(info.stop - info.start for info in rest)
+
+    def _component(self, path: param_layout.Path) -> Component | None:
+        return component_at(self.spec, path)
 
     def stored_dtype(self) -> Any:
-        """The dtype of most bytes. float64 becomes float32, because nothing computes in float64."""
+        """The dtype of most bytes, except those of quantized weights. float64 becomes float32, because nothing computes
+        in float64."""
         count: Counter[Any] = Counter()
-        for pieces in self.pieces.values():
-            for piece in pieces:
+        for path, pieces in self.pieces.items():
+            for piece in pieces if self._component(path) is None else ():
                 count[piece.dtype] += piece.info.stop - piece.info.start
         return _within_32_bits(max(count, key=lambda dtype: count[dtype]))
 
     def leaf_dtype(self, path: param_layout.Path) -> Any:
         """A dtype that stores this tensor without loss (except for float64)."""
+        if component := self._component(path):
+            return jnp.dtype(component.dtype)
         dtypes = {_within_32_bits(piece.dtype) for piece in self.pieces[path]}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
@@ -115,10 +149,9 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
     if spec.tied and _heads_differ(family.WEIGHTS, tensors):
         spec = replace(spec, tied=False)
     planner = _Planner(folder, spec, family.WEIGHTS, tensors)
-    public = param_layout.leaves(param_layout.abstract_public(spec, jnp.float32))
-    pieces = {path: planner.find(path, leaf) for path, leaf in public}
+    pieces = {path: planner.find(path, leaf) for path, leaf in param_layout.leaves(param_layout.abstract_public(spec))}
     planner.check_used(getattr(family, "IGNORED", ()))
-    return LoadPlan(spec, pieces)
+    return LoadPlan.of(spec, pieces)
 
 
 def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> bool:
@@ -135,6 +168,7 @@ class _Planner:
         self, folder: Path, spec: ModelSpec, weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]
     ) -> None:
         self._folder, self._spec, self._tensors = folder, spec, tensors
+        self._format, self._settings = registry.quantization(folder) if spec.quantized else (None, {})
         self._used: Counter[str] = Counter()  # number of values used per tensor
         self._rules: dict[str, list[Rule]] = {}
         for rule in weights:
@@ -144,8 +178,11 @@ class _Planner:
 
     def find(self, path: param_layout.Path, leaf: jax.ShapeDtypeStruct) -> list[Piece]:
         """The pieces of the public tensor at `path`, by the first rule whose source the checkpoint has."""
-        shape, layer = leaf.shape, layer_of(self._spec, path)
-        rules = self._rules.get(param_layout.dotted(path if layer is None else ("layers", "{layer}", *path[2:])), ())
+        shape, layer, component = leaf.shape, layer_of(self._spec, path), component_at(self._spec, path)
+        weight = path if component is None else path[:-1]
+        rules = self._rules.get(
+            param_layout.dotted(weight if layer is None else ("layers", "{layer}", *weight[2:])), ()
+        )
         if not rules:
             raise AssertionError(f"no rule of the family gives {param_layout.dotted(path)}")
         if any("{expert}" in rule.source for rule in rules) and shape[0] > len(self._tensors):
@@ -153,6 +190,9 @@ class _Planner:
                 f"config.json has {shape[0]:,} experts, but the checkpoint has only {len(self._tensors):,} tensors"
             )
             raise CheckpointError(f"{_shown(self._folder)}: {problem}", _HINT)
+        source = self._format.source(component, self._settings) if self._format and component else None
+        suffix = "" if source is None else source.suffix
+        rules = [rule if source is None else _suffixed(rule, suffix) for rule in rules]
         choices = [(rule, _names(rule, path, shape)) for rule in rules]
         rule, names = next((c for c in choices if any(name in self._tensors for name in c[1])), choices[0])
         each = shape[1:] if "{expert}" in rule.source else shape
@@ -161,8 +201,9 @@ class _Planner:
             if name not in self._tensors:
                 problem = f"tensor {quote(name)} is missing, expected for {param_layout.dotted(path)} {list(shape)}"
                 raise CheckpointError(f"{_shown(self._folder)}: {problem}", f"download it again, or {_HINT}")
-            piece = Piece(self._tensors[name], rule.view)
-            self._used[name] += _check(piece, name, each, layer)
+            view = None if component and not component.rows else rule.view  # views select rows
+            piece = Piece(self._tensors[name], view, source and source.unpack)
+            self._used[name] += _check(piece, name, each, layer, leaf.dtype if component else None)
             pieces.append(piece)
         return pieces
 
@@ -174,6 +215,7 @@ class _Planner:
                 taken = f"of which the model uses {count:,} of {math.prod(info.shape):,} values"
                 fail(info, name, f"has shape {list(info.shape)}, {taken}, expected all")
         known = {rule.source for rule in self._rules.get("head", []) if self._spec.tied}  # a copy of the embedding
+        ignored = (*ignored, *(self._format.ignored if self._format else ()))
         patterns = [re.compile(pattern.replace("{layers}", str(len(self._spec.layers)))) for pattern in ignored]
         extra = [
             name
@@ -186,19 +228,27 @@ class _Planner:
             fail(self._tensors[extra[0]], extra[0], f"is not part of the model that config.json describes{more}")
 
 
+def _suffixed(rule: Rule, suffix: str) -> Rule:
+    """The rule for a component of its weight."""
+    return replace(rule, source=rule.source.removesuffix(".weight") + suffix)
+
+
 def _names(rule: Rule, path: param_layout.Path, shape: tuple[int, ...]) -> list[str]:
     source = rule.source.replace("{layer}", str(path[1]) if len(path) > 1 else "")
     return [source.replace("{expert}", str(i)) for i in range(shape[0])] if "{expert}" in source else [source]
 
 
-def _check(piece: Piece, name: str, shape: tuple[int, ...], layer: Layer | None) -> int:
-    """Check that the piece can be viewed as `shape`; return how many values of its tensor it uses."""
+def _check(piece: Piece, name: str, shape: tuple[int, ...], layer: Layer | None, dtype: Any) -> int:
+    """Check that the piece can be viewed as `shape`, and as a component of this `dtype`; return how many values of its
+    tensor it uses."""
     info = piece.info
-    if info.dtype not in DTYPES:
+    if info.dtype not in (DTYPES if dtype is None else COMPONENT_DTYPES):
         kind = "a quantized format" if BITS[info.dtype] <= 8 else "which is not a weight dtype"
         fail(info, name, f"has dtype {info.dtype}, {kind}, expected one of {', '.join(DTYPES)}")
     try:
-        seen = piece.look(np.broadcast_to(np.zeros((), np.int8), info.shape), layer)
+        # Unpacking computes, views do not.
+        whole = piece.unpacked(np.broadcast_to(np.zeros((), piece.dtype), info.shape))
+        seen = whole if piece.view is None else piece.view(whole, layer)
     except (ValueError, IndexError) as error:
         fail(info, name, f"has shape {list(info.shape)}, expected one that can be viewed as {list(shape)} ({error})")
     if not _regroups(seen.shape, shape):
@@ -206,7 +256,10 @@ def _check(piece: Piece, name: str, shape: tuple[int, ...], layer: Layer | None)
         if seen.shape != info.shape:
             found += f", of which {list(seen.shape)} is used"
         fail(info, name, f"{found}, expected {list(shape)}, possibly with adjacent axes merged")
-    return seen.size
+    floats = jnp.issubdtype(seen.dtype, jnp.floating)
+    if dtype is not None and seen.dtype != dtype and not (floats and dtype in (jnp.float32, jnp.bfloat16, jnp.float16)):
+        fail(info, name, f"has dtype {info.dtype}, expected {dtype} for this quantization")
+    return seen.size * math.prod(info.shape) // max(whole.size, 1)
 
 
 def _regroups(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ ORDER = (
     ("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "pallas_kernels"),
     ("jaxserve.exit_codes", "jaxserve.types", "jaxserve.flags", "jaxserve.demo", "jaxserve.deploy"),
     ("jaxserve.config", "jaxserve.text"),
-    ("jaxserve.parallel",),
+    ("jaxserve.parallel", "jaxserve.quant"),
     ("jaxserve.models",),
     ("jaxserve.sampling", "convert"),
     ("jaxserve.engine.buckets",),
@@ -48,6 +48,7 @@ JAX_FREE = (
         "jaxserve.engine.schedule",
     ),
     *("jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "jaxserve.models.families", "convert.files"),
+    *("jaxserve.quant.scheme",),
 )
 # Folders inside those, for what starts jax on purpose.
 JAX_ALLOWED = ("jaxserve.cli.with_jax",)

@@ -80,10 +80,10 @@ class Reference:
 
 @jax.jit
 def _states(params: Params, tokens: jax.Array) -> jax.Array:
-    model = decoder.bind(SPEC, params)
+    body, head = decoder.bind(decoder.Body, SPEC, params), decoder.bind(decoder.Head, SPEC, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x, _ = model(tokens, positions, [Dense()] * len(SPEC.layers))
-    return model.final(x)
+    x, _ = body(tokens, positions, [Dense()] * len(SPEC.layers))
+    return head.final(x)
 
 
 def counted[**P, R](function: Callable[P, R], calls: list[Any]) -> Callable[P, R]:

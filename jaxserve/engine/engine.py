@@ -225,7 +225,7 @@ class Engine:
     def conversions(self, params: Params) -> list[Conversion]:
         """Check new parameters, and compile what their conversion needs. May be called by any thread."""
         runner = self.runner
-        return weights.conversions(runner.spec, params, runner.mesh, dtype=runner.dtype, device=runner.device)
+        return weights.conversions(runner.spec, params, runner.mesh, device=runner.device)
 
     def replace_weights(self, found: list[Conversion], *, version: int | None = None) -> None:
         """The rest of `update_weights`, between two steps.
@@ -304,9 +304,7 @@ class Engine:
             raise JaxserveError("the engine is not asleep", "call sleep first")
         runner = self.runner
         if self._asleep_weights is not None:
-            runner.params = weights.as_engine(
-                runner.spec, self._asleep_weights, runner.mesh, dtype=runner.dtype, device=runner.device
-            )
+            runner.params = weights.as_engine(runner.spec, self._asleep_weights, runner.mesh, device=runner.device)
             self._asleep_weights = None
         if not runner.params:
             if not self._has_checkpoint:

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.kv_cache import LayerCache
-from jaxserve.models.layers import Linear, Normalize, lift, param
+from jaxserve.models.layers import Linear, Normalize, lift
 from jaxserve.models.rope import Angles, rotate
 from jaxserve.models.spec import Attention
+from jaxserve.models.weight import param
 from jaxserve.parallel import mesh
 from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention

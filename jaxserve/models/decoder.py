@@ -9,6 +9,7 @@ so that equal layers are traced once and every layer has separate weights and ca
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,12 +23,14 @@ from jaxserve.models.attention import Core, Dense, GroupedAttention, Paged
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.latent_attention import MultiHeadLatentAttention
-from jaxserve.models.layers import Embedding, Linear, Normalize, contract, lift, param
+from jaxserve.models.layers import Embedding, Linear, Normalize, lift
+from jaxserve.models.linear import matmul
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.mlp import FeedForward
 from jaxserve.models.moe import MixtureOfExperts
 from jaxserve.models.rope import Angles, angles
 from jaxserve.models.spec import Attention, Layer, Mlp, ModelSpec, Norm
+from jaxserve.models.weight import AxisSizes, param, store, weight
 from jaxserve.parallel import mesh
 from pallas_kernels.checks import is_concrete
 
@@ -81,21 +84,17 @@ class Block(nnx.Module):
         return through(self.mlp_out, x) if spec.norm_the_sum else x, cache
 
 
-class Decoder(nnx.Module):
-    def __init__(self, spec: ModelSpec, fitted: Fit, *, dtype: jnp.dtype) -> None:
-        self.spec = spec
-        model = {"hidden": spec.hidden}
-        narrow = {"latent": spec.embed_dim} if spec.embed_dim else model
-        rows, wide = {"vocab": fitted.rows(spec.vocab_size)}, spec.embed_dim is not None
-        self.embed = Embedding(rows | narrow, dtype=dtype)
+class Body(nnx.Module):
+    """From tokens to the hidden states after the last block."""
+
+    def __init__(self, spec: ModelSpec, fitted: Fit) -> None:
+        self.spec, dtype = spec, jnp.dtype(spec.dtype)
+        model, narrow, rows = _sizes(spec, fitted)
+        self.embed = Embedding(rows, narrow, dtype=dtype)
         learned = None if spec.learned_positions is None else {"positions": spec.learned_positions}
-        self.positions = Embedding(learned | model, dtype=dtype) if learned else None
-        self.embed_in = Linear(model, narrow, dtype=dtype) if wide else None
-        self.embed_out = Linear(narrow, model, dtype=dtype) if wide else None
+        self.positions = Embedding(learned, model, dtype=dtype) if learned else None
+        self.embed_in = Linear(model, narrow, dtype=dtype) if spec.embed_dim else None
         self.layers = nnx.List([Block(layer, spec.hidden, fitted, dtype=dtype) for layer in spec.layers])
-        self.final_norm = Normalize(spec.final_norm, model, dtype=dtype) if spec.final_norm else None
-        self.head = None if spec.tied else param(rows | narrow, dtype)
-        self.head_bias = param(rows, dtype) if spec.head_bias else None
 
     def __call__(
         self,
@@ -134,6 +133,19 @@ class Decoder(nnx.Module):
             caches.append(updated)
         return x, caches
 
+
+class Head(nnx.Module):
+    """From those to logits."""
+
+    def __init__(self, spec: ModelSpec, fitted: Fit) -> None:
+        self.spec, dtype = spec, jnp.dtype(spec.dtype)
+        model, narrow, rows = _sizes(spec, fitted)
+        self.final_norm = Normalize(spec.final_norm, model, dtype=dtype) if spec.final_norm else None
+        self.embed_out = Linear(narrow, model, dtype=dtype) if spec.embed_dim else None
+        self.embed = Embedding(rows, narrow, dtype=dtype) if spec.tied else None
+        self.head = None if spec.tied else weight(rows, narrow, dtype)
+        self.head_bias = param(rows, dtype) if spec.head_bias else None
+
     def final(self, x: jax.Array) -> jax.Array:
         """Hidden states after the last block -> the head's input."""
         if self.final_norm is not None:
@@ -143,8 +155,9 @@ class Decoder(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., hidden] -> float32 [..., vocab_size], replicated on every device."""
         spec, x = self.spec, self.final(x)
-        weight = self.embed.weight[...] if self.head is None else self.head[...]
-        logits = contract(x, weight, count=1, outs=("vocab",), dtype=jnp.dtype(jnp.float32))
+        output = self.head if self.embed is None else self.embed.weight
+        assert output is not None
+        logits = matmul(x, output, outs=("vocab",), dtype=jnp.dtype(jnp.float32))
         if self.head_bias is not None:
             logits = logits + lift(self.head_bias[...].astype(jnp.float32), logits)
         logits = mesh.replicated(logits)[..., : spec.vocab_size]
@@ -177,24 +190,59 @@ def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
     return x.at[places].get(mode="promise_in_bounds")
 
 
+def _sizes(spec: ModelSpec, fitted: Fit) -> tuple[AxisSizes, AxisSizes, AxisSizes]:
+    """Axes of hidden states, of embeddings, and of the vocabulary."""
+    model = {"hidden": spec.hidden}
+    return model, {"latent": spec.embed_dim} if spec.embed_dim else model, {"vocab": fitted.rows(spec.vocab_size)}
+
+
 @cache
-def declare(spec: ModelSpec, fitted: Fit, dtype: str) -> tuple[Any, Any]:
-    """The decoder without arrays: flax's graph, which is independent of sizes, and the abstract state."""
-    return nnx.split(nnx.eval_shape(partial(Decoder, spec, fitted, dtype=jnp.dtype(dtype))))
+def _declare(part: type[Body | Head], spec: ModelSpec, fitted: Fit) -> tuple[Any, Any]:
+    """A part of the decoder without arrays: flax's graph, which is independent of sizes, and the abstract state."""
+
+    def declared() -> Body | Head:
+        module = part(spec, replace(fitted, unit=spec.unit))
+        if spec.quantized:
+            store(module, spec, fitted)
+        return module
+
+    return nnx.split(nnx.eval_shape(declared))
 
 
-def bind(spec: ModelSpec, params: Params) -> Decoder:
-    """The decoder with these parameters (engine layout); call it inside a trace."""
-    check_engine(spec, params)
-    graph, _ = declare(spec, Fit(), str(params["embed"]["weight"].dtype))
-    return nnx.merge(graph, params)
+def declare(spec: ModelSpec, fitted: Fit) -> Params:
+    """The engine layout's tree with flax's abstract variables as leaves, which have the names of their axes."""
+    return {
+        name: node
+        for part in (Body, Head)
+        for name, node in nnx.to_pure_dict(_declare(part, spec, fitted)[1], extract_fn=_itself).items()
+    }
+
+
+def _itself(variable: Any) -> Any:
+    return variable
+
+
+def names(part: type[Body | Head], spec: ModelSpec) -> tuple[str, ...]:
+    """Which entries of the parameters this part of the decoder reads."""
+    return tuple(nnx.to_pure_dict(_declare(part, spec, Fit())[1]))
+
+
+def bind[Part: Body | Head](part: type[Part], spec: ModelSpec, params: Params) -> Part:
+    """A part of the decoder with these parameters, or with its part of all (engine layout); call it inside a trace."""
+    graph, state = _declare(part, spec, Fit())
+    mine = {name: params[name] for name in names(part, spec) if name in params}
+    _check_structure(nnx.to_pure_dict(state), mine)
+    return nnx.merge(graph, mine)
 
 
 def check_engine(spec: ModelSpec, params: Params) -> None:
     """Check by its names that the tree is in engine layout for this spec."""
-    _, state = declare(spec, Fit(), "float32")
-    wanted, found = (jax.tree.structure(tree) for tree in (nnx.to_pure_dict(state), params))
-    if wanted != found:
+    _check_structure(declare(spec, Fit()), params)
+
+
+def _check_structure(declared: Params, params: Params) -> None:
+    wanted = jax.tree.structure(declared, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    if wanted != jax.tree.structure(params):
         problem = "the parameters are not in this model's engine layout"
         raise JaxserveError(
             problem, "load them with load_model, or convert the public tree with layout.to_engine_layout"
@@ -212,26 +260,27 @@ def step(
 def hidden(
     spec: ModelSpec, params: Params, cache: list[LayerCache], inputs: ModelInputs
 ) -> tuple[jax.Array, list[LayerCache]]:
-    """The first part of `step`: the last block's output for the sampled tokens, [sampled, hidden]."""
-    decoder = bind(spec, params)
+    """The first part of `step`: the last block's output for the sampled tokens, [sampled, hidden]. `params` may be the
+    body's alone."""
+    body = bind(Body, spec, params)
     cores = [Paged(inputs, pools) for pools in cache]
     wanted = inputs.sampled
     early = len(wanted) < len(inputs.tokens)
-    x, updated = decoder(
+    x, updated = body(
         inputs.tokens, inputs.positions, cores, wanted=wanted if early else None, rope_lengths=inputs.rope_lengths
     )
     return x if early else _rows(x, wanted), [pools for pools in updated if pools is not None]
 
 
 def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
-    """The second part of `step`: float32 logits of these rows. Reads only the parameters of the last norm and the
-    head."""
-    return bind(spec, params).logits(rows)
+    """The second part of `step`: float32 logits of these rows. `params` may be the head's alone."""
+    return bind(Head, spec, params).logits(rows)
 
 
 def final(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
-    """These rows as the head receives them, which embedding models call the last hidden state."""
-    return bind(spec, params).final(rows)
+    """These rows as the head receives them, which embedding models call the last hidden state. `params` may be the
+    head's alone."""
+    return bind(Head, spec, params).final(rows)
 
 
 def forward(
@@ -256,10 +305,10 @@ def forward(
     elif getattr(rope_lengths, "shape", None) != (batch,) or rope_lengths.dtype != jnp.int32:
         raise ValueError(f"rope_lengths must be int32[{batch}], one length for each sequence")
     lengths = jnp.broadcast_to(rope_lengths[:, None], tokens.shape) if spec.needs_rope_length else None
-    decoder = bind(spec, params)
-    dense = Dense()
-    x, _ = decoder(tokens, positions, [dense] * len(spec.layers), rope_lengths=lengths, remat=remat)
-    return decoder.logits(x)
+    check_engine(spec, params)
+    dense = [Dense()] * len(spec.layers)
+    x, _ = bind(Body, spec, params)(tokens, positions, dense, rope_lengths=lengths, remat=remat)
+    return bind(Head, spec, params).logits(x)
 
 
 def _check_tokens(spec: ModelSpec, tokens: jax.Array) -> None:

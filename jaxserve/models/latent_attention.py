@@ -11,9 +11,11 @@ from flax import nnx
 
 from jaxserve.models.attention import Core, Options, Paged
 from jaxserve.models.kv_cache import LayerCache
-from jaxserve.models.layers import Linear, Normalize, param
+from jaxserve.models.layers import Linear, Normalize
+from jaxserve.models.linear import matmul_each
 from jaxserve.models.rope import Angles, rotate
 from jaxserve.models.spec import LatentAttention
+from jaxserve.models.weight import weight
 from jaxserve.parallel import mesh
 
 
@@ -30,8 +32,8 @@ class MultiHeadLatentAttention(nnx.Module):
             self.q = Linear(query, {"latent": spec.q_rank}, dtype=dtype)
         self.kv_down = Linear({"latent": spec.kv_rank + spec.rope_dim}, model, bias=spec.bias, dtype=dtype)
         self.kv_norm = Normalize(spec.norm, rank, dtype=dtype)
-        self.k_up = param({"heads": spec.heads, "head_dim": spec.nope_dim, "latent": spec.kv_rank}, dtype)
-        self.v_up = param({"heads": spec.heads, "head_dim": spec.v_dim, "latent": spec.kv_rank}, dtype)
+        self.k_up = weight({"heads": spec.heads, "head_dim": spec.nope_dim}, rank, dtype)
+        self.v_up = weight({"heads": spec.heads, "head_dim": spec.v_dim}, rank, dtype)
         self.out = Linear(model, {"heads": spec.heads, "head_dim": spec.v_dim}, bias=spec.bias, dtype=dtype)
 
     def __call__(self, x: jax.Array, turn: Angles | None, core: Core) -> tuple[jax.Array, LayerCache | None]:
@@ -44,22 +46,18 @@ class MultiHeadLatentAttention(nnx.Module):
         latent = self.kv_norm(compressed[..., : spec.kv_rank])
         k_rope = rotate(compressed[..., None, spec.kv_rank :], turn, interleaved=spec.rope.interleaved)
         if isinstance(core, Paged):
-            absorbed = _per_head("thd,hdr->thr", q_nope, self.k_up[...])
+            absorbed = matmul_each("thd,hdr->thr", q_nope, self.k_up)
             query = jnp.concatenate((absorbed, q_rope), axis=-1)
             keys = jnp.concatenate((latent, k_rope[..., 0, :]), axis=-1)
             out, cache = core.attend_latent(query, keys, latent_dim=spec.kv_rank, scale=spec.scale)
-            return self.out(_per_head("thr,hdr->thd", out, self.v_up[...])), cache
-        k_nope = jnp.einsum("bsr,hdr->bshd", latent, self.k_up[...])
-        v = jnp.einsum("bsr,hdr->bshd", latent, self.v_up[...])
+            return self.out(matmul_each("thr,hdr->thd", out, self.v_up)), cache
+        k_nope = matmul_each("bsr,hdr->bshd", latent, self.k_up)
+        v = matmul_each("bsr,hdr->bshd", latent, self.v_up)
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], spec.rope_dim), out_sharding=_like(k_nope))
         k = jnp.concatenate((k_nope, k_rope), axis=-1)
         query = jnp.concatenate((q_nope, q_rope), axis=-1)[..., None, :]  # every head has its own key
         out, _ = core.attend(query, k, v, sinks=None, options=Options(scale=spec.scale))
         return self.out(out[..., 0, :]), None
-
-
-def _per_head(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum(expression, x, weight, preferred_element_type=x.dtype)
 
 
 def _like(array: jax.Array) -> jax.sharding.PartitionSpec | None:

@@ -5,6 +5,7 @@ Dimensions that do not divide evenly are padded with zeros (vocabulary, MLP colu
 (query heads, experts).
 """
 
+import math
 from dataclasses import dataclass
 
 from jaxserve.errors import JaxserveError
@@ -19,12 +20,13 @@ WIDE, UNIT = 1024, 128
 class Fit:
     shards: int = 1  # of heads, vocabulary and MLP columns
     kv_repeat: int = 1  # how many times each KV head is stored
+    unit: int = 1  # of MLP columns on each shard: quantized weights have values for groups of columns
 
     def rows(self, vocab_size: int) -> int:
         return _up(vocab_size, self.shards)
 
     def columns(self, width: int) -> int:
-        return _up(width, self.shards * (UNIT if width >= WIDE else 1))
+        return _up(width, self.shards * math.lcm(self.unit, UNIT if width >= WIDE else 1))
 
     def slots(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """The shape of one token's KV in each pool of a layer, over all devices."""

@@ -5,17 +5,20 @@ The rows of all tokens, one per chosen expert, are sorted by expert; a grouped m
 once. On a mesh every device runs its own experts on all tokens, and an all-reduce sums the results.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.layers import Linear, contract, gate, lift, param
+from jaxserve.models.layers import Linear, gate, lift
+from jaxserve.models.linear import as_argument, matmul, matmul_grouped
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.mlp import FeedForward
 from jaxserve.models.spec import Moe, Router
+from jaxserve.models.weight import param, weight
 from jaxserve.parallel import mesh
-from pallas_kernels.grouped_matmul import grouped_matmul
 
 # Up to this many pairwise comparisons, ranking by comparison is one small kernel; a GPU sort takes several.
 _FEW = 2**22
@@ -24,7 +27,7 @@ _FEW = 2**22
 class Routing(nnx.Module):
     def __init__(self, spec: Router, hidden: int, *, dtype: jnp.dtype) -> None:
         self.spec = spec
-        self.kernel = param({"router": spec.experts, "hidden": hidden}, dtype)
+        self.kernel = weight({"router": spec.experts}, {"hidden": hidden}, dtype)
         float32 = jnp.dtype(jnp.float32)
         self.bias = param({"router": spec.experts}, dtype) if spec.bias else None
         self.correction = param({"router": spec.experts}, float32) if spec.correction else None
@@ -33,7 +36,7 @@ class Routing(nnx.Module):
         """The chosen experts of each token, best first, and their weights in float32: [..., top_k] each."""
         spec = self.spec
         # Products of bfloat16 values are exact in float32, so the weights need no float32 copy.
-        logits = contract(x, self.kernel[...], count=1, outs=("router",), dtype=jnp.dtype(jnp.float32))
+        logits = matmul(x, self.kernel, outs=("router",), dtype=jnp.dtype(jnp.float32))
         if self.bias is not None:
             logits = logits + lift(self.bias[...].astype(jnp.float32), logits)
         match spec.scoring:
@@ -109,16 +112,12 @@ class Experts(nnx.Module):
             "down": (self.down.kernel, down_axes),
             "down_bias": (self.down_bias, down_axes[:2]),
         }
-        held = {
-            name: (value[...], mesh.partition(axes)) for name, (value, axes) in parameters.items() if value is not None
-        }
+        held = {name: as_argument(value, axes) for name, (value, axes) in parameters.items() if value is not None}
         arrays, cuts = ({name: pair[i] for name, pair in held.items()} for i in (0, 1))
         run = mesh.island(self._run_shard, (tokens, tokens, tokens, cuts), tokens)
         return run(x, chosen, weights, arrays)
 
-    def _run_shard(
-        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, arrays: dict[str, jax.Array]
-    ) -> jax.Array:
+    def _run_shard(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, arrays: dict[str, Any]) -> jax.Array:
         """Run this shard's experts, or its slice of each, and sum over the mesh."""
         here, _, width, hidden = arrays["gate_up"].shape
         ids = chosen.reshape(-1)
@@ -131,11 +130,11 @@ class Experts(nnx.Module):
         tokens = x.reshape(-1, hidden)[order // chosen.shape[-1]]
         mine = jnp.clip(ids[order] - first, 0, here - 1)  # any index for rows of other shards: their result is zero
 
-        both = grouped_matmul(tokens, arrays["gate_up"].reshape(here, 2 * width, hidden), offsets)
+        both = matmul_grouped(tokens, arrays["gate_up"], offsets)
         both = both.reshape(-1, 2, width)
         if "gate_up_bias" in arrays:
             both = both + arrays["gate_up_bias"][mine]
-        out = grouped_matmul(gate(self.spec.activation, both[:, 0], both[:, 1]), arrays["down"], offsets)
+        out = matmul_grouped(gate(self.spec.activation, both[:, 0], both[:, 1]), arrays["down"], offsets)
         if "down_bias" in arrays:
             # Add the bias on one slice of the width only, and not to rows of other shards.
             ours = (rows >= offsets[0]) & (rows < offsets[-1]) & (mesh.shard_index("mlp") == 0)

@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -33,6 +33,7 @@ from jaxserve.models.families import (
 )
 from jaxserve.models.spec import MAX_LAYERS, ModelSpec
 from jaxserve.models.weights import Rule
+from jaxserve.quant.scheme import FORMATS, Format, Quantized, Scheme
 
 
 class Family(Protocol):
@@ -112,7 +113,8 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
     family = family_of(raw)
     config = as_config(raw)
     try:
-        return family.spec(config)
+        spec = family.spec(config)
+        return replace(spec, quantized=_quantized(raw, family, len(spec.layers)))
     except CheckpointError:
         raise
     except (AttributeError, TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
@@ -120,8 +122,46 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         raise CheckpointError(problem, "check the file") from None
 
 
-# Fields to drop: code is never run, and language models have no labels (num_labels could make a huge list).
-UNREAD = ("auto_map", "num_labels", "id2label", "label2id")
+def quantization(folder: Path) -> tuple[Format, Mapping[str, Any]]:
+    """The format of a folder with a quantized model, and its settings."""
+    return _format(hf.read_json(folder / "config.json"))
+
+
+def _format(raw: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]]:
+    given = raw["quantization_config"]
+    settings: Mapping[str, Any] = cast(Any, given if isinstance(given, Mapping) else {})
+    found = FORMATS.get(str(settings.get("quant_method")))
+    if found is None:
+        problem = f"the checkpoint is quantized ({one_line(repr(raw['quantization_config']))}), which is not supported"
+        raise CheckpointError(problem, "name the unquantized checkpoint")
+    return found, settings
+
+
+def _quantized(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[Quantized, ...]:
+    """The schemes of the model's weights, as few entries as there are different ones."""
+    if not raw.get("quantization_config"):
+        return ()
+    chosen, settings = _format(raw)
+    found: dict[str, Scheme | None] = {}
+    for rule in family.WEIGHTS:
+        if not rule.is_weight:
+            continue
+        module = rule.source.removesuffix(".weight").replace("{expert}", "0")
+        each = [chosen.scheme(module.replace("{layer}", str(i)), settings) for i in range(layers)]
+        alike = len({*each}) == 1
+        for path, scheme in zip([rule.path] if alike else _numbered(rule.path, layers), each, strict=False):
+            # Several rules may name one tensor. Formats list the layers that are left out, by their true names.
+            found[path] = scheme if found.get(path, scheme) else None
+    return tuple(Quantized(path=path, scheme=scheme) for path, scheme in found.items() if scheme)
+
+
+def _numbered(path: str, layers: int) -> list[str]:
+    return [path.replace("{layer}", str(i)) for i in range(layers)]
+
+
+# Fields to drop: code is never run, quantization is read here, and language models have no labels (num_labels could
+# make a huge list).
+UNREAD = ("auto_map", "quantization_config", "num_labels", "id2label", "label2id")
 
 
 def _check_raw(part: Mapping[str, Any]) -> None:
@@ -138,8 +178,7 @@ def _check_raw(part: Mapping[str, Any]) -> None:
 def as_config(raw: Mapping[str, Any]) -> hf.Config:
     """The config as transformers reads it, without fields that could name code or a backend."""
     if raw.get("quantization_config"):
-        problem = f"the checkpoint is quantized ({one_line(repr(raw['quantization_config']))}), which is not supported"
-        raise CheckpointError(problem, "name the unquantized checkpoint")
+        _format(raw)
     for part in (raw, raw.get("text_config")):
         if isinstance(part, Mapping):
             _check_raw(cast(Mapping[str, Any], part))

@@ -4,7 +4,7 @@ after that. Specs are hashable: jit takes them as static arguments, and equal sp
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import islice
@@ -12,6 +12,8 @@ from types import UnionType
 from typing import Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
 from jaxserve.errors import CheckpointError, one_line
+from jaxserve.quant.scheme import Component, Quantized, Scheme
+from jaxserve.quant.scheme import problems as scheme_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class ClampedSwiglu:
 type Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"] | ClampedSwiglu
 
 
+type Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES = ("bfloat16", "float16", "float32")
 MAX_LAYERS = 1000  # the largest models have fewer than 200
 
 
@@ -189,6 +193,9 @@ class ModelSpec:
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     tied: bool
+    # Of parameters and activations. A config does not determine it: whoever opens a model sets it.
+    dtype: Dtype = "float32"
+    quantized: tuple[Quantized, ...] = ()  # weights that are stored in several arrays
     embed_scale: float = 1.0
     embed_dim: int | None = None  # if it differs from `hidden`: projected in and out
     learned_positions: int | None = None  # rows of the position table
@@ -200,9 +207,29 @@ class ModelSpec:
     def __post_init__(self) -> None:
         _check(self)
 
+    def scheme_of(self, path: Sequence[str | int]) -> Scheme | None:
+        """How the public tensor at this path is stored; None: as one array."""
+        schemes = _by_path(self.quantized)
+        exact, general = list(path), list(path)
+        if len(path) > 1 and path[0] == "layers":
+            general[1] = "{layer}"
+        keys = (".".join(map(str, each)) for each in (exact, general))
+        return next((schemes[key] for key in keys if key in schemes), None)
+
+    @property
+    def unit(self) -> int:
+        """The columns of a weight come in multiples of this number, because groups of them share values."""
+        schemes = [each.scheme for each in self.quantized if each.scheme]
+        return math.lcm(*(component.columns or 1 for scheme in schemes for component in scheme.components))
+
     @property
     def needs_rope_length(self) -> bool:
         return any(layer.attention.rope is not None and layer.attention.rope.needs_length for layer in self.layers)
+
+
+@cache
+def _by_path(quantized: tuple[Quantized, ...]) -> dict[str, Scheme | None]:
+    return {each.path: each.scheme for each in quantized}
 
 
 def _check(spec: ModelSpec) -> None:
@@ -215,6 +242,8 @@ def _check(spec: ModelSpec) -> None:
 def _contradictions(spec: ModelSpec) -> Iterator[str]:
     if not spec.layers:
         yield "model has no layers"
+    for scheme in {each.scheme for each in spec.quantized if each.scheme}:
+        yield from scheme_problems(scheme)
     if len(spec.layers) > MAX_LAYERS:
         yield f"model has {len(spec.layers):,} layers, expected at most {MAX_LAYERS}"
     for i, layer in enumerate(spec.layers):
@@ -322,7 +351,7 @@ _CLASSES: dict[str, type] = {
             Router,
             Moe,
         ),
-        *(Layer, ModelSpec),
+        *(Layer, ModelSpec, Component, Scheme, Quantized),
     )
 }
 _CLASSES["Linear"] = LinearScaling  # its name in checkpoints that earlier versions converted

@@ -24,6 +24,11 @@ class Rule:
     source: str
     view: View | None = None
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether activations are multiplied by the tensor, which a checkpoint may therefore have quantized."""
+        return self.path == "embed.weight" or self.path.rpartition(".")[2] in ("kernel", "head", "k_up", "v_up")
+
 
 def linear(path: str, source: str, view: View | None = None) -> tuple[Rule, Rule]:
     """Kernel and bias of a linear layer."""

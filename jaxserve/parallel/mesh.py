@@ -27,6 +27,7 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "experts": "expert",
     **dict.fromkeys(("hidden", "group", "head_dim", "latent", "parts", "positions", "router", "blocks", "slots")),
+    "columns": None,
 }
 
 Axes = tuple[str | None, ...]

@@ -22,10 +22,10 @@ PROMPT = [(7 * i + 3) % 97 for i in range(LONGEST)]  # as long as the model take
 
 @jax.jit
 def _dense(params: Params, tokens: jax.Array) -> jax.Array:
-    model = decoder.bind(FULL, params)
+    body, head = decoder.bind(decoder.Body, FULL, params), decoder.bind(decoder.Head, FULL, params)
     positions = jnp.arange(LONGEST, dtype=jnp.int32)[None]
-    x, _ = model(tokens, positions, [Dense()] * len(FULL.layers))
-    return model.final(x)
+    x, _ = body(tokens, positions, [Dense()] * len(FULL.layers))
+    return head.final(x)
 
 
 @cache

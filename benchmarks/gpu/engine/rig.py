@@ -85,7 +85,7 @@ def settings(spec: ModelSpec, params: Any, *, tiny: bool) -> dict[str, Any]:
     its largest programs twice."""
     if tiny:
         return TINY | {"compilation_cache_dir": ""}
-    [device] = params["embed"]["weight"].devices()
+    [device] = jax.tree.leaves(params)[0].devices()
     stats = device.memory_stats() or {}
     left = stats["bytes_limit"] - stats["bytes_in_use"] - SLACK
     return {"block_size": BLOCK_SIZE, "num_blocks": left // (BLOCK_SIZE * token_bytes(spec, "bfloat16"))}

@@ -71,7 +71,7 @@ def read_bytes(spec: ModelSpec, params: Any, case: StepCase) -> float:
     total = 0.0
     for path, leaf in param_layout.leaves(params):
         size = float(math.prod(leaf.shape) * leaf.dtype.itemsize)
-        if path == ("embed", "weight") and not spec.tied:
+        if path[0] == "embed" and not spec.tied:
             continue  # one row per token
         if "experts" in path:
             mlp = spec.layers[int(path[1])].mlp

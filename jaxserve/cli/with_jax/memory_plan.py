@@ -58,7 +58,7 @@ def read(config: EngineConfig, folder: Path) -> Described:
         spec, name = load.open_spec(folder), raw.get("dtype", raw.get("torch_dtype"))
         known = name if isinstance(name, str) and name in ("float16", "float32") else "bfloat16"
         stored = jnp.dtype(known)
-    public: Any = param_layout.abstract_public(spec, jnp.float32)
+    public: Any = param_layout.abstract_public(spec)
     leaves: list[Any] = jax.tree.leaves(public)
     architectures = raw.get("architectures") or [spec.family]
     return Described(
@@ -79,11 +79,12 @@ def planned(config: EngineConfig, model: Described, total: int | None) -> Capaci
     from jaxserve.models import param_layout
 
     on_cpu = total is None
-    dtype = config.dtype if config.dtype != "auto" else jnp.dtype(jnp.float32) if on_cpu else model.stored
+    auto: Any = jnp.dtype(jnp.float32) if on_cpu else model.stored
+    spec = replace(model.spec, dtype=auto.name if config.dtype == "auto" else config.dtype)
     mesh = loading.on_mesh(config, None)
     with jax.set_mesh(mesh):
-        shapes = param_layout.abstract_params(model.spec, dtype)
-    found = memory.of_weights(model.spec, shapes, mesh, on_cpu=on_cpu)
+        shapes = param_layout.abstract_params(spec)
+    found = memory.of_weights(spec, shapes, mesh, on_cpu=on_cpu)
     if not on_cpu:
         found = replace(found, usable=int(total * config.gpu_memory_utilization), used=found.weights)
     elif config.num_blocks is None and config.kv_cache_memory_bytes is None:

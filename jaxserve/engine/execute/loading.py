@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from convert import load
@@ -68,10 +67,10 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
     cache = Path(config.download_dir).expanduser() if config.download_dir else None
     folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, check=load.open_spec)
     plan = load.open_model(folder)
-    dtype = load.param_dtype(plan, None if config.dtype == "auto" else config.dtype)
+    plan = plan.in_dtype(load.param_dtype(plan, None if config.dtype == "auto" else config.dtype))
     [device] = jax.device_put(0).devices()  # jax's default
     with _on(on, device):
-        shapes = param_layout.abstract_params(plan.spec, dtype)
+        shapes = param_layout.abstract_params(plan.spec)
     if on is None:
         shapes = jax.tree.map(lambda leaf: leaf.update(sharding=SingleDeviceSharding(device)), shapes)
     return Opened(plan.spec, shapes, on, folder, _eos_token_ids(folder), _sampling_defaults(folder), plan)
@@ -90,7 +89,7 @@ def read(opened: Opened, on_progress: OnProgress | None = None) -> Params:
             if on_progress is not None:
                 on_progress("loading", so_far, plan.bytes)
 
-        return load.read(plan, dtype=opened.shapes["embed"]["weight"].dtype, progress=count)
+        return load.read(plan, count)
 
 
 @contextlib.contextmanager
@@ -133,7 +132,7 @@ def done(params: Params) -> Future[Params]:
 
 
 def _device(opened: Opened) -> Any:
-    return next(iter(opened.shapes["embed"]["weight"].sharding.device_set))
+    return weights.device_of(opened.shapes)
 
 
 def _on(mesh: Any, device: Any) -> Any:
@@ -151,8 +150,11 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
         spec = load.open_spec(known)
     if spec.tied and "head" in params:
         spec = replace(spec, tied=False)
-    dtype = None if config.dtype == "auto" else jnp.dtype(config.dtype)
-    engine = weights.as_engine(spec, params, on, dtype=dtype, device=None if on is not None else _only_device(params))
+    if config.dtype == "auto":
+        spec = param_layout.with_dtype_of(spec, weights.leaves_of(spec, params))
+    else:
+        spec = replace(spec, dtype=config.dtype)
+    engine = weights.as_engine(spec, params, on, device=None if on is not None else _only_device(params))
     shapes = weights.shapes_of(engine)
     if known is None:
         return Opened(spec, shapes, on), engine

@@ -44,9 +44,8 @@ def of_weights(spec: ModelSpec, shapes: Params, on: Any, *, on_cpu: bool) -> Mem
     """What is known without querying a device: the weights, and how the model is sharded over the mesh `on`."""
     with jax.set_mesh(on) if on is not None else contextlib.nullcontext():
         fitted = fit(spec, *mesh.shards())
-    dtype = shapes["embed"]["weight"].dtype
     return Memory(
-        on_cpu=on_cpu, dtype=dtype.name, fitted=fitted, weights=sum(map(shard_bytes, jax.tree.leaves(shapes)))
+        on_cpu=on_cpu, dtype=spec.dtype, fitted=fitted, weights=sum(map(shard_bytes, jax.tree.leaves(shapes)))
     )
 
 
@@ -108,4 +107,4 @@ def _reported(device: Any) -> dict[str, int]:
 def devices_of(model: Opened) -> list[Any]:
     if model.mesh is not None:
         return list(model.mesh.devices.flat)
-    return list(model.shapes["embed"]["weight"].sharding.device_set)
+    return [weights.device_of(model.shapes)]

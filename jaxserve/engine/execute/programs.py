@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """All programs that an engine runs on the devices, as pure functions. compiler.py makes executables of them.
 
-    model     (params, cache, tables, last, vector) -> hidden, entries, cache, tables      decode[B], mixed[T]
-    head      (params, last, controls, hidden, entries) -> result, last, controls           head[S, need]
-    embed     (params, hidden) -> embeddings                                                embed[S]
+    model     (body, cache, tables, last, vector) -> hidden, entries, cache, tables       decode[B], mixed[T]
+    head      (head, last, controls, hidden, entries) -> result, last, controls           head[S, need]
+    embed     (head, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
     edit      (cache, tables, vector) -> cache, tables       block table edits and block copies before a step
     set_row, add_counts   (controls, vector) -> controls     when a request with sampling controls takes a row
 
 A step is `model`, then `head` if logits are needed and `embed` if hidden states are. They are separate programs because
 the head's variants would otherwise multiply the compile time of `model`; the hidden states and entries passed between
-them have one shape for all buckets. State is donated: cache, tables [rows, width], last [rows] (each row's last sampled
+them have one shape for all buckets. Parameters come as `body` and `head`: each program gets the part that it reads
+(decoder.names). State is donated: cache, tables [rows, width], last [rows] (each row's last sampled
 token, the next step's input, which thus stays on the device), controls. For the vector's layout see packing.py.
 """
 

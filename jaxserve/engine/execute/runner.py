@@ -31,12 +31,12 @@ from jaxserve.engine.execute import compiler, programs
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
-from jaxserve.engine.execute.weights import shapes_of
+from jaxserve.engine.execute.weights import device_of, shapes_of
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import Ints, Layout, Packed
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.engine.schedule.sequence import Need, Sequence
-from jaxserve.models import kv_cache
+from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import control_row, controls
@@ -90,9 +90,11 @@ class Runner:
         self.spec, self.limits, self.buckets, self.mesh = spec, capacity.limits, capacity.buckets, mesh
         self._processed, self._store = processed, store
         self.params: Params = params  # only their shapes until `warm`, if they are still being read
-        self._param_shapes: Params = shapes_of(params)
-        self.dtype = params["embed"]["weight"].dtype
-        self.device = None if mesh is not None else next(iter(params["embed"]["weight"].sharding.device_set))
+        # A program gets what it reads and no more: every call passes over all arguments.
+        self._body_names, self._head_names = (decoder.names(part, spec) for part in (decoder.Body, decoder.Head))
+        self._body_shapes, self._head_shapes = shapes_of((self._body, self._head))
+        self.dtype = jnp.dtype(spec.dtype)
+        self.device = None if mesh is not None else device_of(params)
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[ProgramKey, Any] = {}
         _RUNNERS.add(self)
@@ -106,6 +108,14 @@ class Runner:
         """For a model with parameters that may still be unread."""
         processed = config.logprobs_mode == "processed_logprobs"
         return cls(model.spec, model.shapes, capacity, processed=processed, mesh=model.mesh, store=store)
+
+    @property
+    def _body(self) -> Params:
+        return {name: self.params[name] for name in self._body_names}
+
+    @property
+    def _head(self) -> Params:
+        return {name: self.params[name] for name in self._head_names}
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -193,13 +203,13 @@ class Runner:
                 case Layout():
                     vector = self._put(packing.padding(key, self.buckets))
                     hidden, entries, self.cache, self.tables = self._executable(key)(
-                        self.params, self.cache, self.tables, self.last, vector
+                        self._body, self.cache, self.tables, self.last, vector
                     )
                 case ("embed", _):
-                    self._executable(key)(self.params, hidden)
+                    self._executable(key)(self._head, hidden)
                 case (int(), need):
                     kept = self.controls if need == Need.FULL else None
-                    _, self.last, kept = self._executable(key)(self.params, self.last, kept, hidden, entries)
+                    _, self.last, kept = self._executable(key)(self._head, self.last, kept, hidden, entries)
                     self.controls = kept or self.controls
                 case _:
                     pass
@@ -222,14 +232,14 @@ class Runner:
         cache, tables, last, controlled = self._state
         match key:
             case Layout():
-                given = (self._param_shapes, cache, tables, last, self._vector(key.size))
+                given = (self._body_shapes, cache, tables, last, self._vector(key.size))
                 return self._with_shapes(programs.model, (spec, key, most), *given)
             case ("embed", int(rows)):
-                return self._with_shapes(programs.embed, (spec, rows), self._param_shapes, self._hidden())
+                return self._with_shapes(programs.embed, (spec, rows), self._head_shapes, self._hidden())
             case (int(rows), need):
                 entries = self._abstract((most, len(packing.ENTRY)), jnp.int32)
                 kept = controlled if need == Need.FULL else None
-                given = (self._param_shapes, last, kept, self._hidden(), entries)
+                given = (self._head_shapes, last, kept, self._hidden(), entries)
                 static = (spec, rows, need, self.limits.max_logprobs, self._processed)
                 return self._with_shapes(programs.head, static, *given)
             case "fresh":
@@ -266,14 +276,14 @@ class Runner:
             self._set_controls(sequence)
         run = self._executable(packed.layout)
         hidden, entries, self.cache, self.tables = run(
-            self.params, self.cache, self.tables, self.last, self._put(packed.vector)
+            self._body, self.cache, self.tables, self.last, self._put(packed.vector)
         )
         handle = Handle(packed)
         if not packed.entries:
             handle.hidden = hidden
         if packed.embeds:
             embed = self._executable(("embed", fitting(self.buckets.scoring_heads, packed.entries)))
-            handle.embeddings = embed(self.params, hidden)
+            handle.embeddings = embed(self._head, hidden)
             handle.embeddings.copy_to_host_async()
         if packed.entries > packed.embeds:
             handle.result = self._pick(packed, hidden, entries)
@@ -284,7 +294,7 @@ class Runner:
         need = packed.need
         head = self._executable((fitting(self._ladder(need), packed.entries), need))
         kept = self.controls if need == Need.FULL else None
-        result, self.last, kept = head(self.params, self.last, kept, hidden, entries)
+        result, self.last, kept = head(self._head, self.last, kept, hidden, entries)
         if kept is not None:
             self.controls = kept
         return result

@@ -27,6 +27,7 @@ from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.param_layout import Path, TensorPart
 from jaxserve.models.spec import ModelSpec
+from jaxserve.models.weight import component_at
 
 type Parts = tuple[TensorPart, ...]
 
@@ -59,23 +60,22 @@ class Conversion:
             raise JaxserveError(problem, "free memory on the devices, or lower gpu_memory_utilization") from None
 
 
-def conversions(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, device: Any = None) -> list[Conversion]:
+def conversions(spec: ModelSpec, params: Params, on: Any, *, device: Any = None) -> list[Conversion]:
     """How to make every tensor of an engine on the mesh `on`, or the single device; the largest first.
 
     The parameters may be in public or engine layout, on other devices, or on the host. Raises an error that names the
-    tensor if they are not of this model, or if one was deleted. `dtype`: that of the engine; None: the parameters'.
+    tensor if they are not of this model, or if one was deleted. They become the spec's dtype.
     """
     with jax.set_mesh(on):
-        given = _leaves(params)
-        stored = given[("embed", "weight")].dtype if ("embed", "weight") in given else jnp.dtype(jnp.float32)
+        given = leaves_of(spec, params)
         where = None if on is not None else SingleDeviceSharding(device or jax.devices()[0])
-        targets = _targets(spec, dtype or stored, where)
+        targets = _targets(spec, where)
         if targets.keys() == given.keys():
             found = [_as_given(path, given[path], target, on) for path, target in targets.items()]
         else:
             _check_not_engine(spec, given.keys(), targets)
-            as_stored = targets if dtype in (None, stored) else _targets(spec, stored, where)
-            param_layout.check_public(spec, given, as_stored)
+            stored = param_layout.with_dtype_of(spec, given)
+            param_layout.check_public(spec, given, targets if stored == spec else _targets(stored, where))
             found = []
             for path, target in targets.items():
                 parts = param_layout.parts_of(path, target.shape, spec)
@@ -83,10 +83,10 @@ def conversions(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, 
     return sorted(found, key=lambda each: -each.size)
 
 
-def as_engine(spec: ModelSpec, params: Params, on: Any, *, dtype: Any = None, device: Any = None) -> Params:
+def as_engine(spec: ModelSpec, params: Params, on: Any, *, device: Any = None) -> Params:
     """The parameters in engine layout, on the mesh or the single device."""
     engine: Params = {}
-    for each in conversions(spec, params, on, dtype=dtype, device=device):
+    for each in conversions(spec, params, on, device=device):
         param_layout.put(engine, each.path, each.run())
     return engine
 
@@ -115,6 +115,11 @@ def as_public(spec: ModelSpec, engine: Params, on: Any, *, copy: bool) -> Params
     return public
 
 
+def device_of(params: Params) -> Any:
+    """The device of parameters, or of their shapes, that are not on a mesh."""
+    return next(iter(jax.tree.leaves(params)[0].sharding.device_set))
+
+
 def shapes_of(arrays: Any) -> Any:
     """The arrays' shapes, dtypes and shardings, enough to compile with."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), arrays)
@@ -136,13 +141,15 @@ def shard_bytes(leaf: Any) -> int:
 # --- what is given --------------------------------------------------------------------------------------------------
 
 
-def _leaves(params: object) -> dict[Path, Any]:
+def leaves_of(spec: ModelSpec, params: object) -> dict[Path, Any]:
+    """The arrays of a tree in either layout. Only components of quantized weights may be integers."""
     if not isinstance(params, Mapping):
         problem = f"the parameters are of type {type(params).__name__}"
         raise JaxserveError(problem, "pass a dict, as returned by load_model")
     found = dict(param_layout.leaves(params))
     for path, leaf in found.items():
-        if not hasattr(leaf, "shape") or not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating):
+        floats = jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating)
+        if not hasattr(leaf, "shape") or not (floats or component_at(spec, path)):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise JaxserveError(f"{param_layout.dotted(path)} is {kind}", "pass floating-point arrays")
         if not isinstance(leaf, jax.Array):  # float64 becomes float32, as everywhere in jax
@@ -152,9 +159,9 @@ def _leaves(params: object) -> dict[Path, Any]:
     return found
 
 
-def _targets(spec: ModelSpec, dtype: Any, where: Any) -> dict[Path, jax.ShapeDtypeStruct]:
+def _targets(spec: ModelSpec, where: Any) -> dict[Path, jax.ShapeDtypeStruct]:
     """The engine layout for the mesh in context, or with the sharding `where`."""
-    found = param_layout.leaves(param_layout.abstract_params(spec, dtype))
+    found = param_layout.leaves(param_layout.abstract_params(spec))
     return {path: leaf if where is None else leaf.update(sharding=where) for path, leaf in found}
 
 
@@ -173,7 +180,8 @@ def _check_not_engine(spec: ModelSpec, given: Set[Path], targets: Mapping[Path, 
 
 def _as_given(path: Path, leaf: Any, target: jax.ShapeDtypeStruct, on: Any) -> Conversion:
     """For a leaf in engine layout."""
-    if leaf.shape != target.shape:
+    floats = all(jnp.issubdtype(each.dtype, jnp.floating) for each in (leaf, target))
+    if leaf.shape != target.shape or (leaf.dtype != target.dtype and not floats):
         found, wanted = f"{leaf.dtype}{list(leaf.shape)}", f"{target.dtype}{list(target.shape)}"
         problem = f"{param_layout.dotted(path)} is {found}, expected {wanted}"
         raise JaxserveError(problem, "pass parameters of this model, in the layout of its mesh")
@@ -201,7 +209,8 @@ def _nameless(parts: Iterable[TensorPart]) -> Parts:
 
 def _is_whole(parts: Parts, shape: tuple[int, ...]) -> bool:
     """Whether an engine tensor of this shape is a public one."""
-    return len(parts) == 1 and parts[0].shape == parts[0].view == parts[0].source == shape
+    [part, *others] = parts
+    return not others and part.columns is None and part.shape == part.view == part.source == shape
 
 
 def _place(piece: Any, target: jax.ShapeDtypeStruct, on: Any) -> Any:

@@ -121,3 +121,18 @@ def test_programs_are_compiled_before_memory_is_taken(monkeypatch: pytest.Monkey
 
 def state_of(runner: Runner) -> list[Any]:
     return jax.tree.leaves((runner.cache, runner.tables, runner.last, runner.controls))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_program_gets_the_parameters_that_it_reads(tied: bool) -> None:
+    """Each call passes over all arguments: a head over two, not over those of all layers."""
+    spec = replace(SPEC, tied=tied)
+    runner = Runner(spec, param_layout.to_engine_layout(spec, tiny.public_params(spec)), CAPACITY)
+    read = {
+        key: {param_layout.dotted(path) for path, _ in param_layout.leaves(runner.program(key).shapes[0])}
+        for key in ((1, Need.GREEDY), (1, Need.FULL), ("embed", 1), packing.decode_layout(1))
+    }
+    head = {"final_norm.weight", "embed.weight" if tied else "head"}
+    assert read[1, Need.GREEDY] == read[1, Need.FULL] == read["embed", 1] == head
+    whole = {param_layout.dotted(path) for path, _ in param_layout.leaves(runner.params)}
+    assert read[packing.decode_layout(1)] == whole - head | {"embed.weight"}

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describes weights that are stored as several arrays, such as codes, scales and zero points. Plain data, without jax.
+
+A weight is a matrix: rows are outputs, columns are inputs, both flattened. Its Scheme lists its arrays, which are cut,
+fused, repeated and padded along rows and columns as the matrix is; `tensor.py` computes with them. A Format reads a
+kind of checkpoint: it chooses the scheme of each layer and names the tensors that hold its components.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+type StorageDtype = Literal[
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "bfloat16",
+    "float16",
+    "float32",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One array of a weight, [*rows, columns / `columns`]. Zeros in every component must mean a weight of zero, which
+    is the padding."""
+
+    name: str
+    dtype: StorageDtype
+    rows: bool = True  # False: all rows share its values, as do weights that are fused, which must agree
+    columns: int | None = 1  # how many adjacent columns share a value; None: all of them
+    columns_first: bool = False  # the engine stores it as [columns, *rows]; the public tree never does
+    whole: bool = False  # every shard has the values of all columns, also where columns are sharded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    kind: str  # of arithmetic: a name in tensor.KINDS
+    components: tuple[Component, ...]  # the first holds the codes: it has a value for each row and group of columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """The scheme of the weights with this public path, in which `{layer}` stands for any layer's number. A path without
+    it takes precedence. None: one plain array."""
+
+    path: str
+    scheme: Scheme | None
+
+
+def problems(scheme: Scheme) -> Iterator[str]:
+    """Why no weight can have this scheme."""
+    names = [component.name for component in scheme.components]
+    if len({*names}) < len(names) or not all(name.isidentifier() for name in names):
+        yield f"components {names} are not distinct names"
+    codes = scheme.components[0] if scheme.components else None
+    if codes is None or not codes.rows or codes.columns is None or codes.whole:
+        yield f"the first component of scheme {scheme.kind!r} has no value for each row and group of columns"
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint holds a component: the tensor's name is that of the layer with this `suffix`. `unpack` returns
+    the tensor's values in the order of the plain weight in such checkpoints, usually [rows, columns / n] or [rows]."""
+
+    suffix: str
+    unpack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] | None = None
+
+
+class Format(Protocol):
+    """A format of quantized checkpoints. `settings` is the quantization_config of config.json."""
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of tensor names that no component needs."""
+        ...
+
+    def scheme(self, layer: str, settings: Mapping[str, Any]) -> Scheme | None:
+        """How the weight of the layer with this name, such as model.layers.0.mlp.up_proj, is stored."""
+        ...
+
+    def source(self, component: Component, settings: Mapping[str, Any]) -> Source: ...
+
+
+FORMATS: dict[str, Format] = {}  # by the quant_method of quantization_config
