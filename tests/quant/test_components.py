@@ -136,6 +136,36 @@ def test_public_and_engine_layout_hold_the_same(name: str, sizes: dict[str, Any]
     jax.tree.map(np.testing.assert_array_equal, packed, again)
 
 
+def test_a_component_of_all_columns_is_on_every_shard() -> None:
+    """As for groups whose columns are not neighbours: each shard looks its scales up."""
+    spec, random = tiny.SPECS["dense"], np.random.default_rng(3)
+    whole, plain = quantized(spec, toy.ORDERED), tiny.public_params(spec)
+    made: Params = {}
+    for path, leaf in param_layout.leaves(param_layout.abstract_public(whole)):
+        values: dict[str, Any] = {
+            "codes": lambda shape: random.integers(-99, 100, shape, np.int8),
+            "scales": lambda shape: random.uniform(0.5, 1.5, shape).astype(np.float32) / 500,
+            "order": lambda shape: np.random.default_rng(shape).permutation(shape[0]).astype(np.int32) // toy.GROUP,
+        }
+        known = dict(param_layout.leaves(plain)).get(path)
+        param_layout.put(made, path, values[str(path[-1])](leaf.shape) if known is None else known)
+    for path, shape in [(path, leaf.shape) for path, leaf in param_layout.leaves(plain)]:
+        node: Any = made
+        for key in path:
+            node = node[key]
+        if isinstance(node, dict):
+            parts: dict[str, Any] = node
+            dense = parts["codes"] * parts["scales"].astype(np.float64)[..., parts["order"]]
+            param_layout.put(plain, path, jnp.asarray(dense.reshape(shape), jnp.float32))
+    wanted = np.asarray(run_forward(spec, param_layout.to_engine_layout(spec, plain), tiny.tokens()))
+    with jax.set_mesh(mesh.make_mesh(tensor=2)):
+        params: Any = param_layout.to_engine_layout(whole, made)
+        down = params["layers"][0]["mlp"]["down"]["kernel"]
+        shards = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in down.items()}
+        assert shards == dict(codes=(32, 32), scales=(32, 16), order=(32,))  # 60 columns, padded to 64
+        agrees(np.asarray(run_forward(whole, params, tiny.tokens())), wanted)
+
+
 def test_gradients_pass_through_scales() -> None:
     """A trainer may hold some components and learn others."""
     spec = tiny.SPECS["dense"]

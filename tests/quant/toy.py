@@ -137,3 +137,25 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.nda
     golden.write_folder(folder, config, {}, "float32", 1)
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "model.safetensors")
     return folder
+
+
+# --- groups of columns in any order -----------------------------------------------------------------------------------
+
+ORDERED = Scheme(
+    kind="toy in any order",
+    components=(
+        Component(name="codes", dtype="int8"),
+        Component(name="scales", dtype="float32", columns=GROUP, whole=True),
+        Component(name="order", dtype="int32", rows=False),
+    ),
+)
+
+
+@register("toy in any order")
+@dataclass(frozen=True)
+class Ordered(QuantTensor):
+    """W[n, k] = codes[n, k] * scales[n, order[k]]: a shard of the columns may need the scales of any group."""
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        scales = self.arrays["scales"][..., self.arrays["order"]]
+        return (self.arrays["codes"].astype(jnp.float32) * scales).astype(dtype)
