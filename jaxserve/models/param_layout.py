@@ -27,7 +27,7 @@ from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params, check_engine, declare
 from jaxserve.models.mesh_fit import Fit, fit
 from jaxserve.models.spec import DTYPES, Attention, Mlp, ModelSpec, Moe
-from jaxserve.models.weight import Path, component_at, public_paths
+from jaxserve.models.weight import Path, component_at, public_paths, scheme_at
 from jaxserve.parallel import mesh
 from jaxserve.quant.scheme import Component
 from pallas_kernels.checks import is_concrete
@@ -55,6 +55,19 @@ def abstract_public(spec: ModelSpec, dtype: Any = None) -> Params:
     """The public layout as ShapeDtypeStructs. `dtype`: instead of the spec's."""
     engine = _declared(_as(spec, dtype), Fit(), lambda value, axes: value)
     return jax.eval_shape(lambda params: to_public_layout(spec, params), engine)
+
+
+def count(spec: ModelSpec) -> int:
+    """The number of parameters; a quantized weight has as many as it has codes."""
+    total = 0
+    for path, leaf in leaves(abstract_public(spec)):
+        component = component_at(spec, path)
+        scheme = None if component is None else scheme_at(spec, path[:-1])
+        if scheme is None:
+            total += math.prod(leaf.shape)
+        elif component == scheme.components[0]:
+            total += math.prod(leaf.shape) * (scheme.components[0].columns or 1)
+    return total
 
 
 def _as(spec: ModelSpec, dtype: Any) -> ModelSpec:

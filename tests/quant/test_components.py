@@ -93,6 +93,13 @@ def test_a_quantized_model_agrees_with_its_plain_weights(name: str, sizes: dict[
         agrees(np.concatenate((first, then)), wanted[0])
 
 
+@pytest.mark.parametrize("name", tiny.SPECS)
+def test_a_quantized_model_has_as_many_parameters(name: str) -> None:
+    spec = tiny.SPECS[name]
+    leaves: list[Any] = jax.tree.leaves(tiny.public_params(spec))
+    assert param_layout.count(quantized(spec)) == param_layout.count(spec) == sum(leaf.size for leaf in leaves)
+
+
 def agrees(found: np.ndarray, wanted: np.ndarray) -> None:
     assert np.abs(found - wanted).max() < TOLERANCE * wanted.std()
 

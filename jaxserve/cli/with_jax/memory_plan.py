@@ -6,7 +6,6 @@ A model is read from its config and the headers of its weights. jax runs on a CP
 shards: only shapes and shardings are made, for the bytes of the weights. All else is engine.capacity's.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +42,6 @@ def fetch(config: EngineConfig) -> Path:
 
 def read(config: EngineConfig, folder: Path) -> Described:
     """From its config, and from the headers of its weights if they are here."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -58,15 +56,13 @@ def read(config: EngineConfig, folder: Path) -> Described:
         spec, name = load.open_spec(folder), raw.get("dtype", raw.get("torch_dtype"))
         known = name if isinstance(name, str) and name in ("float16", "float32") else "bfloat16"
         stored = jnp.dtype(known)
-    public: Any = param_layout.abstract_public(spec)
-    leaves: list[Any] = jax.tree.leaves(public)
     architectures = raw.get("architectures") or [spec.family]
     return Described(
         name=config.model,
         architecture=str(architectures[0]),
         spec=spec,
         stored=stored,
-        parameters=sum(math.prod(leaf.shape) for leaf in leaves),
+        parameters=param_layout.count(spec),
     )
 
 
