@@ -29,8 +29,7 @@ from convert.files.reader import OnBytes, Reader, aligned
 from convert.plan import COMPONENT_DTYPES, DTYPES, LoadPlan, Piece
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.models import hf, param_layout
-from jaxserve.models import spec as specs
+from jaxserve.models import hf, param_layout, spec_json
 from jaxserve.models.spec import ModelSpec
 from jaxserve.models.weight import component_at
 from jaxserve.quant.scheme import Component
@@ -87,7 +86,7 @@ def read_spec(folder: Path) -> ModelSpec:
     if version != FORMAT:
         _fail(file, f"has format version {version}, expected {FORMAT}")
     try:
-        spec = specs.from_json(content["spec"])
+        spec = spec_json.from_json(content["spec"])
     except CheckpointError as error:
         _fail(file, f"contains no valid model spec ({error.problem})")
     except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -149,7 +148,7 @@ def write(
                 tree, path, _Leaf(plan, reader, path, leaf.shape, leaf.dtype if dtype else plan.leaf_dtype(path))
             )
         _save(folder / PARAMS, tree)
-    content = {"format": FORMAT, "jaxserve": __version__, "source": source, "spec": specs.to_json(plan.spec)}
+    content = {"format": FORMAT, "jaxserve": __version__, "source": source, "spec": spec_json.to_json(plan.spec)}
     with _explained(folder):
         (folder / SPEC).write_text(json.dumps(content, indent=1) + "\n")
 

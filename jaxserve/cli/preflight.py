@@ -18,8 +18,7 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity, Memory
 from jaxserve.errors import CheckpointError, JaxserveError, UsageError, one_line
-from jaxserve.models import mesh_fit
-from jaxserve.models import spec as specs
+from jaxserve.models import mesh_fit, spec_json
 from jaxserve.models.spec import ModelSpec
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.http import listening
@@ -169,7 +168,7 @@ def _spec(folder: Path) -> ModelSpec | None:
     if not (folder / "spec.json").exists():
         return registry.read_config(folder)[0]
     try:
-        stored: Any = specs.from_json(hf.read_json(folder / "spec.json").get("spec"))
+        stored: Any = spec_json.from_json(hf.read_json(folder / "spec.json").get("spec"))
     except (CheckpointError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError):
         return None  # its reader reports what is wrong with it
     return stored if isinstance(stored, ModelSpec) else None

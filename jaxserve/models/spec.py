@@ -4,15 +4,15 @@ after that. Specs are hashable: jit takes them as static arguments, and equal sp
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from itertools import islice
 from types import UnionType
 from typing import Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.quant.scheme import Component, Quantized, Scheme
+from jaxserve.quant.scheme import Quantized, Scheme
 from jaxserve.quant.scheme import problems as scheme_problems
 
 
@@ -329,51 +329,3 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 _hints = cache(get_type_hints)
-
-
-# --- as JSON, beside a converted checkpoint -----------------------------------------------------------------------
-
-_CLASSES: dict[str, type] = {
-    c.__name__: c
-    for c in (
-        *(
-            ClampedSwiglu,
-            Norm,
-            LinearScaling,
-            Dynamic,
-            Yarn,
-            Llama3,
-            LongRope,
-            Rope,
-            Attention,
-            LatentAttention,
-            Mlp,
-            Router,
-            Moe,
-        ),
-        *(Layer, ModelSpec, Component, Scheme, Quantized),
-    )
-}
-_CLASSES["Linear"] = LinearScaling  # its name in checkpoints that earlier versions converted
-
-
-def to_json(node: Any) -> Any:
-    """Convert to plain dicts, lists and numbers; `from_json` restores an equal spec."""
-    if isinstance(node, tuple):
-        return [to_json(item) for item in cast(tuple[Any, ...], node)]
-    if is_dataclass(node):
-        return {"is": type(node).__name__} | {field.name: to_json(getattr(node, field.name)) for field in fields(node)}
-    return node
-
-
-def from_json(node: Any) -> Any:
-    if isinstance(node, list):
-        return tuple(from_json(item) for item in cast(list[Any], node))
-    if isinstance(node, dict):
-        content = {str(key): from_json(value) for key, value in cast(Mapping[Any, Any], node).items()}
-        name = content.pop("is", None)
-        try:
-            return _CLASSES[str(name)](**content)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the stored spec does not fit this version: {error}", "convert again") from None
-    return node

@@ -19,7 +19,7 @@ from jaxserve.cli.with_jax import memory_plan
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, UsageError
 from jaxserve.models import registry
-from jaxserve.models.spec import to_json
+from jaxserve.models.spec_json import to_json
 from jaxserve.server import lifecycle
 from jaxserve.server.config import ServerConfig
 from tests.cli.conftest import Command, Said, one_error

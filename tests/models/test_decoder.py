@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models import decoder, param_layout
+from jaxserve.models import decoder, param_layout, spec_json
 from jaxserve.models import spec as specs
 from jaxserve.parallel import mesh
 from tests.conftest import ForbidCompiles
@@ -40,7 +40,7 @@ def test_layouts_round_trip_exactly(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.SPECS)
 def test_spec_survives_json(name: str) -> None:
     spec = tiny.SPECS[name]
-    assert specs.from_json(json.loads(json.dumps(specs.to_json(spec)))) == spec
+    assert spec_json.from_json(json.loads(json.dumps(spec_json.to_json(spec)))) == spec
 
 
 def loss(spec: specs.ModelSpec, public: decoder.Params, tokens: jax.Array, *, remat: bool = False) -> jax.Array:
@@ -168,7 +168,7 @@ def test_only_wanted_tokens_pass_the_last_mlp(name: str, sizes: dict[str, Any] |
 def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompiles) -> None:
     """Another model object with other weights, its spec built anew: no trace, no compile."""
     first = tiny.SPECS["mla"]
-    again = specs.from_json(specs.to_json(first))
+    again = spec_json.from_json(spec_json.to_json(first))
     assert again is not first
     tokens = tiny.tokens()
     ours, theirs = (param_layout.to_engine_layout(first, tiny.public_params(first, seed)) for seed in (0, 1))

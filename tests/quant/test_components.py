@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import CheckpointError, JaxserveError
-from jaxserve.models import param_layout
-from jaxserve.models import spec as specs
+from jaxserve.models import param_layout, spec_json
 from jaxserve.models.decoder import Params
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.spec import ModelSpec
@@ -238,7 +237,7 @@ def test_an_unknown_kind_and_a_scheme_without_codes_are_refused() -> None:
 
 def test_a_spec_with_schemes_survives_json() -> None:
     spec = quantized(tiny.SPECS["mla"])
-    assert specs.from_json(specs.to_json(spec)) == spec
+    assert spec_json.from_json(spec_json.to_json(spec)) == spec
     assert spec.unit == toy.GROUP and Fit(shards=2, unit=toy.GROUP).columns(60) == 64
 
 
