@@ -124,8 +124,9 @@ class Preparer:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt), None
         if not isinstance(prompt, Mapping):
-            if not hasattr(prompt, "__array__") and len(prompt) and not is_one(prompt):
-                raise RequestError("prompt", "a list of prompts was passed as one prompt", f"pass {FORMS}")
+            if isinstance(prompt, Sequence) and prompt and not is_one(prompt):
+                problem = f"the prompt begins with {prompt[0]!r:.40}: a list of prompts was passed as one prompt"
+                raise RequestError("prompt", problem, f"pass {FORMS}")
             return None, token_ids(prompt), None
         for key in prompt:
             if key not in KEYS:
