@@ -26,7 +26,7 @@ from benchmarks import facts, published
 from benchmarks.arguments import file_to_write
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.schedule.packing import Packed
+from jaxserve.engine.schedule.packing import StepMessage
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.models import param_layout
 from jaxserve.types.request import Request
@@ -44,11 +44,11 @@ class IdleRunner:
     def __init__(self) -> None:
         self.launched = self.read_at = 0.0
 
-    def launch(self, packed: Packed) -> Packed:
+    def launch(self, message: StepMessage) -> StepMessage:
         self.launched = time.perf_counter()
-        return packed
+        return message
 
-    def read(self, handle: Packed) -> StepResult:
+    def read(self, handle: StepMessage) -> StepResult:
         result = StepResult([TOKEN] * handle.entries, [True] * handle.entries)
         self.read_at = time.perf_counter()
         return result

@@ -208,6 +208,17 @@ class EngineConfig:
         ),
     ] = "~/.cache/jaxserve/xla"
 
+    record_steps: Annotated[
+        int,
+        Setting(
+            "Number of steps to keep; if a step fails, they are written to a file for `jaxserve replay`. "
+            "The file has the token ids of prompts.",
+            "Debugging",
+            low=0,
+            high=2**31 - 1,
+        ),
+    ] = 0
+
     def __new__(cls, *args: object, **given: object) -> Self:
         check_names(cls, given)
         return super().__new__(cls)

@@ -5,12 +5,14 @@
     step() -> updates     plans and launches a step, then reads the previous one, so that host and devices overlap
     update_weights, sleep, wake, reset_prefix_cache       between steps
 
-Requests are checked when they are added, so none can make a step fail. If a step fails nevertheless, the engine is
+Requests are checked when they are added, so none can make a step fail. If one fails nevertheless while it is packed or
+its result is applied, it ends with an error and the others are not affected. If a step itself fails, the engine is
 dead: all requests in flight end with an error, and it accepts no more.
 """
 
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -25,9 +27,10 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.execute import jax_start, loading, memory, program_store, weights
 from jaxserve.engine.execute.loading import OnProgress
 from jaxserve.engine.execute.profiling import Profiler
+from jaxserve.engine.execute.recorder import Recorder
 from jaxserve.engine.execute.runner import Handle, Runner
 from jaxserve.engine.execute.weights import Conversion
-from jaxserve.engine.schedule.packing import Batcher
+from jaxserve.engine.schedule.packing import Batcher, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.scheduler import Scheduler
 from jaxserve.errors import EngineError, JaxserveError
@@ -97,6 +100,7 @@ class Engine:
         self.asleep = False
         self._asleep_weights: Params | None = None
         self._has_checkpoint = params is None
+        self._recorder = Recorder(config, limits, has_folder=params is None) if config.record_steps else None
         self.error: str | None = None
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -156,21 +160,44 @@ class Engine:
         try:
             return self._count(self._turn())
         except BaseException as error:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = f"{type(error).__name__}: {error}{self._dumped(error)}"
             if not isinstance(error, Exception):  # Ctrl-C: the interrupted step leaves the engine as unusable
                 raise
             raise EngineError(f"the engine failed: {self.error}", "restart it") from error
 
     def _turn(self) -> list[Update]:
         plan = self.scheduler.schedule(time.monotonic())
-        if plan is not None:
+        message = None if plan is None else self._packed(plan)
+        if plan is not None and message is not None:
             self._counters.count_step(plan.tokens)
             with self.profiler.step(self._counters.steps):
-                self._in_flight.append((plan, self.runner.launch(self._batcher.pack(plan))))
-        if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
-            plan, handle = self._in_flight.popleft()
-            return self.scheduler.commit(plan, self.runner.read(handle))
+                self._launch(plan, message)
+        if self._in_flight and (message is None or len(self._in_flight) >= self._depth):
+            return self._read()
         return self.scheduler.take_ended()
+
+    def _packed(self, plan: StepPlan) -> StepMessage | None:
+        """The plan's message. A sequence that cannot be packed ends with an error, and the plan is withdrawn."""
+        try:
+            return self._batcher.pack(plan)
+        except Exception as error:
+            traceback.print_exc()
+            at_fault = self._batcher.at_fault(plan)
+            self.scheduler.withdraw(plan, at_fault, f"the request cannot be computed: {type(error).__name__}: {error}")
+            return None
+
+    def _launch(self, plan: StepPlan, message: StepMessage) -> None:
+        if self._recorder is not None:
+            self._recorder.launched(message)
+        self._in_flight.append((plan, self.runner.launch(message)))
+
+    def _read(self) -> list[Update]:
+        """Wait for the oldest step in flight."""
+        plan, handle = self._in_flight.popleft()
+        result = self.runner.read(handle)
+        if self._recorder is not None:
+            self._recorder.read(result)
+        return self.scheduler.commit(plan, result)
 
     def _count(self, updates: list[Update]) -> list[Update]:
         counters = self._counters
@@ -180,6 +207,16 @@ class Engine:
                 counters.finished[update.finish_reason] += 1
                 counters.cached_tokens += update.num_cached_tokens if update.index == 0 else 0
         return updates
+
+    def _dumped(self, error: BaseException) -> str:
+        """Write the recorded steps to a file; its name as part of a message."""
+        if self._recorder is None or not isinstance(error, Exception):
+            return ""
+        try:
+            file = self._recorder.dump(f"{type(error).__name__}: {error}", self.scheduler.policy_version)
+        except OSError as refused:
+            return f" (the steps before it could not be written: {refused})"
+        return f" (the steps before it are in {file}; see jaxserve replay)"
 
     def fail_all(self) -> list[Update]:
         """End every request in flight, after a fault; return their last updates."""
@@ -210,8 +247,7 @@ class Engine:
         """Read all steps in flight."""
         updates: list[Update] = []
         while self._in_flight:
-            plan, handle = self._in_flight.popleft()
-            updates += self.scheduler.commit(plan, self.runner.read(handle))
+            updates += self._read()
         return self._count(updates)
 
     def update_weights(self, params: Params, *, version: int | None = None) -> None:
@@ -314,6 +350,8 @@ class Engine:
             runner.params = loading.read(loading.open_folder(self.config, runner.mesh))
             self.scheduler.policy_version = 0
         runner.allocate()
+        if self._recorder is not None:
+            self._recorder.restart()
         self.asleep = False
 
     def reset_prefix_cache(self) -> None:

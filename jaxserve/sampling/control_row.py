@@ -3,15 +3,16 @@
 
 Owns the layout of these vectors and the codes in them. No jax; controls.py applies them on the device.
 
-    row vector    [row_size(vocabulary)]    overwrites a whole row, so that nothing of its previous request remains
-    count vector  [1 + 2 * COUNT_PAIRS]     the row, tokens, their codes; as many vectors as needed
+    row vectors    [1 or 8, row_size(vocabulary)]   each overwrites a whole row, so that nothing of its previous request
+                                                    remains; those beyond the last have a row that does not exist
+    count vectors  [3, COUNT_TRIPLES]               rows, tokens, and codes to add; as many vectors as needed
 
 A token's code is 2 * (times it was generated) + (whether it is in the prompt). It is 0 if no penalty of the request
 reads it: without penalties for all tokens, without a repetition penalty for those of the prompt. Only logits with a
 nonzero code are edited; all others keep their bits. Ids must already have been checked against the vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,9 @@ from jaxserve.types.sampling_params import (
 type Vector = npt.NDArray[np.int32]
 
 MAX_MASKED_STOPS = 2 * MAX_STOP_IDS  # the request's stop ids, and as many end-of-text ids
-COUNT_PAIRS = 2048
-COUNT_SIZE = 1 + 2 * COUNT_PAIRS
+ROWS_AT_ONCE = (1, 8)
+COUNT_TRIPLES = 2048
+COUNT_SHAPE = (3, COUNT_TRIPLES)
 RECENT_TOKENS = BAD_WORD_TOKENS - 1  # the last generated tokens, as many as a bad word can match
 PENALTIES_OFF = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
@@ -42,6 +44,7 @@ NO_TOKEN = -2  # in the recent tokens: padding before the first generated one, w
 _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 1e-6, 1e6
 
 _CONTROLS = tuple((each.name, each.off) for each in FIELDS if each.acts is Acts.CONTROL)
+_MASKS = tuple((each.name, each.off) for each in FIELDS if each.acts is Acts.MASK)
 
 
 def mask_words(vocab_size: int) -> int:
@@ -70,45 +73,94 @@ def row_size(vocab_size: int) -> int:
     return sections(vocab_size)["recent"].stop
 
 
-def needs_controls(params: SamplingParams, bad_words: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a request needs a row of controls. `bad_words` are token ids."""
-    return bool(bad_words) or any(getattr(params, name) != off for name, off in _CONTROLS)
+def kinds(params: SamplingParams, bad_words: Sequence[tuple[int, ...]]) -> tuple[bool, bool]:
+    """Whether a request edits logits, and whether it allows only some tokens. `bad_words` are token ids."""
+    return bool(bad_words) or _differ(params, _CONTROLS), _differ(params, _MASKS)
 
 
-def pack_row(
-    *,
-    row: int,
-    vocab_size: int,
-    params: SamplingParams,
-    prompt: Sequence[int],
-    output: Sequence[int],
-    stops: Iterable[int],
-    bad_words: Sequence[tuple[int, ...]],
-) -> tuple[Vector, list[Vector]]:
-    """The row vector, and the count vectors to add after it.
+def _differ(params: SamplingParams, neutral: tuple[tuple[str, object], ...]) -> bool:
+    return any(getattr(params, name) != off for name, off in neutral)
 
-    `output`: the tokens generated so far, if a preempted request resumes. `stops` are masked until min_tokens are
-    generated.
-    """
-    at = sections(vocab_size)
-    vector = np.full(row_size(vocab_size), NOWHERE, np.int32)
-    vector[at["row"]] = row
-    _put_biases(vector, at, params)
-    vector[at["allowed"]] = _allowed_mask(vocab_size, params.allowed_token_ids)
-    stop_ids = sorted(set(stops))
-    vector[at["stop_ids"]][: len(stop_ids)] = stop_ids
-    vector[at["min_end"]] = min(len(prompt) + params.min_tokens, NOWHERE)
-    penalties = _penalties(params)
-    vector[at["penalties"]] = penalties.view(np.int32)
-    vector[at["bad_words"]] = _bad_word_table(bad_words).reshape(-1)
-    recent = [NO_TOKEN] * RECENT_TOKENS + list(output[-RECENT_TOKENS:])
-    vector[at["recent"]] = recent[-RECENT_TOKENS:]
-    if tuple(penalties.tolist()) == PENALTIES_OFF:
-        return vector, []
-    codes = 2 * np.bincount(np.asarray(output, np.int64), minlength=vocab_size)
-    if penalties[0] != PENALTIES_OFF[0]:
-        codes[np.asarray(prompt, np.int64)] |= 1
-    return vector, _count_vectors(row, codes)
+
+class ControlRow:
+    """A request's row vector without its row and what it generates, and the codes of its prompt. Made once, when the
+    request arrives."""
+
+    __slots__ = ("_at", "_penalized", "_prompt", "_vector")
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stops: Collection[int],
+        bad_words: Sequence[tuple[int, ...]],
+    ) -> None:
+        """`stops` are masked until min_tokens are generated."""
+        self._at = at = sections(vocab_size)
+        self._vector = vector = np.full(row_size(vocab_size), NOWHERE, np.int32)
+        _put_biases(vector, at, params)
+        vector[at["allowed"]] = _allowed_mask(vocab_size, params.allowed_token_ids)
+        if params.min_tokens:
+            vector[at["stop_ids"]][: len(stops)] = sorted(stops)
+        vector[at["min_end"]] = min(len(prompt) + params.min_tokens, NOWHERE)
+        penalties = _penalties(params)
+        vector[at["penalties"]] = penalties.view(np.int32)
+        vector[at["bad_words"]] = _bad_word_table(bad_words).reshape(-1)
+        vector[at["recent"]] = NO_TOKEN
+        self._penalized = tuple(penalties.tolist()) != PENALTIES_OFF
+        repeats = penalties[0] != PENALTIES_OFF[0]
+        self._prompt = _distinct(prompt, vocab_size)[0] if repeats else np.zeros(0, np.int32)
+
+    def put(self, vector: Vector, row: int, output: Sequence[int]) -> None:
+        """Fill a row vector. `output`: the tokens generated so far, if a preempted request resumes."""
+        vector[:] = self._vector
+        vector[self._at["row"]] = row
+        if len(output):
+            recent = output[-RECENT_TOKENS:]
+            vector[self._at["recent"]][-len(recent) :] = recent
+
+    def codes(self, output: Sequence[int]) -> tuple[Vector, Vector]:
+        """Tokens and the codes to add to their counts."""
+        if not (len(output) and self._penalized):
+            return self._prompt, np.ones(self._prompt.size, np.int32)
+        tokens, counts = _distinct(output, None)
+        alone = self._prompt[np.isin(self._prompt, tokens, assume_unique=True, invert=True)]
+        codes = 2 * counts + np.isin(tokens, self._prompt, assume_unique=True)
+        return np.concatenate([alone, tokens]), np.concatenate([np.ones(alone.size, np.int32), codes])
+
+
+def pack(
+    arrivals: Sequence[tuple[int, ControlRow, Sequence[int]]], vocab_size: int
+) -> tuple[list[Vector], list[Vector]]:
+    """The vectors of requests that take rows: for each the row, its controls, and its output so far."""
+    rows: list[Vector] = []
+    for start, count in _parts(len(arrivals)):
+        vectors = np.full((count, row_size(vocab_size)), NOWHERE, np.int32)
+        for vector, (row, controls, output) in zip(vectors, arrivals[start : start + count], strict=False):
+            controls.put(vector, row, output)
+        rows.append(vectors)
+    pairs = [(row, *controls.codes(output)) for row, controls, output in arrivals]
+    triples = [np.stack([np.full(tokens.size, row, np.int32), tokens, codes]) for row, tokens, codes in pairs]
+    return rows, _count_vectors(np.concatenate(triples, axis=1)) if triples else []
+
+
+def _parts(count: int) -> Iterator[tuple[int, int]]:
+    """Where calls of `set_rows` start, and their sizes."""
+    start = 0
+    while start < count:
+        size = ROWS_AT_ONCE[0] if count - start == 1 else ROWS_AT_ONCE[1]
+        yield start, size
+        start += size
+
+
+def _distinct(tokens: Sequence[int], vocab_size: int | None) -> tuple[Vector, Vector]:
+    """The distinct tokens and their counts."""
+    found, counts = np.unique(np.asarray(tokens, np.int32), return_counts=True)
+    if found.size and (found[0] < 0 or (vocab_size is not None and found[-1] >= vocab_size)):
+        raise IndexError(f"token ids range from {found[0]} to {found[-1]}, the vocabulary has {vocab_size}")
+    return found, counts.astype(np.int32)
 
 
 def _put_biases(vector: Vector, at: dict[str, slice], params: SamplingParams) -> None:
@@ -141,15 +193,12 @@ def _bad_word_table(bad_words: Sequence[tuple[int, ...]]) -> Vector:
     return table
 
 
-def _count_vectors(row: int, codes: npt.NDArray[np.int64]) -> list[Vector]:
-    tokens = np.flatnonzero(codes)
+def _count_vectors(triples: Vector) -> list[Vector]:
+    """[3, n] rows, tokens and codes as count vectors."""
     vectors: list[Vector] = []
-    for start in range(0, len(tokens), COUNT_PAIRS):
-        part = tokens[start : start + COUNT_PAIRS]
-        vector = np.full(COUNT_SIZE, NOWHERE, np.int32)
-        vector[0] = row
-        vector[1 : 1 + len(part)] = part
-        vector[1 + COUNT_PAIRS :] = 0
-        vector[1 + COUNT_PAIRS :][: len(part)] = codes[part]
+    for start in range(0, triples.shape[1], COUNT_TRIPLES):
+        part = triples[:, start : start + COUNT_TRIPLES]
+        vector = np.full(COUNT_SHAPE, NOWHERE, np.int32)
+        vector[:, : part.shape[1]] = part
         vectors.append(vector)
     return vectors

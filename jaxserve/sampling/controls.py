@@ -3,9 +3,9 @@
 
     logit_bias, allowed_token_ids, min_tokens -> repetition, frequency, presence penalties -> bad_words
 
-All are pure functions for the caller to jit: `set_row` then `add_counts` when a request takes a row (again after a
+All are pure functions for the caller to jit: `set_rows` then `add_counts` when requests take rows (again after a
 preemption), `apply` on a step's logits, `update` with the sampled tokens. Donated controls are updated in place. A row
-is undefined until its first `set_row`; a request without such edits needs no row.
+is undefined until its first `set_rows`; a request without such edits needs no row.
 
 Independent of requests, steps and sampling. control_row.py packs the vectors on the host.
 """
@@ -19,7 +19,6 @@ from jax import lax
 
 from jaxserve.sampling.control_row import (
     ANY,
-    COUNT_PAIRS,
     MAX_MASKED_STOPS,
     PENALTIES_OFF,
     RECENT_TOKENS,
@@ -70,66 +69,87 @@ def nbytes(rows: int, vocab_size: int) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract(rows, vocab_size)))
 
 
-def set_row(controls: Controls, vector: jax.Array) -> Controls:
-    """Overwrite one row from a row vector, and set its counts to 0."""
+def set_rows(controls: Controls, vectors: jax.Array) -> Controls:
+    """Overwrite rows from row vectors [n, row_size], and set their counts to 0. Rows that do not exist are skipped."""
     vocab_size = controls.counts.shape[1]
-    parts = {name: vector[place] for name, place in sections(vocab_size).items()}
-    row = parts.pop("row")[0]
-    new = {name: _row_of(getattr(controls, name), part) for name, part in parts.items()}
-    new["counts"] = jnp.zeros(vocab_size, jnp.int32)
-    return Controls(
-        **{name: lax.dynamic_update_index_in_dim(getattr(controls, name), new[name], row, 0) for name in new}
-    )
+    parts = {name: vectors[:, place] for name, place in sections(vocab_size).items()}
+    rows = parts.pop("row")[:, 0]
+    new = {name: _rows_of(getattr(controls, name), part) for name, part in parts.items()}
+    new["counts"] = jnp.zeros((rows.shape[0], vocab_size), jnp.int32)
+    return Controls(**{name: getattr(controls, name).at[rows].set(new[name], mode="drop") for name in new})
 
 
-def _row_of(array: jax.Array, part: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(part, array.dtype).reshape(array.shape[1:])
+def _rows_of(array: jax.Array, part: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(part, array.dtype).reshape(part.shape[0], *array.shape[1:])
 
 
 def add_counts(controls: Controls, vector: jax.Array) -> Controls:
-    """Add the codes of one count vector. Each token must still have count 0."""
-    row, tokens, codes = vector[0], vector[1 : 1 + COUNT_PAIRS], vector[1 + COUNT_PAIRS :]
-    return _with(controls, counts=controls.counts.at[row, tokens].add(codes, mode="drop"))
+    """Add the codes of one count vector. Rows that do not exist are skipped."""
+    rows, tokens, codes = vector
+    return _with(controls, counts=controls.counts.at[rows, tokens].add(codes, mode="drop"))
 
 
 def apply(
-    controls: Controls, logits: jax.Array, *, rows: jax.Array, active: jax.Array, positions: jax.Array
+    controls: Controls,
+    logits: jax.Array,
+    *,
+    rows: jax.Array,
+    active: jax.Array,
+    positions: jax.Array,
+    edits: bool = True,
+    masks: bool = True,
 ) -> jax.Array:
     """Apply their rows' edits to logits float32 [S, V]; `positions` [S]: the number of preceding tokens.
 
-    Logits that are not `active`, or not affected by an edit, keep every bit. Masked entries become -inf.
+    Logits that are not `active`, or not affected by an edit, keep every bit. Masked entries become -inf. Without
+    `edits` only the masks of allowed tokens are applied, without `masks` all but these.
     """
     vocab_size = logits.shape[1]
     rows = jnp.where(active, rows, 0)
-    penalties, allowed = controls.penalties[rows], controls.allowed[rows]
-    shifted = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
-    bits = shifted.reshape(rows.shape[0], -1)[:, :vocab_size]
-    edited = _edit(logits, controls.counts[rows], bits, penalties)
-    edited = jnp.where(active[:, None], edited, logits)
+    words = controls.allowed[rows] if masks else None
+    mine = active[:, None]
+    if not edits:
+        return logits if words is None else jnp.where(mine, _allow(logits, _bits(words, vocab_size)), logits)
+    penalties = controls.penalties[rows]
+    edited = _penalize(logits, controls.counts[rows], penalties)
+    if words is not None:
+        edited = _allow(edited, _bits(words, vocab_size))
+    edited = jnp.where(mine, edited, logits)
 
     # Biases are applied before penalties, but there are few: compute and set their entries separately, to avoid
     # another pass over all logits.
-    ids = jnp.where(active[:, None], controls.bias_ids[rows], vocab_size)
+    ids = jnp.where(mine, controls.bias_ids[rows], vocab_size)
     inside = jnp.minimum(ids, vocab_size - 1)
     biased = jnp.take_along_axis(logits, inside, axis=1) + controls.bias_values[rows]
-    bits = jnp.take_along_axis(allowed, inside // 32, axis=1) >> (inside % 32).astype(jnp.uint32)
-    biased = _edit(biased, controls.counts[rows[:, None], inside], bits, penalties)
+    biased = _penalize(biased, controls.counts[rows[:, None], inside], penalties)
+    if words is not None:
+        biased = _allow(biased, jnp.take_along_axis(words, inside // 32, axis=1) >> (inside % 32).astype(jnp.uint32))
     edited = _put(edited, ids, biased)
 
     early = positions[:, None] < controls.min_end[rows]
     stops = jnp.where(early, controls.stop_ids[rows], vocab_size)
     banned = jnp.concatenate([stops, _bad_ids(controls, rows)], axis=1)
-    return _put(edited, jnp.where(active[:, None], banned, vocab_size), -jnp.inf)
+    return _put(edited, jnp.where(mine, banned, vocab_size), -jnp.inf)
 
 
-def _edit(logits: jax.Array, codes: jax.Array, allowed: jax.Array, penalties: jax.Array) -> jax.Array:
-    """Apply penalties [S, 3] and the mask, elementwise over [S, n]; `allowed` is read from its lowest bit."""
+def _penalize(logits: jax.Array, codes: jax.Array, penalties: jax.Array) -> jax.Array:
+    """Apply penalties [S, 3], elementwise over [S, n]."""
     repetition, frequency, presence = (penalties[:, i, None] for i in range(3))
     # No arithmetic on logits without a code: even a multiplication by 1 changes subnormals and negative zeros.
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(codes > 0, repeated, logits)
     generated = codes >> 1
-    logits = jnp.where(generated > 0, logits - frequency * generated.astype(jnp.float32) - presence, logits)
+    return jnp.where(generated > 0, logits - frequency * generated.astype(jnp.float32) - presence, logits)
+
+
+def _bits(words: jax.Array, vocab_size: int) -> jax.Array:
+    """uint32 [S, words] -> [S, vocab_size], each in its lowest bit."""
+    shifted = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+    return shifted.reshape(words.shape[0], -1)[:, :vocab_size]
+
+
+def _allow(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """-inf unless the lowest bit is set."""
     return jnp.where((allowed & jnp.uint32(1)) != 0, logits, -jnp.inf)
 
 

@@ -22,6 +22,7 @@ class Acts(Enum):
     TEXT = "text"  # in detokenizing
     ROW = "row"  # in the sampling kernel: a number for each row of a step
     CONTROL = "control"  # on the logits before sampling: sent when a request gets its row
+    MASK = "mask"  # the same, by allowing only some tokens
 
 
 _UNSET: Any = object()
@@ -92,7 +93,7 @@ def parameter[T](
         from_model=from_model,
         sent=sent,
         embeds=embeds,
-        beams=acts not in (Acts.ROW, Acts.CONTROL) if beams is None else beams,
+        beams=acts not in (Acts.ROW, Acts.CONTROL, Acts.MASK) if beams is None else beams,
     )
     return dataclasses.field(default=default, metadata={Parameter: made})
 

@@ -186,7 +186,7 @@ class SamplingParams:
         embeds=False,
     )
     allowed_token_ids: Sequence[int] | None = parameter(
-        None, TokenIds(least=1), "Sample only from these tokens.", acts=Acts.CONTROL, optional=True, embeds=False
+        None, TokenIds(least=1), "Sample only from these tokens.", acts=Acts.MASK, optional=True, embeds=False
     )
     skip_reading_prefix_cache: bool | None = parameter(
         None,

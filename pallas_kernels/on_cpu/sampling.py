@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling on CPUs: `row_sampler` on whole rows, all rows side by side."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.row_sampler import RowParams, SamplingCall, one_row
+from pallas_kernels.row_sampler import Mode, RowParams, SamplingCall, one_row
 from pallas_kernels.row_search import FoldStep, LogitsRow
 
 _PIVOTS = 4  # on a CPU each pivot costs a pass
@@ -19,7 +20,25 @@ type Likely = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 def sample(
     call: SamplingCall, logits: jax.Array, raw_logits: jax.Array | None, params: RowParams | jax.Array
 ) -> tuple[jax.Array, jax.Array, Likely | None]:
-    """Tokens, validity and log probabilities of all rows; `params` are the tokens themselves if those are given."""
+    """Tokens, validity and log probabilities of all rows; `params` are the tokens themselves if those are given.
+
+    `call.mode` is what the rows may ask for. What they do ask for decides at run time: a search for thresholds takes
+    about thirty times as long as a maximum.
+    """
+    if call.given or call.mode == "greedy" or not isinstance(params, RowParams):
+        return _sample(call, logits, raw_logits, params)
+    random = params.temperature > 0
+    filtered = random & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
+    kinds = [random, filtered] if call.mode == "filtered" else [random]
+    modes: tuple[Mode, ...] = ("greedy", "random", "filtered")[: 1 + len(kinds)]
+    asked = sum(jnp.any(kind).astype(jnp.int32) for kind in kinds)
+    branches = [partial(_sample, call._replace(mode=mode)) for mode in modes]
+    return lax.switch(asked, branches, logits, raw_logits, params)
+
+
+def _sample(
+    call: SamplingCall, logits: jax.Array, raw_logits: jax.Array | None, params: RowParams | jax.Array
+) -> tuple[jax.Array, jax.Array, Likely | None]:
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
 
     def as_row(x: jax.Array) -> LogitsRow:

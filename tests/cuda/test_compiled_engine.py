@@ -25,8 +25,7 @@ from benchmarks.gpu.dumps import launch_plan
 from benchmarks.published import llama_8b
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.execute import programs
-from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.sequence import Need
+from jaxserve.engine.schedule import need, packing
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.sampling import controls
 from tests.cuda.hopper import DUMP, Compiled, compile_for_h200
@@ -35,7 +34,7 @@ RECORD = Path(__file__).with_name("steps.json")
 LAYERS, BLOCKS, BLOCK_SIZE, WIDTH = 3, 4096, 16, 8192
 BUCKETS = Buckets.of(rows=256, tokens=2048, score_rows=256)
 SPEC = replace(llama_8b(), layers=llama_8b().layers[:LAYERS])
-TOP_N = 20
+HEADS = [*need.variants(20).values()]
 # Each costs some microseconds, 32 times in a step.
 MOST_PER_LAYER = 17
 # Into these XLA compiles our kernels and its own products. All of them can be captured.
@@ -111,18 +110,17 @@ def test_mixed(tokens: int) -> None:
     check_model(f"engine mixed[{tokens}]", packing.mixed_layout(tokens, BUCKETS, BLOCK_SIZE))
 
 
-@pytest.mark.parametrize(
-    ("rows", "need"), [(1, Need.GREEDY), (256, Need.GREEDY), (64, Need.RANDOM), (256, Need.FILTERED), (64, Need.FULL)]
-)
-def test_head(rows: int, need: Need) -> None:
-    kept = controls.abstract(BUCKETS.rows, SPEC.vocab_size) if need == Need.FULL else None
+@pytest.mark.parametrize(("rows", "head"), [(1, 0), (256, 0), (64, 1), (256, 2), (64, 3), (64, -1)])
+def test_head(rows: int, head: int) -> None:
+    variant = HEADS[head]
+    kept = controls.abstract(BUCKETS.rows, SPEC.vocab_size) if variant.controlled else None
     hidden = jax.ShapeDtypeStruct((BUCKETS.entries, SPEC.hidden), jnp.bfloat16)
     arguments = params(), ints(BUCKETS.rows), kept, hidden, ints(BUCKETS.entries, len(packing.ENTRY))
-    compiled = compile_for_h200(partial(programs.head, SPEC, rows, need, TOP_N, False), *arguments, donate=(1, 2))
+    compiled = compile_for_h200(partial(programs.head, SPEC, rows, variant, False), *arguments, donate=(1, 2))
     # The matrix of the head is the largest thing there is; the controls are smaller.
     assert copied(compiled, max(rows, BUCKETS.rows) * SPEC.vocab_size + 1) == []
     assert compiled.alias_bytes >= nbytes(kept) + 4 * BUCKETS.rows
-    check(f"engine head {need.name.lower()}[{rows}]", compiled)
+    check(f"engine head {variant}[{rows}]", compiled)
 
 
 def test_block_moves_and_edits() -> None:

@@ -19,8 +19,8 @@ import pytest
 
 from benchmarks.published import MODELS
 from jaxserve.engine.execute import programs
-from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.sequence import Need
+from jaxserve.engine.schedule import need, packing
+from jaxserve.engine.schedule.need import Variant
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import controls
@@ -85,17 +85,17 @@ def test_decoding(name: str) -> None:
     check_recorded(name, compiled)
 
 
-@pytest.mark.parametrize("need", Need)
-def test_head(need: Need) -> None:
+@pytest.mark.parametrize("head", need.variants(TOP_N).values(), ids=repr)
+def test_head(head: Variant) -> None:
     """Of the model with the widest vocabulary: the matrix is read once, the logits stay on the device."""
     name, spec = max(((name, of()) for name, of in MODELS.items()), key=lambda item: item[1].vocab_size)
     params = param_layout.abstract_params(spec, jnp.bfloat16)
-    kept = controls.abstract(ROWS, spec.vocab_size) if need == Need.FULL else None
+    kept = controls.abstract(ROWS, spec.vocab_size) if head.controlled else None
     hidden = jax.ShapeDtypeStruct((ENTRIES, spec.hidden), jnp.bfloat16)
-    program = partial(programs.head, spec, ROWS, need, TOP_N, False)
+    program = partial(programs.head, spec, ROWS, head, False)
     arguments = params, ints(ROWS), kept, hidden, ints(ENTRIES, len(packing.ENTRY))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     assert large_copies(compiled, ROWS * spec.vocab_size + 1) == []
     assert not [line for line in launched(compiled) if re.search(r" (while|sort|conditional)\(", line)]
     assert compiled.alias_bytes >= nbytes(kept) + 4 * ROWS
-    check_recorded(f"head {need.name.lower()} {name}", compiled)
+    check_recorded(f"head {head} {name}", compiled)

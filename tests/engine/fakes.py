@@ -13,6 +13,7 @@ The oracle computes the same result from the request alone.
 import random
 import struct
 from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -21,11 +22,12 @@ import numpy as np
 
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, Packed
+from jaxserve.engine.schedule import need, packing
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.engine.schedule.scheduler import Scheduler
-from jaxserve.engine.schedule.sequence import Need, Sequence, Status, order_of, stops_of
+from jaxserve.engine.schedule.sequence import Sequence, Status, order_of, stops_of
+from jaxserve.sampling import control_row
 from jaxserve.sampling.columns import COLUMNS
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 from jaxserve.types.request import Request
@@ -69,10 +71,11 @@ def embedded(drawn: int) -> list[int]:
     return list(struct.pack("<I", drawn))
 
 
-def way(position: int, numbers: list[int], output: list[int]) -> bytes:
+def way(position: int, numbers: list[int], recent: list[int], codes: Mapping[int, int]) -> bytes:
     """A row's sampling parameters; a greedy row ignores most of them."""
     used = numbers if numbers[COLUMNS.index("temperature")] else numbers[:1]
-    return struct.pack(f"<q{len(used)}q{len(output)}q", position, *used, *output)
+    known = [*recent, *(number for pair in sorted(codes.items()) if pair[1] for number in pair)]
+    return struct.pack(f"<q{len(used)}q{len(known)}q", position, *used, *known)
 
 
 # --- the device -----------------------------------------------------------------------------------------------------
@@ -82,9 +85,23 @@ def way(position: int, numbers: list[int], output: list[int]) -> bytes:
 class Controls:
     """A row's control state, as in the real one: generated tokens are counted on the device."""
 
-    output: list[int]
+    recent: list[int]
     stops: frozenset[int]
     min_end: int
+    penalized: bool
+    codes: Counter[int] = field(default_factory=Counter[int])
+
+    @classmethod
+    def of(cls, parts: dict[str, Ints]) -> "Controls":
+        penalties = parts["penalties"].view(np.float32).tolist()
+        recent = [token for token in parts["recent"].tolist() if token != control_row.NO_TOKEN]
+        stops = frozenset(token for token in parts["stop_ids"].tolist() if token != control_row.NOWHERE)
+        return cls(recent, stops, int(parts["min_end"][0]), tuple(penalties) != control_row.PENALTIES_OFF)
+
+    def add(self, token: int) -> None:
+        self.recent = [*self.recent, token][-control_row.RECENT_TOKENS :]
+        if self.penalized:
+            self.codes[token] += 2
 
 
 class FakeDevice:
@@ -97,23 +114,21 @@ class FakeDevice:
         self.last = np.full(buckets.rows, POISON, np.int32)
         self.controls: dict[int, Controls] = {}
         self.broken: set[int] = set()  # a row of logits that attends to one of these tokens is not finite
-        self.launched: list[Packed] = []
+        self.launched: list[StepMessage] = []
 
     def poison(self, blocks: list[int]) -> None:
         """Fill memory that must not be read."""
         for array in (self.tokens, self.positions):
             array[blocks] = POISON
 
-    def launch(self, packed: Packed) -> tuple[Packed, StepResult]:
+    def launch(self, packed: StepMessage) -> tuple[StepMessage, StepResult]:
         self.launched = [packed]
         for vector in packed.edits:
             assert vector.size == packing.EDIT_SIZE
             cells, blocks = vector[: packing.EDITS_AT_ONCE], vector[packing.EDITS_AT_ONCE : 2 * packing.EDITS_AT_ONCE]
             self._edit(cells, blocks)
             self._copy(vector[2 * packing.EDITS_AT_ONCE :])
-        for sequence in packed.controlled:
-            output = sequence.tokens[sequence.prompt_len :]
-            self.controls[sequence.row] = Controls(list(output), sequence.stops, sequence.min_end)
+        self._set_controls(packed)
         layout = packed.layout
         assert layout in self.layouts() and packed.vector.dtype == np.int32 and packed.vector.size == layout.size
         parts = {name: packed.vector[at] for name, at in packing.places(layout).items()}
@@ -121,7 +136,19 @@ class FakeDevice:
         lines, positions = self._write(parts, decode=layout.decode)
         return packed, self._head(packed, parts, lines, positions)
 
-    def read(self, handle: tuple[Packed, StepResult]) -> StepResult:
+    def _set_controls(self, message: StepMessage) -> None:
+        sections = control_row.sections(self.limits.vocab_size)
+        for vectors in message.controls:
+            assert len(vectors) in control_row.ROWS_AT_ONCE and vectors.dtype == np.int32
+            for vector in vectors[vectors[:, 0] != control_row.NOWHERE]:
+                assert 0 <= vector[0] < self.buckets.rows
+                self.controls[int(vector[0])] = Controls.of({name: vector[at] for name, at in sections.items()})
+        for triples in message.counts:
+            assert triples.shape == control_row.COUNT_SHAPE and triples.dtype == np.int32
+            for row, token, code in triples[:, triples[0] != control_row.NOWHERE].T.tolist():
+                self.controls[row].codes[token] += code
+
+    def read(self, handle: tuple[StepMessage, StepResult]) -> StepResult:
         return handle[1]
 
     def layouts(self) -> list[packing.Layout]:
@@ -173,7 +200,7 @@ class FakeDevice:
         assert (self.positions[slots] == seen).all(), f"row {row} at {position} sees slots of others"
         return self.tokens[slots], self.digests[slots]
 
-    def _head(self, packed: Packed, parts: dict[str, Ints], rows: Ints, positions: Ints) -> StepResult:
+    def _head(self, packed: StepMessage, parts: dict[str, Ints], rows: Ints, positions: Ints) -> StepResult:
         entries = parts["entries"].reshape(-1, len(packing.ENTRY))
         assert (entries[packed.entries :, ROW] == self.buckets.rows).all()
         tokens: list[int] = []
@@ -209,20 +236,20 @@ class FakeDevice:
     def _sample(self, row: int, position: int, numbers: list[int], seen: Ints, digests: Digests) -> int:
         own = self.controls.get(row) if numbers[COLUMNS.index("controlled")] else None
         assert own is not None or not numbers[COLUMNS.index("controlled")]
-        drawn = draw(seen, digests, way(position, numbers, own.output if own else []))
+        drawn = draw(seen, digests, way(position, numbers, *((own.recent, own.codes) if own else ([], {}))))
         token = pick(drawn, self.limits.vocab_size, own.stops if own and position < own.min_end else frozenset())
         if own:
-            own.output.append(token)
+            own.add(token)
         return token
 
     @staticmethod
     def _result(
-        need: Need, tokens: list[int], valid: list[bool], likely: list[tuple[float, int, list[int], list[float]]]
+        wanted: int, tokens: list[int], valid: list[bool], likely: list[tuple[float, int, list[int], list[float]]]
     ) -> StepResult:
         result = StepResult(tokens, valid)
-        if need >= Need.SCORED and likely:
+        if wanted & need.LOGPROB and likely:
             logprobs, ranks, top_tokens, top_logprobs = zip(*likely, strict=True)
-            width = TOP if need == Need.FULL else 0
+            width = TOP if wanted & need.of_logprobs(1) == need.of_logprobs(1) else 0
             result.logprobs, result.ranks = np.array(logprobs, np.float32), np.array(ranks, np.int32)
             result.top_tokens = np.array(top_tokens, np.int32)[:, :width]
             result.top_logprobs = np.array(top_logprobs, np.float32)[:, :width]
@@ -255,6 +282,16 @@ class Answer:
         else:
             self.scheduled, self.reported = update.scheduled, True
         self.reason, self.stop_reason, self.error = update.finish_reason, update.stop_reason, update.error
+
+
+def codes_of(request: Request, output: list[int]) -> Counter[int]:
+    """What the penalties of a request count."""
+    params, codes = request.params, Counter[int]()
+    if params.penalized:
+        codes.update({token: 2 * count for token, count in Counter(output).items()})
+    if params.repetition_penalty != 1:
+        codes.update(dict.fromkeys(request.prompt_token_ids, 1))
+    return codes
 
 
 class Oracle:
@@ -297,7 +334,8 @@ class Oracle:
         numbers = [int(controlled), (seed + 2**31) % 2**32 - 2**31, *floats[:2], params.top_k, floats[2]]
         tokens = list(prompt)
         while answer.reason is None:
-            reported = way(len(tokens), numbers, answer.tokens if controlled else [])
+            recent = answer.tokens[-control_row.RECENT_TOKENS :] if controlled else []
+            reported = way(len(tokens), numbers, recent, codes_of(request, answer.tokens))
             masked = stops if len(answer.tokens) < params.min_tokens else frozenset[int]()
             token = pick(draw(*self._seen(tokens, len(tokens) - 1), reported), limits.vocab_size, masked)
             if params.logprobs is not None:
@@ -325,7 +363,7 @@ class FakeEngine:
         self.scheduler = Scheduler(limits, score_rows=score_rows)
         self.device = FakeDevice(limits, self.buckets)
         self.batcher = Batcher(limits, self.buckets)
-        self.in_flight: deque[tuple[StepPlan, tuple[Packed, StepResult]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, tuple[StepMessage, StepResult]]] = deque()
         self.answers: dict[tuple[str, int], Answer] = {}
         self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample reported them
         self.plans: list[StepPlan] = []
@@ -433,8 +471,8 @@ def check_plan(plan: StepPlan, limits: Limits, buckets: Buckets) -> None:
     for slice in plan.slices:
         assert slice.epoch == slice.sequence.epoch and slice.sequence.status == Status.RUNNING
         assert (slice.count == 0) == (slice.parent is not None)
-        wanted = slice.sequence.need if slice.samples else Need.GREEDY
-        assert plan.need >= wanted
+        wanted = slice.sequence.need if slice.samples else 0
+        assert not wanted & ~plan.need
     assert all(sequence.status == Status.RUNNING for sequence in plan.arrivals)
 
 

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from jaxserve.engine.execute import compiler
-from jaxserve.engine.schedule.packing import Layout, Packed
-from jaxserve.engine.schedule.sequence import Need
+from jaxserve.engine.schedule import need
+from jaxserve.engine.schedule.need import Variant
+from jaxserve.engine.schedule.packing import Layout, StepMessage
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
 from tests.conftest import ForbidCompiles
@@ -25,23 +26,23 @@ class Watched(Driver):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.sent: list[tuple[Packed, int]] = []
+        self.sent: list[tuple[StepMessage, int]] = []
         self.needs: set[Any] = set()
         self.moved: list[str] = []
         self.arrays: list[int] = []
         self.puts = 0
         put, launch = self.runner._put, self.runner.launch  # pyright: ignore[reportPrivateUsage]
 
-        def counted(vector: Any) -> Any:
+        def counted(arrays: Any) -> Any:
             self.puts += 1
-            return put(vector)
+            return put(arrays)
 
-        def watched(packed: Packed) -> Any:
+        def watched(message: StepMessage) -> Any:
             before, lay = self.puts, pointers(self.runner)
-            handle = launch(packed)
-            self.sent.append((packed, self.puts - before))
-            if packed.entries:
-                self.needs.add(packed.need)
+            handle = launch(message)
+            self.sent.append((message, self.puts - before))
+            if message.entries > message.embeds:
+                self.needs.add(need.covering(tuple(need.variants(self.engine.limits.max_logprobs)), message.need))
             self.moved += [name for name, at in pointers(self.runner).items() if at != lay[name]]
             return handle
 
@@ -89,17 +90,17 @@ def test_a_warm_engine(warm: Watched, forbid_compiles: ForbidCompiles) -> None:
     assert metrics.compiled_late == 0
 
     # It was work that had it all.
-    assert warm.needs == set(Need)
+    assert warm.needs == set(need.variants(warm.engine.limits.max_logprobs))
     assert metrics.preemptions and metrics.cached_tokens and warm.copied
     assert all(metrics.finished[reason] for reason in ("stop", "length", "abort"))
-    layouts = {packed.layout for packed, _ in warm.sent}
+    layouts = {message.layout for message, _ in warm.sent}
     assert layouts == {key for key in warm.runner.every_key() if isinstance(key, Layout)}
 
-    for packed, puts in warm.sent:
-        least = 1 + len(packed.edits) + len(packed.controlled)
-        penalized = sum(sequence.request.params.penalized for sequence in packed.controlled)
-        assert least <= puts <= least + penalized
-    assert sum(puts == 1 for _, puts in warm.sent) > len(warm.sent) // 2
+    for message, puts in warm.sent:
+        assert puts == 1
+        assert len(message.controls) <= 1 and len(message.counts) <= 1, "arrivals of a step are sent together"
+    plain = [message for message, _ in warm.sent if not (message.edits or message.controls or message.counts)]
+    assert len(plain) > len(warm.sent) // 2
 
     assert not warm.moved, f"donated, and yet not in place: {sorted(set(warm.moved))}"
     assert set(warm.arrays) == {baseline}, "arrays that stay"
@@ -132,7 +133,7 @@ def donated(key: Any) -> tuple[str, ...]:
             return ("cache", "tables")
         case ("embed", _):
             return ()
-        case (_, need):
-            return ("last", "controls") if need == Need.FULL else ("last",)
+        case (_, Variant() as head):
+            return ("last", "controls") if head.controlled else ("last",)
         case _:
             return ("controls",)

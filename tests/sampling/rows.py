@@ -8,14 +8,24 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxserve.sampling import controls as device
-from jaxserve.sampling.control_row import pack_row
+from jaxserve.sampling.control_row import ControlRow, pack
 from tests.sampling.oracle import Asked
 
 ALLOCATE = jax.jit(device.allocate, static_argnums=(0, 1))
-SET_ROW = jax.jit(device.set_row, donate_argnums=0)
+SET_ROWS = jax.jit(device.set_rows, donate_argnums=0)
 ADD_COUNTS = jax.jit(device.add_counts, donate_argnums=0)
-APPLY = jax.jit(device.apply)
+APPLY = jax.jit(device.apply, static_argnames=("edits", "masks"))
 UPDATE = jax.jit(device.update, donate_argnums=0)
+
+
+def control_row(asked: Asked, vocab_size: int) -> ControlRow:
+    return ControlRow(
+        vocab_size=vocab_size,
+        params=asked.params,
+        prompt=asked.prompt,
+        stops=set(asked.stops),
+        bad_words=asked.bad_words,
+    )
 
 
 class Rows:
@@ -25,16 +35,14 @@ class Rows:
 
     def put(self, row: int, asked: Asked) -> int:
         """Give the row to a request with its tokens so far; return the number of count vectors that this took."""
-        vector, counts = pack_row(
-            row=row,
-            vocab_size=self.vocab_size,
-            params=asked.params,
-            prompt=asked.prompt,
-            output=asked.output,
-            stops=asked.stops,
-            bad_words=asked.bad_words,
-        )
-        self.controls = SET_ROW(self.controls, vector)
+        return self.put_all({row: asked})
+
+    def put_all(self, arrivals: dict[int, Asked]) -> int:
+        """The same for several rows at once."""
+        given = [(row, control_row(asked, self.vocab_size), asked.output) for row, asked in arrivals.items()]
+        rows, counts = pack(given, self.vocab_size)
+        for part in rows:
+            self.controls = SET_ROWS(self.controls, part)
         for part in counts:
             self.controls = ADD_COUNTS(self.controls, part)
         return len(counts)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve.sampling import controls
-from jaxserve.sampling.control_row import COUNT_SIZE, mask_words, needs_controls, pack_row, row_size
+from jaxserve.sampling.control_row import COUNT_SHAPE, ROWS_AT_ONCE, ControlRow, kinds, mask_words, pack, row_size
 from jaxserve.types.sampling_params import SamplingParams
 from tests.conftest import ForbidCompiles
 from tests.sampling.oracle import Asked
@@ -34,13 +34,13 @@ def step(
 def programs(vocab_size: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     places = vector(PLACES), vector(PLACES, dtype=bool), vector(PLACES)
     return {
-        "set_row": (controls.set_row, (vector(row_size(vocab_size)),)),
-        "add_counts": (controls.add_counts, (vector(COUNT_SIZE),)),
+        **{f"set_rows[{n}]": (controls.set_rows, (vector(n, row_size(vocab_size)),)) for n in ROWS_AT_ONCE},
+        "add_counts": (controls.add_counts, (vector(*COUNT_SHAPE),)),
         "step": (step, (vector(PLACES, vocab_size, dtype=np.float32), *places)),
     }
 
 
-@pytest.mark.parametrize("name", ["set_row", "add_counts", "step"])
+@pytest.mark.parametrize("name", [*programs(100)])
 def test_controls_are_updated_in_place(name: str) -> None:
     function, arguments = programs(1000)[name]
     state = controls.abstract(ROWS, 1000)
@@ -106,27 +106,31 @@ def test_allocation_is_zeros() -> None:
 @pytest.mark.parametrize(
     ("asked", "bad_words", "needed"),
     [
-        ({}, (), False),
-        (dict(temperature=0, seed=3, stop_token_ids=[4], top_k=3, logprobs=2), (), False),
-        (dict(logit_bias={}), (), False),
-        (dict(presence_penalty=0.1), (), True),
-        (dict(frequency_penalty=-0.1), (), True),
-        (dict(repetition_penalty=0.9), (), True),
-        (dict(logit_bias={1: 0.5}), (), True),
-        (dict(allowed_token_ids=[0]), (), True),
-        (dict(min_tokens=1), (), True),
-        ({}, ((1, 2),), True),
+        ({}, (), (False, False)),
+        (dict(temperature=0, seed=3, stop_token_ids=[4], top_k=3, logprobs=2), (), (False, False)),
+        (dict(logit_bias={}), (), (False, False)),
+        (dict(presence_penalty=0.1), (), (True, False)),
+        (dict(frequency_penalty=-0.1), (), (True, False)),
+        (dict(repetition_penalty=0.9), (), (True, False)),
+        (dict(logit_bias={1: 0.5}), (), (True, False)),
+        (dict(allowed_token_ids=[0]), (), (False, True)),
+        (dict(min_tokens=1), (), (True, False)),
+        ({}, ((1, 2),), (True, False)),
+        (dict(min_tokens=1, allowed_token_ids=[0]), (), (True, True)),
     ],
 )
 def test_requests_that_need_controls(
-    asked: dict[str, Any], bad_words: tuple[tuple[int, ...], ...], needed: bool
+    asked: dict[str, Any], bad_words: tuple[tuple[int, ...], ...], needed: tuple[bool, bool]
 ) -> None:
-    assert needs_controls(SamplingParams(**asked), bad_words) is needed
+    assert kinds(SamplingParams(**asked), bad_words) == needed
 
 
-def pack(**changed: Any) -> tuple[Any, list[Any]]:
-    given = dict(params=SamplingParams(), prompt=[1, 2], output=[], stops=[], bad_words=[])
-    return pack_row(row=0, vocab_size=100, **{**given, **changed})
+def packed(**changed: Any) -> tuple[Any, list[Any]]:
+    given: dict[str, Any] = dict(params=SamplingParams(), prompt=[1, 2], stops=[], bad_words=[])
+    output = changed.pop("output", [])
+    controls = ControlRow(vocab_size=100, **{**given, **changed})
+    [rows], counts = pack([(0, controls, output)], 100)
+    return rows, counts
 
 
 def test_vectors_have_fixed_sizes() -> None:
@@ -136,16 +140,16 @@ def test_vectors_have_fixed_sizes() -> None:
         dict(params=params),
         dict(params=params, output=[1] * 99, bad_words=[(1, 2)], stops=[4, 5] * 200),
     ):
-        row, counts = pack(**change)
-        assert row.shape == (row_size(100),) and row.dtype == np.int32
-        assert [(c.shape, c.dtype) for c in counts] == [((COUNT_SIZE,), np.int32)] * ("params" in change)
+        row, counts = packed(**change)
+        assert row.shape == (1, row_size(100)) and row.dtype == np.int32
+        assert [(c.shape, c.dtype) for c in counts] == [(COUNT_SHAPE, np.int32)] * ("params" in change)
     assert row_size(100) - row_size(32) == mask_words(100) - mask_words(32) == 3
 
 
 @pytest.mark.parametrize(
     "beyond",
     [
-        dict(stops=range(257)),
+        dict(stops=range(257), params=SamplingParams(min_tokens=1)),
         dict(bad_words=[(1,)] * 129),
         dict(bad_words=[(1,) * 33]),
         dict(bad_words=[()]),
@@ -157,20 +161,25 @@ def test_vectors_have_fixed_sizes() -> None:
 def test_entries_that_do_not_fit_are_never_dropped(beyond: dict[str, Any]) -> None:
     """Users get an earlier and better error; here a bug of the caller must not become a wrong mask."""
     with pytest.raises((ValueError, IndexError)):
-        pack(**beyond)
+        packed(**beyond)
+
+
+def test_stops_without_a_minimum_length_take_no_place() -> None:
+    row, counts = packed(stops=range(5000), params=SamplingParams(presence_penalty=1))
+    assert row.shape == (1, row_size(100)) and not counts
 
 
 def test_only_a_repetition_penalty_sends_the_prompt() -> None:
     prompt = range(100)
-    assert pack(params=SamplingParams(presence_penalty=1, frequency_penalty=1), prompt=prompt)[1] == []
-    assert len(pack(params=SamplingParams(repetition_penalty=1.1), prompt=prompt)[1]) == 1
+    assert packed(params=SamplingParams(presence_penalty=1, frequency_penalty=1), prompt=prompt)[1] == []
+    assert len(packed(params=SamplingParams(repetition_penalty=1.1), prompt=prompt)[1]) == 1
 
 
 def test_packing_takes_lists_as_they_are() -> None:
     """Prompts may be arrays, tuples or lists."""
     params, reference = SamplingParams(frequency_penalty=1), None
     for kind in (list, tuple, partial(np.array, dtype=np.int32)):
-        row, counts = pack(params=params, prompt=kind([5, 6]), output=kind([7, 7]))
-        found = np.concatenate([row, *counts])
+        row, counts = packed(params=params, prompt=kind([5, 6]), output=kind([7, 7]))
+        found = np.concatenate([row.ravel(), *map(np.ravel, counts)])
         reference = found if reference is None else reference
         np.testing.assert_array_equal(found, reference)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.types.sampling_params import SamplingParams
 from tests.sampling.oracle import Asked, completions, edits
-from tests.sampling.rows import Rows
+from tests.sampling.rows import APPLY, Rows
 
 VOCAB, ROWS, PLACES = 70, 4, 3  # a mask of three words, the last in part
 FEW = st.sampled_from([0, 1, 2, 69])  # tokens that come again and again, so that counts and bad words matter
@@ -270,3 +270,39 @@ def test_every_bit_of_the_mask(vocab_size: int) -> None:
         rows.put(3, Asked(plain(allowed_token_ids=[token]), prompt=[0]))
         found = rows.apply(logits, [3] * PLACES, [1] * PLACES, [True] * PLACES)
         assert np.flatnonzero(found[0] == 0).tolist() == [token]
+
+
+# --- many at once, and parts of them --------------------------------------------------------------------------------
+
+
+def test_rows_that_are_taken_together_are_as_rows_taken_one_by_one() -> None:
+    params = (plain(repetition_penalty=1.5), plain(min_tokens=3), plain(logit_bias={5: 2}), plain(presence_penalty=1))
+    asked = {
+        row: Asked(each, prompt=range(row, 20 + row), output=[3, 9, 9][:row], stops=[row], bad_words=[(9, row)])
+        for row, each in enumerate(params)
+    }
+    together, alone = Rows(ROWS, VOCAB), Rows(ROWS, VOCAB)
+    together.put_all(asked)
+    for row, each in asked.items():
+        alone.put(row, each)
+    for row in asked:
+        assert_same_row(together.row(row), alone.row(row))
+
+
+@pytest.mark.parametrize("edits", [True, False])
+@pytest.mark.parametrize("masks", [True, False])
+def test_variants_apply_what_is_asked_of_them(edits: bool, masks: bool) -> None:
+    """A step without rows that want one kind runs a program without it."""
+    both = dict(presence_penalty=1.5 * edits, logit_bias={5: 3.0} if edits else None, min_tokens=9 * edits)
+    asked = Asked(
+        plain(allowed_token_ids=[2, 5, 7, 69] if masks else None, **both), prompt=[1], output=[7], stops=[2] * edits
+    )
+    rows, logits = Rows(ROWS, VOCAB), some_logits(5)
+    rows.put(2, asked)
+    at = dict(rows=np.array([2, 0, 2], np.int32), positions=np.full(3, 2, np.int32))
+    found = np.asarray(
+        APPLY(rows.controls, logits, **at, active=np.array([True, False, True]), edits=edits, masks=masks)
+    )
+    for place in (0, 2):
+        assert_edited(found[place], logits[place], asked)
+    assert_same_bits(found[1], logits[1])

@@ -15,7 +15,6 @@ from benchmarks.gpu.dumps import launch_plan
 from benchmarks.gpu.engine.rig import Rig, rig_of
 from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.sequence import Need
 
 COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
 
@@ -51,5 +50,5 @@ def run(page: Page) -> None:
     rows, tokens = ((2,), ()) if page.settings.tiny else ((64, 1), (2048,))
     cases = {f"decode[{n}]": packing.decode_layout(n) for n in rows}
     cases |= {f"mixed[{n}]": packing.mixed_layout(n, buckets, block_size) for n in tokens}
-    cases |= {f"head[{n}]": (n, Need.GREEDY) for n in rows[:1]}
+    cases |= {f"head[{n}]": (n, rig.runner.heads[0]) for n in rows[:1]}
     page.each(cases.items(), lambda case: measure(rig, case[1]), name=lambda case: case[0])

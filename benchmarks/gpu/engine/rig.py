@@ -27,9 +27,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import token_bytes
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.packing import Layout, Packed
+from jaxserve.engine.schedule.packing import Layout, StepMessage
 from jaxserve.engine.schedule.plan import StepResult
-from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from jaxserve.models.spec import Attention, Mlp, ModelSpec, Rope
 from jaxserve.types.request import Request
@@ -97,14 +96,14 @@ class _Filling:
     def __init__(self) -> None:
         self.edits: dict[int, int] = {}
 
-    def launch(self, packed: Packed) -> Packed:
-        parts = {name: packed.vector[at] for name, at in packing.places(packed.layout).items()}
-        once = [vector[: 2 * packing.EDITS_AT_ONCE].reshape(2, -1) for vector in packed.edits]
+    def launch(self, message: StepMessage) -> StepMessage:
+        parts = {name: message.vector[at] for name, at in packing.places(message.layout).items()}
+        once = [vector[: 2 * packing.EDITS_AT_ONCE].reshape(2, -1) for vector in message.edits]
         for cells, blocks in [*once, (parts["cells"], parts["blocks"])]:
             self.edits |= {int(c): int(b) for c, b in zip(cells, blocks, strict=True) if c >= 0}
-        return packed
+        return message
 
-    def read(self, handle: Packed) -> StepResult:
+    def read(self, handle: StepMessage) -> StepResult:
         return StepResult([TOKEN] * handle.entries, [True] * handle.entries)
 
 
@@ -155,7 +154,7 @@ class Rig:
         buckets, block_size = self.buckets, self.engine.limits.block_size
         mixed = [packing.mixed_layout(size, buckets, block_size) for size in wanted(buckets.mixed)]
         decode = [packing.decode_layout(size) for size in wanted(buckets.decode)]
-        return [*mixed, *decode, *((size, Need.GREEDY) for size in wanted(buckets.heads)), "edit"]
+        return [*mixed, *decode, *((size, self.runner.heads[0]) for size in wanted(buckets.heads)), "edit"]
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +196,7 @@ class Rig:
             for at in range(0, len(cells), packing.EDITS_AT_ONCE)
         ]
         smallest = next(key for key in reversed(self.runner.every_key()) if isinstance(key, Layout))
-        nothing = Packed(smallest, 0, 0, Need.GREEDY, packing.padding(smallest, self.buckets), edits, [])
+        nothing = StepMessage(smallest, 0, 0, 0, packing.padding(smallest, self.buckets), edits)
         self.runner.read(self.runner.launch(nothing))
 
     def context(self) -> float:

@@ -2,11 +2,11 @@
 """All programs that an engine runs on the devices, as pure functions. compiler.py makes executables of them.
 
     model     (body, cache, tables, last, vector) -> hidden, entries, cache, tables       decode[B], mixed[T]
-    head      (head, last, controls, hidden, entries) -> result, last, controls           head[S, need]
+    head      (head, last, controls, hidden, entries) -> result, last, controls           head[S, variant]
     embed     (head, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
     edit      (cache, tables, vector) -> cache, tables       block table edits and block copies before a step
-    set_row, add_counts   (controls, vector) -> controls     when a request with sampling controls takes a row
+    set_rows, add_counts   (controls, vector) -> controls    when requests with sampling controls take rows
 
 A step is `model`, then `head` if logits are needed and `embed` if hidden states are. They are separate programs because
 the head's variants would otherwise multiply the compile time of `model`; the hidden states and entries passed between
@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Layout
-from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.inputs import ModelInputs
@@ -128,8 +128,7 @@ def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax
 def head(
     spec: ModelSpec,
     rows: int,
-    need: Need,
-    top_n: int,
+    variant: Variant,
     processed: bool,
     params: Params,
     last: jax.Array,
@@ -137,12 +136,12 @@ def head(
     hidden: jax.Array,
     entries: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Controls | None]:
-    """The result is int32 [rows, 2]: token, valid; from Need.SCORED on [rows, 4 + 2 * n]: also logprob, rank, the n
-    most likely tokens and their log probabilities. n is `top_n` for Need.FULL, else 0. Log probabilities are those of
-    the model's raw distribution, or with `processed` of the distribution that is sampled from.
+    """The result is int32 [rows, 2]: token, valid; with log probabilities [rows, 4 + 2 * n]: also the token's, its
+    rank, the n most likely tokens and theirs. Log probabilities are those of the model's raw distribution, or with
+    `processed` of the distribution that is sampled from. `controls` are None for variants that do not read them.
     """
     logits = decoder.logits(spec, params, hidden[:rows])
-    pick = partial(_pick, need, top_n if need == Need.FULL else 0, processed)
+    pick = partial(_pick, variant, processed)
     return mesh.island(pick, P(), P())(logits, entries[:rows], last, controls)
 
 
@@ -152,8 +151,7 @@ def embed(spec: ModelSpec, rows: int, params: Params, hidden: jax.Array) -> jax.
 
 
 def _pick(
-    need: Need,
-    top_n: int,
+    variant: Variant,
     processed: bool,
     logits: jax.Array,
     entries: jax.Array,
@@ -166,20 +164,30 @@ def _pick(
     edited = logits
     if controls is not None:
         active = samples & (columns["controlled"] > 0)
-        edited = sampling_controls.apply(controls, logits, rows=rows, active=active, positions=positions)
+        edited = sampling_controls.apply(
+            controls,
+            logits,
+            rows=rows,
+            active=active,
+            positions=positions,
+            edits=variant.controls,
+            masks=variant.mask,
+        )
+    top_n = variant.top_n or 0
+    processed &= variant.top_n is not None
     out = sampling.sample(
         edited,
         _sampled_by(columns, samples, positions),
-        mode=("greedy", "random", "filtered")[min(need, Need.FILTERED)],
-        logprobs="processed" if processed and need >= Need.SCORED else None,
+        mode=variant.mode,
+        logprobs="processed" if processed else None,
         top_n=top_n if processed else 0,
     )
     tokens = jnp.where(given >= 0, given, out.tokens)
     last = last.at[jnp.where(samples, rows, last.shape[0])].set(tokens, mode="drop")
-    if controls is not None:
+    if controls is not None and variant.controls:
         controls = sampling_controls.update(controls, rows=rows, active=active, tokens=tokens)
     result = [tokens, out.valid.astype(jnp.int32)]
-    if need >= Need.SCORED:
+    if variant.top_n is not None:
         likely = sampling.token_logprobs(logits, tokens, top_n=top_n)
         if out.logprobs is not None:  # prompts are always scored by the model's raw distribution
             likely = jax.tree.map(
@@ -212,13 +220,13 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     head: ("last", "controls"),
     embed: (),
     edit: ("cache", "tables"),
-    sampling_controls.set_row: ("controls",),
+    sampling_controls.set_rows: ("controls",),
     sampling_controls.add_counts: ("controls",),
 }
 STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: ("tree", "shapes"),
     model: ("spec", "layout", "most"),
-    head: ("spec", "rows", "need", "top_n", "processed"),
+    head: ("spec", "rows", "variant", "processed"),
     embed: ("spec", "rows"),
 }
 

@@ -2,7 +2,7 @@
 """Holds all device arrays: parameters, KV cache, block tables, last tokens, sampling controls. Nothing else does.
 
     warm(progress)        compiles every program that a step can need, so that nothing is compiled later
-    launch(packed)        dispatches one step to the devices and returns without waiting
+    launch(message)       dispatches one step to the devices and returns without waiting
     read(handle)          waits for its result
 
 State is donated to each program and returned by it, so that after `warm` only small results are allocated.
@@ -32,10 +32,10 @@ from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
 from jaxserve.engine.execute.weights import device_of, shapes_of
-from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.packing import Ints, Layout, Packed
+from jaxserve.engine.schedule import need, packing
+from jaxserve.engine.schedule.need import Variant
+from jaxserve.engine.schedule.packing import Layout, StepMessage
 from jaxserve.engine.schedule.plan import StepResult
-from jaxserve.engine.schedule.sequence import Need, Sequence
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
@@ -48,7 +48,7 @@ type OnCompiled = Callable[[int, int, float], None]  # programs compiled, of how
 class Handle:
     """A step that was launched."""
 
-    packed: Packed
+    message: StepMessage
     result: Any = None  # being copied to the host, as are embeddings; None if the step needs no logits
     embeddings: Any = None
     hidden: Any = None  # to wait for if the step has no other result
@@ -57,7 +57,7 @@ class Handle:
 SETTLING = 0.02  # seconds
 
 # Identifies a program: a bucket of `model`, `head` or `embed`, or the name of another program.
-type ProgramKey = Layout | tuple[int, Need] | tuple[str, int] | str
+type ProgramKey = Layout | tuple[int, Variant] | tuple[str, int] | str
 
 
 _RUNNERS: "WeakSet[Runner]" = WeakSet()
@@ -89,6 +89,7 @@ class Runner:
         """`processed`: log probabilities are those of the distribution that is sampled from, not of the raw one."""
         self.spec, self.limits, self.buckets, self.mesh = spec, capacity.limits, capacity.buckets, mesh
         self._processed, self._store = processed, store
+        self._variants = need.variants(capacity.limits.max_logprobs)  # of the head, by the need that each covers
         self.params: Params = params  # only their shapes until `warm`, if they are still being read
         # A program gets what it reads and no more: every call passes over all arguments.
         self._body_names, self._head_names = (decoder.names(part, spec) for part in (decoder.Body, decoder.Head))
@@ -157,7 +158,9 @@ class Runner:
         """Bytes per device of the temporaries and results of the largest programs, which it compiles."""
         buckets = self.buckets
         tokens = packing.mixed_layout(buckets.tokens, buckets, self.limits.block_size)
-        return max(compiler.EXECUTABLES.extra(self._executable(key)) for key in (tokens, (buckets.entries, Need.FULL)))
+        return max(
+            compiler.EXECUTABLES.extra(self._executable(key)) for key in (tokens, (buckets.entries, self.heads[-1]))
+        )
 
     def on_mesh(self) -> Any:
         return jax.set_mesh(self.mesh) if self.mesh is not None else jax.default_device(self.device)
@@ -170,9 +173,11 @@ class Runner:
         return [
             *(packing.mixed_layout(tokens, buckets, self.limits.block_size) for tokens in reversed(buckets.mixed)),
             *(packing.decode_layout(rows) for rows in reversed(buckets.decode)),
-            *((rows, need) for need in reversed(Need) for rows in reversed(self._ladder(need))),
+            *((rows, head) for head in reversed(self.heads) for rows in reversed(self._ladder(head))),
             *(("embed", rows) for rows in reversed(buckets.scoring_heads)),
-            *("edit", "set_row", "add_counts"),
+            "edit",
+            *(("set_rows", rows) for rows in control_row.ROWS_AT_ONCE),
+            "add_counts",
         ]
 
     def warm(self, progress: OnCompiled | None = None, weights: Future[Params] | None = None) -> None:
@@ -207,17 +212,22 @@ class Runner:
                     )
                 case ("embed", _):
                     self._executable(key)(self._head, hidden)
-                case (int(), need):
-                    kept = self.controls if need == Need.FULL else None
+                case (int(), Variant() as head):
+                    kept = self.controls if head.controlled else None
                     _, self.last, kept = self._executable(key)(self._head, self.last, kept, hidden, entries)
                     self.controls = kept or self.controls
                 case _:
                     pass
         jax.block_until_ready((self.cache, self.last))
 
-    def _ladder(self, need: Need) -> tuple[int, ...]:
+    @property
+    def heads(self) -> list[Variant]:
+        """The variants of the head, the cheapest first."""
+        return list(self._variants.values())
+
+    def _ladder(self, head: Variant) -> tuple[int, ...]:
         # Only scored prompts need more rows of logits than there are sequences.
-        return self.buckets.decode if need < Need.SCORED else self.buckets.scoring_heads
+        return self.buckets.decode if head.top_n is None else self.buckets.scoring_heads
 
     def _executable(self, key: ProgramKey) -> Any:
         found = self._executables.get(key)
@@ -236,22 +246,23 @@ class Runner:
                 return self._with_shapes(programs.model, (spec, key, most), *given)
             case ("embed", int(rows)):
                 return self._with_shapes(programs.embed, (spec, rows), self._head_shapes, self._hidden())
-            case (int(rows), need):
+            case (int(rows), Variant() as head):
                 entries = self._abstract((most, len(packing.ENTRY)), jnp.int32)
-                kept = controlled if need == Need.FULL else None
+                kept = controlled if head.controlled else None
                 given = (self._head_shapes, last, kept, self._hidden(), entries)
-                static = (spec, rows, need, self.limits.max_logprobs, self._processed)
-                return self._with_shapes(programs.head, static, *given)
+                return self._with_shapes(programs.head, (spec, rows, head, self._processed), *given)
+            case ("set_rows", int(rows)):
+                vectors = self._abstract((rows, control_row.row_size(spec.vocab_size)), jnp.int32)
+                return self._with_shapes(controls.set_rows, (), controlled, vectors)
             case "fresh":
                 leaves, tree = jax.tree.flatten(self._state)
                 return Program(programs.fresh, (tree, tuple(leaves)), ())
             case "edit":
                 return self._with_shapes(programs.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
-            case "set_row":
-                vector = self._vector(control_row.row_size(spec.vocab_size))
-                return self._with_shapes(controls.set_row, (), controlled, vector)
             case "add_counts":
-                return self._with_shapes(controls.add_counts, (), controlled, self._vector(control_row.COUNT_SIZE))
+                return self._with_shapes(
+                    controls.add_counts, (), controlled, self._abstract(control_row.COUNT_SHAPE, jnp.int32)
+                )
             case _:
                 raise ValueError(f"there is no program {key!r}")
 
@@ -269,31 +280,39 @@ class Runner:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def launch(self, packed: Packed) -> Handle:
-        for vector in packed.edits:
-            self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(vector))
-        for sequence in packed.controlled:
-            self._set_controls(sequence)
-        run = self._executable(packed.layout)
-        hidden, entries, self.cache, self.tables = run(
-            self._body, self.cache, self.tables, self.last, self._put(packed.vector)
-        )
-        handle = Handle(packed)
-        if not packed.entries:
+    def launch(self, message: StepMessage) -> Handle:
+        before = [*message.edits, *message.controls, *message.counts]
+        vector, *arrays = self._put([message.vector, *before]) if before else (self._put(message.vector),)
+        if arrays:
+            self._prepare(message, arrays)
+        run = self._executable(message.layout)
+        hidden, entries, self.cache, self.tables = run(self._body, self.cache, self.tables, self.last, vector)
+        handle = Handle(message)
+        if not message.entries:
             handle.hidden = hidden
-        if packed.embeds:
-            embed = self._executable(("embed", fitting(self.buckets.scoring_heads, packed.entries)))
+        if message.embeds:
+            embed = self._executable(("embed", fitting(self.buckets.scoring_heads, message.entries)))
             handle.embeddings = embed(self._head, hidden)
             handle.embeddings.copy_to_host_async()
-        if packed.entries > packed.embeds:
-            handle.result = self._pick(packed, hidden, entries)
+        if message.entries > message.embeds:
+            handle.result = self._pick(message, hidden, entries)
             handle.result.copy_to_host_async()
         return handle
 
-    def _pick(self, packed: Packed, hidden: Any, entries: Any) -> Any:
-        need = packed.need
-        head = self._executable((fitting(self._ladder(need), packed.entries), need))
-        kept = self.controls if need == Need.FULL else None
+    def _prepare(self, message: StepMessage, arrays: list[jax.Array]) -> None:
+        """Run the programs that come before the step, each on its array."""
+        given = iter(arrays)
+        for _ in message.edits:
+            self.cache, self.tables = self._executable("edit")(self.cache, self.tables, next(given))
+        for vectors in message.controls:
+            self.controls = self._executable(("set_rows", len(vectors)))(self.controls, next(given))
+        for _ in message.counts:
+            self.controls = self._executable("add_counts")(self.controls, next(given))
+
+    def _pick(self, message: StepMessage, hidden: Any, entries: Any) -> Any:
+        variant = self._variants[need.covering(tuple(self._variants), message.need)]
+        head = self._executable((fitting(self._ladder(variant), message.entries), variant))
+        kept = self.controls if variant.controlled else None
         result, self.last, kept = head(self._head, self.last, kept, hidden, entries)
         if kept is not None:
             self.controls = kept
@@ -304,15 +323,15 @@ class Runner:
             jax.block_until_ready(handle.hidden)  # so that the host does not run ahead
         result = StepResult([], []) if handle.result is None else self._read_table(handle)
         if handle.embeddings is not None:
-            result.embeddings = np.asarray(handle.embeddings)[: handle.packed.entries]
+            result.embeddings = np.asarray(handle.embeddings)[: handle.message.entries]
             finite = np.isfinite(result.embeddings).all(axis=1)
             result.valid = (finite & (result.valid or True)).tolist()
         return result
 
     def _read_table(self, handle: Handle) -> StepResult:
-        table = np.asarray(handle.result)[: handle.packed.entries]
+        table = np.asarray(handle.result)[: handle.message.entries]
         result = StepResult(table[:, 0].tolist(), table[:, 1].astype(bool).tolist())
-        if handle.packed.need >= Need.SCORED:
+        if table.shape[1] > 2:
             count = (table.shape[1] - 4) // 2
             result.logprobs = np.ascontiguousarray(table[:, 2]).view(np.float32)
             result.ranks = table[:, 3]
@@ -320,20 +339,5 @@ class Runner:
             result.top_logprobs = np.ascontiguousarray(table[:, 4 + count :]).view(np.float32)
         return result
 
-    def _set_controls(self, sequence: Sequence) -> None:
-        request, known = sequence.request, sequence.tokens
-        row, counts = control_row.pack_row(
-            row=sequence.row,
-            vocab_size=self.spec.vocab_size,
-            params=request.params,
-            prompt=known[: sequence.prompt_len],
-            output=known[sequence.prompt_len :],
-            stops=sequence.stops,
-            bad_words=request.bad_word_ids,
-        )
-        self.controls = self._executable("set_row")(self.controls, self._put(row))
-        for vector in counts:
-            self.controls = self._executable("add_counts")(self.controls, self._put(vector))
-
-    def _put(self, vector: Ints) -> jax.Array:
-        return jax.device_put(vector, self._everywhere)
+    def _put(self, arrays: Any) -> Any:
+        return jax.device_put(arrays, self._everywhere)

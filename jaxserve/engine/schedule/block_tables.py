@@ -26,6 +26,11 @@ class BlockTables:
         self._copies, self._edits = [], {}
         return copies, edits
 
+    def put_back(self, copies: list[tuple[int, int]], edits: dict[int, int]) -> None:
+        """Changes of a step that is not run: send them with the next, before its own."""
+        self._copies = copies + self._copies
+        self._edits = edits | self._edits
+
     # --- start and end of a sequence --------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, *, reserve: int) -> bool:

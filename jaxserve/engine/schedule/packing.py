@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs a StepPlan into one int32 vector, the only input that the host sends with a step. Pure numpy.
+"""Packs a StepPlan into a StepMessage: one int32 vector, and more only for arrivals and block copies. Pure numpy.
 
 `Layout` describes the vector; the device programs use the same slices. Sizes depend only on the bucket. A decoding step
 of B rows has B tokens and B entries; a mixed step has the maximum of rows and of entries, whatever its token count.
@@ -8,7 +8,7 @@ An entry describes one row of hidden states: its token, its row, and how to samp
 their bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -16,8 +16,8 @@ import numpy as np
 from jaxserve.engine.buckets import Buckets, fitting
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.plan import StepPlan
-from jaxserve.engine.schedule.sequence import Need, Sequence
-from jaxserve.sampling import columns
+from jaxserve.engine.schedule.sequence import Sequence
+from jaxserve.sampling import columns, control_row
 from jaxserve.sampling.columns import COLUMNS
 
 type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
@@ -81,15 +81,20 @@ def mixed_layout(tokens: int, buckets: Buckets, block_size: int) -> Layout:
     return Layout(decode=False, tokens=tokens, rows=rows, edits=edits, entries=buckets.entries)
 
 
-@dataclass(slots=True)
-class Packed:
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """All that the devices get for one step: arrays and a few numbers, which another process could send or replay."""
+
     layout: Layout
     entries: int  # the rows of hidden states that the step needs
     embeds: int  # how many of them are returned as embeddings; the others become logits
-    need: Need
+    need: int  # flags of need.py
     vector: Ints
-    edits: list[Ints]  # vectors for the `edit` program, which runs before the step
-    controlled: list[Sequence]  # sequences that need their row of sampling controls set before the step
+    # Arrays for programs that run before the step: `edit`, for block tables and block copies; then `set_rows` and
+    # `add_counts`, for the sampling controls of sequences that took rows.
+    edits: list[Ints] = field(default_factory=list[Ints])
+    controls: list[Ints] = field(default_factory=list[Ints])
+    counts: list[Ints] = field(default_factory=list[Ints])
 
 
 class Batcher:
@@ -99,10 +104,8 @@ class Batcher:
         self.limits, self.buckets = limits, buckets
         self._columns = np.zeros((buckets.rows, len(COLUMNS)), np.int32)
 
-    def pack(self, plan: StepPlan) -> Packed:
-        for sequence in plan.arrivals:
-            params, controlled = sequence.request.params, sequence.controlled
-            self._columns[sequence.row] = columns.pack(params, controlled=controlled, seed=sequence.seed)
+    def pack(self, plan: StepPlan) -> StepMessage:
+        controls, counts = self._take_rows(plan) if plan.arrivals else ([], [])
         slices = plan.slices
         # Slices of one token come first, so if the last slice has one, all have.
         decode = slices[-1].count == 1 and plan.entries == len(slices)
@@ -117,8 +120,32 @@ class Batcher:
         entries[:, GIVEN] = -1
         (self._fill_decode if decode else self._fill_mixed)(plan, parts, entries)
         edits = self._fill_edits(plan, parts)
-        controlled = [sequence for sequence in plan.arrivals if sequence.controlled]
-        return Packed(layout, plan.entries, plan.embeds, plan.need, vector, edits, controlled)
+        return StepMessage(layout, plan.entries, plan.embeds, plan.need, vector, edits, controls, counts)
+
+    def at_fault(self, plan: StepPlan) -> list[Sequence]:
+        """The sequences of a plan that cannot be packed even alone; all of them if each can."""
+        found: list[Sequence] = []
+        for own in plan.slices:
+            slices = [own] if own.parent is None else [own.parent, own]
+            alone = StepPlan(slices, sum(s.count for s in slices), sum(s.entries for s in slices), plan.need)
+            alone.embeds = sum(s.embeds for s in slices)
+            alone.arrivals = [sequence for sequence in plan.arrivals if sequence is own.sequence]
+            try:
+                self.pack(alone)
+            except Exception:
+                found.append(own.sequence)
+        return found or [own.sequence for own in plan.slices]
+
+    def _take_rows(self, plan: StepPlan) -> tuple[list[Ints], list[Ints]]:
+        """Keep the columns of sequences that took rows; the vectors that set their rows of controls."""
+        controlled: list[tuple[int, control_row.ControlRow, list[int]]] = []
+        for sequence in plan.arrivals:
+            params, controls = sequence.request.params, sequence.controls
+            packed = columns.pack(params, controlled=controls is not None, seed=sequence.seed)
+            self._columns[sequence.row] = packed
+            if controls is not None:
+                controlled.append((sequence.row, controls, sequence.tokens[sequence.prompt_len :]))
+        return control_row.pack(controlled, self.limits.vocab_size) if controlled else ([], [])
 
     def _fill_decode(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
         slices = plan.slices

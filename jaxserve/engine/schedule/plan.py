@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxserve.engine.schedule.sequence import Need, Sequence
+from jaxserve.engine.schedule.sequence import Sequence
 
 
 class Slice:
@@ -34,7 +34,7 @@ class StepPlan:
     slices: list[Slice]
     tokens: int
     entries: int
-    need: Need
+    need: int  # flags of need.py
     embeds: int = 0  # entries returned as hidden states
     policy_version: int = 0
     # The device applies everything below before the step, in this order.
@@ -55,7 +55,7 @@ class Draft:
         self.tokens = self.entries = 0
         self.scores = 0  # rows of logits for scoring prompt tokens
         self.embeds = 0
-        self.need = Need.GREEDY
+        self.need = 0
 
     def put(self, slice: Slice) -> None:
         count, sequence = slice.count, slice.sequence
@@ -63,16 +63,14 @@ class Draft:
         self.tokens += count
         if slice.samples:
             self.entries += 1
-            if sequence.need > self.need:
-                self.need = sequence.need
+            self.need |= sequence.need
         if slice.embeds:
             self.entries += 1
             self.embeds += 1
         if slice.score_to > slice.score_from:
             self.entries += slice.score_to - slice.score_from
             self.scores += slice.score_to - slice.score_from
-            if sequence.scoring_need is not None and sequence.scoring_need > self.need:
-                self.need = sequence.scoring_need
+            self.need |= sequence.scoring_need
 
     @property
     def slices(self) -> list[Slice]:

@@ -14,6 +14,7 @@ stays planned.
 """
 
 import random
+import traceback
 from bisect import bisect_left, insort
 
 from jaxserve.engine.capacity import Limits
@@ -26,6 +27,8 @@ from jaxserve.engine.schedule.waiting import Deadlines, Waiting
 from jaxserve.errors import RequestError
 from jaxserve.types.outputs import FinishReason, Update
 from jaxserve.types.request import Request
+
+_NOT_FINITE = "the model returned logits that are not finite, or masks left no token to sample"
 
 
 class Scheduler:
@@ -75,10 +78,10 @@ class Scheduler:
         seed = self._random.getrandbits(32) if params.seed is None else params.seed
         seed ^= (seed >> 32) & 0xFFFF_FFFF
         priority = request.priority if limits.priority else 0
-        group = [
-            Sequence(request, index=index, order=(priority, self._arrivals, index), limits=limits, seed=seed + index)
-            for index in range(params.n)
-        ]
+        group: list[Sequence] = []
+        for index in range(params.n):
+            order, first = (priority, self._arrivals, index), group[0] if group else None
+            group.append(Sequence(request, index=index, order=order, limits=limits, seed=seed + index, leader=first))
         leader, *leader.siblings = group
         self.requests[request.id] = group
         if hold:
@@ -352,7 +355,7 @@ class Scheduler:
             if slice.epoch != sequence.epoch:
                 continue
             if not sound and not all(result.valid[first:end]):
-                updates.append(self._broken(sequence))
+                updates.append(self._broken(sequence, _NOT_FINITE))
                 continue
             update = Update(
                 request_id=sequence.request.id,
@@ -360,16 +363,12 @@ class Scheduler:
                 num_cached_tokens=sequence.cached,
                 policy_version=plan.policy_version,
             )
-            if slice.score_to > slice.score_from:
-                update.prompt_logprobs = commit.scores(slice, result, first)
-                sequence.scores_reported = slice.score_to
-            reason: FinishReason | None = None
-            if slice.samples:
-                reason = commit.sampled(sequence, result, end - 1, update, self.limits.eos_token_ids)
-            elif slice.embeds:
-                update.embedding, reason = commit.embedding(result, end - 1), "stop"
-            elif sequence.request.score_only and slice.start + slice.count == sequence.goal:
-                reason = "length"
+            try:
+                reason = self._apply(slice, result, update, first=first, last=end - 1)
+            except Exception as error:
+                traceback.print_exc()
+                updates.append(self._broken(sequence, f"its result cannot be used: {type(error).__name__}: {error}"))
+                continue
             if reason:
                 updates.append(self._finish(sequence, update, reason))
             elif update.token_ids or update.prompt_logprobs or update.logprobs:
@@ -377,12 +376,39 @@ class Scheduler:
                 updates.append(update)
         return updates
 
-    def _broken(self, sequence: Sequence) -> Update:
-        """End a sequence whose logits are not finite or leave nothing to sample. Its KV is never reused."""
+    def _apply(self, slice: Slice, result: StepResult, update: Update, *, first: int, last: int) -> FinishReason | None:
+        """Apply the result of one slice, which has the entries from `first` to `last`; return whether it ends."""
+        sequence = slice.sequence
+        if slice.score_to > slice.score_from:
+            update.prompt_logprobs = commit.scores(slice, result, first)
+            sequence.scores_reported = slice.score_to
+        if slice.samples:
+            return commit.sampled(sequence, result, last, update, self.limits.eos_token_ids)
+        if slice.embeds:
+            update.embedding = commit.embedding(result, last)
+            return "stop"
+        if sequence.request.score_only and slice.start + slice.count == sequence.goal:
+            return "length"
+        return None
+
+    def _broken(self, sequence: Sequence, error: str) -> Update:
+        """End a sequence after a fault. Its KV is never reused."""
         self._tables.distrust(sequence)
         update = Update(request_id=sequence.request.id, index=sequence.index, policy_version=self.policy_version)
-        update.error = "the model returned logits that are not finite, or masks left no token to sample"
+        update.error = error
         return self._finish(sequence, update, "error")
+
+    def withdraw(self, plan: StepPlan, at_fault: list[Sequence], error: str) -> None:
+        """Undo a plan that cannot be run: end the sequences at fault, and let the others be computed again."""
+        self._tables.put_back(plan.copies, plan.edits)
+        for slice in plan.slices:
+            self._tables.distrust(slice.sequence)  # blocks were published that this step would have filled
+        for sequence in at_fault:
+            self._ended.append(self._broken(sequence, error))
+        for sequence in (slice.sequence for slice in plan.slices):
+            if sequence.status == Status.RUNNING:
+                self._preempt(sequence)
+        self._arrived += [sequence for sequence in plan.arrivals if sequence.status == Status.RUNNING]
 
     # --- beams ------------------------------------------------------------------------------------------------------
 
@@ -401,7 +427,7 @@ class Scheduler:
         if any(other.index == index for other in group):
             raise RuntimeError(f"request {request.id!r} already has sample {index}")
         order = (*sequence.order[:2], index)
-        twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed)
+        twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed, leader=sequence)
         twin.held, twin.tokens, twin.reported = sequence.held, list(sequence.tokens), sequence.reported
         group.append(twin)
         if sequence.status == Status.RUNNING and self._free_rows:

@@ -10,8 +10,9 @@ epoch     incremented when the sequence leaves its row, which makes results of s
 from enum import IntEnum
 
 from jaxserve.engine.capacity import Limits
-from jaxserve.sampling import columns
-from jaxserve.sampling.control_row import needs_controls
+from jaxserve.engine.schedule import need
+from jaxserve.sampling import columns, control_row
+from jaxserve.sampling.control_row import ControlRow
 from jaxserve.types.request import Request
 
 
@@ -22,22 +23,12 @@ class Status(IntEnum):
     FINISHED = 3
 
 
-class Need(IntEnum):
-    """What sampling a row requires; a step does what its most demanding row needs."""
-
-    GREEDY = 0
-    RANDOM = 1
-    FILTERED = 2  # top-k, top-p, min-p
-    SCORED = 3  # and the log probability of the token
-    FULL = 4  # and the most likely ones, penalties, biases, masks
-
-
 class Sequence:
     __slots__ = (
         "blocks",
         "cached",
         "computed",
-        "controlled",
+        "controls",
         "end",
         "epoch",
         "first_block",
@@ -67,7 +58,17 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: Request, *, index: int, order: tuple[int, int, int], limits: Limits, seed: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        *,
+        index: int,
+        order: tuple[int, int, int],
+        limits: Limits,
+        seed: int,
+        leader: "Sequence | None" = None,
+    ) -> None:
+        """`leader`: another sample of the same request, to share what they have in common."""
         params = request.params
         self.request, self.index, self.order = request, index, order
         self.tokens = list(map(int, request.prompt_token_ids))
@@ -77,13 +78,13 @@ class Sequence:
         # The tokens that need KV: nothing attends to the last token of an answer.
         self.goal = self.end - 1 if request.generates else self.prompt_len
         self.min_end = self.prompt_len + params.min_tokens
-        self.stops = stops_of(request, limits)
+        self.stops = stops_of(request, limits) if leader is None else leader.stops
         self.rope_length = limits.rope_key(self.end) if limits.rope_key else 0
-        self.controlled = needs_controls(params, request.bad_word_ids)
-        self.need = sampling_need(request, controlled=self.controlled)
-        self.scoring_need = None if params.prompt_logprobs is None else scoring_need(params.prompt_logprobs)
+        self.need = sampling_need(request)
+        self.scoring_need = need.of_logprobs(params.prompt_logprobs)
+        self.controls = controls_of(request, self.need, self.stops, limits) if leader is None else leader.controls
         # Prompt tokens scored, including by steps in flight, and those already reported. The first token has no score.
-        self.scored = self.scores_reported = 1 if self.scoring_need is not None and index == 0 else self.prompt_len
+        self.scored = self.scores_reported = 1 if self.scoring_need and index == 0 else self.prompt_len
         self.seed = seed & 0xFFFF_FFFF
         self.status = Status.BESIDE
         self.row, self.epoch, self.computed, self.pending, self.cached = -1, 0, 0, 0, 0
@@ -119,16 +120,23 @@ def stops_of(request: Request, limits: Limits) -> frozenset[int]:
     return own if request.params.ignore_eos else own | limits.eos_token_ids
 
 
-def sampling_need(request: Request, *, controlled: bool) -> Need:
+def sampling_need(request: Request) -> int:
     params = request.params
-    if controlled or (params.logprobs is not None and params.logprobs != 0):
-        return Need.FULL
-    if params.logprobs is not None:
-        return Need.SCORED
-    if params.greedy:
-        return Need.GREEDY
-    return Need.FILTERED if columns.filters(params) else Need.RANDOM
+    found = need.of_logprobs(params.logprobs)
+    if not params.greedy:
+        found |= need.FILTER if columns.filters(params) else need.RANDOM
+    edits, masks = control_row.kinds(params, request.bad_word_ids)
+    return found | need.CONTROLS * edits | need.MASK * masks
 
 
-def scoring_need(prompt_logprobs: int) -> Need:
-    return Need.FULL if prompt_logprobs else Need.SCORED
+def controls_of(request: Request, needs: int, stops: frozenset[int], limits: Limits) -> ControlRow | None:
+    """Packed here, when the request arrives, so that the step in which it takes a row has little left to do."""
+    if not needs & (need.CONTROLS | need.MASK):
+        return None
+    return ControlRow(
+        vocab_size=limits.vocab_size,
+        params=request.params,
+        prompt=request.prompt_token_ids,
+        stops=stops,
+        bad_words=request.bad_word_ids,
+    )

@@ -20,7 +20,6 @@ from jaxserve.engine.execute import compiler, program_store
 from jaxserve.engine.execute.compiler import Executables
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.runner import Runner
-from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from pallas_kernels import dispatch
 from tests.engine.execute.smallest import CAPACITY, SPEC
@@ -153,7 +152,7 @@ def test_a_folder_of_many_users(runner: Runner, store: Store, monkeypatch: pytes
         assert store.load(file, [runner.device]) is not None
     elif call == "replace":
         compiler.EXECUTABLES.clear()
-        compiler.compiled(runner.program("set_row"), store)
+        compiler.compiled(runner.program(("set_rows", 1)), store)
         assert files(store) == [file], "a part of a file stays"
     else:
         file.write_bytes(b"broken")
@@ -234,7 +233,7 @@ def test_nothing_is_stored_if_the_key_is_uncertain(
 @pytest.mark.usefixtures("forgetful")
 def test_the_memory_of_a_run_is_kept_on_disk(runner: Runner, store: Store) -> None:
     """What the compiler says of it may be lost there, and an engine that asks again would have to compile again."""
-    program = runner.program((1, Need.FULL))
+    program = runner.program((1, runner.heads[-1]))
     made = compiler.compiled(program, store)
     taken = compiler.EXECUTABLES.extra(made)
     memory = made.memory_analysis()

@@ -11,7 +11,6 @@ import pytest
 from jaxserve.engine.execute import compiler
 from jaxserve.engine.execute.runner import Runner, settle
 from jaxserve.engine.schedule import packing
-from jaxserve.engine.schedule.sequence import Need
 from jaxserve.models import param_layout
 from tests.engine.execute.smallest import CAPACITY, SPEC
 from tests.models import tiny
@@ -45,11 +44,13 @@ def test_padding_changes_nothing(runner: Runner) -> None:
 
 
 def test_programs_are_shared_by_equal_runners(runner: Runner) -> None:
-    key = (1, Need.GREEDY)
+    key = (1, runner.heads[0])
     twin = Runner(runner.spec, runner.params, CAPACITY)
     assert compiler.compiled(twin.program(key)) is compiler.compiled(runner.program(key))
     other = Runner(runner.spec, runner.params, replace(CAPACITY, limits=replace(CAPACITY.limits, max_logprobs=2)))
-    assert compiler.compiled(other.program(key)) is not compiler.compiled(runner.program(key))
+    assert compiler.compiled(other.program(key)) is compiler.compiled(runner.program(key)), "it returns no logprobs"
+    last = other.program((1, other.heads[-1]))
+    assert compiler.compiled(last) is not compiler.compiled(runner.program((1, runner.heads[-1])))
 
 
 def test_memory_is_freed_and_allocated_again(runner: Runner) -> None:
@@ -86,7 +87,7 @@ def test_devices_do_not_share_programs(runner: Runner) -> None:
     with jax.default_device(device):
         other = Runner(runner.spec, jax.device_put(runner.params, device), CAPACITY)
     other.allocate()
-    key = (1, Need.GREEDY)
+    key = (1, runner.heads[0])
     assert compiler.compiled(other.program(key)) is not compiler.compiled(runner.program(key))
     assert other.cache[0]["latent"].devices() == {device}
 
@@ -99,7 +100,7 @@ def test_interrupted_compiling_leaves_the_rest(runner: Runner, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiler, "compile_on", interrupt)
-    wanted = [runner.program((1, need)) for need in Need] * 20
+    wanted = [runner.program((1, need)) for need in runner.heads] * 20
     with pytest.raises(KeyboardInterrupt):
         compiler.compile_all(wanted, workers=1)
     assert len(begun) < len(wanted)
@@ -130,9 +131,9 @@ def test_a_program_gets_the_parameters_that_it_reads(tied: bool) -> None:
     runner = Runner(spec, param_layout.to_engine_layout(spec, tiny.public_params(spec)), CAPACITY)
     read = {
         key: {param_layout.dotted(path) for path, _ in param_layout.leaves(runner.program(key).shapes[0])}
-        for key in ((1, Need.GREEDY), (1, Need.FULL), ("embed", 1), packing.decode_layout(1))
+        for key in ((1, runner.heads[0]), (1, runner.heads[-1]), ("embed", 1), packing.decode_layout(1))
     }
     head = {"final_norm.weight", "embed.weight" if tied else "head"}
-    assert read[1, Need.GREEDY] == read[1, Need.FULL] == read["embed", 1] == head
+    assert read[1, runner.heads[0]] == read[1, runner.heads[-1]] == read["embed", 1] == head
     whole = {param_layout.dotted(path) for path, _ in param_layout.leaves(runner.params)}
     assert read[packing.decode_layout(1)] == whole - head | {"embed.weight"}

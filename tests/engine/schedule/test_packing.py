@@ -14,7 +14,7 @@ from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.packing import Batcher
 from jaxserve.engine.schedule.plan import Slice, StepPlan
-from jaxserve.engine.schedule.sequence import Need, Sequence
+from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.sampling.columns import COLUMNS
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -47,10 +47,10 @@ def sequence(row: int, prompt: list[int], **params: Any) -> Sequence:
 def plan(slices: list[Slice], **changes: Any) -> StepPlan:
     tokens, entries = sum(s.count for s in slices), sum(s.entries for s in slices)
     changes |= dict(embeds=sum(s.embeds for s in slices), arrivals=[s.sequence for s in slices])
-    return StepPlan(slices, tokens, entries, Need.GREEDY, **changes)
+    return StepPlan(slices, tokens, entries, 0, **changes)
 
 
-def parts(packed: packing.Packed) -> dict[str, list[int]]:
+def parts(packed: packing.StepMessage) -> dict[str, list[int]]:
     return {name: packed.vector[at].tolist() for name, at in packing.places(packed.layout).items()}
 
 
@@ -131,7 +131,7 @@ def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:
         step.arrivals = arrivals
         packed = packer.pack(step)
         reported.append(parts(packed)["entries"][at])
-        assert packed.controlled == ([later] if later in arrivals else [])
+        assert [vectors[:, 0].tolist() for vectors in packed.controls] == ([[1]] if later in arrivals else [])
     assert reported == [3, 3, 0]
 
 

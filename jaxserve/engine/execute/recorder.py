@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the last step messages and results of an engine, writes them to a file after a fault, and runs them again.
+
+A step is a function of its message and the devices' state, which starts as zeros. So a recording that begins with the
+first step replays bit for bit, on any machine with an equal device and model. A later one replays the same programs on
+the same inputs, but not on the same KV cache: its results differ from the recorded ones.
+
+A file has the token ids of prompts. Only its owner can read it.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+import msgspec
+import numpy as np
+
+from jaxserve import __version__
+from jaxserve.config import EngineConfig
+from jaxserve.engine.capacity import Limits
+from jaxserve.engine.execute.runner import Runner
+from jaxserve.engine.schedule.packing import Ints, Layout, StepMessage
+from jaxserve.engine.schedule.plan import StepResult
+from jaxserve.errors import JaxserveError
+
+SUFFIX = ".steps"
+_FORM = 1  # version of the file format
+
+
+class ArrayData(msgspec.Struct, array_like=True):
+    shape: tuple[int, ...]
+    data: bytes  # int32, compressed: rows of controls are long and nearly constant
+
+    @classmethod
+    def of(cls, array: Ints) -> "ArrayData":
+        return cls(array.shape, zlib.compress(np.ascontiguousarray(array, "<i4").tobytes(), level=1))
+
+    def array(self) -> Ints:
+        return np.frombuffer(zlib.decompress(self.data), "<i4").reshape(self.shape)
+
+
+class Step(msgspec.Struct):
+    """A StepMessage, and its result once it was read."""
+
+    layout: dict[str, Any]
+    entries: int
+    embeds: int
+    need: int
+    vector: ArrayData
+    edits: list[ArrayData]
+    controls: list[ArrayData]
+    counts: list[ArrayData]
+    tokens: list[int] | None = None
+    valid: list[bool] | None = None
+    numbers: list[bytes] = []  # log probabilities, ranks and embeddings
+
+    @classmethod
+    def of(cls, message: StepMessage) -> "Step":
+        return cls(
+            layout=dataclasses.asdict(message.layout),
+            entries=message.entries,
+            embeds=message.embeds,
+            need=message.need,
+            vector=ArrayData.of(message.vector),
+            edits=list(map(ArrayData.of, message.edits)),
+            controls=list(map(ArrayData.of, message.controls)),
+            counts=list(map(ArrayData.of, message.counts)),
+        )
+
+    def message(self) -> StepMessage:
+        return StepMessage(
+            Layout(**self.layout),
+            self.entries,
+            self.embeds,
+            self.need,
+            self.vector.array(),
+            *([each.array() for each in arrays] for arrays in (self.edits, self.controls, self.counts)),
+        )
+
+    def put(self, result: StepResult) -> None:
+        self.tokens, self.valid, self.numbers = result.tokens, result.valid, _numbers(result)
+
+    def difference(self, result: StepResult) -> str | None:
+        """How a result differs from the recorded one; None if no bit does, or if none was recorded."""
+        if self.tokens is None:
+            return None
+        for entry, (old, new) in enumerate(zip(self.tokens, result.tokens, strict=False)):
+            if old != new:
+                return f"entry {entry} has token {new}, recorded was {old}"
+        if self.valid != result.valid:
+            return "other entries are not finite"
+        return None if self.numbers == _numbers(result) else "log probabilities or embeddings differ"
+
+
+def _numbers(result: StepResult) -> list[bytes]:
+    arrays = (result.logprobs, result.ranks, result.top_tokens, result.top_logprobs, result.embeddings)
+    return [array.tobytes() for array in arrays if array is not None]
+
+
+class Recording(msgspec.Struct):
+    form: int
+    versions: dict[str, str]
+    device: str
+    fault: str
+    config: dict[str, Any]  # of an engine of the same sizes
+    has_folder: bool  # whether the weights are those of the config's model
+    policy_version: int
+    first: int  # the number of steps before the first one here, since the state was zeros
+    steps: list[Step]
+
+
+class Recorder:
+    def __init__(self, config: EngineConfig, limits: Limits, *, has_folder: bool) -> None:
+        self._config, self._limits, self._has_folder = config, limits, has_folder
+        self._kept: deque[Step] = deque(maxlen=config.record_steps)
+        self._unread: deque[Step] = deque()
+        self._count = 0
+
+    def restart(self) -> None:
+        """The state is zeros again."""
+        self._kept.clear()
+        self._unread.clear()
+        self._count = 0
+
+    def launched(self, message: StepMessage) -> None:
+        step = Step.of(message)
+        self._kept.append(step)
+        self._unread.append(step)
+        self._count += 1
+
+    def read(self, result: StepResult) -> None:
+        self._unread.popleft().put(result)
+
+    def dump(self, fault: str, policy_version: int) -> Path:
+        config = sized(self._config, self._limits)
+        recording = Recording(
+            form=_FORM,
+            versions=versions(),
+            device=_device(),
+            fault=fault,
+            config={field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+            has_folder=self._has_folder,
+            policy_version=policy_version,
+            first=self._count - len(self._kept),
+            steps=list(self._kept),
+        )
+        name = f"jaxserve-{time.strftime('%Y%m%d-%H%M%S')}-"
+        handle, path = tempfile.mkstemp(prefix=name, suffix=SUFFIX)  # readable by its owner only
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(msgspec.msgpack.encode(recording))
+        return Path(path)
+
+
+def sized(config: EngineConfig, limits: Limits) -> EngineConfig:
+    """The settings of an engine of the same sizes, whatever memory it finds."""
+    return replace(
+        config,
+        num_blocks=limits.num_blocks,
+        kv_cache_memory_bytes=None,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+    )
+
+
+def versions() -> dict[str, str]:
+    return {"jaxserve": __version__, "jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+
+
+def _device() -> str:
+    first = jax.devices()[0]
+    return f"{first.platform} {first.device_kind}"
+
+
+def load(file: Path) -> Recording:
+    try:
+        found = msgspec.msgpack.decode(file.read_bytes(), type=Recording)
+    except OSError as error:
+        raise JaxserveError(f"cannot read {file}: {error.strerror}", "pass a file that an engine wrote") from None
+    except msgspec.MsgspecError:
+        raise JaxserveError(f"{file} is not a recording of steps", "pass a file that an engine wrote") from None
+    if found.form != _FORM:
+        raise JaxserveError(f"{file} has format {found.form}, expected {_FORM}", "replay it with its own version")
+    return found
+
+
+def replay(runner: Runner, steps: Sequence[Step]) -> Iterator[str | None]:
+    """Run the steps; for each how its result differs from the recorded one."""
+    for step in steps:
+        yield step.difference(runner.read(runner.launch(step.message())))
