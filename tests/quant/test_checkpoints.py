@@ -75,21 +75,27 @@ def test_a_converted_checkpoint_is_the_same(tmp_path: Path, case: str) -> None:
         same(load.load_model(place)[1], load.load_model(folder)[1])
 
 
+OPTIONS: dict[str, Any] = dict(
+    max_num_seqs=2,
+    max_num_batched_tokens=16,
+    block_size=8,
+    warmup=False,
+    skip_tokenizer_init=True,
+    compilation_cache_dir=programs(),
+)
+
+
+def answer(llm: LLM) -> list[int]:
+    prompt = list(map(int, TOKENS[0]))
+    return llm.generate(prompt, SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids
+
+
 def test_an_engine_serves_and_updates_it(tmp_path: Path) -> None:
     ignore = CASES["llama-mqa-3-layers"]
     folders = [toy.write(tmp_path / str(seed), "llama-mqa-3-layers", ignore=ignore, seed=seed) for seed in (0, 1)]
-    options: dict[str, Any] = dict(
-        max_num_seqs=2, max_num_batched_tokens=16, block_size=8, warmup=False, skip_tokenizer_init=True
-    )
-    options["compilation_cache_dir"] = programs()
-    prompt, greedy = list(map(int, TOKENS[0])), SamplingParams(temperature=0, max_tokens=8)
-
-    def answer(llm: LLM) -> list[int]:
-        return llm.generate(prompt, greedy)[0].outputs[0].token_ids
-
-    first, second = (answer(LLM(str(plain), **options)) for _, plain in folders)
+    first, second = (answer(LLM(str(plain), **OPTIONS)) for _, plain in folders)
     assert first != second
-    llm = LLM(str(folders[0][0]), **options)
+    llm = LLM(str(folders[0][0]), **OPTIONS)
     assert answer(llm) == first
     spec, newer = load.load_model(folders[1][0])
     llm.update_weights(param_layout.to_public_layout(spec, newer))
@@ -108,6 +114,20 @@ def test_an_engine_serves_and_updates_it(tmp_path: Path) -> None:
     with pytest.raises(JaxserveError, match=r"codes is int16\["):
         llm.update_weights(broken)
     assert answer(llm) == first
+
+
+def test_an_engine_on_two_devices_serves_and_updates_it(tmp_path: Path) -> None:
+    folders = [toy.write(tmp_path / str(seed), "mixtral", ignore=CASES["mixtral"], seed=seed) for seed in (0, 1)]
+    first, second = (answer(LLM(str(plain), **OPTIONS)) for _, plain in folders)
+    llm = LLM(str(folders[0][0]), tensor_parallel_size=2, **OPTIONS)
+    codes = llm.params["layers"][0]["mlp"]["experts"]["gate_up"]["kernel"]["codes"]
+    assert codes.sharding.shard_shape(codes.shape) == (6, 2, 48, 64)
+    assert answer(llm) == first
+    spec, newer = load.load_model(folders[1][0])
+    llm.update_weights(param_layout.to_public_layout(spec, newer))
+    assert answer(llm) == second
+    llm.update_weights(llm.public_params())
+    assert answer(llm) == second
 
 
 def test_the_config_decides_the_dtype(tmp_path: Path) -> None:
