@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of activations with weights, all of them: a weight is one array or has components (weight.py).
+"""All products of activations with weights. A weight is one array or has components; see weight.py.
 
 Weights have the layout of Hugging Face, outputs first, so that loading copies without transposing, and a tied embedding
 serves as the output head unchanged.
@@ -83,8 +83,8 @@ def matmul_each(expression: str, x: jax.Array, weight: Weight) -> jax.Array:
 
 
 def matmul_grouped(x: jax.Array, weight: "jax.Array | QuantTensor", offsets: jax.Array) -> jax.Array:
-    """Rows of x, sorted by expert, each times its expert's weight, with all outputs on one axis. For inside of a
-    mesh.island: the weight is what `as_argument` returns."""
+    """Rows of x, sorted by expert, each times its expert's weight, with all outputs on one axis. Runs inside a
+    mesh.island, on a weight that `as_argument` returned."""
     if isinstance(weight, QuantTensor):
         return weight.grouped_matmul(x, offsets)
     experts, *_, columns = weight.shape
@@ -92,7 +92,7 @@ def matmul_grouped(x: jax.Array, weight: "jax.Array | QuantTensor", offsets: jax
 
 
 def as_argument(weight: Weight, axes: tuple[str | None, ...]) -> tuple[Any, Any]:
-    """A weight with these axes as an argument of a mesh.island, and its spec there."""
+    """A weight with these axes as the argument of a mesh.island, and how it is sharded there."""
     if isinstance(weight, Components):
         return weight.tensor(), weight.cut()
     return weight[...], mesh.partition(axes)

@@ -6,7 +6,7 @@ after that. Specs are hashable: jit takes them as static arguments, and equal sp
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from types import UnionType
 from typing import Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
@@ -209,12 +209,15 @@ class ModelSpec:
 
     def scheme_of(self, path: Sequence[str | int]) -> Scheme | None:
         """How the public tensor at this path is stored; None: as one array."""
-        schemes = _by_path(self.quantized)
         exact, general = list(path), list(path)
         if len(path) > 1 and path[0] == "layers":
             general[1] = "{layer}"
         keys = (".".join(map(str, each)) for each in (exact, general))
-        return next((schemes[key] for key in keys if key in schemes), None)
+        return next((self._schemes[key] for key in keys if key in self._schemes), None)
+
+    @cached_property
+    def _schemes(self) -> dict[str, Scheme | None]:
+        return {each.path: each.scheme for each in self.quantized}
 
     @property
     def unit(self) -> int:
@@ -225,11 +228,6 @@ class ModelSpec:
     @property
     def needs_rope_length(self) -> bool:
         return any(layer.attention.rope is not None and layer.attention.rope.needs_length for layer in self.layers)
-
-
-@cache
-def _by_path(quantized: tuple[Quantized, ...]) -> dict[str, Scheme | None]:
-    return {each.path: each.scheme for each in quantized}
 
 
 def _check(spec: ModelSpec) -> None:

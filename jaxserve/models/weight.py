@@ -95,7 +95,9 @@ def store(module: nnx.Module, spec: ModelSpec, fitted: Fit) -> None:
 def _check_cut(path: Path, scheme: Scheme, ins: AxisSizes, fitted: Fit) -> None:
     name = ".".join(map(str, path))
     if scheme.kind not in KINDS:
-        raise JaxserveError(f"{name} is quantized as {scheme.kind!r}, which is not supported", "convert it again")
+        raise JaxserveError(
+            f"{name} is quantized as {scheme.kind!r}, which is not supported", "use a version of jaxserve that has it"
+        )
     columns = math.prod(ins.values())
     shards = fitted.shards if mesh.RULES[next(iter(ins))] == "tensor" else 1
     for component in scheme.components:

@@ -30,12 +30,12 @@ type StorageDtype = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One array of a weight, [*rows, columns / `columns`]. Zeros in every component must mean a weight of zero, which
-    is the padding."""
+    """One array of a weight, [*rows, columns / `columns`]. Padding is zeros in all components, so a weight whose
+    components are zero must be zero."""
 
     name: str
     dtype: StorageDtype
-    rows: bool = True  # False: all rows share its values, as do weights that are fused, which must agree
+    rows: bool = True  # False: all rows share its values, and weights that are fused must have equal ones
     columns: int | None = 1  # how many adjacent columns share a value; None: all of them
     columns_first: bool = False  # the engine stores it as [columns, *rows]; the public tree never does
     whole: bool = False  # every shard has the values of all columns, also where columns are sharded
@@ -43,7 +43,7 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    kind: str  # of arithmetic: a name in tensor.KINDS
+    kind: str  # the arithmetic: a name in tensor.KINDS
     components: tuple[Component, ...]  # the first holds the codes: it has a value for each row and group of columns
 
 
