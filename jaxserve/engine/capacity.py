@@ -10,14 +10,13 @@ slack. On a CPU the KV cache is large enough for all rows, but at most 4 GiB and
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
 from jaxserve.config import ConfigError, EngineConfig, too_few_tokens
 from jaxserve.engine.buckets import Buckets
 from jaxserve.models.mesh_fit import Fit
-from jaxserve.models.spec import Attention, Dynamic, LongRope, Mlp, ModelSpec
+from jaxserve.models.spec import Attention, Mlp, ModelSpec
 
 GIB = 2**30
 CPU_CACHE = 4 * GIB
@@ -42,8 +41,7 @@ class Limits:
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = True
     priority: bool = False
-    # Maps a sequence's length to what its rotary angles depend on; sequences with equal keys may share blocks.
-    rope_key: Callable[[int], int] | None = None
+    rope_length: int = 0  # the length that length-dependent RoPE assumes for every sequence
 
     @property
     def width(self) -> int:
@@ -208,7 +206,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         max_num_queued_tokens=config.max_num_queued_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         priority=config.scheduling_policy == "priority",
-        rope_key=rope_key_of(spec),
+        rope_length=longest if spec.needs_rope_length else 0,
     )
     buckets = Buckets.of(rows, tokens)
     found = Capacity(
@@ -299,17 +297,6 @@ def window_of(spec: ModelSpec) -> int | None:
     """The longest sliding window of all layers; None if a layer attends to all tokens."""
     windows = [layer.attention.window if isinstance(layer.attention, Attention) else None for layer in spec.layers]
     return None if None in windows else max(window for window in windows if window is not None)
-
-
-def rope_key_of(spec: ModelSpec) -> Callable[[int], int] | None:
-    """Maps a length to a key; lengths with equal keys give equal rotary angles. None if the length has no effect."""
-    scalings = [layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None]
-    for scaling in scalings:
-        if isinstance(scaling, Dynamic):
-            return lambda length: max(length, scaling.original)
-        if isinstance(scaling, LongRope):
-            return lambda length: scaling.original + (length > scaling.original)
-    return None
 
 
 def token_bytes(spec: ModelSpec, dtype: str, fitted: Fit = WHOLE) -> int:

@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -172,7 +171,7 @@ def _model_opened(engine: "Engine") -> wire.ModelOpened:
     folder = engine.model.folder
     return wire.ModelOpened(
         folder=None if folder is None else str(folder),
-        limits=replace(engine.limits, rope_key=None),
+        limits=engine.limits,
         sampling_defaults=dict(engine.model.sampling_defaults),
         family=spec.family,
         layers=len(spec.layers),

@@ -99,7 +99,7 @@ def test_check_and_engine_agree(
 
 def plain(found: Capacity) -> Capacity:
     """Drop what only one of the two knows: EOS tokens, and what a compiler or a device reports."""
-    limits = replace(found.limits, eos_token_ids=frozenset(), rope_key=None)
+    limits = replace(found.limits, eos_token_ids=frozenset())
     same = dict(usable=None, used=0) if found.fixed is not None else {}
     return replace(found, limits=limits, memory=replace(found.memory, step=None, **same))
 

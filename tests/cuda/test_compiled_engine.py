@@ -90,7 +90,7 @@ def check(name: str, compiled: Compiled) -> launch_plan.LaunchPlan:
 
 def check_model(name: str, shape: packing.Layout) -> None:
     arguments = params(), pools(), ints(BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
-    compiled = compile_for_h200(partial(programs.model, SPEC, shape, BUCKETS.entries), *arguments, donate=(1, 2))
+    compiled = compile_for_h200(partial(programs.model, SPEC, shape, BUCKETS.entries, 0), *arguments, donate=(1, 2))
     # The block tables of all rows are gathered: the largest array except for those that a layer computes.
     largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
     assert copied(compiled, largest + 1) == []

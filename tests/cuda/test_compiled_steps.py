@@ -38,7 +38,7 @@ def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
     decode = packing.decode_layout(ROWS)
-    program = partial(programs.model, spec, decode, ENTRIES)
+    program = partial(programs.model, spec, decode, ENTRIES, 0)
     arguments = params, cache, ints(ROWS, WIDTH), ints(ROWS), ints(decode.size)
     return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
 

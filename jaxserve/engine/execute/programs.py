@@ -16,7 +16,7 @@ token, the next step's input, which thus stays on the device), controls. For the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,13 +51,16 @@ def model(
     spec: ModelSpec,
     layout: Layout,
     most: int,
+    rope_length: int,
     params: Params,
     cache: Cache,
     tables: jax.Array,
     last: jax.Array,
     vector: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
-    """Pads the entries to `most`, so that they have the same shape in all layouts."""
+    """Pads the entries to `most`, so that they have the same shape in all layouts. `rope_length` is the length that
+    length-dependent RoPE assumes: one for all sequences, so that it does not depend on max_tokens and cached keys stay
+    valid."""
 
     def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
         parts = {name: vector[at] for name, at in packing.places(layout).items()}
@@ -65,7 +68,10 @@ def model(
         entries = parts["entries"].reshape(layout.entries, len(packing.ENTRY))
         padding = most - layout.entries
         entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
-        return tables, entries, _inputs(spec, layout, kv_cache.block_size(cache), parts, tables, last, entries)
+        inputs = _inputs(layout, kv_cache.block_size(cache), parts, tables, last, entries)
+        if spec.needs_rope_length:
+            inputs = replace(inputs, rope_lengths=jnp.full(layout.tokens, rope_length, jnp.int32))
+        return tables, entries, inputs
 
     tables, entries, inputs = mesh.island(prepare, P(), P())(tables, last, vector)
     hidden, cache = decoder.hidden(spec, params, cache, inputs)
@@ -73,7 +79,6 @@ def model(
 
 
 def _inputs(
-    spec: ModelSpec,
     layout: Layout,
     block_size: int,
     parts: dict[str, jax.Array],
@@ -107,7 +112,6 @@ def _inputs(
             decode_only=layout.decode,
         ),
         sampled=jnp.maximum(entries[:, TOKEN], 0),
-        rope_lengths=parts["rope_lengths"][line] if spec.needs_rope_length else None,
     )
 
 
@@ -225,7 +229,7 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: ("tree", "shapes"),
-    model: ("spec", "layout", "most"),
+    model: ("spec", "layout", "most", "rope_length"),
     head: ("spec", "rows", "variant", "processed"),
     embed: ("spec", "rows"),
 }

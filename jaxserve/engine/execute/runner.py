@@ -243,7 +243,7 @@ class Runner:
         match key:
             case Layout():
                 given = (self._body_shapes, cache, tables, last, self._vector(key.size))
-                return self._with_shapes(programs.model, (spec, key, most), *given)
+                return self._with_shapes(programs.model, (spec, key, most, self.limits.rope_length), *given)
             case ("embed", int(rows)):
                 return self._with_shapes(programs.embed, (spec, rows), self._head_shapes, self._hidden())
             case (int(rows), Variant() as head):

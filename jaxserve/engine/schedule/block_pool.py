@@ -112,6 +112,10 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
+    def unowned(self, blocks: Sequence[int]) -> int:
+        """How many of these have no owner."""
+        return sum(not self._owners[block] for block in blocks)
+
     def shared(self, block: int) -> bool:
         """Whether the block has more than one owner, so that a writer must copy it first."""
         if not 0 <= block < self.num_blocks:

@@ -34,20 +34,33 @@ class BlockTables:
     # --- start and end of a sequence --------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, *, reserve: int) -> bool:
-        """Share its cached prefix if all other blocks it needs are available beside `reserve`; return whether."""
+        """Share its cached prefix if all other blocks it needs are available beside `reserve`; return whether.
+
+        A sequence that finds no room is asked again at every step, but looks up its prefix only if something has
+        changed for it: more blocks are available, or its next block is cached.
+        """
         pool = self.pool
-        if pool.available <= reserve:
+        room = pool.available - reserve
+        if room <= 0:
             return False  # it needs at least one block: its last token is always computed, for its logits
         if sequence.generation != pool.generation:
-            sequence.generation, sequence.keys = pool.generation, []
+            sequence.generation, sequence.keys, sequence.refused = pool.generation, [], None
+        if sequence.refused is not None:
+            had, missing = sequence.refused
+            if room <= had and not (missing and pool.find([missing])):
+                return False
         hits = self._hits(sequence)
         unseen = self._unseen(len(hits) * self._limits.block_size)
-        pool.share(hits[unseen:])  # cached hits no longer count as available
-        sequence.blocks, sequence.first_block = [NULL_BLOCK] * unseen + hits[unseen:], unseen
-        if self.wanted(sequence) + reserve > pool.available:
-            pool.release(sequence.blocks)
+        shared = hits[unseen:]
+        sequence.blocks, sequence.first_block = [NULL_BLOCK] * unseen + shared, unseen
+        # Cached hits no longer count as available once they are shared. They are not shared, and so keep their place in
+        # the order of reuse, unless the sequence begins.
+        if self.wanted(sequence) > room - pool.unowned(shared):
             sequence.blocks, sequence.first_block = [], 0
+            sequence.refused = room, sequence.keys[len(hits)] if len(hits) < len(sequence.keys) else b""
             return False
+        sequence.refused = None
+        pool.share(shared)
         sequence.published = len(hits)
         sequence.computed = len(hits) * self._limits.block_size
         return True
@@ -143,6 +156,6 @@ class BlockTables:
         """The key of its block, computed on demand."""
         size, keys = self._limits.block_size, sequence.keys
         while len(keys) <= i:
-            parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "", sequence.rope_length)
+            parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "")
             keys.append(self.pool.chain(parent, sequence.tokens[len(keys) * size : (len(keys) + 1) * size]))
         return keys[i]

@@ -46,7 +46,6 @@ class Layout:
             "tokens": self.tokens,  # negative: the row's last sampled token, which is on the device
             "rows": self.rows,
             "kv_lens": self.rows,
-            "rope_lengths": self.rows,
             "starts": self.rows + 1,  # cu_q_lens
             "distribution": 2,
             "cells": self.edits,  # of the block tables; negative: padding
@@ -160,7 +159,6 @@ class Batcher:
         parts["rows"][:] = self.buckets.rows
         parts["rows"][:count] = rows
         parts["kv_lens"][:count] = lengths
-        parts["rope_lengths"][:count] = [s.sequence.rope_length for s in slices]
         parts["starts"][:] = np.arange(len(parts["starts"]))
         parts["distribution"][:] = count
         used = entries[:count]
@@ -175,7 +173,7 @@ class Batcher:
 
     def _fill_mixed(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
         starts, tokens = [0], list[int]()
-        rows, lengths, ropes = list[int](), list[int](), list[int]()
+        rows, lengths = list[int](), list[int]()
         table: list[tuple[int, int, int, int, int]] = []
         singles = 0
         last: dict[int, int] = {}  # the position of each slice's last token, for the forks that sample from it
@@ -188,7 +186,6 @@ class Batcher:
                 starts.append(len(tokens))
                 rows.append(sequence.row)
                 lengths.append(stop)
-                ropes.append(sequence.rope_length)
                 singles += s.count == 1
             last[id(s)] = end = last[id(s.parent)] if s.parent else len(tokens) - 1
             for i in range(s.score_from, s.score_to):
@@ -201,7 +198,6 @@ class Batcher:
         parts["rows"][:] = self.buckets.rows
         parts["rows"][:count] = rows
         parts["kv_lens"][:count] = lengths
-        parts["rope_lengths"][:count] = ropes
         parts["starts"][:] = len(tokens)
         parts["starts"][: count + 1] = starts
         parts["distribution"][:] = singles, count

@@ -43,9 +43,9 @@ class Sequence:
         "pending",
         "prompt_len",
         "published",
+        "refused",
         "reported",
         "request",
-        "rope_length",
         "row",
         "scheduled",
         "scored",
@@ -79,7 +79,6 @@ class Sequence:
         self.goal = self.end - 1 if request.generates else self.prompt_len
         self.min_end = self.prompt_len + params.min_tokens
         self.stops = stops_of(request, limits) if leader is None else leader.stops
-        self.rope_length = limits.rope_key(self.end) if limits.rope_key else 0
         self.need = sampling_need(request)
         self.scoring_need = need.of_logprobs(params.prompt_logprobs)
         self.controls = controls_of(request, self.need, self.stops, limits) if leader is None else leader.controls
@@ -93,6 +92,8 @@ class Sequence:
         self.keys: list[bytes] = []  # prefix-cache keys of its full blocks, computed on demand
         self.published = 0  # the number of its blocks published under these keys
         self.generation = -1  # the pool's generation when its KV was begun
+        # While it waits for blocks: those that were available to it when it found too few, and its next block's key.
+        self.refused: tuple[int, bytes] | None = None
         self.siblings: list[Sequence] = []  # the other samples of the request, until its prompt is computed
         self.held = 0  # above 0: a beam, which stops after each token until `extend`; the number of beams in its search
         self.reported = 0  # for a beam: its token count when it last reported its candidates

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
-from jaxserve.engine.capacity import GIB, SLACK, Capacity
+from jaxserve.engine.capacity import GIB, SLACK, Capacity, Memory
 from jaxserve.engine.execute import cuda_driver, jax_start, loading, memory
 from jaxserve.engine.execute.cuda_driver import DriverMemory
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.runner import Runner
 from jaxserve.engine.execute.weights import shapes_of
-from jaxserve.models.rope import angles
-from jaxserve.models.spec import Dynamic, LongRope, ModelSpec, Rope, Yarn
+from jaxserve.models.spec import Dynamic, ModelSpec, Rope, Yarn
 from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
 from tests.golden import load as golden
 from tests.models import tiny
@@ -281,33 +278,15 @@ def with_scaling(scaling: Any) -> ModelSpec:
     return replace(FULL, layers=layers)
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        Yarn(factor=4.0, original=16),
-        Dynamic(factor=4.0, original=16),
-        LongRope(short=(1.0,) * 4, long=(2.0, 3.0, 4.0, 5.0), original=16),
-    ],
-    ids=["none", "yarn", "dynamic", "longrope"],
-)
-def test_equal_keys_are_equal_angles(scaling: Any) -> None:
-    """Sequences share cached blocks if their keys agree: then, and only then, must their positions turn alike."""
+@pytest.mark.parametrize("scaling", [None, Yarn(factor=4.0, original=16), Dynamic(factor=4.0, original=16)], ids=repr)
+def test_the_length_that_rope_assumes(scaling: Any) -> None:
+    """It is a setting's, or the model's: never what is left of it where memory is short."""
     spec = with_scaling(scaling)
-    key = capacity.rope_key_of(spec)
-    assert (key is not None) == spec.needs_rope_length
-    rope = spec.layers[0].attention.rope
-    assert rope is not None
-    lengths = range(1, 40)
-
-    def turned(length: int) -> bytes:
-        parts = angles(rope, jnp.arange(6, dtype=jnp.int32), jnp.full(6, length, jnp.int32))
-        return b"".join(np.asarray(part).tobytes() for part in parts)
-
-    if key is not None:  # the length that the devices get
-        assert all(turned(key(length)) == turned(length) for length in lengths)
-        reported = {key(length): turned(length) for length in lengths}
-        assert len(reported) == len(set(reported.values())) > 1
+    needed = spec.needs_rope_length
+    config = EngineConfig(model="none", num_blocks=3, block_size=8, max_num_seqs=2, max_num_batched_tokens=8)
+    for given, length in ((config, spec.max_positions), (replace(config, max_model_len=24), 24)):
+        found = capacity.resolve(given, spec, Memory(on_cpu=True, dtype="float32"))
+        assert found.limits.rope_length == (length if needed else 0)
 
 
 # --- what a folder says ---------------------------------------------------------------------------------------------

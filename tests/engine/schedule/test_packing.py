@@ -29,7 +29,6 @@ LIMITS = Limits(
     block_size=BLOCK,
     num_blocks=BLOCKS,
     max_logprobs=5,
-    rope_key=lambda length: 100 + length,
 )
 
 
@@ -75,7 +74,6 @@ def test_a_decoding_step_written_out() -> None:
     given = parts(packed)
     assert given["tokens"] == [9, -1, 4, -1]
     assert given["rows"] == [2, 0, 1, 4] and given["kv_lens"] == [3, 2, 2, 0]
-    assert given["rope_lengths"] == [100 + 3 + 16, 100 + 4, 100 + 3 + 16, 0]
     assert given["starts"] == [0, 1, 2, 3, 4] and given["distribution"] == [3, 3]
     assert given["cells"] == [12] + [-1] * 11 and given["blocks"][0] == 9
     numbers = [[0, 0, 0, bits(1), 0, 0], [0, -1, bits(1), bits(0.5), 0, 0], [0, 0, bits(1), bits(1), 0, 0]]

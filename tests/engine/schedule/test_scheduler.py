@@ -2,13 +2,15 @@
 """The scheduler's rules, one by one, over a device in plain numpy, without jax."""
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+from jaxserve.engine.schedule.block_tables import BlockTables
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.engine.schedule.scheduler import Scheduler
-from jaxserve.engine.schedule.sequence import Status
+from jaxserve.engine.schedule.sequence import Sequence, Status
 from jaxserve.errors import OverloadedError, RequestError
 from jaxserve.types.outputs import Update
 from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
@@ -28,6 +30,45 @@ def test_a_stream_of_arrivals_starves_no_request() -> None:
         done += [int(update.request_id) for update in engine.turn() if update.finish_reason]
     assert engine.scheduler.preemptions > 10
     assert max(abs(place - i) for place, i in enumerate(done)) <= engine.limits.max_num_seqs
+
+
+def test_a_request_without_room_costs_nothing_and_disturbs_nothing() -> None:
+    """Its prefix is looked up again when there is more room or more of it is cached, and keeps its place in the order
+    of reuse."""
+    bounds = limits(num_blocks=30)
+    tables = BlockTables(bounds)
+    pool, looked_up = tables.pool, 0
+
+    def sequence(prompt: list[int]) -> Sequence:
+        return Sequence(request("x", prompt), index=0, order=(0, 0, 0), limits=bounds, seed=0)
+
+    for prompt in ([7] * 24, [8] * 9):  # six blocks, then two that were used more recently
+        first = sequence([*prompt, 1])
+        first.row = 0
+        assert tables.begin(first, reserve=0) and tables.grow(first, len(prompt) + 1)
+        first.computed = len(prompt) + 1
+        tables.publish(first)
+        tables.end(first)
+    order = list(pool._cached)  # pyright: ignore[reportPrivateUsage]
+    taken = pool.allocate(pool.available - 8 - 2)
+    assert taken is not None and len(order) == 8
+    find = pool.find
+
+    def counted(keys: Iterable[bytes]) -> list[int]:
+        nonlocal looked_up
+        found = find(each := list(keys))
+        looked_up += len(each)
+        return found
+
+    pool.find = counted
+    big = sequence([*[7] * 24, *[9] * 16])  # of ten blocks six are cached, and two of the other four are free
+    for _ in range(5):
+        assert not tables.begin(big, reserve=1)
+    assert looked_up <= 9 + 4, "the whole prefix was looked up again"
+    assert not tables.begin(big, reserve=2) and list(pool._cached) == order  # pyright: ignore[reportPrivateUsage]
+    pool.release(taken[:1])
+    assert tables.begin(big, reserve=1), "there is room for it now"
+    assert (big.computed, len(big.blocks)) == (24, 6)
 
 
 # --- the queue ------------------------------------------------------------------------------------------------------
