@@ -25,7 +25,7 @@ from jaxserve.types.outputs import (
     Update,
 )
 from jaxserve.types.request import Abort, Request
-from jaxserve.types.sampling_params import RequestOutputKind
+from jaxserve.types.sampling_params import RequestOutputKind, SamplingParams
 
 
 class OutputBuilder:
@@ -44,11 +44,11 @@ class OutputBuilder:
             raise RequestError("stop", "stop strings need a tokenizer, but none is loaded", "use stop_token_ids")
         self._request = request
         self._prompt = request.prompt
-        self._prompt_token_ids = list(request.prompt_token_ids)
+        self._prompt_token_ids = request.prompt_ids
         self._kind = params.output_kind
         self._tokenizer = tokenizer if params.detokenize else None
         writer = self._tokenizer if request.generates else None
-        self._samples = [_Sample(index, writer, request) for index in range(params.n)]
+        self._samples = [_Sample(index, writer, params, self._prompt_token_ids) for index in range(params.n)]
         self._unfinished = params.n
         self._stopped: list[int] = []
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
@@ -112,15 +112,14 @@ class OutputBuilder:
 class _Sample:
     """The state of one of the n samples."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer | None, request: Request) -> None:
-        params = request.params
+    def __init__(self, index: int, tokenizer: Tokenizer | None, params: SamplingParams, prompt: list[int]) -> None:
         self.index = index
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
         self._wanted = params.logprobs
         self._detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt, params)
         self._stop_reason: int | str | None = None
         self._error: str | None = None
         self._policy_version = 0

@@ -89,7 +89,7 @@ class Preparer:
             **more,
         )
         admission.check(request, self.limits)
-        return request
+        return replace(request, prompt_token_ids=cast("Sequence[int]", np.array(ids, np.int32)))
 
     def prepare_beams(self, prompt: Prompt, params: BeamSearchParams, **more: Any) -> Request:
         """A checked request for a beam search that returns the log probabilities of all its candidates."""

@@ -11,6 +11,7 @@ Both processes run on one machine from one installation: times are on its monoto
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,7 @@ class Start(WireMessage):
 class Add(WireMessage):
     request_id: str
     request: msgspec.Raw  # a Request, encoded separately: if it cannot be decoded, only this request is rejected
+    prompt: bytes  # its prompt_token_ids if they are an int32 array: the engine need not visit each of them
 
 
 class Call(WireMessage):
@@ -168,7 +170,11 @@ def frame(messages: Sequence[Any]) -> bytearray:
 def add_of(request: Request) -> bytes:
     """An encoded Add."""
     try:
-        return encode(Add(request.id, msgspec.Raw(encode(request))))
+        prompt: Any = request.prompt_token_ids
+        if getattr(prompt, "dtype", None) != np.int32:
+            return encode(Add(request.id, msgspec.Raw(encode(request)), b""))
+        rest = replace(request, prompt_token_ids=())
+        return encode(Add(request.id, msgspec.Raw(encode(rest)), np.ascontiguousarray(prompt, "<i4").tobytes()))
     except (OverflowError, UnicodeEncodeError, NotImplementedError) as error:
         problem = f"the request cannot be sent to the engine: {error}"
         raise RequestError("prompt", problem, "use numbers of at most 64 bits and valid Unicode") from None
@@ -176,7 +182,9 @@ def add_of(request: Request) -> bytes:
 
 def request_of(add: Add) -> Request:
     try:
-        return _request.decode(add.request)
+        found = _request.decode(add.request)
+        array: Any = np.frombuffer(add.prompt, "<i4")
+        return replace(found, prompt_token_ids=array) if add.prompt else found
     except msgspec.ValidationError as error:
         raise RequestError("prompt", f"the engine cannot read the request: {error}", "correct the value") from None
 

@@ -2,7 +2,7 @@
 """What goes into an engine: a request, which is a tokenized prompt with its parameters; and its abort."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,7 +16,7 @@ class Request:
     """A prompt as ids. `prompt_token_ids` and the ids in `bad_word_ids` are checked against an engine's limits."""
 
     id: str
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: Sequence[int]  # once prepared, an int32 array: cheap to check and to send
     params: SamplingParams = field(default_factory=SamplingParams)
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as ids
     priority: int = 0  # lower goes first, where the policy is "priority"
@@ -28,6 +28,12 @@ class Request:
     # The samples are the best beams of a search with these; params say how many and what is shown of them.
     beam_search: BeamSearchParams | None = None
     prompt: str | None = None  # the text it came as. For those who show it: an engine gets none
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's ids as plain ints."""
+        tolist: Callable[[], list[int]] | None = getattr(self.prompt_token_ids, "tolist", None)
+        return list(map(int, self.prompt_token_ids)) if tolist is None else tolist()
 
     @property
     def generates(self) -> bool:

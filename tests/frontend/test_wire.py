@@ -127,7 +127,8 @@ def test_requests(request: Request) -> None:
 def test_requests_of_numpy_values() -> None:
     request = Request(id="a", prompt_token_ids=np.arange(4, dtype=np.int32), params=SamplingParams(seed=np.int64(3)))  # pyright: ignore
     found = wire.request_of(through([msgspec.Raw(wire.add_of(request))], of_parent=True)[0])
-    assert found.prompt_token_ids == [0, 1, 2, 3] and found.params == request.params
+    assert found.prompt_ids == [0, 1, 2, 3] and found.params == request.params
+    assert isinstance(found.prompt_token_ids, np.ndarray) and type(found.prompt_ids[0]) is int
 
 
 @pytest.mark.parametrize("fields", [{"cache_salt": "\ud800"}, {"priority": 2**64}, {"deadline": object()}])

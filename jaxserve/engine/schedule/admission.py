@@ -7,7 +7,7 @@ On the device, an id out of range raises no error: it reads or writes another re
 import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -114,7 +114,10 @@ def _check_prompt(request: Request, limits: Limits) -> None:
 
 
 def _check_ids(name: str, ids: Collection[int], limits: Limits) -> None:
-    """Uses only builtins that run in C over a list of ints, since prompts are long."""
+    """Uses only what runs in C, since prompts are long."""
+    array: Any = ids
+    if getattr(array, "dtype", None) == np.int32:  # it holds nothing but whole numbers
+        ids = (int(array.min()), int(array.max())) if len(ids) else ()
     kinds = set(map(type, ids))
     if bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
         bad = next(token for token in ids if isinstance(token, bool) or not isinstance(token, Integral))

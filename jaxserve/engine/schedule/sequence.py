@@ -71,7 +71,7 @@ class Sequence:
         """`leader`: another sample of the same request, to share what they have in common."""
         params = request.params
         self.request, self.index, self.order = request, index, order
-        self.tokens = list(map(int, request.prompt_token_ids))
+        self.tokens: list[int] = request.prompt_ids if leader is None else leader.tokens[: leader.prompt_len]
         self.prompt_len = len(self.tokens)
         wanted = limits.max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
         self.end = min(wanted, limits.max_model_len) if request.generates else self.prompt_len
