@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """EngineConfig: the settings of an engine, declared once and checked when made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
 from jaxserve.errors import JaxserveError
@@ -111,6 +111,15 @@ class EngineConfig:
     enable_prefix_caching: Annotated[bool, Setting("Reuse the KV cache of prompts that share a prefix.", "Memory")] = (
         True
     )
+    prefix_hash_seed: Annotated[
+        str,
+        Setting(
+            "Text that the keys of cached prefixes are derived from, for keys that are equal in several processes "
+            "(default: random keys).",
+            "Memory",
+            empty=True,
+        ),
+    ] = field(default="", repr=False)
 
     max_num_seqs: Annotated[
         int | None,

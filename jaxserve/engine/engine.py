@@ -91,7 +91,9 @@ class Engine:
             else:
                 self.runner.params = reading.result()
                 self.runner.allocate()
-        self.scheduler = Scheduler(limits, score_rows=capacity.buckets.score_rows, seed=config.seed)
+        self.scheduler = Scheduler(
+            limits, score_rows=capacity.buckets.score_rows, seed=config.seed, hash_seed=config.prefix_hash_seed
+        )
         self._batcher = Batcher(limits, capacity.buckets)
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._depth = 2 if config.async_scheduling else 1

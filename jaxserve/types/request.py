@@ -11,6 +11,18 @@ from jaxserve.types.outputs import FinishReason
 from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
+class Span(msgspec.Struct, array_like=True, frozen=True):
+    """Tokens of a prompt whose content is not in their ids, such as those that stand for an image."""
+
+    start: int
+    stop: int
+    content: bytes  # a digest
+
+    def within(self, start: int, stop: int) -> tuple[int | bytes, ...]:
+        """What it adds to the cache key of the tokens from `start` to `stop`."""
+        return (self.start, self.stop, self.content) if self.start < stop and start < self.stop else ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt as ids. `prompt_token_ids` and the ids in `bad_word_ids` are checked against an engine's limits."""
@@ -20,6 +32,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as ids
     priority: int = 0  # lower goes first, where the policy is "priority"
+    spans: tuple[Span, ...] = ()
     cache_salt: str | None = None  # requests share cached prompts only with those of the same salt
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None  # on the monotonic clock

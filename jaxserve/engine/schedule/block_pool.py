@@ -33,7 +33,8 @@ _KEY_BYTES = _DIGEST_BYTES + _GENERATION_BYTES  # a key ends with the generation
 class BlockPool:
     """All blocks except the null block start free. Every operation takes constant time per block or key."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True, seed: str = "") -> None:
+        """`seed`: pools of equal seeds give equal chains equal keys, in any process; without one, keys are secret."""
         if num_blocks < 2 or block_size < 1:
             problem = f"num_blocks is {num_blocks}, block_size {block_size}"
             raise RuntimeError(f"{problem}: needs at least 2 blocks, of which block 0 is the null block, of 1 token")
@@ -46,7 +47,9 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # the last item is reused next
         self._cached: OrderedDict[int, None] = OrderedDict()  # the first item is evicted next
         self._generation_mark = self.generation.to_bytes(_GENERATION_BYTES)
-        self._secret = os.urandom(32)
+        self._secret = (
+            blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=32).digest() if seed else os.urandom(32)
+        )
         # Copying a keyed hash is 0.4 us faster than creating one.
         self._chain_hash = blake2b(digest_size=_DIGEST_BYTES, key=self._secret, person=b"chain")
         self._tokens = struct.Struct(f"<{block_size}I")
@@ -127,19 +130,12 @@ class BlockPool:
     def root(self, *extras: bytes | str | int) -> bytes:
         """The start of a key chain. Chains with different extras (adapter, salt, ...) share no keys."""
         hashed = blake2b(digest_size=_DIGEST_BYTES, key=self._secret, person=b"root")
-        for extra in extras:
-            if isinstance(extra, str):
-                # A salt from JSON may contain a lone surrogate, which strict UTF-8 rejects.
-                kind, body = b"s", extra.encode("utf-8", "surrogatepass")
-            elif isinstance(extra, int):
-                kind, body = b"i", hex(extra).encode()
-            else:
-                kind, body = b"b", bytes(memoryview(extra))
-            hashed.update(kind + struct.pack("<Q", len(body)) + body)
+        hashed.update(_packed(extras))
         return hashed.digest() + self._generation_mark
 
-    def chain(self, parent: bytes, tokens: Sequence[int]) -> bytes:
-        """The key of a full block with these tokens after `parent`, a root or the previous block's key."""
+    def chain(self, parent: bytes, tokens: Sequence[int], *extras: bytes | str | int) -> bytes:
+        """The key of a full block with these tokens after `parent`, a root or the previous block's key. `extras`: what
+        else its content depends on, such as an image that some of the tokens stand for."""
         if len(parent) != _KEY_BYTES:
             raise RuntimeError(f"the parent of a chain has {len(parent)} bytes, a key has {_KEY_BYTES}")
         try:
@@ -148,7 +144,7 @@ class BlockPool:
             problem = f"a key takes {self._tokens.size // 4} token ids from 0 to 2**32 - 1, got {len(tokens)}"
             raise RuntimeError(f"{problem}, from {min(tokens, default=0)} to {max(tokens, default=0)}") from error
         hashed = self._chain_hash.copy()
-        hashed.update(parent + packed)
+        hashed.update(parent + packed + _packed(extras) if extras else parent + packed)
         return hashed.digest() + parent[_DIGEST_BYTES:]
 
     def publish(self, block: int, key: bytes) -> None:
@@ -228,3 +224,18 @@ class BlockPool:
         if self._owners[block]:
             return f"has owners: {self._owners[block]}"
         return "is free" if self._key_of[block] is None else "is cached and has no owner"
+
+
+def _packed(extras: Iterable[bytes | str | int]) -> bytes:
+    """Different extras give different bytes."""
+    parts: list[bytes] = []
+    for extra in extras:
+        if isinstance(extra, str):
+            # A salt from JSON may contain a lone surrogate, which strict UTF-8 rejects.
+            kind, body = b"s", extra.encode("utf-8", "surrogatepass")
+        elif isinstance(extra, int):
+            kind, body = b"i", hex(extra).encode()
+        else:
+            kind, body = b"b", bytes(memoryview(extra))
+        parts.append(kind + struct.pack("<Q", len(body)) + body)
+    return b"".join(parts)

@@ -14,8 +14,9 @@ from jaxserve.engine.schedule.sequence import Sequence
 
 
 class BlockTables:
-    def __init__(self, limits: Limits) -> None:
-        self.pool = BlockPool(limits.num_blocks, limits.block_size, caching=limits.enable_prefix_caching)
+    def __init__(self, limits: Limits, *, hash_seed: str = "") -> None:
+        caching = limits.enable_prefix_caching
+        self.pool = BlockPool(limits.num_blocks, limits.block_size, caching=caching, seed=hash_seed)
         self._limits = limits
         self._copies: list[tuple[int, int]] = []
         self._edits: dict[int, int] = {}
@@ -157,5 +158,7 @@ class BlockTables:
         size, keys = self._limits.block_size, sequence.keys
         while len(keys) <= i:
             parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "")
-            keys.append(self.pool.chain(parent, sequence.tokens[len(keys) * size : (len(keys) + 1) * size]))
+            start, stop = len(keys) * size, (len(keys) + 1) * size
+            extras = [extra for span in sequence.request.spans for extra in span.within(start, stop)]
+            keys.append(self.pool.chain(parent, sequence.tokens[start:stop], *extras))
         return keys[i]

@@ -32,8 +32,8 @@ _NOT_FINITE = "the model returned logits that are not finite, or masks left no t
 
 
 class Scheduler:
-    def __init__(self, limits: Limits, *, score_rows: int, seed: int = 0) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, *, score_rows: int, seed: int = 0, hash_seed: str = "") -> None:
+        self.limits, self._hash_seed = limits, hash_seed
         self.requests: dict[str, list[Sequence]] = {}  # all samples of a request until the last has ended
         self.preemptions = 0
         self.prefix_queries = self.prefix_hits = 0  # prompt tokens looked up in the prefix cache, and found
@@ -48,7 +48,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._free_rows = list(range(self.limits.max_num_seqs - 1, -1, -1))
         self._waiting, self._deadlines = Waiting(self.limits), Deadlines()
-        self._tables = BlockTables(self.limits)
+        self._tables = BlockTables(self.limits, hash_seed=self._hash_seed)
         self._arrived: list[Sequence] = []  # sequences that took a row since the last plan
 
     @property

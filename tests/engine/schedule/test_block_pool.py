@@ -158,6 +158,25 @@ def test_another_pool_has_other_keys() -> None:
     assert here.chain(parent, [1, 2, 3, 4]) != there.chain(parent, [1, 2, 3, 4])
 
 
+def test_pools_of_equal_seeds_have_equal_keys() -> None:
+    """For routers and stores outside of the process."""
+    keys = [
+        pool.chain(pool.root("a"), [1, 2, 3, 4], 5)
+        for seed in ("x", "x", "y", "\ud800", "")
+        for pool in [BlockPool(2, 4, seed=seed)]
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 4
+
+
+@given(left=EXTRA_LISTS, right=EXTRA_LISTS)
+def test_blocks_of_equal_tokens_differ_by_their_extras(
+    left: list[bytes | str | int], right: list[bytes | str | int]
+) -> None:
+    pool = BlockPool(2, 4)
+    keys = [pool.chain(pool.root(), [1, 2, 3, 4], *extras) for extras in (left, right)]
+    assert (keys[0] == keys[1]) == (left == right)
+
+
 @pytest.mark.parametrize("tokens", [[], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, -1], [1, 2, 3, 2**32]])
 def test_a_key_needs_a_full_block_of_valid_tokens(tokens: list[int]) -> None:
     pool = BlockPool(2, 4)

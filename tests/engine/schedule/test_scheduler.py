@@ -13,6 +13,7 @@ from jaxserve.engine.schedule.scheduler import Scheduler
 from jaxserve.engine.schedule.sequence import Sequence, Status
 from jaxserve.errors import OverloadedError, RequestError
 from jaxserve.types.outputs import Update
+from jaxserve.types.request import Span
 from tests.engine.fakes import EOS, STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
 
 
@@ -69,6 +70,20 @@ def test_a_request_without_room_costs_nothing_and_disturbs_nothing() -> None:
     pool.release(taken[:1])
     assert tables.begin(big, reserve=1), "there is room for it now"
     assert (big.computed, len(big.blocks)) == (24, 6)
+
+
+def test_equal_ids_with_other_content_share_no_blocks() -> None:
+    """Tokens that stand for an image have the same ids for each image; what comes before them is shared."""
+    prompt = [*[7] * 8, *[9] * 8, *[5] * 5]  # blocks of 4: two of text, two of an image, one of text
+    spans = {"a": (8, 16, b"cat"), "b": (8, 16, b"cat"), "c": (8, 16, b"dog"), "d": (10, 16, b"cat")}
+    engine = FakeEngine(limits())
+    cached: dict[str, int] = {}
+    for name, span in spans.items():
+        engine.add(request(name, prompt, max_tokens=1, request=dict(spans=(Span(*span),))))
+        [cached[name]] = [
+            update.num_cached_tokens for _ in range(4) for update in engine.turn() if update.finish_reason
+        ]
+    assert cached == {"a": 0, "b": 20, "c": 8, "d": 8}
 
 
 # --- the queue ------------------------------------------------------------------------------------------------------
