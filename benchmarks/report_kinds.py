@@ -184,25 +184,29 @@ def startup_rows(content: Content) -> Rows:
 
 def startup_lines(content: Content, rows: Rows) -> list[str]:
     [(model, starts)] = rows.items()
+    columns = [*startup.PHASES, *(["all"] if "all" in starts["warm"][0] else [])]
     medians = {
-        name: {phase: statistics.median(one[phase] for one in those) for phase in startup.PHASES}
+        name: {column: statistics.median(one[column] for one in those) for column in columns}
         for name, those in starts.items()
     }
-    if model == "demo":
-        aim, about = startup.AIM_DEMO, f"{startup.AIM_DEMO:g} s for a warm start"
+    aims: dict[str, float] = {}
+    if model in startup.AIMS:
+        aims["cold"], aims["warm"] = startup.AIMS[str(model)]
+        about = f"{aims['cold']:g} s cold, {aims['warm']:g} s warm"
     else:
-        aim = LOADING_AIM * medians["warm"]["load"]
-        about = f"a warm start within {LOADING_AIM:g} times the time of loading the weights, {aim:.1f} s"
+        aims["warm"] = LOADING_AIM * medians["warm"]["load"]
+        about = f"a warm start within {LOADING_AIM:g} times the time of loading the weights, {aims['warm']:.1f} s"
     shown: list[list[str]] = []
     for name, those in starts.items():
-        whole = statistics.median(sum(one.values()) for one in those)
-        parts = [f"{medians[name][phase]:.1f}" for phase in startup.PHASES]
-        shown.append([name, judged(whole, ".1f", aim if name == "warm" else None, at_most=True), *parts])
+        whole = statistics.median(sum(one[phase] for phase in startup.PHASES) for one in those)
+        parts = [f"{medians[name][column]:.1f}" for column in columns]
+        shown.append([name, judged(whole, ".1f", aims.get(name), at_most=True), *parts])
+    until = "; all: from the start until all programs are compiled" if "all" in columns else ""
     return [
         f"Model `{model}`, seconds until the first token: until the port answers, starting JAX, loading, compiling and "
-        f"the rest. Target: {about}.",
+        f"the rest{until}. Target: {about}.",
         "",
-        *table(["start", "total", *startup.PHASES], shown),
+        *table(["start", "total", *columns], shown),
     ]
 
 

@@ -11,6 +11,7 @@ from jaxserve.types.checks import check_names
 
 type Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 type Policy = Literal["fcfs", "priority"]
+type Warmup = Literal["all", "staged", "none"]
 type LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 
@@ -201,13 +202,15 @@ class EngineConfig:
     ] = "raw_logprobs"
 
     warmup: Annotated[
-        bool,
+        Warmup | bool,
         Setting(
-            "Compile all programs at startup; otherwise the first request that needs one waits for it.",
+            "Programs to compile before requests are accepted: all; a few that serve every request, while the others "
+            "follow in the background (staged); or none (--no-warmup), so that requests wait for the compiler.",
             "Startup",
             common=True,
+            yes_no=("all", "none"),
         ),
-    ] = True
+    ] = "staged"
     compilation_cache_dir: Annotated[
         str,
         Setting(
@@ -233,6 +236,8 @@ class EngineConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if isinstance(self.warmup, bool):
+            object.__setattr__(self, "warmup", "all" if self.warmup else "none")
         check(self, ConfigError)
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_blocks and kv_cache_memory_bytes are both set", "set only one of them")

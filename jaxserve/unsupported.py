@@ -63,7 +63,7 @@ SETTINGS = {
     **_planned("fail_on_environ_validation", "enable_fault_tolerance", "limit_mm_per_prompt", "mm_processor_kwargs"),
     **_instead(
         trust_remote_code="remove it: code that comes with a checkpoint is never run",
-        enforce_eager="set warmup to false (--no-warmup) for a quick start",
+        enforce_eager="set warmup to none (--no-warmup) for a quick start",
         enable_expert_parallel="use expert_parallel_size (--expert-parallel-size N)",
         swap_space="remove it: preempted requests are recomputed",
         load_format="use safetensors, or a model written by `jaxserve convert`",

@@ -35,7 +35,7 @@ class Completion:
 def _options(flags: list[Flag]) -> list[str]:
     named = [flag for flag in flags if flag.is_option]
     found = [option for flag in named for option in flag.options]
-    return [*found, *(flag.negative for flag in named if flag.negative and flag.default is True), "--help"]
+    return [*found, *(flag.negative for flag in named if flag.negative and flag.default is not False), "--help"]
 
 
 def _bash(flags: Mapping[str, list[Flag]], *, zsh: bool) -> str:
@@ -91,7 +91,7 @@ def _fish(flags: Mapping[str, list[Flag]], abouts: Mapping[str, str]) -> str:
             value = f" -x -a '{' '.join(flag.choices)}'" if flag.choices else "" if flag.base is bool else " -r"
             about = _quoted(flag.help.partition(". ")[0])
             lines.append(f"complete -c jaxserve -n '{here}' -l {flag.option[2:]}{value} -d {about}")
-            if flag.negative and flag.default is True:
+            if flag.negative and flag.default is not False:
                 lines.append(f"complete -c jaxserve -n '{here}' -l {flag.negative[2:]} -d {about}")
     return "\n".join(lines)
 

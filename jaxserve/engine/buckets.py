@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step sizes that are compiled before the engine is ready; a step is padded to the smallest one that fits it.
+"""The step sizes that are compiled; a step is padded to the smallest one that fits it and is available.
 
 rows    of decoding steps, and of logits: 1 2 4 8 16 32 64 96 128 192 256 384 ...
 tokens  of steps with prompt chunks: the same, from 64
 """
 
 from bisect import bisect_left
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -68,3 +69,22 @@ class Buckets:
     @property
     def score_rows(self) -> int:
         return self.entries - self.rows
+
+
+type Kind = Hashable  # "decode" and "mixed" steps, "embed", each variant of the head
+
+
+class Available:
+    """The sizes that steps may use now. It only grows, between two steps: see Runner.adopt."""
+
+    def __init__(self, sizes: Iterable[tuple[Kind, int]] = ()) -> None:
+        self._steps: dict[Kind, tuple[int, ...]] = {}
+        for kind, size in sizes:
+            self.add(kind, size)
+
+    def add(self, kind: Kind, size: int) -> None:
+        self._steps[kind] = tuple(sorted({*self._steps.get(kind, ()), size}))
+
+    def fitting(self, kind: Kind, size: int) -> int:
+        """The smallest available size that is at least `size`."""
+        return fitting(self._steps[kind], size)

@@ -13,6 +13,7 @@ dead: all requests in flight end with an error, and it accepts no more.
 import sys
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -25,10 +26,11 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.execute import jax_start, loading, memory, program_store, weights
+from jaxserve.engine.execute.background import Background
 from jaxserve.engine.execute.loading import OnProgress
 from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.recorder import Recorder
-from jaxserve.engine.execute.runner import Handle, Runner
+from jaxserve.engine.execute.runner import Handle, ProgramKey, Runner
 from jaxserve.engine.execute.weights import Conversion
 from jaxserve.engine.schedule.packing import Batcher, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan
@@ -84,17 +86,17 @@ class Engine:
             if opened is not None:
                 opened(self)
             self.runner = Runner.of(config, self.model, capacity, store)
-            if config.warmup:
-                shown = _Progress(report, on_progress, reading)
-                self.runner.warm(shown, reading)
-                shown.close()
-            else:
+            if config.warmup == "none":
                 self.runner.params = reading.result()
                 self.runner.allocate()
+            else:
+                shown = _Progress(report, on_progress, reading)
+                self.runner.warm(shown, reading, keys=self.runner.covering() if config.warmup == "staged" else None)
+                shown.close()
         self.scheduler = Scheduler(
             limits, score_rows=capacity.buckets.score_rows, seed=config.seed, hash_seed=config.prefix_hash_seed
         )
-        self._batcher = Batcher(limits, capacity.buckets)
+        self._batcher = Batcher(limits, capacity.buckets, self.runner.available)
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._depth = 2 if config.async_scheduling else 1
         self._counters = Counters()
@@ -104,6 +106,34 @@ class Engine:
         self._has_checkpoint = params is None
         self._recorder = Recorder(config, limits, has_folder=params is None) if config.record_steps else None
         self.error: str | None = None
+        self._background = self._compile_the_rest() if config.warmup == "staged" else None
+
+    def _compile_the_rest(self) -> Background[ProgramKey] | None:
+        background = self.runner.missing(self.report)
+        if not background.remaining:
+            return None
+        done = self.runner.num_compiled
+        self.report(f"ready with {done} of {done + background.remaining} programs; compiling the others")
+        weakref.finalize(self, background.stop).atexit = False
+        background.start()
+        return background
+
+    @property
+    def compiling(self) -> bool:
+        """Whether programs are compiled in the background, which `adopt` lets steps use."""
+        return self._background is not None and not self.asleep
+
+    def adopt(self) -> None:
+        """Let steps use what was compiled in the background. `step` does this too; an idle engine needs it."""
+        background, runner = self._background, self.runner
+        if background is None or self.asleep:
+            return
+        running = background.running  # asked first: the last program may become ready in between
+        count = len(background.ready)
+        if not running and not count:
+            self._background = None
+        for _ in range(count if runner.on_cpu else min(count, 1)):  # a program runs once when it is adopted on a GPU
+            runner.adopt(*background.ready.popleft())
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -163,11 +193,19 @@ class Engine:
             return self._count(self._turn())
         except BaseException as error:
             self.error = f"{type(error).__name__}: {error}{self._dumped(error)}"
+            self._stop_compiling()
             if not isinstance(error, Exception):  # Ctrl-C: the interrupted step leaves the engine as unusable
                 raise
             raise EngineError(f"the engine failed: {self.error}", "restart it") from error
 
+    def _stop_compiling(self) -> None:
+        if self._background is not None:
+            self._background.stop()
+            self._background = None
+
     def _turn(self) -> list[Update]:
+        if self._background is not None:
+            self.adopt()
         plan = self.scheduler.schedule(time.monotonic())
         message = None if plan is None else self._packed(plan)
         if plan is not None and message is not None:
@@ -229,6 +267,7 @@ class Engine:
         """Shut down: free the devices' memory."""
         self.error = self.error or "it was shut down"
         self.fail_all()
+        self._stop_compiling()
         if not self.asleep:
             self.runner.free()
         self.runner.params = {}
@@ -324,6 +363,8 @@ class Engine:
         runner.params = {}
         runner.free()
         self.asleep = True
+        if self._background is not None:
+            self._background.pause()
         shared = self.returns_memory
         kept = "discarded" if level == 2 else "kept in host memory"
         whose = "to all processes" if shared else f"to this process only ({jax_start.KEEPS_MEMORY})"
@@ -355,6 +396,8 @@ class Engine:
         if self._recorder is not None:
             self._recorder.restart()
         self.asleep = False
+        if self._background is not None:
+            self._background.resume()
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached prefixes. Requests in flight keep their blocks."""
@@ -368,7 +411,8 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         free, cached, used = self.scheduler.pool.counts()
-        counters = self._counters
+        counters, background = self._counters, self._background
+        ready, pending = (0, 0) if background is None else (len(background.ready), background.remaining)
         return EngineMetrics(
             running=len(self.scheduler.running),
             waiting=self.scheduler.queued,
@@ -389,6 +433,8 @@ class Engine:
             prefix_hits=self.scheduler.prefix_hits,
             step_tokens=list(counters.step_tokens),
             computed_tokens=counters.computed_tokens,
+            programs_compiled=self.runner.num_compiled + ready,
+            programs_pending=pending,
         )
 
 

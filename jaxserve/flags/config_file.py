@@ -21,7 +21,7 @@ def read(path: Path, parser: Parser) -> dict[str, Any]:
                 raise UsageError(f"{key} names another configuration file", "remove it")
             if flag.name in found:
                 raise UsageError(f"{key} is given twice", "remove one of them")
-            found[flag.name] = values.from_data(flag, value) if positive else not values.from_data(flag, value)
+            found[flag.name] = values.from_data(flag, value) if positive else values.opposite(flag, value)
         except UsageError as error:
             problem = error.problem.replace("unknown option --", "unknown setting ")
             raise UsageError(f"{path}: {problem}", error.hint.replace("did you mean --", "did you mean ")) from None

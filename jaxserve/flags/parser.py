@@ -67,7 +67,7 @@ class Parser:
             if name in ("-h", "--help"):
                 raise HelpRequested(value or None)
             flag, positive = self.look_up(name)
-            if flag.negative is not None:
+            if flag.negative is not None and not (positive and flag.choices):
                 if equals and not positive:
                     raise UsageError(f"{name} takes no value", f"use {flag.option}={value}")
                 yes = values.from_text(flag, value) if equals else positive
@@ -138,9 +138,11 @@ def _argparser(prog: str, flags: Sequence[Flag]) -> ArgumentParser:
         if not flag.is_option:
             continue
         if flag.negative:
-            parser.add_argument(*flag.options, dest=flag.name, action="store_const", const=True)
-            parser.add_argument(flag.negative, dest=flag.name, action="store_const", const=False)
-            continue
+            yes, no = flag.setting.yes_no or (True, False)
+            parser.add_argument(flag.negative, dest=flag.name, action="store_const", const=no)
+            if flag.base is bool:
+                parser.add_argument(*flag.options, dest=flag.name, action="store_const", const=yes)
+                continue
         read = partial(values.from_text, flag)
         if flag.many:
             parser.add_argument(*flag.options, dest=flag.name, type=read, nargs="+", action="extend")

@@ -33,6 +33,7 @@ class Setting:
     below: float | None = None  # an upper bound that is not allowed itself
     power_of_two: bool = False
     empty: bool = False  # the empty string is a value
+    yes_no: tuple[str, str] | None = None  # the choices that true and false (--no-NAME) stand for
     unknown_choice: str = ""  # what to say of a value that is not a choice; {} is the value
 
 
@@ -80,7 +81,7 @@ class Flag:
     @property
     def negative(self) -> str | None:
         """The option that says no."""
-        if self.base is not bool:
+        if self.base is not bool and self.setting.yes_no is None:
             return None
         return "--" + self.option[5:] if self.option.startswith("--no-") else "--no-" + self.option[2:]
 

@@ -27,6 +27,8 @@ def from_text(flag: Flag, text: str) -> Any:
     """The value that an argument on the command line stands for."""
     if flag.optional and flag.base is not str and text.lower() in ("none", "auto", "null"):
         return None
+    if flag.setting.yes_no is not None and text not in flag.choices and text.lower() in _WORDS:
+        return from_data(flag, _WORDS[text.lower()])
     if flag.choices and text not in flag.choices:
         hint = _expected(flag)
         if flag.setting.unknown_choice:
@@ -58,9 +60,22 @@ def from_data(flag: Flag, value: Any) -> Any:
     return _item(flag, value)
 
 
+def opposite(flag: Flag, value: Any) -> Any:
+    """The value of a flag whose negative form has this value in a YAML file."""
+    taken = from_data(flag, value)
+    if flag.setting.yes_no is None:
+        return not taken
+    yes, no = flag.setting.yes_no
+    if taken not in (yes, no):
+        raise UsageError(f"{flag.negative} is {value!r}", f"use true, or {flag.option} with this value")
+    return no if taken == yes else yes
+
+
 def _item(flag: Flag, value: Any) -> Any:
     if isinstance(value, str):
         return from_text(flag, value)
+    if isinstance(value, bool) and flag.setting.yes_no is not None:
+        return flag.setting.yes_no[not value]
     wanted = (int, float) if flag.base is float else flag.base
     if not isinstance(value, wanted) or (isinstance(value, bool) and flag.base is not bool):
         _refuse(flag, value, f"use {_NOUNS.get(flag.base, 'a string')}")

@@ -101,10 +101,18 @@ class Child:
         return True
 
     def _wait(self) -> list[Any]:
-        while not (messages := self._inbox.take(REPORT_EVERY if self._outbox.kept else None)):
+        """For messages, or for one more program that was compiled, to report it."""
+        while not (messages := self._inbox.take(self._patience)):
             self._outbox.flush()
+            if self._engine.compiling:
+                self._engine.adopt()
+                break
         self.turned = time.monotonic()
         return messages
+
+    @property
+    def _patience(self) -> float | None:
+        return REPORT_EVERY if self._outbox.kept or self._engine.compiling else None
 
     def take(self, updates: list[Update]) -> Iterable[Abort]:
         """Send the updates. Returns no aborts: the parent, which has the text, sends them as messages."""

@@ -21,6 +21,8 @@ from jaxserve.host.driver import Driver
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Abort
 
+ADOPT_EVERY = 0.1  # seconds between two looks for compiled programs while the engine is idle
+
 
 class EngineThread:
     """An EngineLink, and the Host that runs the engine."""
@@ -83,10 +85,14 @@ class EngineThread:
     def calls(self, *, idle: bool) -> bool:
         with self._changed:
             while idle and not (self._calls or self._stopping):
-                self._changed.wait()
+                self._changed.wait(ADOPT_EVERY if self._engine.compiling else None)
+                if self._engine.compiling:
+                    break
             if self._stopping:
                 return False
             calls, self._calls = self._calls, []
+        if idle:
+            self._engine.adopt()
         for function, future in calls:
             _answer(function, future)
         return True

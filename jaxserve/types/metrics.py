@@ -39,7 +39,7 @@ class EngineMetrics:
     kv_usage: float  # fraction of the blocks in use
     steps: int
     preemptions: int
-    compiled_late: int  # programs that a step had to wait for; 0 unless the engine skips warm-up
+    compiled_late: int  # programs that a step had to wait for; 0 unless warmup is "none"
     requests: int
     finished: dict[str, int]
     prompt_tokens: int
@@ -50,3 +50,5 @@ class EngineMetrics:
     prefix_hits: int  # prompt tokens found in it
     step_tokens: list[int]  # histogram of tokens per step, with the bounds STEP_TOKENS
     computed_tokens: int  # tokens computed by all steps
+    programs_compiled: int = 0
+    programs_pending: int = 0  # still to be compiled in the background

@@ -25,9 +25,10 @@ def test_phases(said: str | None, phase: str) -> None:
 
 
 def test_the_table_has_medians() -> None:
-    starts = [StartTimes(dict.fromkeys(startup.PHASES, seconds)) for seconds in (1.0, 3.0, 2.0)]
+    starts = [StartTimes(dict.fromkeys(startup.PHASES, seconds), 9 * seconds) for seconds in (1.0, 3.0, 2.0)]
     shown = startup.table({"cold": starts, "warm": starts[:1]}).splitlines()
-    assert shown[1].split() == ["cold", "10.00", *["2.00"] * 5] and shown[2].split() == ["warm", "5.00", *["1.00"] * 5]
+    assert shown[1].split() == ["cold", "10.00", *["2.00"] * 5, "18.00"]
+    assert shown[2].split() == ["warm", "5.00", *["1.00"] * 5, "9.00"]
 
 
 def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:

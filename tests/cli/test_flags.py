@@ -18,6 +18,7 @@ from jaxserve.flags.setting import Setting, build, flags_of
 from jaxserve.server.config import ServerConfig
 
 type Color = Literal["red", "green"]
+type Depth = Literal["whole", "half", "none"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Settings(Base):
     color: Annotated[Color, Setting("Which.", "Looks")] = "red"
     warm: Annotated[bool, Setting("Whether.")] = True
     no_ui: Annotated[bool, Setting("Whether not.")] = False
+    depth: Annotated[Depth, Setting("How far.", yes_no=("whole", "none"))] = "half"
     keys: Annotated[tuple[str, ...], Setting("Which ones.")] = field(default=(), repr=False)
     computed: int = 0  # not a flag
 
@@ -58,6 +60,9 @@ PARSER = Parser("prog", flags_of(Settings), about="About.")
         (["--color", "green"], {"color": "green"}),
         (["--no-warm", "--no-ui"], {"warm": False, "no_ui": True}),
         (["--warm=false", "--ui"], {"warm": False, "no_ui": False}),
+        (["--depth", "half"], {"depth": "half"}),
+        (["--no-depth"], {"depth": "none"}),
+        (["--depth=on"], {"depth": "whole"}),
         (["--keys", "a", "b", "--keys", "c", "--keys=d", "--warm"], {"keys": ("a", "b", "c", "d"), "warm": True}),
         (["--max-len", "1", "--max-len", "2"], {"max_len": 2}),
     ],
@@ -110,6 +115,8 @@ def test_any_command_line_is_valid_or_a_usage_error(words: list[str]) -> None:
         (["--color", "blue"], "--color is 'blue'", "red, green"),
         (["--warm=5"], "--warm is '5'", "true or false"),
         (["--no-warm=true"], "--no-warm takes no value", "--warm=true"),
+        (["--depth"], "--depth needs a value", "--depth {whole,half,none}"),
+        (["--depth", "deep"], "--depth is 'deep'", "whole, half, none"),
         (["a", "b"], "unexpected argument 'b'", "prog takes one PLACE"),
         (["--max-lne", "5"], "unknown option --max-lne", "did you mean --max-len?"),
         (["--no-wram"], "unknown option --no-wram", "did you mean --no-warm?"),

@@ -53,7 +53,7 @@ def url(live: Live) -> str:
 def test_start(live: Live) -> None:
     first, second = live.log.splitlines()[:2]
     assert re.fullmatch(r"jaxserve [\d.]+  model tiny", first)
-    assert second.startswith("settings: model=") and "max_model_len=256" in second and "warmup=False" in second
+    assert second.startswith("settings: model=") and "max_model_len=256" in second and "warmup=none" in second
     wait(lambda: "curl " in live.log)
     assert "is ready" in live.log and "error" not in live.log
 

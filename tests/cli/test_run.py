@@ -126,13 +126,30 @@ def test_flag_before_file_before_environment_and_default(
     command("run", "--config", file, "--max-model-len", "64", "--seed", "0")
     engine, server = served.engine, served.server
     assert (engine.max_model_len, engine.max_num_seqs, engine.seed) == (64, 1000, 0)
-    assert (engine.warmup, engine.tensor_parallel_size, engine.block_size) == (False, 2, 16)
+    assert (engine.warmup, engine.tensor_parallel_size, engine.block_size) == ("none", 2, 16)
     assert server.api_key == ("a", "b")
     monkeypatch.setenv("JAXSERVE_API_KEY", "x,y")
     command("run", "--config", file)
     assert served.server.api_key == ("a", "b")
     command("run", model, "--port", "0")
     assert served.server.api_key == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("line", "warmup"),
+    [("warmup: true", "all"), ("warmup: all", "all"), ("no-warmup: false", "all"), ("warmup: off", "none")],
+)
+def test_spellings_of_warmup(
+    command: Command, served: Served, model: Path, tmp_path: Path, line: str, warmup: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(line)
+    command("run", model, "--port", "0")
+    assert served.engine.warmup == "staged"
+    command("run", model, "--port", "0", "--config", tmp_path / "config.yaml")
+    assert served.engine.warmup == warmup
+    command("run", model, "--port", "0", "--config", tmp_path / "config.yaml", "--no-warmup")
+    assert served.engine.warmup == "none"
+    assert EngineConfig(model="x", warmup=True).warmup == "all"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +160,7 @@ def test_flag_before_file_before_environment_and_default(
         ("port: [1, 2]", ("--port is [1, 2]",)),
         ("port: yes", ("--port is True",)),
         ("warmup: 3", ("--warmup is 3",)),
+        ("no-warmup: staged", ("--no-warmup is 'staged'",)),
         ("dtype: bf16", ("--dtype is 'bf16'",)),
         ("- a", ("contains no settings",)),
         ("a: [", ("is not valid YAML",)),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.engine import Engine
+from jaxserve.engine.engine import Engine, Report
 from jaxserve.models import decoder, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
@@ -105,6 +105,7 @@ class Driver:
         spare: int | None = None,
         budget: int = TOKENS,
         eos: bool = True,
+        report: Report = lambda line: None,
         **config: Any,
     ) -> None:
         given: dict[str, Any] = dict(
@@ -121,7 +122,7 @@ class Driver:
             EngineConfig(**given | config),
             spec=spec,
             params=params_of(spec) if params is None else params,
-            report=lambda line: None,
+            report=report,
         )
         self.scheduler, self.runner = self.engine.scheduler, self.engine.runner
         if eos:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.engine.buckets import Buckets, fitting, ladder
+from jaxserve.engine.buckets import Available, Buckets, fitting, ladder
 
 sizes = st.integers(1, 5000)
 
@@ -45,3 +45,12 @@ def test_every_possible_step_has_a_bucket(rows: int, more: int, score_rows: int)
         assert set(heads) <= set(buckets.heads)
     # Only decode buckets meet the smaller heads; whoever asks for scores of any kind finds a head too.
     assert {fitting(buckets.scoring_heads, size) for size in range(1, buckets.entries + 1)} <= set(buckets.heads)
+
+
+def test_available_sizes_grow() -> None:
+    available = Available((("decode", 8), ("decode", 1)))
+    assert [available.fitting("decode", size) for size in (1, 2, 8)] == [1, 8, 8]
+    available.add("decode", 4)
+    available.add("mixed", 64)
+    assert [available.fitting("decode", size) for size in (2, 4, 5)] == [4, 4, 8]
+    assert available.fitting("mixed", 1) == 64

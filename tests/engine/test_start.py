@@ -27,7 +27,7 @@ LONG = 60.0  # seconds; who waits so long waits for nothing
 @pytest.fixture
 def config(tmp_path: Path) -> EngineConfig:
     folder = golden.write_checkpoint("llama-gqa-tied", tmp_path)
-    sizes: dict[str, Any] = dict(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=16, block_size=8)
+    sizes: dict[str, Any] = dict(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=16, block_size=8, warmup="all")
     return EngineConfig(model=str(folder), compilation_cache_dir="", **sizes)
 
 

@@ -8,6 +8,7 @@ raise=N         the Nth step raises
 hang=N          the Nth step never ends
 load=S          opening the model takes S seconds
 refuse          the model cannot be opened
+pending=N       N programs are still to be compiled
 """
 
 import sys
@@ -36,6 +37,8 @@ LIMITS = Limits(
 
 
 class FakeEngine:
+    compiling = False  # nothing in the background
+
     def __init__(self, faults: dict[str, float]) -> None:
         self._faults, self._counters = faults, Counters()
         self._left: dict[str, list[int]] = {}  # tokens still to come, of each sample
@@ -110,6 +113,8 @@ class FakeEngine:
             prefix_hits=0,
             step_tokens=counters.step_tokens,
             computed_tokens=counters.computed_tokens,
+            programs_compiled=9,
+            programs_pending=int(self._faults.get("pending", 0)),
         )
 
 

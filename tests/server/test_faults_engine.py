@@ -67,6 +67,14 @@ def check_broken(reply: Reply, *, status: int, ended: bool = False) -> None:
 # --- starting -------------------------------------------------------------------------------------------------------
 
 
+def test_health_shows_what_is_compiled_meanwhile(tmp_path: Path) -> None:
+    with living.live(tmp_path, fake="pending=5") as one:
+        body = {"status": "ok", "detail": "compiling 9/14 in the background", "done": 9, "total": 14}
+        assert one.get("/health").json == body
+        got = one.metrics()
+        assert [got[f'jaxserve:programs{{state="{state}"}}'] for state in ("compiled", "pending")] == [9, 5]
+
+
 def test_the_port_answers_while_the_model_loads(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     server = {"ssl_certfile": str(cert), "ssl_keyfile": str(key), "api_key": ["sesame-7"], "host": "0.0.0.0"}

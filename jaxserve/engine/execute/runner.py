@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds all device arrays: parameters, KV cache, block tables, last tokens, sampling controls. Nothing else does.
 
-    warm(progress)        compiles every program that a step can need, so that nothing is compiled later
+    warm(progress)        compiles every program that a step can need, or a covering set of them
+    adopt(key, program)   lets steps use one that was compiled later
     launch(message)       dispatches one step to the devices and returns without waiting
     read(handle)          waits for its result
 
@@ -10,7 +11,7 @@ State is donated to each program and returned by it, so that after `warm` only s
 
 import atexit
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.engine.buckets import fitting
+from jaxserve.engine.buckets import Available, Kind
 from jaxserve.engine.capacity import Capacity
 from jaxserve.engine.execute import compiler, programs
+from jaxserve.engine.execute.background import Background
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
@@ -58,6 +60,29 @@ SETTLING = 0.02  # seconds
 
 # Identifies a program: a bucket of `model`, `head` or `embed`, or the name of another program.
 type ProgramKey = Layout | tuple[int, Variant] | tuple[str, int] | str
+
+
+def bucket_of(key: ProgramKey) -> tuple[Kind, int]:
+    """What kind of program it is, and its size. A program of a kind can stand in for smaller ones of that kind."""
+    match key:
+        case Layout():
+            return ("decode", key.rows) if key.decode else ("mixed", key.tokens)
+        case ("embed", int(size)):
+            return "embed", size
+        case (int(size), Variant() as head):
+            return head, size
+        case _:
+            return key, 1
+
+
+def _common(kind: Kind) -> bool:
+    """Whether ordinary requests use this kind of program."""
+    return kind in ("decode", "mixed") or (isinstance(kind, Variant) and kind.top_n is None and not kind.controlled)
+
+
+def _rank(key: ProgramKey) -> tuple[bool, int]:
+    kind, size = bucket_of(key)
+    return not _common(kind), size
 
 
 _RUNNERS: "WeakSet[Runner]" = WeakSet()
@@ -98,6 +123,7 @@ class Runner:
         self.device = None if mesh is not None else device_of(params)
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[ProgramKey, Any] = {}
+        self.available = Available(map(bucket_of, self.every_key()))
         _RUNNERS.add(self)
         self.compiled_late = 0
         # Only shapes until `allocate`: compilers autotune, in memory that the KV cache would take.
@@ -180,10 +206,40 @@ class Runner:
             "add_counts",
         ]
 
-    def warm(self, progress: OnCompiled | None = None, weights: Future[Params] | None = None) -> None:
-        """Compile all remaining programs while `weights`, if given, are read; then allocate the state. Programs that
-        are compiled later, during a step, are counted in `compiled_late`."""
+    def covering(self) -> list[ProgramKey]:
+        """The programs that an engine must have to serve every request, padded, and a few cheap ones that make its
+        first requests fast: the largest size of each kind, and the smallest step of each kind with its head."""
+        sizes: dict[Kind, list[int]] = {}
+        for kind, size in map(bucket_of, self.every_key()):
+            sizes.setdefault(kind, []).append(size)
+        wanted = {(kind, max(found)) for kind, found in sizes.items()}
+        wanted |= {(kind, min(found)) for kind, found in sizes.items() if _common(kind)}
+        return [key for key in self.every_key() if bucket_of(key) in wanted]
+
+    def missing(self, report: Callable[[str], None]) -> Background[ProgramKey]:
+        """Compiles the missing programs: those for common requests first, and of these the smallest."""
         keys = [key for key in self.every_key() if key not in self._executables]
+        with self.on_mesh():
+            wanted = [(key, self.program(key)) for key in sorted(keys, key=_rank)]
+            return Background(wanted, where=compiler.current(), store=self._store, report=report)
+
+    @property
+    def num_compiled(self) -> int:
+        return len(self._executables.keys() - {"fresh"})
+
+    def warm(
+        self,
+        progress: OnCompiled | None = None,
+        weights: Future[Params] | None = None,
+        *,
+        keys: list[ProgramKey] | None = None,
+    ) -> None:
+        """Compile all programs while `weights`, if given, are read; then allocate the state. Programs that are compiled
+        later, during a step, are counted in `compiled_late`. `keys`: only these, and steps use no others."""
+        if keys is not None:
+            self.available = Available(map(bucket_of, keys))
+        keys = [*(self.every_key() if keys is None else keys), "fresh"]
+        keys = [key for key in keys if key not in self._executables]
         with self.on_mesh():
             wanted = [self.program(key) for key in keys]
             workers = min(16, machine.cpus())
@@ -195,15 +251,28 @@ class Runner:
             self.params = weights.result()
         if self.last is self._state[2]:
             self.allocate()
-        if next(iter(self.last.devices())).platform != "cpu":
-            self.exercise()
+        if not self.on_cpu:
+            self.exercise(keys)
+            jax.block_until_ready((self.cache, self.last))
 
-    def exercise(self) -> None:
-        """Run every program once, on padding: a device loads code and captures graphs at the first run."""
-        nothing = np.full(packing.EDIT_SIZE, -1, np.int32)
-        self.cache, self.tables = self._executable("edit")(self.cache, self.tables, self._put(nothing))
+    @property
+    def on_cpu(self) -> bool:
+        return next(iter(self.last.devices())).platform == "cpu"
+
+    def adopt(self, key: ProgramKey, executable: Any) -> None:
+        """Let steps use this program from the next one on."""
+        self._executables[key] = executable
+        if not self.on_cpu:
+            self.exercise([key])
+        self.available.add(*bucket_of(key))
+
+    def exercise(self, keys: Iterable[ProgramKey] | None = None) -> None:
+        """Run every program once, or these, on padding: a device loads code and captures graphs at the first run."""
+        keys = self.every_key() if keys is None else keys
+        smallest = packing.decode_layout(self.available.fitting("decode", 1))
+        models = [key for key in keys if isinstance(key, Layout)] or [smallest]  # the others need their results
         hidden = entries = None
-        for key in self.every_key():  # the keys of `model` come first
+        for key in (*models, *(key for key in keys if not isinstance(key, Layout))):
             match key:
                 case Layout():
                     vector = self._put(packing.padding(key, self.buckets))
@@ -216,9 +285,11 @@ class Runner:
                     kept = self.controls if head.controlled else None
                     _, self.last, kept = self._executable(key)(self._head, self.last, kept, hidden, entries)
                     self.controls = kept or self.controls
+                case "edit":
+                    nothing = self._put(np.full(packing.EDIT_SIZE, -1, np.int32))
+                    self.cache, self.tables = self._executable(key)(self.cache, self.tables, nothing)
                 case _:
                     pass
-        jax.block_until_ready((self.cache, self.last))
 
     @property
     def heads(self) -> list[Variant]:
@@ -291,7 +362,7 @@ class Runner:
         if not message.entries:
             handle.hidden = hidden
         if message.embeds:
-            embed = self._executable(("embed", fitting(self.buckets.scoring_heads, message.entries)))
+            embed = self._executable(("embed", self.available.fitting("embed", message.entries)))
             handle.embeddings = embed(self._head, hidden)
             handle.embeddings.copy_to_host_async()
         if message.entries > message.embeds:
@@ -311,7 +382,7 @@ class Runner:
 
     def _pick(self, message: StepMessage, hidden: Any, entries: Any) -> Any:
         variant = self._variants[need.covering(tuple(self._variants), message.need)]
-        head = self._executable((fitting(self._ladder(variant), message.entries), variant))
+        head = self._executable((self.available.fitting(variant, message.entries), variant))
         kept = self.controls if variant.controlled else None
         result, self.last, kept = head(self._head, self.last, kept, hidden, entries)
         if kept is not None:

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from jaxserve.engine.buckets import Buckets, fitting
+from jaxserve.engine.buckets import Available, Buckets
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.sequence import Sequence
@@ -99,8 +99,11 @@ class StepMessage:
 class Batcher:
     """Packs steps. Keeps the sampling columns of each row, set when a sequence takes the row."""
 
-    def __init__(self, limits: Limits, buckets: Buckets) -> None:
+    def __init__(self, limits: Limits, buckets: Buckets, available: Available | None = None) -> None:
+        """`available`: the sizes of steps, if not all buckets."""
         self.limits, self.buckets = limits, buckets
+        every = (*(("decode", size) for size in buckets.decode), *(("mixed", size) for size in buckets.mixed))
+        self._available = Available(every) if available is None else available
         self._columns = np.zeros((buckets.rows, len(COLUMNS)), np.int32)
 
     def pack(self, plan: StepPlan) -> StepMessage:
@@ -109,9 +112,10 @@ class Batcher:
         # Slices of one token come first, so if the last slice has one, all have.
         decode = slices[-1].count == 1 and plan.entries == len(slices)
         if decode:
-            layout = decode_layout(fitting(self.buckets.decode, len(slices)))
+            layout = decode_layout(self._available.fitting("decode", len(slices)))
         else:
-            layout = mixed_layout(fitting(self.buckets.mixed, plan.tokens), self.buckets, self.limits.block_size)
+            tokens = self._available.fitting("mixed", plan.tokens)
+            layout = mixed_layout(tokens, self.buckets, self.limits.block_size)
         vector = np.zeros(layout.size, np.int32)
         parts = {name: vector[at] for name, at in places(layout).items()}
         entries = parts["entries"].reshape(layout.entries, len(ENTRY))

@@ -182,6 +182,13 @@ class Metrics:
         yield gauge(
             "kv_blocks", "KV blocks by state: free, cached (reusable, holds a cached prefix), used.", blocks, "state"
         )
+        programs = [(("compiled",), stats.programs_compiled), (("pending",), stats.programs_pending)]
+        yield gauge(
+            "programs",
+            "Programs by state: compiled, pending (steps are padded until they are compiled in the background).",
+            programs,
+            "state",
+        )
         yield gauge(
             "policy_version", "Version of the weights, as set by the last weight update.", [((), stats.policy_version)]
         )

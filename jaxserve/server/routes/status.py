@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from jaxserve import __version__
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING
+from jaxserve.types.metrics import EngineMetrics
 
 
 def reply(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -19,7 +20,7 @@ def reply(body: Any, *, status: int = 200, headers: dict[str, str] | None = None
 
 
 async def health(request: web.Request) -> web.StreamResponse:
-    """200 if requests are accepted, otherwise 503 with the reason."""
+    """200 if requests are accepted, otherwise 503 with the reason. With the progress while programs are compiled."""
     serving = request.app[SERVING]
     state = serving.engine.state
     if state.phase == "failed":
@@ -29,8 +30,15 @@ async def health(request: web.Request) -> web.StreamResponse:
     elif serving.client is None:
         body = {"status": "starting", "detail": state.detail, "done": state.done, "total": state.total}
     else:
-        return reply({"status": "asleep" if serving.asleep else "ok"})
+        return reply({"status": "asleep" if serving.asleep else "ok", **_compiling(serving.engine.stats)})
     return reply(body, status=503, headers={"Retry-After": "1"})
+
+
+def _compiling(stats: EngineMetrics | None) -> dict[str, Any]:
+    if stats is None or not stats.programs_pending:
+        return {}
+    done, total = stats.programs_compiled, stats.programs_compiled + stats.programs_pending
+    return {"detail": f"compiling {done}/{total} in the background", "done": done, "total": total}
 
 
 async def live(request: web.Request) -> web.StreamResponse:

@@ -79,7 +79,7 @@ def test_the_next_process_neither_lowers_nor_compiles(tmp_path: Path, devices: i
     model = live.write_model(tmp_path / "tiny")
     options = {"model": str(model), "max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 64}
     options |= {"block_size": 8, "compilation_cache_dir": str(tmp_path / "kept" / "there")}
-    options |= {"tensor_parallel_size": devices}
+    options |= {"tensor_parallel_size": devices, "warmup": "all"}
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-c", SCRIPT, json.dumps(options)]

@@ -86,6 +86,17 @@ def test_counts(counted: tuple[Live, dict[str, Any]]) -> None:
     assert got["jaxserve_engine_process_resident_memory_bytes"] > 2**20
 
 
+def test_programs_are_compiled_while_it_serves(model: Path) -> None:
+    """Also while nothing is asked of it."""
+    with living.live(model, engine={"warmup": "staged", "max_num_seqs": 2, "max_num_batched_tokens": 16}) as server:
+        assert server.post("/v1/completions", BODY).status == 200
+        living.wait(lambda: server.get("/health").json == {"status": "ok"}, 60)
+        got = {name.removeprefix("jaxserve:"): value for name, value in server.metrics().items()}
+        assert got['programs{state="pending"}'] == got["compiled_late_total"] == 0
+        assert got['programs{state="compiled"}'] > 15
+        assert "ready with " in server.log and "all programs are compiled (" in server.log
+
+
 def test_prometheus_can_parse_it(counted: tuple[Live, dict[str, Any]]) -> None:
     reply = counted[0].get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
