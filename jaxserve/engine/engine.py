@@ -32,6 +32,7 @@ from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.recorder import Recorder
 from jaxserve.engine.execute.runner import Handle, ProgramKey, Runner
 from jaxserve.engine.execute.weights import Conversion
+from jaxserve.engine.schedule.masks import Masks
 from jaxserve.engine.schedule.packing import Batcher, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.scheduler import Scheduler
@@ -137,13 +138,14 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, hold: int = 0) -> None:
+    def add(self, request: Request, *, hold: int = 0, masked_by: Masks | None = None) -> None:
         """Queue a request. Raises RequestError if it cannot be served as sent.
 
         hold: the number of beams, if not 0. Each stops after every token and waits for `extend`; `branch` forks them.
+        masked_by: decides before each token which ones may follow.
         """
         self.check_awake()
-        self.scheduler.add(request, hold=hold)
+        self.scheduler.add(request, hold=hold, masked_by=masked_by)
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
 
@@ -208,13 +210,14 @@ class Engine:
             self.adopt()
         plan = self.scheduler.schedule(time.monotonic())
         message = None if plan is None else self._packed(plan)
+        updates: list[Update] | None = None
         if plan is not None and message is not None:
             self._counters.count_step(plan.tokens)
             with self.profiler.step(self._counters.steps):
-                self._launch(plan, message)
-        if self._in_flight and (message is None or len(self._in_flight) >= self._depth):
-            return self._read()
-        return self.scheduler.take_ended()
+                updates = self._launch(plan, message)
+        if updates is None and self._in_flight and (message is None or len(self._in_flight) >= self._depth):
+            updates = self._read()
+        return self.scheduler.take_ended() if updates is None else updates
 
     def _packed(self, plan: StepPlan) -> StepMessage | None:
         """The plan's message. A sequence that cannot be packed ends with an error, and the plan is withdrawn."""
@@ -226,10 +229,23 @@ class Engine:
             self.scheduler.withdraw(plan, at_fault, f"the request cannot be computed: {type(error).__name__}: {error}")
             return None
 
-    def _launch(self, plan: StepPlan, message: StepMessage) -> None:
-        if self._recorder is not None:
-            self._recorder.launched(message)
-        self._in_flight.append((plan, self.runner.launch(message)))
+    def _launch(self, plan: StepPlan, message: StepMessage) -> list[Update] | None:
+        """Launch a step. If its head waits for masks, the step before is read meanwhile; returns its updates."""
+        runner, recorder, updates = self.runner, self._recorder, None
+        if recorder is not None:
+            recorder.launched(message)
+        if plan.masked:
+            handle = runner.launch_model(message)
+            if self._in_flight:
+                updates = self._read()
+            masks = self.scheduler.masks_of(plan)
+            if recorder is not None:
+                recorder.masked(masks)
+            runner.launch_head(handle, masks)
+        else:
+            handle = runner.launch(message)
+        self._in_flight.append((plan, handle))
+        return updates
 
     def _read(self) -> list[Update]:
         """Wait for the oldest step in flight."""

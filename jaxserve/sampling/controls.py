@@ -83,6 +83,12 @@ def _rows_of(array: jax.Array, part: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(part, array.dtype).reshape(part.shape[0], *array.shape[1:])
 
 
+def set_masks(controls: Controls, vectors: jax.Array) -> Controls:
+    """Overwrite the allowed tokens of rows, [n, 1 + words]: the row, its mask. Rows that do not exist are skipped."""
+    words = lax.bitcast_convert_type(vectors[:, 1:], jnp.uint32)
+    return _with(controls, allowed=controls.allowed.at[vectors[:, 0]].set(words, mode="drop"))
+
+
 def add_counts(controls: Controls, vector: jax.Array) -> Controls:
     """Add the codes of one count vector. Rows that do not exist are skipped."""
     rows, tokens, codes = vector

@@ -7,6 +7,7 @@
     fresh     () -> cache, tables, last, controls            zeros
     edit      (cache, tables, vector) -> cache, tables       block table edits and block copies before a step
     set_rows, add_counts   (controls, vector) -> controls    when requests with sampling controls take rows
+    set_masks              (controls, vector) -> controls    before the head, for masks that depend on the last token
 
 A step is `model`, then `head` if logits are needed and `embed` if hidden states are. They are separate programs because
 the head's variants would otherwise multiply the compile time of `model`; the hidden states and entries passed between
@@ -226,6 +227,7 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     edit: ("cache", "tables"),
     sampling_controls.set_rows: ("controls",),
     sampling_controls.add_counts: ("controls",),
+    sampling_controls.set_masks: ("controls",),
 }
 STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: ("tree", "shapes"),

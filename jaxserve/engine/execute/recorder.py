@@ -59,6 +59,7 @@ class Step(msgspec.Struct):
     edits: list[ArrayData]
     controls: list[ArrayData]
     counts: list[ArrayData]
+    masks: list[ArrayData]
     tokens: list[int] | None = None
     valid: list[bool] | None = None
     numbers: list[bytes] = []  # log probabilities, ranks and embeddings
@@ -74,6 +75,7 @@ class Step(msgspec.Struct):
             edits=list(map(ArrayData.of, message.edits)),
             controls=list(map(ArrayData.of, message.controls)),
             counts=list(map(ArrayData.of, message.counts)),
+            masks=list(map(ArrayData.of, message.masks)),
         )
 
     def message(self) -> StepMessage:
@@ -83,7 +85,7 @@ class Step(msgspec.Struct):
             self.embeds,
             self.need,
             self.vector.array(),
-            *([each.array() for each in arrays] for arrays in (self.edits, self.controls, self.counts)),
+            *([each.array() for each in arrays] for arrays in (self.edits, self.controls, self.counts, self.masks)),
         )
 
     def put(self, result: StepResult) -> None:
@@ -136,6 +138,10 @@ class Recorder:
         self._kept.append(step)
         self._unread.append(step)
         self._count += 1
+
+    def masked(self, vectors: Sequence[Ints]) -> None:
+        """The masks of the step that was launched last."""
+        self._kept[-1].masks = list(map(ArrayData.of, vectors))
 
     def read(self, result: StepResult) -> None:
         self._unread.popleft().put(result)

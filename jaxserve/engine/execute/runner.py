@@ -11,7 +11,7 @@ State is donated to each program and returned by it, so that after `warm` only s
 
 import atexit
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
 from jaxserve.engine.execute.weights import device_of, shapes_of
-from jaxserve.engine.schedule import need, packing
+from jaxserve.engine.schedule import masks, need, packing
 from jaxserve.engine.schedule.need import Variant
-from jaxserve.engine.schedule.packing import Layout, StepMessage
+from jaxserve.engine.schedule.packing import Ints, Layout, StepMessage
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
@@ -51,9 +51,10 @@ class Handle:
     """A step that was launched."""
 
     message: StepMessage
+    hidden: Any  # until the head is launched; if there is nothing else to read, to wait for
+    entries: Any
     result: Any = None  # being copied to the host, as are embeddings; None if the step needs no logits
     embeddings: Any = None
-    hidden: Any = None  # to wait for if the step has no other result
 
 
 SETTLING = 0.02  # seconds
@@ -204,6 +205,7 @@ class Runner:
             "edit",
             *(("set_rows", rows) for rows in control_row.ROWS_AT_ONCE),
             "add_counts",
+            "set_masks",
         ]
 
     def covering(self) -> list[ProgramKey]:
@@ -330,6 +332,10 @@ class Runner:
                 return Program(programs.fresh, (tree, tuple(leaves)), ())
             case "edit":
                 return self._with_shapes(programs.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
+            case "set_masks":
+                width = 1 + control_row.mask_words(spec.vocab_size)
+                vectors = self._abstract((masks.ROWS_AT_ONCE, width), jnp.int32)
+                return self._with_shapes(controls.set_masks, (), controlled, vectors)
             case "add_counts":
                 return self._with_shapes(
                     controls.add_counts, (), controlled, self._abstract(control_row.COUNT_SHAPE, jnp.int32)
@@ -352,23 +358,34 @@ class Runner:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def launch(self, message: StepMessage) -> Handle:
+        handle = self.launch_model(message)
+        self.launch_head(handle, message.masks)
+        return handle
+
+    def launch_model(self, message: StepMessage) -> Handle:
+        """The first part of `launch`, which needs nothing that earlier steps sample."""
         before = [*message.edits, *message.controls, *message.counts]
         vector, *arrays = self._put([message.vector, *before]) if before else (self._put(message.vector),)
         if arrays:
             self._prepare(message, arrays)
         run = self._executable(message.layout)
         hidden, entries, self.cache, self.tables = run(self._body, self.cache, self.tables, self.last, vector)
-        handle = Handle(message)
-        if not message.entries:
-            handle.hidden = hidden
+        return Handle(message, hidden, entries)
+
+    def launch_head(self, handle: Handle, vectors: Sequence[Ints] = ()) -> None:
+        """The second part, with the masks of rows whose next token depends on the last one."""
+        message, hidden = handle.message, handle.hidden
+        for each in vectors:
+            self.controls = self._executable("set_masks")(self.controls, self._put(each))
         if message.embeds:
             embed = self._executable(("embed", self.available.fitting("embed", message.entries)))
             handle.embeddings = embed(self._head, hidden)
             handle.embeddings.copy_to_host_async()
         if message.entries > message.embeds:
-            handle.result = self._pick(message, hidden, entries)
+            handle.result = self._pick(message, hidden, handle.entries)
             handle.result.copy_to_host_async()
-        return handle
+        if message.entries:
+            handle.hidden = handle.entries = None
 
     def _prepare(self, message: StepMessage, arrays: list[jax.Array]) -> None:
         """Run the programs that come before the step, each on its array."""

@@ -94,6 +94,8 @@ class StepMessage:
     edits: list[Ints] = field(default_factory=list[Ints])
     controls: list[Ints] = field(default_factory=list[Ints])
     counts: list[Ints] = field(default_factory=list[Ints])
+    # For `set_masks`, which runs between the model and the head.
+    masks: list[Ints] = field(default_factory=list[Ints])
 
 
 class Batcher:

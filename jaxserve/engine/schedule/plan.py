@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxserve.engine.schedule.need import MASK
 from jaxserve.engine.schedule.sequence import Sequence
 
 
@@ -41,6 +42,11 @@ class StepPlan:
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
     edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: row * width + column -> block
     arrivals: list[Sequence] = field(default_factory=list[Sequence])  # sequences that took a row since the last step
+
+    @property
+    def masked(self) -> bool:
+        """Whether the head waits for masks that depend on the tokens of the step before."""
+        return bool(self.need & MASK) and any(s.samples and s.sequence.masks is not None for s in self.slices)
 
 
 class Draft:

@@ -18,9 +18,10 @@ import traceback
 from bisect import bisect_left, insort
 
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import admission, commit
+from jaxserve.engine.schedule import admission, commit, masks
 from jaxserve.engine.schedule.block_pool import BlockPool
 from jaxserve.engine.schedule.block_tables import BlockTables
+from jaxserve.engine.schedule.masks import Masks, Words
 from jaxserve.engine.schedule.plan import Draft, Slice, StepPlan, StepResult
 from jaxserve.engine.schedule.sequence import Sequence, Status, order_of
 from jaxserve.engine.schedule.waiting import Deadlines, Waiting
@@ -66,7 +67,7 @@ class Scheduler:
 
     # --- arrivals and departures ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, hold: int = 0) -> None:
+    def add(self, request: Request, *, hold: int = 0, masked_by: Masks | None = None) -> None:
         """Queue a request; a beam search of `hold` beams if that is not 0. Raises RequestError if it cannot be served
         as sent."""
         limits, params = self.limits, request.params
@@ -81,7 +82,10 @@ class Scheduler:
         group: list[Sequence] = []
         for index in range(params.n):
             order, first = (priority, self._arrivals, index), group[0] if group else None
-            group.append(Sequence(request, index=index, order=order, limits=limits, seed=seed + index, leader=first))
+            sequence = Sequence(
+                request, index=index, order=order, limits=limits, seed=seed + index, leader=first, masks=masked_by
+            )
+            group.append(sequence)
         leader, *leader.siblings = group
         self.requests[request.id] = group
         if hold:
@@ -340,6 +344,20 @@ class Scheduler:
             fork = Slice(sibling, leader.computed, 0, samples=True)
             fork.parent = slice
             draft.put(fork)
+
+    def masks_of(self, plan: StepPlan) -> list[Words]:
+        """The masks of the rows that sample in this step, once the steps before it are committed."""
+        found: list[tuple[int, Words]] = []
+        for slice in plan.slices:
+            sequence = slice.sequence
+            if sequence.masks is None or not slice.samples or slice.epoch != sequence.epoch:
+                continue
+            try:
+                found.append((sequence.row, sequence.masks.allowed(sequence.tokens[sequence.prompt_len :])))
+            except Exception as error:
+                traceback.print_exc()
+                self._ended.append(self._broken(sequence, f"its mask failed: {type(error).__name__}: {error}"))
+        return masks.pack(found, rows=self.limits.max_num_seqs, vocab_size=self.limits.vocab_size)
 
     # --- results ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from enum import IntEnum
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import need
+from jaxserve.engine.schedule.masks import Masks
 from jaxserve.sampling import columns, control_row
 from jaxserve.sampling.control_row import ControlRow
 from jaxserve.types.request import Request
@@ -37,6 +38,7 @@ class Sequence:
         "held",
         "index",
         "keys",
+        "masks",
         "min_end",
         "need",
         "order",
@@ -67,6 +69,7 @@ class Sequence:
         limits: Limits,
         seed: int,
         leader: "Sequence | None" = None,
+        masks: Masks | None = None,
     ) -> None:
         """`leader`: another sample of the same request, to share what they have in common."""
         params = request.params
@@ -79,7 +82,8 @@ class Sequence:
         self.goal = self.end - 1 if request.generates else self.prompt_len
         self.min_end = self.prompt_len + params.min_tokens
         self.stops = stops_of(request, limits) if leader is None else leader.stops
-        self.need = sampling_need(request)
+        self.masks = masks if leader is None else leader.masks
+        self.need = sampling_need(request) | need.MASK * (self.masks is not None)
         self.scoring_need = need.of_logprobs(params.prompt_logprobs)
         self.controls = controls_of(request, self.need, self.stops, limits) if leader is None else leader.controls
         # Prompt tokens scored, including by steps in flight, and those already reported. The first token has no score.
