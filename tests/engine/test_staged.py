@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxserve.engine.execute import background, compiler
+from jaxserve.engine.execute import compiler
 from jaxserve.engine.execute.background import Background
 from jaxserve.engine.schedule.packing import Layout, StepMessage
 from jaxserve.errors import JaxserveError
@@ -71,7 +71,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Generator[Gate]:
 
     monkeypatch.setattr(Background, "start", noted)
     monkeypatch.setattr(compiler, "compile_on", gate.compile_on)
-    monkeypatch.setattr(background, "_lower_priority", lambda: None)  # a busy machine would let it wait
+    monkeypatch.setattr(compiler, "_lower_priority", lambda: None)  # a busy machine would let it wait
     yield gate
     for each in started:
         each.stop()

@@ -1,27 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the remaining programs while the engine serves requests: one after another, in a thread of low priority.
+"""Compiles the remaining programs while the engine serves requests: one after another, at low priority.
 
 The engine takes finished ones from `ready`, between two steps. If a program cannot be compiled, this is logged once,
 and steps go on with a larger one. The thread ends with the last program, after `stop`, or with the main thread; an exit
 of the process waits for the program that is being compiled, since a compiler cannot be interrupted.
 """
 
-import os
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from jaxserve.engine.execute import compiler, program_store
 from jaxserve.engine.execute.compiler import Where
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
-
-# Linux gives such a thread a tenth of a usual one's time when both want to run. The lowest priority would mean a
-# seventieth: a busy engine would never have all programs, and the thread could hold the GIL without running.
-LOWER = 10
 
 PAUSE = 0.2  # seconds between two looks at whether the process ends
 
@@ -62,7 +55,6 @@ class Background[Key]:
         self._stopped.set()
 
     def _run(self) -> None:
-        _lower_priority()
         began, failed = time.monotonic(), 0
         settings = program_store.environment()
         for key, program in self._programs:
@@ -91,10 +83,3 @@ class Background[Key]:
 
     def _ended(self) -> bool:
         return self._stopped.is_set() or not threading.main_thread().is_alive()
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        with suppress(OSError):
-            thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + LOWER)

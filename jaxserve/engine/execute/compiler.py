@@ -12,6 +12,7 @@ import functools
 import gc
 import itertools
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -175,9 +176,9 @@ def compile_on(where: Where, program: Program, store: Store | None, *, quietly: 
 def compiled(program: Program, store: Store | None = None, *, quietly: bool = False) -> Any:
     """The executable for the current mesh: from this process, from the store, or compiled.
 
-    `quietly`: without running anything on the devices or allocating there, which a compiler for GPUs does.
+    `quietly`: at low priority, and without running anything on the devices or allocating there, as XLA does for GPUs.
     """
-    job = _Job(program, store)
+    job = _Job(program, store, quietly=quietly)
     ways = _ways(job.platform, quietly=quietly)
     for options in ways:
         if (found := job.find(options)) is not None:
@@ -207,12 +208,12 @@ def _options(platform: str) -> dict[str, Any]:
 class _Job:
     """A program on the current mesh or device."""
 
-    def __init__(self, program: Program, store: Store | None) -> None:
+    def __init__(self, program: Program, store: Store | None, *, quietly: bool) -> None:
         leaves, tree = jax.tree.flatten(program.shapes)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
         context, device = current()
         where = context or device
-        self._program, self._store = program, store
+        self._program, self._store, self._quietly = program, store, quietly
         self._key = (program.function, program.static, tree, shapes, where, dispatch.implementation())
         self._devices: list[Any] = list(where.devices.flat) if context is not None else [where or jax.devices()[0]]
         self.platform: str = self._devices[0].platform
@@ -241,7 +242,8 @@ class _Job:
             static_argnames=STATIC.get(program.function, ()),
             donate_argnames=DONATED[program.function],
         )
-        executable = jitted.lower(*program.static, *program.shapes).compile(options or None)
+        compiling = partial(jitted.lower(*program.static, *program.shapes).compile, options or None)
+        executable = _at_low_priority(compiling) if self._quietly else compiling()
         extra = _extra(executable)
         if store is not None and file is not None and store.place(self._name(options)) == file:
             store.save(file, executable, extra)
@@ -254,6 +256,36 @@ class _Job:
         function, first = self._program.function, self._devices[0]
         kind = first.platform, first.device_kind, first.client.platform_version
         return repr((function.__module__, function.__qualname__, self._key[1:], self._devices, kind, options))
+
+
+# Linux gives such a thread a tenth of a usual one's time when both want to run. The lowest priority would mean a
+# seventieth: a busy engine would never have all programs.
+LOWER = 10
+
+
+def _at_low_priority[T](work: Callable[[], T]) -> T:
+    """Run it in a thread of its own, since a priority cannot be raised again. Only for work that does not hold the GIL:
+    with the GIL, a thread that does not get to run would stop all others."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        _lower_priority()
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="jaxserve-xla")
+    thread.start()
+    thread.join()
+    return future.result()
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        with suppress(OSError):
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + LOWER)
 
 
 def _of_its_own[**P, R](function: Callable[P, R]) -> Callable[P, R]:
