@@ -64,7 +64,7 @@ def test_other_results(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     file = changed(dump, tmp_path / "x.steps", steps=steps)
     assert main(["replay", file]) == 1
     out = capsys.readouterr().out
-    assert f"step 3: entry 0 has token {right}, recorded was {right + 1}" in out
+    assert f"step 3: entry 0 has token {right}, recorded {right + 1}" in out
     assert "4 of 5 results are equal" in out
     # What came before is not there: no wonder that results differ.
     assert main(["replay", changed(dump, tmp_path / "y.steps", steps=steps, first=9)]) == 0

@@ -22,7 +22,8 @@ import numpy as np
 
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import need, packing
+from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.engine.schedule.scheduler import Scheduler
@@ -228,7 +229,7 @@ class FakeDevice:
         for row, token in fed.items():
             self.last[row] = token
         assert embeds == packed.embeds
-        result = self._result(packed.need, tokens, valid, likely)
+        result = self._result(packed.head, tokens, valid, likely)
         if embeds:
             result.embeddings = np.array(embeddings, np.float32)
         return result
@@ -244,12 +245,12 @@ class FakeDevice:
 
     @staticmethod
     def _result(
-        wanted: int, tokens: list[int], valid: list[bool], likely: list[tuple[float, int, list[int], list[float]]]
+        head: Variant, tokens: list[int], valid: list[bool], likely: list[tuple[float, int, list[int], list[float]]]
     ) -> StepResult:
         result = StepResult(tokens, valid)
-        if wanted & need.LOGPROB and likely:
+        if head.top_n is not None and likely:
             logprobs, ranks, top_tokens, top_logprobs = zip(*likely, strict=True)
-            width = TOP if wanted & need.of_logprobs(1) == need.of_logprobs(1) else 0
+            width = min(TOP, head.top_n)
             result.logprobs, result.ranks = np.array(logprobs, np.float32), np.array(ranks, np.int32)
             result.top_tokens = np.array(top_tokens, np.int32)[:, :width]
             result.top_logprobs = np.array(top_logprobs, np.float32)[:, :width]

@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from jaxserve.engine.execute import compiler
-from jaxserve.engine.schedule import need
 from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import Layout, StepMessage
 from jaxserve.types.request import Request
@@ -42,7 +41,7 @@ class Watched(Driver):
             handle = launch(message)
             self.sent.append((message, self.puts - before))
             if message.entries > message.embeds:
-                self.needs.add(need.covering(tuple(need.variants(self.engine.limits.max_logprobs)), message.need))
+                self.needs.add(message.head)
             self.moved += [name for name, at in pointers(self.runner).items() if at != lay[name]]
             return handle
 
@@ -90,7 +89,7 @@ def test_a_warm_engine(warm: Watched, forbid_compiles: ForbidCompiles) -> None:
     assert metrics.compiled_late == 0
 
     # It was work that had it all.
-    assert warm.needs == set(need.variants(warm.engine.limits.max_logprobs))
+    assert warm.needs == set(warm.runner.heads)
     assert metrics.preemptions and metrics.cached_tokens and warm.copied
     assert all(metrics.finished[reason] for reason in ("stop", "length", "abort"))
     layouts = {message.layout for message, _ in warm.sent}

@@ -196,7 +196,9 @@ class Rig:
             for at in range(0, len(cells), packing.EDITS_AT_ONCE)
         ]
         smallest = next(key for key in reversed(self.runner.every_key()) if isinstance(key, Layout))
-        nothing = StepMessage(smallest, 0, 0, 0, packing.padding(smallest, self.buckets), edits)
+        nothing = StepMessage(
+            smallest, 0, 0, self.runner.heads[0], 0, 0, packing.padding(smallest, self.buckets), edits
+        )
         self.runner.read(self.runner.launch(nothing))
 
     def context(self) -> float:
@@ -238,7 +240,7 @@ class Rig:
         assert plan is not None
         packed = self.engine._batcher.pack(plan)
         handle = self.runner.launch(packed)
-        again = replace(packed, edits=[], controlled=[])
+        again = replace(packed, edits=[], controls=[], counts=[])
         self.runner.read(handle)
         began = time.perf_counter()
         for _ in range(count):

@@ -28,7 +28,7 @@ class Replay:
         found = recorder.load(self.dump)
         if found.policy_version:
             problem = f"the weights were version {found.policy_version}, set by update_weights"
-            raise JaxserveError(problem, "a recording holds no weights: record an engine that keeps its first ones")
+            raise JaxserveError(problem, "a recording holds no weights: record an engine whose weights are not updated")
         if not found.has_folder and self.model is None:
             raise UsageError("the weights came from a program, not from a folder", "set --model")
         print(f"fault         {found.fault}")

@@ -28,6 +28,7 @@ from jaxserve import __version__
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.execute.runner import Runner
+from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import Ints, Layout, StepMessage
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.errors import JaxserveError
@@ -54,7 +55,9 @@ class Step(msgspec.Struct):
     layout: dict[str, Any]
     entries: int
     embeds: int
-    need: int
+    head: Variant
+    head_rows: int
+    embed_rows: int
     vector: ArrayData
     edits: list[ArrayData]
     controls: list[ArrayData]
@@ -70,7 +73,9 @@ class Step(msgspec.Struct):
             layout=dataclasses.asdict(message.layout),
             entries=message.entries,
             embeds=message.embeds,
-            need=message.need,
+            head=message.head,
+            head_rows=message.head_rows,
+            embed_rows=message.embed_rows,
             vector=ArrayData.of(message.vector),
             edits=list(map(ArrayData.of, message.edits)),
             controls=list(map(ArrayData.of, message.controls)),
@@ -83,7 +88,9 @@ class Step(msgspec.Struct):
             Layout(**self.layout),
             self.entries,
             self.embeds,
-            self.need,
+            self.head,
+            self.head_rows,
+            self.embed_rows,
             self.vector.array(),
             *([each.array() for each in arrays] for arrays in (self.edits, self.controls, self.counts, self.masks)),
         )
@@ -97,9 +104,9 @@ class Step(msgspec.Struct):
             return None
         for entry, (old, new) in enumerate(zip(self.tokens, result.tokens, strict=False)):
             if old != new:
-                return f"entry {entry} has token {new}, recorded was {old}"
+                return f"entry {entry} has token {new}, recorded {old}"
         if self.valid != result.valid:
-            return "other entries are not finite"
+            return "different entries are not finite"
         return None if self.numbers == _numbers(result) else "log probabilities or embeddings differ"
 
 
@@ -192,11 +199,13 @@ def load(file: Path) -> Recording:
     try:
         found = msgspec.msgpack.decode(file.read_bytes(), type=Recording)
     except OSError as error:
-        raise JaxserveError(f"cannot read {file}: {error.strerror}", "pass a file that an engine wrote") from None
+        raise JaxserveError(f"cannot read {file}: {error.strerror}", "pass a file written by --record-steps") from None
     except msgspec.MsgspecError:
-        raise JaxserveError(f"{file} is not a recording of steps", "pass a file that an engine wrote") from None
+        raise JaxserveError(f"{file} is not a recording of steps", "pass a file written by --record-steps") from None
     if found.form != _FORM:
-        raise JaxserveError(f"{file} has format {found.form}, expected {_FORM}", "replay it with its own version")
+        raise JaxserveError(
+            f"{file} has format {found.form}, expected {_FORM}", "replay it with the jaxserve version that wrote it"
+        )
     return found
 
 

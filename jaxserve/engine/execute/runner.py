@@ -299,8 +299,7 @@ class Runner:
         return list(self._variants.values())
 
     def _ladder(self, head: Variant) -> tuple[int, ...]:
-        # Only scored prompts need more rows of logits than there are sequences.
-        return self.buckets.decode if head.top_n is None else self.buckets.scoring_heads
+        return packing.head_sizes(self.buckets, head)
 
     def _executable(self, key: ProgramKey) -> Any:
         found = self._executables.get(key)
@@ -378,7 +377,7 @@ class Runner:
         for each in vectors:
             self.controls = self._executable("set_masks")(self.controls, self._put(each))
         if message.embeds:
-            embed = self._executable(("embed", self.available.fitting("embed", message.entries)))
+            embed = self._executable(("embed", message.embed_rows))
             handle.embeddings = embed(self._head, hidden)
             handle.embeddings.copy_to_host_async()
         if message.entries > message.embeds:
@@ -398,8 +397,8 @@ class Runner:
             self.controls = self._executable("add_counts")(self.controls, next(given))
 
     def _pick(self, message: StepMessage, hidden: Any, entries: Any) -> Any:
-        variant = self._variants[need.covering(tuple(self._variants), message.need)]
-        head = self._executable((self.available.fitting(variant, message.entries), variant))
+        variant = message.head
+        head = self._executable((message.head_rows, variant))
         kept = self.controls if variant.controlled else None
         result, self.last, kept = head(self._head, self.last, kept, hidden, entries)
         if kept is not None:

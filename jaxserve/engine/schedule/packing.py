@@ -8,13 +8,16 @@ An entry describes one row of hidden states: its token, its row, and how to samp
 their bits.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 
-from jaxserve.engine.buckets import Available, Buckets
+from jaxserve.engine.buckets import Available, Buckets, Kind
 from jaxserve.engine.capacity import Limits
+from jaxserve.engine.schedule import need
+from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.plan import StepPlan
 from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.sampling import columns, control_row
@@ -80,6 +83,21 @@ def mixed_layout(tokens: int, buckets: Buckets, block_size: int) -> Layout:
     return Layout(decode=False, tokens=tokens, rows=rows, edits=edits, entries=buckets.entries)
 
 
+def head_sizes(buckets: Buckets, head: Variant) -> tuple[int, ...]:
+    """The rows of a head's programs. Only scored prompts need more rows of logits than there are sequences."""
+    return buckets.decode if head.top_n is None else buckets.scoring_heads
+
+
+def _sizes(buckets: Buckets, heads: Iterable[Variant]) -> Iterator[tuple[Kind, int]]:
+    """All sizes of all kinds of programs."""
+    ladders: dict[Kind, tuple[int, ...]] = {
+        **{"decode": buckets.decode, "mixed": buckets.mixed, "embed": buckets.scoring_heads},
+        **{head: head_sizes(buckets, head) for head in heads},
+    }
+    for kind, sizes in ladders.items():
+        yield from ((kind, size) for size in sizes)
+
+
 @dataclass(frozen=True, slots=True)
 class StepMessage:
     """All that the devices get for one step: arrays and a few numbers, which another process could send or replay."""
@@ -87,7 +105,10 @@ class StepMessage:
     layout: Layout
     entries: int  # the rows of hidden states that the step needs
     embeds: int  # how many of them are returned as embeddings; the others become logits
-    need: int  # flags of need.py
+    # The programs that follow the model, and their sizes; 0 if one is not needed.
+    head: Variant
+    head_rows: int
+    embed_rows: int
     vector: Ints
     # Arrays for programs that run before the step: `edit`, for block tables and block copies; then `set_rows` and
     # `add_counts`, for the sampling controls of sequences that took rows.
@@ -104,8 +125,8 @@ class Batcher:
     def __init__(self, limits: Limits, buckets: Buckets, available: Available | None = None) -> None:
         """`available`: the sizes of steps, if not all buckets."""
         self.limits, self.buckets = limits, buckets
-        every = (*(("decode", size) for size in buckets.decode), *(("mixed", size) for size in buckets.mixed))
-        self._available = Available(every) if available is None else available
+        self._heads = need.variants(limits.max_logprobs)  # by the need that each covers
+        self._available = Available(_sizes(buckets, self._heads.values())) if available is None else available
         self._columns = np.zeros((buckets.rows, len(COLUMNS)), np.int32)
 
     def pack(self, plan: StepPlan) -> StepMessage:
@@ -125,7 +146,19 @@ class Batcher:
         entries[:, GIVEN] = -1
         (self._fill_decode if decode else self._fill_mixed)(plan, parts, entries)
         edits = self._fill_edits(plan, parts)
-        return StepMessage(layout, plan.entries, plan.embeds, plan.need, vector, edits, controls, counts)
+        head = self._heads[need.covering(tuple(self._heads), plan.need)]
+        return StepMessage(
+            layout,
+            plan.entries,
+            plan.embeds,
+            head,
+            self._available.fitting(head, plan.entries) if plan.entries > plan.embeds else 0,
+            self._available.fitting("embed", plan.entries) if plan.embeds else 0,
+            vector,
+            edits,
+            controls,
+            counts,
+        )
 
     def at_fault(self, plan: StepPlan) -> list[Sequence]:
         """The sequences of a plan that cannot be packed even alone; all of them if each can."""
