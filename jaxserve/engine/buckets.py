@@ -85,6 +85,10 @@ class Available:
     def add(self, kind: Kind, size: int) -> None:
         self._steps[kind] = tuple(sorted({*self._steps.get(kind, ()), size}))
 
+    def fits(self, kind: Kind, size: int) -> bool:
+        """Whether a program of this kind can do a step of this size."""
+        return kind in self._steps and self._steps[kind][-1] >= size
+
     def fitting(self, kind: Kind, size: int) -> int:
         """The smallest available size that is at least `size`."""
         return fitting(self._steps[kind], size)

@@ -57,6 +57,7 @@ def _flag_lines(flag: Flag, about: str, width: int) -> list[str]:
         left = flag.option if flag.default is False else ", ".join((*flag.setting.spellings, positive))
     else:
         left = f"{', '.join(flag.options)} {flag.value_form}"
+        left = f"{left}, {flag.negative}" if flag.negative else left
         left = f"{flag.metavar}, {left}" if flag.is_word else left
     indent = " " * 36
     if flag.shown_default:

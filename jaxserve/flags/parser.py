@@ -72,6 +72,8 @@ class Parser:
                     raise UsageError(f"{name} takes no value", f"use {flag.option}={value}")
                 yes = values.from_text(flag, value) if equals else positive
                 yield flag.option if yes else flag.negative
+            elif not equals and flag.setting.yes_no and not values.is_choice(flag, following):
+                yield f"{_dashed(name)}={flag.setting.yes_no[0]}"
             elif not equals and (following is None or _is_option(following)):
                 dashed = f", or {name}=VALUE if it begins with a dash" if following else ""
                 raise UsageError(f"{name} needs a value", f"use {name} {flag.value_form}{dashed}")

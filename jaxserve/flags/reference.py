@@ -21,7 +21,7 @@ def _row(parser: Parser, flag: Flag) -> str:
     if flag.negative and flag.default is True:
         names.append(f"--[no-]{flag.option[2:]}")
     elif flag.is_option:
-        names += flag.options
+        names += [*flag.options, *([flag.negative] if flag.negative and flag.base is not bool else [])]
     default = flag.shown_default
     about = parser.in_flags_words(flag.help)
     if flag.choices:

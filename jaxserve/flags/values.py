@@ -48,6 +48,11 @@ def from_text(flag: Flag, text: str) -> Any:
     return Path(text) if flag.base is Path else text
 
 
+def is_choice(flag: Flag, text: str | None) -> bool:
+    """Whether a word after a flag that may stand alone is its value."""
+    return text is not None and (text in flag.choices or text.lower() in _WORDS)
+
+
 def from_data(flag: Flag, value: Any) -> Any:
     """The same for a value from a YAML file, which has a type already."""
     if value is None:

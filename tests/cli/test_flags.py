@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.cli import parser_of
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.errors import UsageError
 from jaxserve.flags import reference, values
@@ -115,8 +116,7 @@ def test_any_command_line_is_valid_or_a_usage_error(words: list[str]) -> None:
         (["--color", "blue"], "--color is 'blue'", "red, green"),
         (["--warm=5"], "--warm is '5'", "true or false"),
         (["--no-warm=true"], "--no-warm takes no value", "--warm=true"),
-        (["--depth"], "--depth needs a value", "--depth {whole,half,none}"),
-        (["--depth", "deep"], "--depth is 'deep'", "whole, half, none"),
+        (["--depth=deep"], "--depth is 'deep'", "whole, half, none"),
         (["a", "b"], "unexpected argument 'b'", "prog takes one PLACE"),
         (["--max-lne", "5"], "unknown option --max-lne", "did you mean --max-len?"),
         (["--no-wram"], "unknown option --no-wram", "did you mean --no-warm?"),
@@ -254,3 +254,28 @@ def test_markdown() -> None:
     assert "| `--color` | `red` | Which. One of `red`, `green`. |" in text
     assert "| `PLACE` |  | Where. |" in text and "| `-n`, `--name`, `--called` | `x` |" in text
     assert "| `--[no-]warm` | `on` | Whether. |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--warmup"], "all"),
+        (["--warmup", "org/model"], "all"),
+        (["--warmup", "--no-ui"], "all"),
+        (["--warmup", "none"], "none"),
+        (["--warmup=staged"], "staged"),
+        (["--warmup=false"], "none"),
+        (["--no-warmup"], "none"),
+        ([], None),
+    ],
+)
+def test_a_choice_that_was_a_switch(given: list[str], expected: str | None) -> None:
+    """--warmup alone is vLLM's and this command's older spelling; a model's name after it is not its value."""
+    found = parser_of("run").parse(given)
+    assert found.get("warmup") == expected
+    assert found.get("model") == ("org/model" if "org/model" in given else None)
+
+
+def test_help_names_both_spellings() -> None:
+    parser = parser_of("run")
+    assert "--no-warmup" in help_text(parser, "warmup")

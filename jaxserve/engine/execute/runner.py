@@ -210,11 +210,13 @@ class Runner:
 
     def covering(self) -> list[ProgramKey]:
         """The programs that an engine must have to serve every request, padded, and a few cheap ones that make its
-        first requests fast: the largest size of each kind, and the smallest step of each kind with its head."""
+        first requests fast: the largest size of each kind, and the smallest step of each kind with its head. Of the
+        heads those for common requests and the last, which stands in for all others."""
         sizes: dict[Kind, list[int]] = {}
         for kind, size in map(bucket_of, self.every_key()):
             sizes.setdefault(kind, []).append(size)
-        wanted = {(kind, max(found)) for kind, found in sizes.items()}
+        rare = set(self.heads[:-1])
+        wanted = {(kind, max(found)) for kind, found in sizes.items() if _common(kind) or kind not in rare}
         wanted |= {(kind, min(found)) for kind, found in sizes.items() if _common(kind)}
         return [key for key in self.every_key() if bucket_of(key) in wanted]
 

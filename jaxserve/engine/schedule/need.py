@@ -6,7 +6,6 @@ set together: a filter implies random sampling, and five likeliest tokens imply 
 `variants`; a step runs the cheapest that covers its need.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 RANDOM = 1
@@ -57,8 +56,3 @@ def variants(max_logprobs: int) -> dict[int, Variant]:
         return Variant(mode, bool(need & CONTROLS), bool(need & MASK), top_n)
 
     return {need: variant(need) for need in dict.fromkeys(needs)}
-
-
-def covering(variants: Sequence[int], need: int) -> int:
-    """The first of these needs that includes `need`."""
-    return next(each for each in variants if not need & ~each)

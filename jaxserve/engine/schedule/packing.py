@@ -146,7 +146,7 @@ class Batcher:
         entries[:, GIVEN] = -1
         (self._fill_decode if decode else self._fill_mixed)(plan, parts, entries)
         edits = self._fill_edits(plan, parts)
-        head = self._heads[need.covering(tuple(self._heads), plan.need)]
+        head = self._head_for(plan)
         return StepMessage(
             layout,
             plan.entries,
@@ -159,6 +159,13 @@ class Batcher:
             controls,
             counts,
         )
+
+    def _head_for(self, plan: StepPlan) -> Variant:
+        """The cheapest available head that does what the rows need. The last one does everything."""
+        for covered, head in self._heads.items():
+            if not plan.need & ~covered and self._available.fits(head, plan.entries):
+                return head
+        raise RuntimeError(f"no head has {plan.entries} rows with all that they need")
 
     def at_fault(self, plan: StepPlan) -> list[Sequence]:
         """The sequences of a plan that cannot be packed even alone; all of them if each can."""
