@@ -196,9 +196,9 @@ class Driver:
     def _watch_copies(self) -> None:
         launch = self.runner.launch
 
-        def watched(packed: Any) -> Any:
-            self.copied += len(packed.edits)
-            return launch(packed)
+        def watched(message: Any) -> Any:
+            self.copied += len(message.edits)
+            return launch(message)
 
         self.runner.launch = watched
 
