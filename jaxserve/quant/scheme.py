@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 type StorageDtype = Literal[
     "int8",
     "uint8",
@@ -75,7 +73,9 @@ class Source:
     the tensor's values in the order of the plain weight in such checkpoints, usually [rows, columns / n] or [rows]."""
 
     suffix: str
-    unpack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] | None = None
+    unpack: Callable[[Any], Any] | None = (
+        None  # from numpy array to numpy array; `check --help` does not wait for numpy
+    )
 
 
 class Format(Protocol):
