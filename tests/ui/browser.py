@@ -160,7 +160,11 @@ class Tab:
             )
 
     async def write(self, selector: str, text: str) -> None:
-        await self.click(selector)
+        focused = f"document.activeElement === document.querySelector({json.dumps(selector)})"
+        for _ in range(5):  # the layout may shift between finding the place and clicking on it
+            await self.click(selector)
+            if await self.evaluate(focused):
+                break
         await self.command("Input.insertText", text=text)
 
     async def press(self, key: str, *, modifiers: int = 0) -> None:
