@@ -110,7 +110,7 @@ class Ours:
 
 
 def in_batches(side: Any, requests: Sequence[Asked], *, size: int, seconds: float = math.inf) -> Generated:
-    """Generates for the requests in order until the time is up, but for at least one batch."""
+    """Generate for the requests in order until the time is up; at least one batch."""
     spent, tokens = 0.0, list[list[int]]()
     for start in range(0, len(requests), size):
         answer = side.batch(requests[start : start + size])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts as programs pass them, and the errors for what is none. No engine runs."""
+"""Prompts as programs pass them, and the errors for values that are not prompts. No engine runs."""
 
 from dataclasses import replace
 from typing import Any

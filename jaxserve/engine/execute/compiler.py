@@ -264,7 +264,7 @@ LOWER = 10
 
 
 def _at_low_priority[T](work: Callable[[], T]) -> T:
-    """Run it in a thread of its own, since a priority cannot be raised again. Only for work that does not hold the GIL:
+    """Run it in a separate thread, since a priority cannot be raised again. Only for work that does not hold the GIL:
     with the GIL, a thread that does not get to run would stop all others."""
     future: Future[T] = Future()
 
@@ -282,7 +282,7 @@ def _at_low_priority[T](work: Callable[[], T]) -> T:
 
 
 def _lower_priority() -> None:
-    if sys.platform == "linux":  # where a thread has a priority of its own
+    if sys.platform == "linux":  # where each thread has its own priority
         with suppress(OSError):
             thread = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + LOWER)

@@ -112,7 +112,7 @@ def test_where_maps_are_not_limited(tmp_path: Path) -> None:
 
 
 def test_forty_models_in_one_process(executables: Executables, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each with programs of its own. Together they would take more maps than there are: here, as if there were few."""
+    """Each has different programs. Together they would take more maps than the limit, which the test lowers."""
     before = Path("/proc/self/maps").read_bytes().count(b"\n")
     (limit := tmp_path / "limit").write_text(str(before + Maps.SPARE + 1000))
     monkeypatch.setattr(compiler, "RECENT", 8)
