@@ -57,6 +57,7 @@ def settings(folder: Path, count: int, length: int) -> dict[str, Any]:
         "max_num_batched_tokens": max(512, count),
         "max_model_len": length,
         "num_blocks": 1 + count * -(-length // 16) + 64,
+        "warmup": "all",  # so that no compiler runs beside the measurement
     }
 
 

@@ -29,6 +29,7 @@ def main() -> None:
         max_num_batched_tokens=max(512, rows),
         block_size=16,
         skip_tokenizer_init=True,
+        warmup="all",
     )
     print(json.dumps({"jax": jax.__version__, "cores": os.cpu_count()}), flush=True)
     for line in sys.stdin:

@@ -65,7 +65,7 @@ def start_command(name: str, model: Path, port: int, *, longest: int, venv: Path
     match name:
         case "jaxserve" | "jaxserve-uncached":
             flags = [f"--max-model-len={longest}", f"--max-num-seqs={ROWS}", "--log-level=warning"]
-            flags += ["--disable-log-stats", "--served-model-name", str(model)]
+            flags += ["--disable-log-stats", "--warmup=all", "--served-model-name", str(model)]
             flags += ["--no-enable-prefix-caching"] * (name != "jaxserve")
             command = str(Path(sysconfig.get_path("scripts"), "jaxserve"))
             return StartCommand(command=[command, "run", str(model), *common, *flags], ready="/health")
