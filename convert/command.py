@@ -33,7 +33,7 @@ class Convert:
         from convert.files import hub, output
 
         started = time.monotonic()
-        # DST is checked first, then the config; jax starts only when both are right.
+        # DST is checked first, then the config; jax starts only if both are valid.
         output.check(self.destination, overwrite=self.overwrite, ours=_ours)
         folder = hub.fetch(self.source, revision=self.revision, offline=self.offline, check=_check)
         size, count = self._convert(folder)

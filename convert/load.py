@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model folder into the decoder's parameters, directly into their shardings, one tensor at a time.
 
-Each engine tensor is assembled in one host buffer, transferred to the devices, and freed: peak host memory is one
-tensor, the largest, beyond the parameters kept there. On CPU the buffer itself becomes the parameter.
+Each engine tensor is assembled in one host buffer, transferred to the devices, and freed: beyond parameters that stay
+on the host, peak host memory is the largest tensor. On CPU the buffer itself becomes the parameter.
 """
 
 from pathlib import Path
@@ -54,7 +54,7 @@ def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress:
 def param_dtype(plan: LoadPlan, wanted: Any = None) -> Any:
     """The dtype of parameters: `wanted`, or the checkpoint's dtype by default.
 
-    On CPU the default is float32, because XLA computes far slower in 16 bits there.
+    On CPU the default is float32, because XLA's 16-bit arithmetic is far slower there.
     """
     if wanted is None:
         return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else plan.stored_dtype()

@@ -5,7 +5,7 @@
     spec.json    the ModelSpec, the format version, and the model's origin
     config.json, generation_config.json, tokenizer and chat template, copied from the source
 
-Every array is one uncompressed zarr chunk, that is a file of plain bytes. Orbax restores it like any other checkpoint,
+Every array is one uncompressed zarr chunk: a file of plain bytes. Orbax restores it like any other checkpoint,
 and this module reads it like a safetensors tensor. Orbax itself is needed only to write.
 """
 
@@ -173,7 +173,7 @@ def _save(place: Path, tree: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     class OneByOne(ocp.type_handlers.NumpyHandler):
-        """Orbax's numpy handler, but each array is read, written and freed before the next."""
+        """Orbax's numpy handler, which here reads, writes and frees each array before the next."""
 
         async def serialize(self, values: Sequence[Any], infos: Any, args: Any = None) -> Sequence[Any]:
             for leaf, info, arg in zip(values, infos, args, strict=True):

@@ -51,8 +51,8 @@ _HINT = "check that config.json belongs to these weights"
 
 @dataclass(frozen=True)
 class Piece:
-    """A public tensor, or one expert's part of it: its location and an optional view of that. What a component of a
-    quantized weight packs is unpacked first."""
+    """A public tensor, or one expert's part of it: its location and an optional view of it. A packed component of a
+    quantized weight is unpacked first."""
 
     info: TensorInfo
     view: View | None = None
@@ -93,7 +93,7 @@ class LoadPlan:
         return sum(info.stop - info.start for info in infos)
 
     def size(self, dtype: Any = None) -> int:
-        """Approximate bytes of the parameters as `dtype`, or as stored."""
+        """The approximate size of the parameters in bytes, as `dtype` or as stored."""
         if dtype is None:
             return self.bytes
         plain = {piece.info for path in self.pieces if not self._component(path) for piece in self.pieces[path]}

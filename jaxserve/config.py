@@ -104,8 +104,8 @@ class EngineConfig:
     enable_sleep_mode: Annotated[
         bool,
         Setting(
-            "Let other processes use a GPU's memory while the engine is asleep. Steps take longer, because jax then "
-            "allocates their memory from the driver instead of its own pool.",
+            "Release GPU memory to other processes while the engine is asleep. Steps take longer, because JAX then "
+            "allocates memory from the driver instead of from a pool.",
             "Memory",
         ),
     ] = False
@@ -115,8 +115,8 @@ class EngineConfig:
     prefix_hash_seed: Annotated[
         str,
         Setting(
-            "Text that the keys of cached prefixes are derived from, for keys that are equal in several processes "
-            "(default: random keys).",
+            "Seed, any text, for the hashes of cached prefixes; processes with the same seed compute the same hashes "
+            "(default: random).",
             "Memory",
             empty=True,
         ),
@@ -204,8 +204,8 @@ class EngineConfig:
     warmup: Annotated[
         Warmup | bool,
         Setting(
-            "Programs to compile before requests are accepted: all; a few that serve every request, while the others "
-            "follow in the background (staged); or none (--no-warmup), so that requests wait for the compiler.",
+            "Programs to compile before accepting requests: all; a few that can serve any request, while the rest "
+            "compile in the background (staged); or none (--no-warmup), so that requests wait for compilation.",
             "Startup",
             common=True,
             yes_no=("all", "none"),
@@ -223,8 +223,8 @@ class EngineConfig:
     record_steps: Annotated[
         int,
         Setting(
-            "Number of steps to keep; if a step fails, they are written to a file for `jaxserve replay`. "
-            "The file has the token ids of prompts.",
+            "Number of recent steps to keep; if a step fails, they are written to a file for `jaxserve replay`. "
+            "The file contains the token ids of prompts.",
             "Debugging",
             low=0,
             high=2**31 - 1,

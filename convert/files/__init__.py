@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model files on disk and on the Hugging Face hub: finds, validates, reads and writes them. Imports no jax."""
+"""Model files on disk and on the Hugging Face Hub: finds, validates, reads and writes them. Imports no jax."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resolves a model name to a local folder: a local folder as it is, a hub id by downloading it.
+"""Resolves a model name to a local folder; a model with a Hub ID is downloaded.
 
 huggingface_hub downloads into its own cache, so its settings (HF_TOKEN, HF_HOME, HF_ENDPOINT, ...) apply. This module
 decides which files to download, all from one commit, and in which order, and reports each failure in one line.
 
-The order distinguishes a complete folder from an interrupted download without asking the hub: config.json is the last
+The order distinguishes a complete folder from an interrupted download without asking the Hub: config.json is the last
 of the small files, weights follow it, and a branch's ref in the cache is updated only when every requested file exists.
 """
 
@@ -48,7 +48,7 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".gguf", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".safetensors")
 
-# Stricter than paths and URLs require, so that no id or revision can escape to another location in either.
+# Stricter than paths and URLs require, so that no ID or revision can escape to another location in either.
 _LOOKS_LIKE_PATH = re.compile(r"[./~]|[A-Za-z]:|.*/.*/|.*\\", re.DOTALL)
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git\Z)(?:{_NAME}/)?{_NAME}")
@@ -66,9 +66,9 @@ def fetch(
     progress: bool | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Return the local folder of the model `source`: a folder, or a hub id such as org/name.
+    """Return the local folder of the model `source`: a folder, or a Hub ID such as org/name.
 
-    A local folder takes precedence over a hub model of the same name. `revision` is a branch, tag or commit of a hub
+    A local folder takes precedence over a Hub model of the same name. `revision` is a branch, tag or commit of a Hub
     model (default main); it is resolved once, and the returned folder is named after its commit. `check` is called with
     the folder before any weights are downloaded, and cancels the download by raising. `weights=False` skips weights.
     `offline`, or HF_HUB_OFFLINE=1, uses only the cache. `progress=None` shows a bar if stderr is a terminal.
@@ -91,9 +91,9 @@ def fetch(
 
 
 def _local_folder(source: str) -> Path | None:
-    """The folder that `source` names; None if it can only be a hub model."""
+    """The folder that `source` names; None if it can only be a Hub model."""
     path = os.path.expanduser(source)
-    hint = "check the path, or name a hub model as org/name"
+    hint = "check the path, or name a Hub model as org/name"
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL
@@ -106,22 +106,22 @@ def _local_folder(source: str) -> Path | None:
         raise CheckpointError(f"{quote(source)} is a file, not a model folder", "name the folder that contains it")
     if not os.path.isfile(os.path.join(path, _CONFIG)):
         problem = f"folder {quote(source)} has no {_CONFIG}"
-        hint = "name a Hugging Face model folder (a local folder takes precedence over a hub model of the same name)"
+        hint = "name a Hugging Face model folder (a local folder takes precedence over a Hub model of the same name)"
         raise CheckpointError(problem, hint)
     return Path(path)
 
 
 def _hub_model(source: str, *, revision: str | None, cache_dir: Path | None) -> HubModel:
     if not _HUB_ID.fullmatch(source):
-        problem = f"{quote(source)} is neither a local folder nor a valid hub model name"
-        raise CheckpointError(problem, "check the path, or name a hub model as org/name")
+        problem = f"{quote(source)} is neither a local folder nor a valid Hub ID"
+        raise CheckpointError(problem, "check the path, or name a Hub model as org/name")
     revision = "main" if revision is None else revision
     if not _REVISION.fullmatch(revision):
         problem = f"{quote(revision)} is not a valid revision"
         raise CheckpointError(problem, f"name a branch, tag or commit of {quote(source)}")
     from huggingface_hub import constants
 
-    # huggingface_hub reads its environment once, at import; honor an HF_ENDPOINT that was set later.
+    # huggingface_hub reads its environment once, at import; this also honors an HF_ENDPOINT that was set later.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
     return HubModel(source, revision, endpoint, cache)
@@ -163,7 +163,7 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(read_index(index).values()))
 
 
-# -- from the hub
+# -- from the Hub
 
 
 def _from_hub(model: HubModel, *, weights: bool, progress: bool | None, check: Callable[[Path], object] | None) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hub model, and a one-line message for each way that downloading it can fail."""
+"""A Hub model, and a one-line message for each way that downloading it can fail."""
 
 import errno
 import ssl
@@ -21,7 +21,7 @@ _HINT_NETWORK = f"check the network and HF_ENDPOINT, {_OR_OFFLINE}"
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model on the hub. Its cache folder has the layout that huggingface_hub documents."""
+    """A model on the Hub. Its cache folder has the layout that huggingface_hub documents."""
 
     id: str
     revision: str
@@ -83,7 +83,7 @@ def _explain(error: Exception, model: HubModel, file: str | None) -> tuple[str, 
         case httpx2.ConnectError():
             return _explain_connection(error, hub)
         case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
-            return f"{quote(hub)} is not a valid hub URL", "check HF_ENDPOINT"
+            return f"{quote(hub)} is not a valid Hub URL", "check HF_ENDPOINT"
         case httpx2.HTTPError():
             return f"lost the connection to {hub} during {what} ({reason(error)})", f"{HINT_AGAIN}, {_OR_OFFLINE}"
         case errors.FileMetadataError() | KeyError() | TypeError() | AttributeError():

@@ -29,7 +29,7 @@ type Array = np.ndarray[Any, Any]
 type OnBytes = Callable[[int], object]  # called with the number of bytes read
 
 SPAN = 4 << 20  # with 1 MB, Python overhead made loading a third slower
-HOLE = 1 << 16  # gaps of at least this size are skipped, smaller ones are read along
+HOLE = 1 << 16  # gaps of at least this size are skipped, smaller ones are read too
 WORKERS = min(8, machine.cpus())
 
 

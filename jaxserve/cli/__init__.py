@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `jaxserve` command: finds the command that is meant and runs it; every outcome is an exit code (exit_codes.py).
+"""The `jaxserve` command line: dispatches to a command and returns an exit code (exit_codes.py).
 
-A command is a dataclass whose fields are its flags (jaxserve/flags), in its own file that is imported when the command
-is called. Those files import heavy packages inside `run`, so that `--help` stays quick.
+A command is a dataclass whose fields are its flags (jaxserve/flags). Its file is imported only when the command is
+called, and imports heavy packages inside `run`, so that `--help` is fast.
 """
 
 import importlib
@@ -18,8 +18,8 @@ from jaxserve.flags.parser import Parser
 
 
 class Command(NamedTuple):
-    module: str  # relative to this package, unless it is in another
-    kind: str  # the dataclass in it
+    module: str  # relative to this package, or absolute
+    kind: str  # the name of its dataclass
     about: str
 
 

@@ -20,7 +20,7 @@ from jaxserve.flags.setting import Setting
 if TYPE_CHECKING:  # it imports aiohttp, which --help does not need
     from jaxserve.cli.load import Job, Sample
 
-# Common words, mostly one token each: prompts for servers that have no /tokenize.
+# Common words, mostly one token each: prompts for servers without /tokenize.
 WORDS = (
     "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all "
     "were when we there can an your which their said if do will each about how up out them then she many some so these "
@@ -114,8 +114,8 @@ class BenchServe:
         return 0 if results["completed"] else 1
 
     def jobs(self, model: str, pool: "Sequence[int] | None") -> "list[Job]":
-        """The requests, warmup last; equal for equal seeds. `pool` has token IDs to draw from; without one prompts are
-        words."""
+        """The requests, warmup last; the same seed gives the same requests. Prompts are drawn from the token ids in
+        `pool`, or from words if it is None."""
         from jaxserve.cli.load import Job
 
         draw, words = random.Random(self.seed), WORDS.split()
@@ -158,7 +158,7 @@ class BenchServe:
 
 
 def _pool(client: Client, model: str, seed: int) -> list[int] | None:
-    """IDs of plain tokens, from the server's tokenizer; None if it has no /tokenize."""
+    """Ids of plain tokens, from the server's tokenizer; None if it has no /tokenize."""
     try:
         found = client.post("/tokenize", {"model": model, "prompt": WORDS, "add_special_tokens": False})
         ids = sorted({int(token) for token in found["tokens"]})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxserve chat` and `jaxserve complete`: use a running server from the terminal.
 
-A text from -q or a pipe is answered once; otherwise there is a prompt. Ctrl-C stops an answer, Ctrl-D quits.
+A text from -q or a pipe gets one answer; otherwise there is a prompt. Ctrl-C stops an answer, Ctrl-D quits.
 """
 
 import importlib

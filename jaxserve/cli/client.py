@@ -65,7 +65,7 @@ class Client:
             return self._content(response)
 
     def post(self, path: str, body: Any = None) -> Any:
-        """The decoded JSON response; None if it is empty."""
+        """The decoded JSON response, or None if it is empty."""
         with self._asked("POST", path, body) as response:
             return self._content(response)
 
@@ -81,7 +81,7 @@ class Client:
                 event = self._parsed(data)
                 if isinstance(event, dict) and "error" in event:
                     problem, hint = _problem_and_hint(_message(event) or "error", LOG)
-                    raise ServerError(f"the server says: {problem}", hint)
+                    raise ServerError(f"the server replied: {problem}", hint)
                 yield cast("dict[str, Any]", event)
             raise ServerError("the response ended early", LOG)
 
@@ -105,7 +105,7 @@ class Client:
                 said = _message(self._parsed(self._read(response.read), strict=False))
                 problem, hint = _problem_and_hint(said, HINTS.get(response.status, LOG))
                 nothing = f"{path} returned {response.status} {response.reason}"
-                raise ServerError(f"the server says: {problem}" if said else nothing, hint, status=response.status)
+                raise ServerError(f"the server replied: {problem}" if said else nothing, hint, status=response.status)
             yield response
         finally:
             connection.close()

@@ -81,7 +81,7 @@ def _fish(flags: Mapping[str, list[Flag]], abouts: Mapping[str, str]) -> str:
     lines.append("complete -c jaxserve -n __fish_use_subcommand -f -a bench -d 'Run a benchmark.'")
     for name, own in flags.items():
         here = " && ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
-        if " " not in name:  # `bench serve` is no `serve`
+        if " " not in name:  # `bench serve` is not `serve`
             here += " && not __fish_seen_subcommand_from bench"
         for flag in own:
             if not flag.is_option:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file that --json names: checked before anything is measured, written afterwards; - is standard output."""
+"""The file of --json: checked before a benchmark runs, written after it; - means standard output."""
 
 from pathlib import Path
 

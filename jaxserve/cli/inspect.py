@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve inspect`: lists the tensors of a checkpoint. Only headers are read, so 100 GB take a moment."""
+"""`jaxserve inspect`: lists the tensors of a checkpoint. It reads only headers, so even 100 GB take a moment."""
 
 import json as json_module
 import math

@@ -79,8 +79,8 @@ async def run(
     keep_alive: bool = True,
     done: Callable[[Sample], None] | None = None,
 ) -> Outcome:
-    """Sends all jobs, `rate` per second at random times (all at once if infinite), at most `concurrency` at a time.
-    Without `keep_alive` each job opens a new connection: some servers close one after a stream without notice."""
+    """Send all jobs, `rate` per second at random times (all at once if infinite), at most `concurrency` at a time.
+    Without `keep_alive` each job opens a new connection: some servers close theirs without notice after a stream."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     slots = asyncio.Semaphore(concurrency or len(jobs) or 1)
     draw, going, most = random.Random(seed), 0, 0
@@ -175,7 +175,7 @@ def _message(said: str) -> str:
 
 
 def summary(outcome: Outcome) -> dict[str, float]:
-    """The results of vLLM's benchmark, by its names; failed requests count only as failed."""
+    """The results that vLLM's benchmark reports, under its names. Failed requests only count as failed."""
     good = [sample for sample in outcome.samples if sample.error is None and sample.stamps]
     read, written = sum(s.prompt_tokens for s in good), sum(s.output_tokens for s in good)
     seconds = max(outcome.seconds, 1e-9)

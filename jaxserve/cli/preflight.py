@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what is wrong before jax is imported: port, certificates, model folder, tokenizer, and sizes that do not fit
-on any device.
+"""Checks settings before jax is imported: port, certificates, model folder, tokenizer, and sizes that no device allows.
 
-Of a model on the hub only the form of its name is checked. Where it depends on the device, the engine decides: it
-would refuse, half a minute later, all that is refused here.
+A Hub ID is only checked for its form. Every error here is one that the engine would raise half a minute later; what
+depends on the device is left to the engine.
 """
 
 import os
@@ -25,7 +24,7 @@ from jaxserve.server.http import listening
 
 # The same as in the tokenizer's loader, which is slow to import.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# What a Linux machine with an accelerator that jax knows has in /dev: NVIDIA's, under WSL, AMD's, TPUs.
+# Device files in /dev of the accelerators that jax supports on Linux: NVIDIA's, also under WSL, AMD's, TPUs.
 _ACCELERATORS = ("nvidia*", "dxg", "kfd", "accel*", "vfio")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _HOST_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
@@ -43,14 +42,14 @@ def check(engine: EngineConfig, server: ServerConfig) -> None:
 
 
 def check_model(engine: EngineConfig) -> None:
-    """That a folder has a config of a known architecture, weights with sound headers, and a tokenizer."""
+    """Check that a folder has a supported config, weights with valid headers, and a tokenizer."""
     from convert.files import hub
 
     folder = Path(engine.model).expanduser()
     if not (folder.exists() or _HUB_ID.fullmatch(engine.model)) or engine.model.startswith((".", "~")):
         hub.fetch(engine.model)  # raises what is wrong with the path
     if folder.exists():
-        hub.fetch(engine.model, revision=engine.revision)  # no network: a local folder takes precedence over the hub
+        hub.fetch(engine.model, revision=engine.revision)  # no network: a local folder takes precedence over the Hub
         check_weights(folder)
         check_sizes(engine, folder)
     check_tokenizer(engine, folder)
@@ -95,7 +94,7 @@ def cpu_devices(environment: Mapping[str, str]) -> int | None:
 
 
 def check_machine(engine: EngineConfig) -> None:
-    """What does not depend on the model."""
+    """Check what does not depend on the model."""
     _usage(lambda: capacity.step_sizes(engine, on_cpu=True))  # on other devices there are more sequences
     devices = cpu_devices(os.environ)
     if devices is None:
@@ -118,8 +117,8 @@ def _parallel(engine: EngineConfig) -> Iterator[tuple[str, int]]:
 
 
 def check_sizes(engine: EngineConfig, folder: Path) -> None:
-    """Against the model in a folder. Its config is read only if a setting depends on it: that takes transformers, about
-    a second."""
+    """Check sizes against the model in a folder. Its config is read only if a setting depends on it, because importing
+    transformers takes about a second."""
     longest = engine.max_model_len
     sized = engine.num_blocks is not None or engine.kv_cache_memory_bytes is not None
     parallel = engine.tensor_parallel_size > 1
@@ -135,8 +134,8 @@ def check_sizes(engine: EngineConfig, folder: Path) -> None:
 
 
 def least(engine: EngineConfig, spec: ModelSpec) -> Capacity:
-    """On the device that a sequence needs the fewest bytes on. It has a CPU's defaults, which are lower than those of
-    others, and unless it is certain to be a CPU, 16 bits for a number."""
+    """The capacity on the device where a sequence needs the fewest bytes: with the defaults of a CPU, which are the
+    lowest, and 16-bit numbers unless the device is certain to be a CPU."""
     auto = "bfloat16" if cpu_devices(os.environ) is None else "float32"
     dtype = auto if engine.dtype == "auto" else engine.dtype
 
@@ -155,7 +154,7 @@ def _usage[T](make: Callable[[], T]) -> T:
 
 
 def _plainly_takes(folder: Path, length: int) -> bool:
-    """Whether the raw config already allows this length, before any RoPE scaling extends it."""
+    """Whether the raw config allows this length even without RoPE scaling."""
     from jaxserve.models import hf
 
     raw = hf.read_json(folder / "config.json") if (folder / "config.json").exists() else {}

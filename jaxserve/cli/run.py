@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve run`, also `serve`: settings from flags and a file, the checks that need no engine, and the server.
+"""`jaxserve run`, also `serve`: reads settings from flags and a file, checks them, and runs the server.
 
 Nothing here or below imports jax: the engine is another process.
 """

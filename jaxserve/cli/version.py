@@ -33,7 +33,7 @@ class Version:
 
 
 def _installed(name: str) -> str | None:
-    from importlib import metadata  # takes 20 ms, which --help should not wait for
+    from importlib import metadata  # takes 20 ms, which would slow down --help
 
     try:
         return metadata.version(name)

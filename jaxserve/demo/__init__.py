@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo models that come with the package: toys of a million parameters and of a tenth of it.
+"""The paths of the demo models in the package: a toy model of one million parameters and a draft of a tenth of that.
 
-Both are Hugging Face folders and share one tokenizer. `python -m benchmarks.demo.train` made them. Here is only where
-they are, so that asking costs nothing.
+Both are Hugging Face folders with the same tokenizer, made by `python -m benchmarks.demo.train`.
 """
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "model"
-DRAFT_FOLDER = Path(__file__).parent / "draft"  # for speculative decoding: guesses what the model will say
+DRAFT_FOLDER = Path(__file__).parent / "draft"  # for speculative decoding: proposes tokens that the model verifies

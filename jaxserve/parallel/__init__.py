@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How arrays and work are spread over devices."""
+"""Sharding of arrays and work over devices."""

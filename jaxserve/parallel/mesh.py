@@ -49,7 +49,7 @@ def make_mesh(*, data: int = 1, tensor: int = 1, expert: int = 1, devices: Seque
 
 
 def check_explicit() -> None:
-    """Check that the axes of the mesh in context that we use are not of type Auto."""
+    """Check that none of our axes has type Auto in the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if name in AXES and kind == AxisType.Auto:
@@ -64,7 +64,7 @@ def axis_size(name: str) -> int:
 
 
 def shards() -> tuple[int, int]:
-    """How many shards the mesh in context cuts heads into, and experts."""
+    """The number of shards of heads and of experts on the mesh in context."""
     check_explicit()
     return axis_size("heads"), axis_size("experts")
 
@@ -130,7 +130,7 @@ def here(axes: Axes) -> NamedSharding | None:
 
 
 def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Under jit: zeros of this shape, which on a mesh lie as it says."""
+    """Under jit: zeros of this shape, with its sharding on a mesh."""
     sharding = like.sharding if in_mesh() else None
     spec = sharding.spec if isinstance(sharding, NamedSharding) else None
     return jnp.zeros(like.shape, like.dtype, out_sharding=spec)

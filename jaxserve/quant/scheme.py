@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describes weights that are stored as several arrays, such as codes, scales and zero points. Plain data, without jax.
 
-A weight is a matrix: rows are outputs, columns are inputs, both flattened. Its Scheme lists its arrays, which are cut,
-fused, repeated and padded along rows and columns as the matrix is; `tensor.py` computes with them. A Format reads a
-kind of checkpoint: it chooses the scheme of each layer and names the tensors that hold its components.
+A weight is a matrix: rows are outputs, columns are inputs, both flattened. Its Scheme lists its arrays, which are
+sharded, fused, repeated and padded along rows and columns as the matrix is; `tensor.py` computes with them. A Format
+reads a kind of checkpoint: it chooses the scheme of each layer and names the tensors that hold its components.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,10 +33,10 @@ class Component:
 
     name: str
     dtype: StorageDtype
-    rows: bool = True  # False: all rows share its values, and weights that are fused must have equal ones
+    rows: bool = True  # False: all rows share its values, and fused weights must have equal values
     columns: int | None = 1  # how many adjacent columns share a value; None: all of them
     columns_first: bool = False  # the engine stores it as [columns, *rows]; the public tree never does
-    whole: bool = False  # every shard has the values of all columns, also where columns are sharded
+    whole: bool = False  # every shard has the values of all columns, even if columns are sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +47,15 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """The scheme of the weights with this public path, in which `{layer}` stands for any layer's number. A path without
-    it takes precedence. None: one plain array."""
+    """The scheme of the weights with this public path, in which `{layer}` stands for any layer's number. A path with a
+    number takes precedence. None: one plain array."""
 
     path: str
     scheme: Scheme | None
 
 
 def problems(scheme: Scheme) -> Iterator[str]:
-    """Why no weight can have this scheme."""
+    """The faults of a scheme that no weight can have."""
     names = [component.name for component in scheme.components]
     if len({*names}) < len(names) or not all(name.isidentifier() for name in names):
         yield f"components {names} are not distinct names"
@@ -73,9 +73,7 @@ class Source:
     the tensor's values in the order of the plain weight in such checkpoints, usually [rows, columns / n] or [rows]."""
 
     suffix: str
-    unpack: Callable[[Any], Any] | None = (
-        None  # from numpy array to numpy array; `check --help` does not wait for numpy
-    )
+    unpack: Callable[[Any], Any] | None = None  # from numpy array to numpy array, untyped to avoid the import
 
 
 class Format(Protocol):
@@ -83,7 +81,7 @@ class Format(Protocol):
 
     @property
     def ignored(self) -> Sequence[str]:
-        """Patterns of tensor names that no component needs."""
+        """Patterns of the names of tensors that are not read."""
         ...
 
     def scheme(self, layer: str, settings: Mapping[str, Any]) -> Scheme | None:

@@ -2,7 +2,7 @@
 """Computes with weights that are stored as several arrays; see scheme.py for the terms.
 
 A kind of weight is a subclass of QuantTensor, registered under the name that schemes refer to. It must define `dense`,
-and may compute products in a better way. It sees the arrays of one device: models/linear.py shards and sums.
+and may compute products more efficiently. It sees the arrays of one device: models/linear.py shards and sums.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,7 @@ KINDS: dict[str, type[QuantTensor]] = {}
 
 
 def register[Kind: QuantTensor](name: str) -> Callable[[type[Kind]], type[Kind]]:
-    """Makes a subclass of QuantTensor the arithmetic of the schemes of this kind."""
+    """A decorator that registers a subclass of QuantTensor as the arithmetic of schemes of this kind."""
 
     def decorate(kind: type[Kind]) -> type[Kind]:
         KINDS[name] = kind

@@ -4,7 +4,7 @@
 Owns the layout of these vectors and the codes in them. No jax; controls.py applies them on the device.
 
     row vectors    [1 or 8, row_size(vocabulary)]   each overwrites a whole row, so that nothing of its previous request
-                                                    remains; those beyond the last have a row that does not exist
+                                                    remains; unused vectors name a row that does not exist
     count vectors  [3, COUNT_TRIPLES]               rows, tokens, and codes to add; as many vectors as needed
 
 A token's code is 2 * (times it was generated) + (whether it is in the prompt). It is 0 if no penalty of the request
@@ -48,7 +48,7 @@ _MASKS = tuple((each.name, each.off) for each in FIELDS if each.acts is Acts.MAS
 
 
 def mask_words(vocab_size: int) -> int:
-    """The uint32 words of a mask with one bit per token, lowest bit first."""
+    """The number of uint32 words in a mask with one bit per token, lowest bit first."""
     return -(-vocab_size // 32)
 
 
@@ -83,8 +83,8 @@ def _differ(params: SamplingParams, neutral: tuple[tuple[str, object], ...]) -> 
 
 
 class ControlRow:
-    """A request's row vector without its row and what it generates, and the codes of its prompt. Made once, when the
-    request arrives."""
+    """A request's row vector, without the row's number and generated tokens, and the codes of its prompt. Made once,
+    when the request arrives."""
 
     __slots__ = ("_at", "_penalized", "_prompt", "_vector")
 
@@ -134,7 +134,7 @@ class ControlRow:
 def pack(
     arrivals: Sequence[tuple[int, ControlRow, Sequence[int]]], vocab_size: int
 ) -> tuple[list[Vector], list[Vector]]:
-    """The vectors of requests that take rows: for each the row, its controls, and its output so far."""
+    """The vectors of requests that take rows, each given as its row, its controls and its output so far."""
     rows: list[Vector] = []
     for start, count in _parts(len(arrivals)):
         vectors = np.full((count, row_size(vocab_size)), NOWHERE, np.int32)
@@ -147,7 +147,7 @@ def pack(
 
 
 def _parts(count: int) -> Iterator[tuple[int, int]]:
-    """Where calls of `set_rows` start, and their sizes."""
+    """The first row and the number of rows of each call of `set_rows`."""
     start = 0
     while start < count:
         size = ROWS_AT_ONCE[0] if count - start == 1 else ROWS_AT_ONCE[1]

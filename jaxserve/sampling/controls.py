@@ -108,7 +108,7 @@ def apply(
     """Apply their rows' edits to logits float32 [S, V]; `positions` [S]: the number of preceding tokens.
 
     Logits that are not `active`, or not affected by an edit, keep every bit. Masked entries become -inf. Without
-    `edits` only the masks of allowed tokens are applied, without `masks` all but these.
+    `edits` only the masks of allowed tokens are applied; without `masks`, everything else.
     """
     vocab_size = logits.shape[1]
     rows = jnp.where(active, rows, 0)

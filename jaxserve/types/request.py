@@ -12,35 +12,35 @@ from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
-    """Tokens of a prompt whose content is not in their ids, such as those that stand for an image."""
+    """Prompt tokens whose ids do not determine their content, such as placeholders of an image."""
 
     start: int
     stop: int
     content: bytes  # a digest
 
     def within(self, start: int, stop: int) -> tuple[int | bytes, ...]:
-        """What it adds to the cache key of the tokens from `start` to `stop`."""
+        """Its part of the cache key of the tokens from `start` to `stop`."""
         return (self.start, self.stop, self.content) if self.start < stop and start < self.stop else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt as ids. `prompt_token_ids` and the ids in `bad_word_ids` are checked against an engine's limits."""
+    """A tokenized prompt and its parameters. `prompt_token_ids` and `bad_word_ids` are within the engine's limits."""
 
     id: str
     prompt_token_ids: Sequence[int]  # once prepared, an int32 array: cheap to check and to send
     params: SamplingParams = field(default_factory=SamplingParams)
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as ids
-    priority: int = 0  # lower goes first, where the policy is "priority"
+    priority: int = 0  # lower runs first under the "priority" policy
     spans: tuple[Span, ...] = ()
     cache_salt: str | None = None  # requests share cached prompts only with those of the same salt
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None  # on the monotonic clock
-    score_only: bool = False  # nothing is generated: the prompt's log probabilities are all that is wanted
-    embed: bool = False  # nothing is generated: the last token's hidden state is all that is wanted
-    # The samples are the best beams of a search with these; params say how many and what is shown of them.
+    score_only: bool = False  # generate nothing; return only the prompt's log probabilities
+    embed: bool = False  # generate nothing; return only the last token's hidden state
+    # If set, the samples are the best beams of such a search; `params` has their number and what outputs contain.
     beam_search: BeamSearchParams | None = None
-    prompt: str | None = None  # the text it came as. For those who show it: an engine gets none
+    prompt: str | None = None  # the text, for outputs; the engine gets only the ids
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -54,7 +54,7 @@ class Request:
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
-    """The request, or one of its samples, ends."""
+    """Ends a request, or one of its samples."""
 
     request_id: str
     index: int | None = None

@@ -53,7 +53,7 @@ def test_keys(command: Command, server: FakeServer, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("fault", "part"),
-    [(503, "loading"), (404, "says"), ("late", "the engine failed"), ("cut", "ended early"), ("junk", "ended early")],
+    [(503, "loading"), (404, "replied"), ("late", "the engine failed"), ("cut", "ended early"), ("junk", "ended early")],
 )
 def test_faults_of_the_server(command: Command, server: FakeServer, fault: int | str, part: str) -> None:
     server.faults[CHAT] = fault
@@ -84,7 +84,7 @@ def test_the_hint_of_the_server_is_shown(
 ) -> None:
     server.faults[CHAT], server.message = status, message
     said = command("chat", "--url", server.url, "-q", "Hi")
-    one_error(said, 1, f"error: the server says: {problem}  hint: {hint}")
+    one_error(said, 1, f"error: the server replied: {problem}  hint: {hint}")
 
 
 def test_no_server(command: Command) -> None:

@@ -18,7 +18,7 @@ def test_a_server(command: Command, server: FakeServer, tmp_path: Path) -> None:
     name = server.bodies("/start_profile")[0]["folder"]
     assert "/" not in name
     server.faults["/start_profile"] = 403
-    one_error(command(*words), 1, "says")
+    one_error(command(*words), 1, "replied")
     assert len(server.bodies("/stop_profile")) == 1
 
 

@@ -56,8 +56,8 @@ def test_folders_without_a_model(tmp_path: Path, hub: Hub, monkeypatch: pytest.M
     refused("./file", "is a file")
     refused("empty", "has no config.json")
     for path in ("./absent", "/absent", "~/absent", "a/b/c", "org/tiny/", "C:\\models\\x", "file/x/y", "../x"):
-        refused(path, "does not exist", "check the path, or name a hub model as org/name")
-    refused("https://huggingface.co/org/tiny", "does not exist", "name a hub model as org/name")
+        refused(path, "does not exist", "check the path, or name a Hub model as org/name")
+    refused("https://huggingface.co/org/tiny", "does not exist", "name a Hub model as org/name")
     refused("./loop", "(too many levels")
     refused("./nul\0", "cannot read folder")
     refused("/" + "x" * 5000, "(file name too long)")
@@ -86,7 +86,7 @@ BAD_IDS = [
 
 @pytest.mark.parametrize("source", BAD_IDS, ids=ascii)
 def test_rejects_invalid_hub_ids(hub: Hub, source: str) -> None:
-    refused(source, "neither a local folder nor a valid hub model name", "name a hub model as org/name")
+    refused(source, "neither a local folder nor a valid Hub ID", "name a Hub model as org/name")
     assert hub.asked == []
 
 

@@ -92,7 +92,7 @@ def test_no_connection_to_the_hub(hub: Hub, cache: Path, monkeypatch: pytest.Mon
     refused(ID, "TLS connection to https://", "SSL_CERT_FILE", cache_dir=cache)
     for nonsense in ("hub.example", "ftp://hub.example", "http://"):
         monkeypatch.setenv("HF_ENDPOINT", nonsense)
-        refused(ID, "is not a valid hub URL", "check HF_ENDPOINT", cache_dir=cache)
+        refused(ID, "is not a valid Hub URL", "check HF_ENDPOINT", cache_dir=cache)
 
 
 def test_a_proxy_that_refuses(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_a_fault_of_the_compiler_is_logged_once(gate: Gate) -> None:
     assert not driver.engine.compiling and driver.engine.metrics().programs_pending == 0
     faults = [line for line in said if "too few maps" in line]
     assert len(faults) == 1 and "JaxserveError" in faults[0]
-    assert said[-1].startswith("all programs are compiled, except ")
+    assert said[-1].startswith("all programs are compiled except ")
 
 
 @pytest.mark.parametrize("end", ["close", "forget"])

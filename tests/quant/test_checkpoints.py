@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[dict[str, toy.Change], str]] = {
         {"1.mlp.up_proj.weight_scale": lambda array: array.astype(np.int32)},
         "'model.layers.1.mlp.up_proj.weight_scale' has dtype I32, expected float32",
     ),
-    "a tilt of its own": (
+    "a tilt that differs within a fused weight": (
         {"1.self_attn.k_proj.weight_tilt": lambda array: array + 1},
         "layers.1.attention.k.kernel.tilt differs from that of the weights it is fused with",
     ),

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that start jax in this process. All others answer without it."""
+"""Commands that start jax in this process. No other command imports it."""

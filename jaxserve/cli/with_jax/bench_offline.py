@@ -24,7 +24,7 @@ def random_prompts(count: int, length: int, vocabulary: int, *, seed: int = 0) -
 
 
 def opened(engine: EngineConfig) -> Any:
-    """The engine in this process, without a tokenizer: prompts are token IDs."""
+    """The engine in this process, without a tokenizer: prompts are token ids."""
     from jaxserve.llm import LLM
 
     values: dict[str, Any] = {field.name: getattr(engine, field.name) for field in fields(engine)}

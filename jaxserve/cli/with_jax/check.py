@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve check`: what a model is, whether it fits, and what each flag would change. No weights are loaded.
+"""`jaxserve check`: describes a model, whether it fits, and what each flag would change. Loads no weights.
 
-The numbers are engine.capacity's, as an engine logs them. An accelerator's memory is asked of its driver: jax would
-take it.
+The numbers come from engine.capacity, as an engine logs them. The memory of an accelerator comes from its driver,
+because jax would allocate it.
 """
 
 import json as json_module
@@ -45,7 +45,7 @@ class Check:
         return build(cls, {"model": str(demo.FOLDER), **given})
 
     def run(self) -> None:
-        folder = fetch(self.engine)  # before jax is imported: a wrong path is the commonest mistake
+        folder = fetch(self.engine)  # before jax is imported, since a wrong path is the most common mistake
         _on_cpu()
         memory = self.memory if self.memory is not None else _accelerator()
         model = read(self.engine, folder)
@@ -60,7 +60,7 @@ class Check:
 
 
 def _on_cpu() -> None:
-    """Makes jax use CPU devices: nothing is computed, and an accelerator may be in use."""
+    """Make jax use CPU devices: nothing is computed, and an accelerator may be in use."""
     import jax
 
     config = cast(Any, jax.config)
@@ -70,7 +70,7 @@ def _on_cpu() -> None:
 
 
 def _accelerator() -> int | None:
-    """Bytes of the smallest NVIDIA GPU of this machine, as its driver reports them. None without one."""
+    """The memory of this machine's smallest NVIDIA GPU, as its driver reports it. None without a GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -114,7 +114,7 @@ def _plan_lines(plan: Capacity) -> list[str]:
 
 
 def _other_lines(plan: Capacity, others: list[tuple[str, Capacity]]) -> list[str]:
-    """A table of what one flag's change gives; its first line is what there is without a change."""
+    """A table of the capacity with one flag changed; its first line is the unchanged capacity."""
     shown = [(name, other) for name, other in others if other.fits or plan.fits]
     if not shown:
         return []

@@ -23,7 +23,7 @@ class Devices:
         try:
             devices = cast(Any, jax).devices()  # its stub is only partly typed
         except (RuntimeError, AssertionError) as error:
-            # What jax raises when a platform in JAX_PLATFORMS fails to start, and when its plugin is not installed.
+            # jax raises these if a platform in JAX_PLATFORMS fails to start, or if its plugin is not installed.
             why = str(error) or "a platform in JAX_PLATFORMS is not installed"
             raise JaxserveError(f"JAX found no device ({why})", "check JAX_PLATFORMS") from None
         rows = [_row(device) for device in devices]

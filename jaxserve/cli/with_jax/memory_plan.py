@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `jaxserve check` compares: the capacity of a model's engine, and with one flag changed, on devices that need not
-be here.
+"""The capacities that `jaxserve check` compares: as configured and with one flag changed, on devices that need not be
+in this machine.
 
-A model is read from its config and the headers of its weights. jax runs on a CPU, with as many devices as a plan has
-shards: only shapes and shardings are made, for the bytes of the weights. All else is engine.capacity's.
+A model is read from its config and the headers of its weights. To get the size of the weights, shapes and shardings are
+made on CPU devices, as many as there are shards. engine.capacity computes the rest.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def fetch(config: EngineConfig) -> Path:
 
 
 def read(config: EngineConfig, folder: Path) -> Described:
-    """From its config, and from the headers of its weights if they are here."""
+    """Read it from its config, and from the headers of its weights if they are present."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -67,7 +67,7 @@ def read(config: EngineConfig, folder: Path) -> Described:
 
 
 def planned(config: EngineConfig, model: Described, total: int | None) -> Capacity:
-    """What an engine could hold on devices with `total` bytes each; None means this machine's CPU."""
+    """The capacity on devices with `total` bytes each; None means this machine's CPU."""
     import jax
     import jax.numpy as jnp
 
@@ -139,7 +139,7 @@ def _cache_sizes(config: EngineConfig, plan: Capacity) -> Iterator[tuple[str, in
 
 
 def _flag_value(name: str, value: Any) -> str:
-    """As the command line takes it."""
+    """The value as written on the command line."""
     if name == "kv_cache_memory_bytes":
         for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
             if value % scale == 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.setting import Setting
 
-if TYPE_CHECKING:  # both import jax, which --help should not wait for
+if TYPE_CHECKING:  # both import jax, which would slow down --help
     from jaxserve.engine.engine import Engine
     from jaxserve.engine.execute.recorder import Recording
 
@@ -45,7 +45,9 @@ def _run(engine: "Engine", found: "Recording") -> int:
 
     complete = found.first == 0
     if not complete:
-        print(f"{found.first} steps before these were not recorded: the KV cache starts as zeros, results will differ")
+        print(
+            f"{found.first} steps before these were not recorded: the KV cache starts as zeros, so results will differ"
+        )
     differ = 0
     try:
         for number, difference in enumerate(recorder.replay(engine.runner, found.steps), found.first + 1):

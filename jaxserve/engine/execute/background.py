@@ -71,14 +71,14 @@ class Background[Key]:
                     self._report(f"compiling a program in the background failed: {type(error).__name__}: {error}")
                 failed += 1
             else:
-                if program_store.environment() != settings:  # it may compute something else than the others
+                if program_store.environment() != settings:  # its results may differ from the others'
                     self._report("jax settings have changed: the remaining programs are not compiled")
                     self.remaining = 0
                     return
                 self.ready.append((key, executable))
             self.remaining -= 1
         if not self.remaining and not self._ended():
-            missing = f", except {failed}, in whose place steps use larger ones" if failed else ""
+            missing = f" except {failed}; steps use larger ones instead" if failed else ""
             self._report(f"all programs are compiled{missing} ({time.monotonic() - began:.0f} s in the background)")
 
     def _ended(self) -> bool:

@@ -193,7 +193,7 @@ UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
 def _ways(platform: str, *, quietly: bool) -> list[dict[str, Any]]:
-    """The options to look for an executable with, the best first; if there is none, it is compiled with the last."""
+    """The options to look for an executable with, best first. If none is found, it is compiled with the last."""
     best = _options(platform)
     return [best, best | UNTUNED] if quietly and platform != "cpu" else [best]
 

@@ -59,7 +59,7 @@ def _check_model_parallel(on: Any) -> None:
     for name, size in on.shape.items():
         if name not in ("tensor", "expert") and size > 1:
             problem = f"mesh axis {name!r} has size {size}: data parallelism is not supported"
-            raise ConfigError(problem, "run one engine per replica, each on a mesh of its own devices")
+            raise ConfigError(problem, "run one engine per replica, each on its own mesh")
 
 
 def open_folder(config: EngineConfig, on: Any) -> Opened:

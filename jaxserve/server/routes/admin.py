@@ -204,7 +204,7 @@ ROUTES = (
                 "1 (default) keeps the weights in host memory; 2 discards them and reloads on wake-up.",
             ),
         ),
-        summary="Free device memory until /wake_up: for other processes too if --enable-sleep-mode is set.",
+        summary="Free device memory until /wake_up; with --enable-sleep-mode, other processes can use it.",
     ),
     Route("POST", "/wake_up", wake_up, summary="Wake the engine from sleep."),
     Route("GET", "/is_sleeping", is_sleeping, summary="Whether the engine is asleep."),

@@ -41,5 +41,5 @@ def _card(serving: Serving, name: str) -> dict[str, Any]:
 ROUTES = (
     Route("GET", "/v1/models", listed, summary="List the served models."),
     Route("GET", "/v1/models/{name}", one, summary="Describe a served model."),
-    Route("GET", "/v1/models/{owner}/{name}", one, summary="Describe a served model with a hub name (owner/name)."),
+    Route("GET", "/v1/models/{owner}/{name}", one, summary="Describe a served model whose name is a Hub ID."),
 )
