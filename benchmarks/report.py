@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_gpu, report_picture
-from benchmarks.report_kinds import KINDS, MISSED, Kind
+from benchmarks.report_kinds import KINDS, MISSED, ResultKind
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 ABOUT = """
@@ -82,7 +82,7 @@ def read(folder: Path, base: Path) -> list[Result]:
     return sorted(found, key=lambda result: result.content["date"], reverse=True)
 
 
-def kind_of(result: Result) -> Kind | None:
+def kind_of(result: Result) -> ResultKind | None:
     """None for a section of the GPU run book."""
     if report_gpu.is_section(result.content):
         return None
@@ -92,7 +92,7 @@ def kind_of(result: Result) -> Kind | None:
     raise ReportError(f"{result.path} has an unknown kind; add it to benchmarks/report_kinds.py or remove the file")
 
 
-def of_kind(kind: Kind, results: Sequence[Result]) -> list[str]:
+def of_kind(kind: ResultKind, results: Sequence[Result]) -> list[str]:
     """A table for each file that holds the newest measurement of any subject."""
     seen: set[Hashable] = set()
     tables: list[tuple[str, list[str]]] = []

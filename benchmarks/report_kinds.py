@@ -28,7 +28,7 @@ LOADING_AIM = 2.0  # a warm start may take this many times the loading of the we
 
 
 @dataclass(frozen=True)
-class Kind:
+class ResultKind:
     title: str
     fits: Callable[[Content], bool]
     rows: Callable[[Content], Rows]  # by their subject
@@ -285,19 +285,19 @@ def by(*names: str) -> Callable[[Content], Rows]:
 
 
 KINDS = (
-    Kind(
+    ResultKind(
         "Other servers, over HTTP",
         lambda content: "same" in content and "settings" in content,
         compare_rows,
         compare_lines,
     ),
-    Kind("Batching and KV memory", lambda content: "parts" in content, batching_rows, batching_lines),
-    Kind("Offline against transformers", lambda content: "sides" in content, by("prompts"), offline_lines),
-    Kind("Server overhead", lambda content: "kept" in first_row(content), by("streams"), server_lines),
-    Kind("Startup", lambda content: "starts" in content, startup_rows, startup_lines),
-    Kind("Host time per step", lambda content: "after" in content, lambda content: {"host": content}, host_lines),
-    Kind("Loading", lambda content: "convert" in content, by("form", "dtype"), load_lines),
-    Kind(
+    ResultKind("Batching and KV memory", lambda content: "parts" in content, batching_rows, batching_lines),
+    ResultKind("Offline against transformers", lambda content: "sides" in content, by("prompts"), offline_lines),
+    ResultKind("Server overhead", lambda content: "kept" in first_row(content), by("streams"), server_lines),
+    ResultKind("Startup", lambda content: "starts" in content, startup_rows, startup_lines),
+    ResultKind("Host time per step", lambda content: "after" in content, lambda content: {"host": content}, host_lines),
+    ResultKind("Loading", lambda content: "convert" in content, by("form", "dtype"), load_lines),
+    ResultKind(
         "Paged and dense attention on a CPU",
         lambda content: "twin_ms" in first_row(content),
         lambda content: {"kernels": content["rows"]},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import JaxserveError
-from jaxserve.frontend.beams import beam_search_output
+from jaxserve.frontend.beam_search import beam_search_output
 from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.prepare import Prompt
 from jaxserve.host.open import open_engine

@@ -9,7 +9,7 @@ from jaxserve.flags.setting import Setting
 from jaxserve.flags.values import check
 from jaxserve.types.checks import check_names
 
-type Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+type DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
 type Policy = Literal["fcfs", "priority"]
 type Warmup = Literal["all", "staged", "none"]
 type LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
@@ -49,7 +49,7 @@ class EngineConfig:
         str | None, Setting("Folder for downloaded models (default: the Hugging Face cache).", "Model")
     ] = None
     dtype: Annotated[
-        Dtype,
+        DtypeSetting,
         Setting(
             "Data type of the weights and the KV cache; auto uses the checkpoint's, or float32 on a CPU.",
             "Model",

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from jaxserve.errors import JaxserveError, OverloadedError, RequestError
-from jaxserve.frontend.beams import beam_search_output
+from jaxserve.frontend.beam_search import beam_search_output
 from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.frontend.prepare import Prompt, by_prompt, each_named, is_one, listed
 from jaxserve.host import token_arrays
@@ -37,7 +37,7 @@ from jaxserve.types.outputs import BeamSearchOutput, RequestOutput, Update
 from jaxserve.types.request import Abort, Request
 from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
-type ChatMessage = Mapping[str, Any]
+type MessageDict = Mapping[str, Any]
 
 
 class LLM:
@@ -92,7 +92,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        messages: Sequence[MessageDict] | Sequence[Sequence[MessageDict]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat_template: str | None = None,
@@ -105,7 +105,7 @@ class LLM:
         """Answer one conversation, or each of a list, formatted with the model's chat template."""
         tokenizer = self.get_tokenizer()
 
-        def prompt(conversation: Sequence[ChatMessage]) -> Prompt:
+        def prompt(conversation: Sequence[MessageDict]) -> Prompt:
             text = tokenizer.chat_text(
                 conversation,
                 chat_template=chat_template,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jaxserve.cli import figures
+from jaxserve.cli import results_file
 from jaxserve.cli.client import DEFAULT_URL, Client, ServerError, key_of_environment
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.setting import Setting
@@ -78,7 +78,7 @@ class BenchServe:
     result_dir: Annotated[Path, Setting("Folder for --save-result.")] = Path()
 
     def __post_init__(self) -> None:
-        figures.check(self.json)
+        results_file.check(self.json)
         if self.save_result and not self.result_dir.is_dir():
             raise UsageError(f"no such folder: {self.result_dir}", "create it, or name another with --result-dir")
 

@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import admission
 from jaxserve.errors import CheckpointError, RequestError
-from jaxserve.frontend import beams
+from jaxserve.frontend import beam_search
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.request import Request
@@ -95,7 +95,7 @@ class Preparer:
         """A checked request for a beam search that returns the log probabilities of all its candidates."""
         if not isinstance(params, BeamSearchParams):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("params", f"params is of type {type(params).__name__}", "pass BeamSearchParams")
-        shown = beams.sampling_params(params, logprobs=2 * params.beam_width)
+        shown = beam_search.sampling_params(params, logprobs=2 * params.beam_width)
         return self.prepare(prompt, shown, beam_search=params, **more)
 
     def prepare_all(

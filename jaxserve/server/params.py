@@ -15,10 +15,10 @@ from aiohttp import web
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import RequestError
-from jaxserve.frontend import beams
+from jaxserve.frontend import beam_search
 from jaxserve.frontend.prepare import Preparer
 from jaxserve.server.errors import ApiError, bad_request
-from jaxserve.server.protocol.base import MAX_CALL_ID, Body, parse
+from jaxserve.server.protocol.base import MAX_CALL_ID, RequestBody, parse
 from jaxserve.server.protocol.sampling import Ordered, Sampling
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 from jaxserve.types.parameters import Acts
@@ -29,7 +29,7 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
 
 
-async def read[B: Body](request: web.Request, kind: type[B]) -> B:
+async def read[B: RequestBody](request: web.Request, kind: type[B]) -> B:
     """The parsed body of a request. Parses the raw bytes itself, since aiohttp's JSON parsing has different errors."""
     serving = request.app[SERVING]
     media = request.content_type
@@ -46,7 +46,7 @@ def _shown(name: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in name[:80])
 
 
-def model_name(serving: Serving, body: Body) -> str:
+def model_name(serving: Serving, body: RequestBody) -> str:
     """The model's name as the client sent it, else the first served name."""
     return body.model or serving.model_names[0]
 
@@ -169,7 +169,7 @@ def prepare_beams(
     shown = body.given(*(each.name for each in FIELDS if each.acts is Acts.TEXT and each.sent and each.beams))
     try:
         search = BeamSearchParams(beam_width=1 if body.n is None else body.n, max_tokens=max_tokens, **given)
-        sampling = beams.sampling_params(search, logprobs=logprobs, detokenize=preparer.tokenizer is not None)
+        sampling = beam_search.sampling_params(search, logprobs=logprobs, detokenize=preparer.tokenizer is not None)
         return prepare(preparer, prompts, replace(sampling, **shown), replace(order, beam_search=search), field=field)
     except RequestError as error:
         named = "n" if error.field == "beam_width" else error.field

@@ -183,7 +183,7 @@ class Biases:
         return pairs or None
 
 
-type Kind = Integer | Number | Boolean | Choice | Strings | TokenIds | Biases
+type ValueKind = Integer | Number | Boolean | Choice | Strings | TokenIds | Biases
 
 
 def _written(bound: int) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
-from jaxserve.types.checks import Kind
+from jaxserve.types.checks import ValueKind
 
-type DType = Literal["float32", "int32", ""]
+type RowDtype = Literal["float32", "int32", ""]
 
 
 class Acts(Enum):
@@ -33,13 +33,13 @@ class Parameter:
     name: str = ""
     given: Any  # the default, as the dataclass has it
     default: Any  # the same, checked
-    kind: Kind
+    kind: ValueKind
     about: str
     acts: Acts
     off: Any  # the value without effect
     optional: bool  # None is a value
     then: Callable[[Any], Any] | None  # applied to a checked value
-    dtype: DType  # on the device, if it acts on rows
+    dtype: RowDtype  # on the device, if it acts on rows
     from_model: bool  # a model's generation_config.json may set its default
     sent: bool  # a field of HTTP requests, with the same meaning
     embeds: bool  # accepted in requests for embeddings
@@ -65,14 +65,14 @@ class Parameter:
 
 def parameter[T](
     default: T,
-    kind: Kind,
+    kind: ValueKind,
     about: str,
     *,
     acts: Acts = Acts.REQUEST,
     off: Any = _UNSET,
     optional: bool = False,
     then: Callable[[Any], Any] | None = None,
-    dtype: DType = "",
+    dtype: RowDtype = "",
     from_model: bool = False,
     sent: bool = True,
     embeds: bool = True,

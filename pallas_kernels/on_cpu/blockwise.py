@@ -48,7 +48,7 @@ class RowChunks(NamedTuple):
     values: jax.Array  # [rows, tokens, kv_heads * value_dim]
 
 
-class Attention(NamedTuple):
+class AttentionCall(NamedTuple):
     """What all rows of a call have in common; the options are those of `pallas_kernels.paged_attention`."""
 
     kv_heads: int
@@ -80,7 +80,7 @@ def _attend_tile(
     start: jax.Array,
     stop: jax.Array,
     *,
-    attention: Attention,
+    attention: AttentionCall,
     longest: int,
     read: ReadChunk,
 ) -> jax.Array:
@@ -136,7 +136,7 @@ def _attend_group(
     blocks: jax.Array,
     lengths: jax.Array,
     *,
-    attention: Attention,
+    attention: AttentionCall,
     read_rows: ReadRows,
 ) -> jax.Array:
     """One query token of each of a few rows, [rows, heads, dim], over all of their KV; the longest sets the chunks."""
@@ -182,7 +182,7 @@ def _decode_in_groups(
     kv_lens: jax.Array,
     rows: jax.Array,
     *,
-    attention: Attention,
+    attention: AttentionCall,
     alone: Callable[[jax.Array], jax.Array],
     read_rows: ReadRows,
 ) -> jax.Array:
@@ -221,7 +221,7 @@ def _decode_in_groups(
 def attend(
     q: jax.Array,
     ragged: Ragged,
-    attention: Attention,
+    attention: AttentionCall,
     *,
     read: ReadChunk,
     read_rows: ReadRows | None = None,

@@ -26,5 +26,5 @@ def mla_attention(
         latent = latent.reshape(1, -1, pool.shape[2])
         return blockwise.Chunk(latent, latent[..., :latent_dim])
 
-    attention = blockwise.Attention(kv_heads=1, value_dim=latent_dim, block_size=pool.shape[1], scale=scale)
+    attention = blockwise.AttentionCall(kv_heads=1, value_dim=latent_dim, block_size=pool.shape[1], scale=scale)
     return blockwise.attend(q, ragged, attention, read=read)

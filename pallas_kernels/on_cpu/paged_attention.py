@@ -39,7 +39,7 @@ def paged_attention(
     def tokens_first(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
         return take(pool, pool_scale, blocks).reshape(len(blocks), -1, kv_heads * pool.shape[3])
 
-    attention = blockwise.Attention(
+    attention = blockwise.AttentionCall(
         kv_heads=kv_heads,
         value_dim=v_pool.shape[3],
         block_size=block_size,

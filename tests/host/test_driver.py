@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import EngineError
-from jaxserve.frontend.beams import beam_search_output
+from jaxserve.frontend.beam_search import beam_search_output
 from jaxserve.frontend.outputs import OutputBuilder
 from jaxserve.llm import LLM
 from jaxserve.types.outputs import BeamSearchSequence, RequestOutput, Update

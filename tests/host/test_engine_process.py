@@ -20,7 +20,7 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError, OverloadedError, RequestError
 from jaxserve.frontend import wire
-from jaxserve.frontend.beams import beam_search_output
+from jaxserve.frontend.beam_search import beam_search_output
 from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.process import EngineProcess, EngineState
 from jaxserve.llm import LLM

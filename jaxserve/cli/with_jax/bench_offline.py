@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from jaxserve import demo
-from jaxserve.cli import figures
+from jaxserve.cli import results_file
 from jaxserve.config import EngineConfig
 from jaxserve.flags.parser import Parser
 from jaxserve.flags.setting import Setting, build
@@ -44,11 +44,11 @@ class Offline:
         return build(cls, {"model": str(demo.FOLDER), **given})
 
     def __post_init__(self) -> None:
-        figures.check(self.json)
+        results_file.check(self.json)
 
     def write(self, results: Mapping[str, Any]) -> None:
         if self.json is not None:
-            figures.write(self.json, json_module.dumps(results))
+            results_file.write(self.json, json_module.dumps(results))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from aiohttp import web
 from jaxserve.errors import EngineError
 from jaxserve.server import params, requests
 from jaxserve.server.answers.logprobs import TokenNames
-from jaxserve.server.answers.replies import Chunks, Head, Usage, check_sound, json_response
+from jaxserve.server.answers.replies import Chunks, Envelope, Usage, check_sound, json_response
 from jaxserve.server.answers.sse import DONE, EventStream
 from jaxserve.server.answers.stream_interval import Pace
 from jaxserve.server.errors import ApiError, as_api_error
@@ -38,11 +38,11 @@ class Answer[B: Sampling]:
         if body.return_tokens_as_token_ids is not None:
             as_ids = body.return_tokens_as_token_ids
         self.names = TokenNames(serving.tokenizer, as_ids=as_ids)
-        self.head = Head.new(id, object, params.model_name(serving, body))
+        self.envelope = Envelope.new(id, object, params.model_name(serving, body))
         options, forced = body.stream_options, serving.config.enable_force_include_usage
         self.include_usage = forced or bool(options and options.include_usage)
         self.continuous_usage = self.include_usage and bool(options and options.continuous_usage_stats)
-        self.chunks = Chunks(self.head, continuous_usage=self.continuous_usage)
+        self.chunks = Chunks(self.envelope, continuous_usage=self.continuous_usage)
 
 
 async def whole(answer: Answer[Any], reply: Callable[[list[RequestOutput]], dict[str, Any]]) -> web.Response:

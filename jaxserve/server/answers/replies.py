@@ -54,7 +54,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class Envelope:
     """The first members of an answer and of each of its chunks."""
 
     id: str
@@ -63,7 +63,7 @@ class Head:
     created: int
 
     @classmethod
-    def new(cls, id: str, kind: str, model: str) -> "Head":
+    def new(cls, id: str, kind: str, model: str) -> "Envelope":
         return cls(id, kind, model, int(time.time()))
 
     def shape(self) -> dict[str, Any]:
@@ -77,8 +77,8 @@ class Head:
 class Chunks:
     """Writes the chunks of one streamed answer as events."""
 
-    def __init__(self, head: Head, *, continuous_usage: bool) -> None:
-        self._begin = b"data: " + encode(head.shape())[:-1] + b',"choices":['
+    def __init__(self, envelope: Envelope, *, continuous_usage: bool) -> None:
+        self._begin = b"data: " + encode(envelope.shape())[:-1] + b',"choices":['
         self._end = b"]" + b',"system_fingerprint":' + encode(FINGERPRINT)
         self._continuous = continuous_usage
 

@@ -41,7 +41,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
 
 
-class Body(Strict):
+class RequestBody(Strict):
     """A whole body."""
 
     model: Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jaxserve.server.protocol.base import Body, Expected, Name, NeverTrue, Strict
+from jaxserve.server.protocol.base import Expected, Name, NeverTrue, RequestBody, Strict
 from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.unsupported import CHAT_FIELDS, CONVERSATION_FIELDS, MESSAGE_FIELDS
@@ -49,7 +49,7 @@ class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
         return plain if self.name is None else {**plain, "name": self.name}
 
 
-class Conversation(with_unsupported(Body, CONVERSATION_FIELDS)):
+class Conversation(with_unsupported(RequestBody, CONVERSATION_FIELDS)):
     """Messages, and the options of the chat template."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]

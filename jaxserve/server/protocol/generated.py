@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, create_model
 
 from jaxserve.server.protocol.base import Expected
 from jaxserve.server.protocol.bounds import MAX_VALUES
-from jaxserve.types.checks import Biases, Boolean, Choice, Integer, Kind, Number, Strings, TokenIds
+from jaxserve.types.checks import Biases, Boolean, Choice, Integer, Number, Strings, TokenIds, ValueKind
 from jaxserve.types.parameters import Parameter
 from jaxserve.unsupported import Reason
 
@@ -44,7 +44,7 @@ def _field(parameter: Parameter) -> Any:
     return Annotated[annotation | None, Field(description=parameter.about), Expected(expected)]
 
 
-def _annotation(kind: Kind) -> tuple[Any, str]:
+def _annotation(kind: ValueKind) -> tuple[Any, str]:
     """The type of a field, and a description of valid values."""
     match kind:
         case Integer():

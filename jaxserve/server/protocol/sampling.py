@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxserve.server.protocol.base import MAX_CALL_ID, Body, Expected, Name, NeverTrue, Strict
+from jaxserve.server.protocol.base import MAX_CALL_ID, Expected, Name, NeverTrue, RequestBody, Strict
 from jaxserve.server.protocol.generated import with_parameters, with_unsupported
 from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS
 from jaxserve.unsupported import GENERATION_FIELDS
@@ -29,7 +29,7 @@ class TextFormat(Strict):
     type: Annotated[Literal["text"], Field(description="Other types are not supported yet."), Expected('"text"')]
 
 
-class Ordered(Body):
+class Ordered(RequestBody):
     """A body with prompts: the options of encoding, id and priority, and OpenAI's fields that are accepted without
     effect."""
 

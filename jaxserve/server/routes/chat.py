@@ -108,7 +108,7 @@ class _ChatChoices:
             more["prompt_token_ids"] = output.prompt_token_ids
         if body.return_prompt_text:
             more["prompt_text"] = output.prompt
-        return self._answer.head.whole(choices, Usage.of(outputs), **more)
+        return self._answer.envelope.whole(choices, Usage.of(outputs), **more)
 
     def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
         """The chunks of one output. The first call puts a role chunk for each choice before them."""

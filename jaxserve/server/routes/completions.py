@@ -125,7 +125,7 @@ class _CompletionChoices:
                 if body.return_token_ids:
                     shape |= {"token_ids": sample.token_ids, "prompt_token_ids": output.prompt_token_ids}
                 choices.append(shape)
-        return self._answer.head.whole(choices, Usage.of(outputs))
+        return self._answer.envelope.whole(choices, Usage.of(outputs))
 
     def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
         """The chunks of one output."""

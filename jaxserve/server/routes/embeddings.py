@@ -15,7 +15,7 @@ from jaxserve.server.answers.replies import check_sound, json_response
 from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.completion import as_list
-from jaxserve.server.protocol.others import EmbeddingRequest
+from jaxserve.server.protocol.embeddings import EmbeddingRequest
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING
 from jaxserve.types.outputs import RequestOutput

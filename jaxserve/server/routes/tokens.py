@@ -10,7 +10,7 @@ from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers.replies import json_response
 from jaxserve.server.errors import bad_request
-from jaxserve.server.protocol.others import DetokenizeRequest, TokenizeRequest
+from jaxserve.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxserve.server.routes.chat import prompt_text
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import SERVING, Serving

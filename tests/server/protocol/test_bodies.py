@@ -19,8 +19,9 @@ from jaxserve.server.params import Order
 from jaxserve.server.protocol.base import parse
 from jaxserve.server.protocol.chat import ChatRequest
 from jaxserve.server.protocol.completion import CompletionRequest
-from jaxserve.server.protocol.others import EmbeddingRequest, TokenizeRequest
+from jaxserve.server.protocol.embeddings import EmbeddingRequest
 from jaxserve.server.protocol.sampling import Sampling
+from jaxserve.server.protocol.tokens import TokenizeRequest
 from jaxserve.server.routes.openapi import document
 from jaxserve.server.routes.table import all_routes
 from jaxserve.text import tokenizer as tokenizers

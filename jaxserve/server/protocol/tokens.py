@@ -1,34 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bodies of /v1/embeddings, /tokenize and /detokenize."""
+"""The bodies of /tokenize and /detokenize."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from jaxserve.server.protocol.base import Body, Expected
+from jaxserve.server.protocol.base import RequestBody
 from jaxserve.server.protocol.bounds import MAX_VALUES
 from jaxserve.server.protocol.chat import MAX_MESSAGES, ChatMessage, Conversation
-from jaxserve.server.protocol.completion import Ids, one_or_many
-from jaxserve.server.protocol.generated import with_unsupported
-from jaxserve.server.protocol.sampling import Ordered
-from jaxserve.unsupported import EMBEDDING_FIELDS
-
-MAX_INPUTS = 2048  # OpenAI's limit
-
-Inputs = (
-    str
-    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_INPUTS)]
-    | Ids
-    | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_INPUTS)]
-)
-
-
-class EmbeddingRequest(with_unsupported(Ordered, EMBEDDING_FIELDS)):
-    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs")]
-    encoding_format: Annotated[Literal["float", "base64"] | None, Expected('"float" or "base64"')] = None
-    dimensions: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Must be the model's own number of dimensions.")
-    ] = None
 
 
 class TokenizeRequest(Conversation):
@@ -48,5 +27,5 @@ class TokenizeRequest(Conversation):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     tokens: Annotated[list[int], Field(fail_fast=True, max_length=MAX_VALUES)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caller's side of beam search: the sampling parameters of its request, and its result as sequences with text."""
+"""Beam search for its callers: the sampling parameters of the request, and the result as sequences with text."""
 
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
