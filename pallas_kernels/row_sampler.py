@@ -47,6 +47,10 @@ class RowParams(NamedTuple):
     seed: jax.Array  # uint32
     position: jax.Array  # int32
 
+    def filtered(self) -> jax.Array:
+        """bool: whether a row is sampled with a filter."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
 
 class Survivors(NamedTuple):
     """The entries that pass the filters: those above `value`, and those equal to it from id `first_tie` on."""

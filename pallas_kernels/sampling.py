@@ -21,9 +21,8 @@ Log probabilities: "raw" is log_softmax of `raw_logits` (the logits before penal
 The top N are in descending order, equals by ascending id; missing entries have token -1 and -inf.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +80,7 @@ def sample(
         checks.check_shape(name, array, (logits.shape[0],), f"logits have {logits.shape[0]} rows")
         checks.require(array.dtype == dtype, f"{name} must be {jnp.dtype(dtype).name}, got {array.dtype}")
     if checks.is_concrete(*params):
-        check_params({name: np.asarray(p) for name, p in params._asdict().items()}, mode=mode)
+        _check_values(RowParams(*cast(Any, map(np.asarray, params))), mode)
     if raw_logits is not None:
         checks.require(logprobs == "raw", f"raw_logits are given but logprobs is {logprobs!r}")
         checks.check_float("raw_logits", raw_logits)
@@ -121,23 +120,20 @@ def _check(logits: jax.Array, top_n: int) -> None:
     checks.require(0 <= top_n <= vocabulary, f"top_n is {top_n}, the vocabulary has {vocabulary} entries")
 
 
-def check_params(params: Mapping[str, np.ndarray], *, mode: Mode) -> None:
-    """Check the ranges of numpy arrays, named as in `RowParams`, and the promise of `mode`."""
+def _check_values(params: RowParams, mode: Mode) -> None:
+    """Check the ranges of parameters that are numpy arrays, and the promise of `mode`."""
     ranges = {
         "temperature": (0.0, np.finfo(np.float32).max, "0 or more, finite"),
         "top_p": (np.nextafter(np.float32(0), np.float32(1)), 1.0, "above 0, up to 1"),
         "min_p": (0.0, 1.0, "0 to 1"),
     }
     for name, (low, high, words) in ranges.items():
-        values = params[name]
+        values: np.ndarray = getattr(params, name)
         bad = np.flatnonzero(~((values >= low) & (values <= high)))
         checks.require(bad.size == 0, f"{name}[{bad[:1]}] is {values[bad[:1]]}, expected {words}")
-    sampled = params["temperature"] > 0
-    checks.require(mode != "greedy" or not sampled.any(), "mode is 'greedy' but a row has a temperature above 0")
-    filtered = sampled & ((params["top_k"] > 0) | (params["top_p"] < 1) | (params["min_p"] > 0))
-    checks.require(
-        mode == "filtered" or not filtered.any(), f"mode is {mode!r} but a row asks for top_k, top_p or min_p"
-    )
+    sampled, filtered = (params.temperature > 0).any(), params.filtered().any()
+    checks.require(mode != "greedy" or not sampled, "mode is 'greedy' but a row has a temperature above 0")
+    checks.require(mode == "filtered" or not filtered, f"mode is {mode!r} but a row asks for top_k, top_p or min_p")
 
 
 def _run(

@@ -6,47 +6,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 from jaxserve.errors import CheckpointError
-from jaxserve.models.spec import (
-    Attention,
-    ClampedSwiglu,
-    Dynamic,
-    LatentAttention,
-    Layer,
-    LinearScaling,
-    Llama3,
-    LongRope,
-    Mlp,
-    ModelSpec,
-    Moe,
-    Norm,
-    Rope,
-    Router,
-    Yarn,
-)
+from jaxserve.models import spec
 from jaxserve.quant.scheme import Component, Quantized, Scheme
 
-_CLASSES: dict[str, type] = {
-    c.__name__: c
-    for c in (
-        *(
-            ClampedSwiglu,
-            Norm,
-            LinearScaling,
-            Dynamic,
-            Yarn,
-            Llama3,
-            LongRope,
-            Rope,
-            Attention,
-            LatentAttention,
-            Mlp,
-            Router,
-            Moe,
-        ),
-        *(Layer, ModelSpec, Component, Scheme, Quantized),
-    )
-}
-_CLASSES["Linear"] = LinearScaling  # its name in checkpoints that earlier versions converted
+_SPEC: list[Any] = [kind for kind in vars(spec).values() if is_dataclass(kind) and isinstance(kind, type)]
+_CLASSES: dict[str, type] = {kind.__name__: kind for kind in (*_SPEC, Component, Scheme, Quantized)}
+_CLASSES["Linear"] = spec.LinearScaling  # its name in checkpoints that earlier versions converted
 
 
 def to_json(node: Any) -> Any:

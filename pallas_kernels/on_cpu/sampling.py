@@ -28,8 +28,7 @@ def sample(
     if call.given or call.mode == "greedy" or not isinstance(params, RowParams):
         return _sample(call, logits, raw_logits, params)
     random = params.temperature > 0
-    filtered = random & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
-    kinds = [random, filtered] if call.mode == "filtered" else [random]
+    kinds = [random, params.filtered()] if call.mode == "filtered" else [random]
     modes: tuple[Mode, ...] = ("greedy", "random", "filtered")[: 1 + len(kinds)]
     asked = sum(jnp.any(kind).astype(jnp.int32) for kind in kinds)
     branches = [partial(_sample, call._replace(mode=mode)) for mode in modes]

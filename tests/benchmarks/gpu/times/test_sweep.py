@@ -71,7 +71,10 @@ def test_sweep_adopts_only_what_is_faster_and_right(
     ours = tmp_path / "ours.json"
     ours.write_text(json.dumps({kind: {"fake": {"dim=1": {"block_kv": 7}, "dim=2": {"block_kv": 8}}}}))
     knobs = ({"block_kv": (32, 64, 128)},)
-    case: Any = lambda tiles: FakeCase(tiles or default, table, clock)  # noqa: E731
+
+    def case(tiles: Any) -> Any:
+        return FakeCase(tiles or default, table, clock)
+
     tuned = sweep.Tuned("fake", case, knobs)
     row = sweep.search(a_page(tmp_path, table=ours), tuned, timing.Pools())
     assert row["adopted"] is adopted and row["tried"] == 3
