@@ -99,7 +99,7 @@ def run_flags(page: Page) -> None:
 
 # --- peers ----------------------------------------------------------------------------------------------------------
 
-PEERS = {"transformers": ("torch", "peer_transformers.py"), "vllm": ("vllm", "peer_vllm.py")}
+PEERS = {"transformers": "torch", "vllm": "vllm"}  # and what each needs installed
 
 
 def run_peer(page: Page) -> None:
@@ -107,11 +107,11 @@ def run_peer(page: Page) -> None:
     ours = read_rows(page.settings.out / "engine_offline.json").get(PEER_MIX, {}).get("tokens_per_s")
 
     def measure(name: str) -> Row:
-        needs, script = PEERS[name]
+        needs = PEERS[name]
         if importlib.util.find_spec(needs) is None:
             return {"state": f"{needs} is not installed"}
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(len(requests))]
-        command += [str(number) for number in requests[0]] + _tiny(page)
+        numbers = [len(requests), *requests[0]]
+        command = [sys.executable, str(Path(__file__).with_name("peer.py")), name, *map(str, numbers), *_tiny(page)]
         child = children.run(command, seconds=page.time_left())
         row = child.merged() | {"state": child.fault or "ok"}
         if child.fault:
