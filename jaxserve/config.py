@@ -115,8 +115,8 @@ class EngineConfig:
     prefix_hash_seed: Annotated[
         str,
         Setting(
-            "Seed, any text, for the hashes of cached prefixes; processes with the same seed compute the same hashes "
-            "(default: random).",
+            "Text that seeds the hashes of cached prefixes; processes with the same seed compute the same hashes "
+            "(default: a random seed).",
             "Memory",
             empty=True,
         ),
@@ -204,8 +204,8 @@ class EngineConfig:
     warmup: Annotated[
         Warmup | bool,
         Setting(
-            "Programs to compile before accepting requests: all; a few that can serve any request, while the rest "
-            "compile in the background (staged); or none (--no-warmup), so that requests wait for compilation.",
+            "Programs to compile before accepting requests: all; staged, a few that can serve any request, while the "
+            "rest compile in the background; or none, so that requests wait for compilation.",
             "Startup",
             common=True,
             yes_no=("all", "none"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxserve import unsupported
 from jaxserve.cli import parser_of
+from jaxserve.config import EngineConfig
 from jaxserve.flags import reference
 from jaxserve.server.protocol.sampling import SENT
 from jaxserve.server.routes.table import all_routes
@@ -65,6 +66,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "sampling": lambda: parameters.markdown_table(each for each in FIELDS if each.name in SENT),
     "unsupported": refused_fields,
     "flags": lambda: reference.markdown(parser_of("run")),
+    "settings": lambda: reference.settings(EngineConfig),
 }
 
 

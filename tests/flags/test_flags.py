@@ -256,6 +256,13 @@ def test_markdown() -> None:
     assert "| `--[no-]warm` | `on` | Whether. |" in text
 
 
+def test_settings_as_markdown() -> None:
+    text = reference.settings(Settings)
+    assert text.startswith("| setting | default | meaning |\n|---|---|---|\n")
+    assert '| `color` | `"red"` | Which. One of `red`, `green`. |' in text
+    assert "| `place` |  | Where. |" in text and "| `warm` | `True` | Whether. |" in text
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
