@@ -36,19 +36,12 @@ RANKS = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
 # The package file. Its lazy names (LLM, ...) lead anywhere; all may ask it for the version.
 OPEN = "jaxserve"
 
-# Nothing in these folders and modules may lead to jax: a scheduler step, a web server and `--help` do not wait for it.
+# Nothing in these folders and loose modules may lead to jax: a scheduler step, a web server and `--help` do not wait
+# for it. Modules elsewhere that they import, such as jaxserve.engine.capacity, are thereby free of it too.
 JAX_FREE = (
     *("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "jaxserve.exit_codes", "jaxserve.config"),
-    *(
-        "jaxserve.types",
-        "jaxserve.flags",
-        "jaxserve.text",
-        "jaxserve.demo",
-        "jaxserve.engine.capacity",
-        "jaxserve.engine.schedule",
-    ),
-    *("jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "jaxserve.models.families", "convert.files"),
-    *("jaxserve.quant.scheme",),
+    *("jaxserve.types", "jaxserve.flags", "jaxserve.text", "jaxserve.demo", "jaxserve.models.families"),
+    *("jaxserve.engine.schedule", "jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "convert.files"),
 )
 # Folders inside those, for what starts jax on purpose.
 JAX_ALLOWED = ("jaxserve.cli.with_jax",)

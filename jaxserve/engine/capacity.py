@@ -15,6 +15,7 @@ from typing import Self
 
 from jaxserve.config import ConfigError, EngineConfig, too_few_tokens
 from jaxserve.engine.buckets import Buckets
+from jaxserve.flags.sizes import given_size, shown_size
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.spec import Attention, Mlp, ModelSpec
 
@@ -133,16 +134,16 @@ class Capacity:
         if self.fixed is not None:
             name, given = self.fixed
             needed = 1 + self.limits.blocks_for(longest)
-            hint = f"raise it to {needed if name == 'num_blocks' else _flag_size(needed * self.block_bytes)} or more"
+            wanted = str(needed) if name == "num_blocks" else _in_whole_mib(needed * self.block_bytes)
+            hint = f"raise it to {wanted} or more"
             if self.insisted and self.blocks:
                 hint += f", or lower max_model_len to {self.tokens}"
             return ConfigError(f"{name} is {given}: {too_few}", hint)
         if self.blocks:
             return ConfigError(too_few, "lower max_model_len, or give the KV cache more memory")
-        taken, usable = self.memory.used + self.state + self.step + SLACK, self.memory.usable or 0
-        problem = (
-            f"no memory is left for the KV cache: of {size(usable)} usable per device, all else needs {size(taken)}"
-        )
+        taken = shown_size(self.memory.used + self.state + self.step + SLACK)
+        usable = f"{shown_size(self.memory.usable or 0)} usable per device"
+        problem = f"no memory is left for the KV cache: of {usable}, all else needs {taken}"
         return ConfigError(problem, "use more devices, or raise gpu_memory_utilization")
 
     # --- for people -------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class Capacity:
         memory = self.memory
         if memory.on_cpu:
             return "per device, on a CPU"
-        return "per device" if memory.usable is None else f"per device, {size(memory.usable)} usable"
+        return "per device" if memory.usable is None else f"per device, {shown_size(memory.usable)} usable"
 
     def cache_lines(self) -> list[str]:
         """The KV cache's capacity, for a report."""
@@ -184,7 +185,7 @@ class Capacity:
     def lines(self) -> list[str]:
         """The whole report, for a log."""
         return [
-            f"memory {self.usable()}: {', '.join(f'{name} {size(count)}' for name, count, _ in self.parts())}",
+            f"memory {self.usable()}: {', '.join(f'{name} {shown_size(count)}' for name, count, _ in self.parts())}",
             *(f"KV cache: {line}" if i == 0 else line for i, line in enumerate(self.cache_lines())),
         ]
 
@@ -309,13 +310,6 @@ def item_bytes(dtype: str) -> int:
     return int(re.findall(r"\d+", dtype)[0]) // 8
 
 
-def size(count: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:,.2f} {unit}"
-    return f"{count:,.0f} bytes"
-
-
-def _flag_size(count: int) -> str:
-    """As a flag's value: in whole MiB, rounded up, from 1 MiB on."""
-    return f"{-(-count // 2**20)}MiB" if count >= 2**20 else str(count)
+def _in_whole_mib(count: int) -> str:
+    """As a flag takes it, from 1 MiB on rounded up to whole MiB."""
+    return str(count) if count < 2**20 else given_size(-(-count // 2**20) * 2**20)

@@ -6,4 +6,5 @@ values.py        from text or YAML to a value; the checks of a value
 parser.py        the command line, with argparse
 help.py          what --help prints             reference.py   the same as tables in Markdown
 config_file.py   --config FILE                  command.py     runs a dataclass as a command
+sizes.py         sizes in bytes as text
 """

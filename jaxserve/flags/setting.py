@@ -14,6 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
+from jaxserve.flags.sizes import given_size
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -97,8 +99,8 @@ class Flag:
         value = self.default
         if value is MISSING or value is None or value is False or value in ((), ""):
             return None
-        if self.setting.unit == "bytes" and value % 2**20 == 0:
-            return f"{value // 2**20}MiB"
+        if self.setting.unit == "bytes":
+            return given_size(value)
         if isinstance(value, tuple):
             return " ".join(map(str, cast("tuple[object, ...]", value)))
         return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,11 +13,12 @@ import pytest
 
 from jaxserve.cli.with_jax import memory_plan
 from jaxserve.config import EngineConfig
-from jaxserve.engine.capacity import Capacity, size
+from jaxserve.engine.capacity import Capacity
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.execute import jax_start, loading, memory
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.runner import Runner
+from jaxserve.flags.sizes import shown_size
 from jaxserve.models import kv_cache
 from tests.cli.conftest import Command, one_error
 from tests.golden import load as golden
@@ -134,7 +135,7 @@ def test_the_plan_is_what_the_engine_does(command: Command, tmp_path: Path, word
     for line in engine.capacity.cache_lines():
         assert f"  {line}\n" in table
     for name, count, _ in engine.capacity.parts():
-        assert re.search(rf"^  {name} +{re.escape(size(count))}$", table, re.MULTILINE)
+        assert re.search(rf"^  {name} +{re.escape(shown_size(count))}$", table, re.MULTILINE)
     assert plan["dtype"] == "float32"
     engine.runner.free()
 

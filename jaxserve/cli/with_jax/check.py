@@ -16,10 +16,11 @@ from typing import Annotated, Any, cast
 from jaxserve import demo
 from jaxserve.cli.with_jax.memory_plan import MAX_DEVICES, Described, alternatives, fetch, planned, read
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.engine.capacity import SLACK, Capacity, size
+from jaxserve.engine.capacity import SLACK, Capacity
 from jaxserve.errors import JaxserveError, one_line
 from jaxserve.flags.parser import Parser
 from jaxserve.flags.setting import Setting, build
+from jaxserve.flags.sizes import shown_size
 from jaxserve.models.spec import Attention
 
 
@@ -97,19 +98,19 @@ def _model_lines(model: Described, plan: Capacity) -> list[str]:
     heads = f"{attention.heads} heads"
     if isinstance(attention, Attention):
         heads += f", {attention.kv_heads} KV heads"
-    per_token = plan.block_bytes // block_size
+    per_token, per_block = plan.block_bytes // block_size, shown_size(plan.block_bytes)
     return [
         f"model         {one_line(model.name)}, {one_line(model.architecture)}",
         f"parameters    {model.parameters:,} in {plan.memory.dtype}, stored as {model.stored.name}",
         f"layers        {len(spec.layers)}, hidden {spec.hidden:,}, {heads}, vocabulary {spec.vocab_size:,}",
         f"max length    {spec.max_positions:,} tokens",
-        f"KV cache      {per_token:,} bytes per token and device, {size(plan.block_bytes)} per block of {block_size}",
+        f"KV cache      {per_token:,} bytes per token and device, {per_block} per block of {block_size}",
         "",
     ]
 
 
 def _plan_lines(plan: Capacity) -> list[str]:
-    rows = [f"  {name:<24}{size(count):>12}{'  ' + why if why else ''}" for name, count, why in plan.parts()]
+    rows = [f"  {name:<24}{shown_size(count):>12}{'  ' + why if why else ''}" for name, count, why in plan.parts()]
     return [plan.usable(), *rows, *(f"  {line}" for line in plan.cache_lines())]
 
 
@@ -124,7 +125,7 @@ def _other_lines(plan: Capacity, others: list[tuple[str, Capacity]]) -> list[str
 
 
 def _row(name: str, plan: Capacity, wide: int) -> str:
-    start = f"  {name:<{wide}}{size(plan.memory.weights):>12}{plan.tokens:>18,}"
+    start = f"  {name:<{wide}}{shown_size(plan.memory.weights):>12}{plan.tokens:>18,}"
     if not plan.fits:
         return f"{start}  {'too few' if plan.blocks else 'does not fit'}"
     return f"{start}{plan.longest:>11,}{plan.concurrency:>10,.1f}"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 
 from jaxserve.errors import JaxserveError
 from jaxserve.flags.setting import Setting
+from jaxserve.flags.sizes import shown_size
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class Devices:
             print(json_module.dumps({"kernels": kernels, "devices": rows}))
             return
         for row in rows:
-            memory = row["memory_bytes"]
-            size = f"{memory / 2**30:.1f} GiB" if memory else "memory unknown"
+            size = shown_size(row["memory_bytes"]) if row["memory_bytes"] else "memory unknown"
             print(f"{row['id']:4}  {row['platform']:5} {row['kind']:24} {size}")
         print(f"kernels: {kernels}")
 

@@ -16,6 +16,7 @@ from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine import capacity
 from jaxserve.engine.capacity import Capacity
 from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.flags.sizes import given_size
 from jaxserve.models.spec import ModelSpec
 
 MAX_DEVICES = 16
@@ -141,7 +142,5 @@ def _cache_sizes(config: EngineConfig, plan: Capacity) -> Iterator[tuple[str, in
 def _flag_value(name: str, value: Any) -> str:
     """The value as written on the command line."""
     if name == "kv_cache_memory_bytes":
-        for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
-            if value % scale == 0:
-                return f"{value // scale}{unit}"
+        return given_size(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -19,6 +19,7 @@ from jaxserve.engine.execute.cuda_driver import DriverMemory
 from jaxserve.engine.execute.loading import Opened
 from jaxserve.engine.execute.runner import Runner
 from jaxserve.engine.execute.weights import shapes_of
+from jaxserve.flags.sizes import shown_size
 from jaxserve.models.spec import Dynamic, ModelSpec, Rope, Yarn
 from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
 from tests.golden import load as golden
@@ -51,7 +52,7 @@ def test_a_cpu_holds_all_rows_where_memory_allows(monkeypatch: pytest.MonkeyPatc
     assert got.limits.max_model_len == FULL.max_positions == 64
     assert got.limits.num_blocks == 1 + 32 * 64 // BLOCK
     assert got.limits.width == 8 and got.buckets.score_rows == 64
-    weights, cache = capacity.size(got.memory.weights), capacity.size(257 * BLOCK_BYTES)
+    weights, cache = shown_size(got.memory.weights), shown_size(257 * BLOCK_BYTES)
     assert lines == [
         f"memory per device, on a CPU: weights {weights}, KV cache {cache}",
         "KV cache: 256 blocks of 8 = 2,048 tokens: 32.0 sequences of 64 tokens at once",
@@ -215,11 +216,11 @@ def test_a_gpu_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got.limits.num_blocks == left // BLOCK_BYTES
     assert (got.limits.max_num_seqs, got.limits.max_num_batched_tokens) == (256, 2048)
     weights, other, state = (
-        capacity.size(count) for count in (got.memory.weights, 3 * GIB - got.memory.weights, got.state)
+        shown_size(count) for count in (got.memory.weights, 3 * GIB - got.memory.weights, got.state)
     )
     assert lines[0] == (
         f"memory per device, 8.00 GiB usable: weights {weights}, already in use {other}, state {state}, "
-        f"largest step 1.00 GiB, slack 256.00 MiB, KV cache {capacity.size(got.limits.num_blocks * BLOCK_BYTES)}"
+        f"largest step 1.00 GiB, slack 256.00 MiB, KV cache {shown_size(got.limits.num_blocks * BLOCK_BYTES)}"
     )
 
 
