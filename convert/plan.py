@@ -155,7 +155,7 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
 
 
 def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether embedding and head are both stored and differ: then they are not tied, whatever the config says."""
+    """Whether embedding and head are both stored and differ: then they are not tied, regardless of the config."""
     stored = {rule.path: tensors[rule.source] for rule in weights if rule.source in tensors}
     embed, head = stored.get("embed.weight"), stored.get("head")
     if embed is None or head is None or head.shape != embed.shape:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Imports only go down: the real tree, and made-up trees that prove the check can fail."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ def test_the_tree_keeps_the_rules() -> None:
     tree = layering.read_tree(ROOT)
     assert {"jaxserve.cli.inspect", "pallas_kernels.dispatch", "convert.files.header"} <= tree.keys()
     assert layering.violations(tree) == []
+
+
+def test_what_is_free_of_jax_is_typed_strictly() -> None:
+    strict = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["strict"])
+    paths = {unit: unit.replace(".", "/") for unit in (*layering.JAX_FREE, layering.OPEN + ".__init__")}
+    assert [unit for unit, path in paths.items() if not strict & {path, path + ".py"}] == []
 
 
 def check(tmp_path: Path, files: dict[str, str]) -> list[str]:

@@ -94,8 +94,8 @@ def read_index(index: Path) -> dict[str, str]:
         if size > MAX_INDEX:
             _fail(index, f"has {size} bytes, expected at most {MAX_INDEX}")
         raw = file.read(MAX_INDEX)
-    # An index contains two flat objects. Thousands of brackets are an attempt to make the parser
-    # recurse, or to make objects twenty times the size of their text.
+    # An index contains two flat objects. Thousands of brackets are an attempt to make the parser recurse, or to build
+    # objects twenty times the size of their text.
     if raw.count(b"[") + raw.count(b"{") > 1000:
         _fail(index, "has over 1000 brackets, expected two flat JSON objects")
     try:
@@ -108,8 +108,8 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         _fail(index, "must be a JSON object with a non-empty object weight_map")
     for name, shard in cast(dict[str, object], weight_map).items():
-        # A shard lies beside its index. Anything other than a plain file name is rejected,
-        # on every platform alike, before it touches the file system.
+        # A shard is in the same folder as its index. Anything other than a plain file name is rejected, on every
+        # platform, before the file system is accessed.
         plain = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\:")
         if not plain or not cast(str, shard).endswith(".safetensors"):
             problem = f"weight_map maps tensor {quote(name)} to {quote(str(shard))}"

@@ -17,8 +17,9 @@ from jaxserve import exit_codes
 from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
 from jaxserve.cli.terminal import safe
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags.setting import Setting
+from jaxserve.flags.setting import Setting, flags_of
 
+SAMPLING = "Sampling"  # group of the flags that are sent as fields of the same name
 HELP = "/reset clears the conversation, /system TEXT starts a new one, /retry answers again, /exit or Ctrl-D quits"
 
 type Message = dict[str, str]
@@ -37,15 +38,20 @@ class Talk(ABC):
     stats: Annotated[bool, Setting("After each answer, print time to first token, tokens and tokens per second.")] = (
         False
     )
-    max_tokens: Annotated[int | None, Setting("Maximum number of tokens to generate (default: the server's).")] = None
+    max_tokens: Annotated[
+        int | None, Setting("Maximum number of tokens to generate (default: the server's).", SAMPLING)
+    ] = None
     temperature: Annotated[
-        float | None, Setting("Sampling temperature; 0 always takes the most likely token (default: the model's).")
+        float | None,
+        Setting("Sampling temperature; 0 always takes the most likely token (default: the model's).", SAMPLING),
     ] = None
     top_p: Annotated[
         float | None,
-        Setting("Sample from the most likely tokens whose probabilities add up to this (default: the model's)."),
+        Setting(
+            "Sample from the most likely tokens whose probabilities add up to this (default: the model's).", SAMPLING
+        ),
     ] = None
-    seed: Annotated[int | None, Setting("Sampling seed, for reproducible answers.")] = None
+    seed: Annotated[int | None, Setting("Sampling seed, for reproducible answers.", SAMPLING)] = None
 
     def run(self) -> int | None:
         client = Client(self.url, api_key=self.api_key or key_of_environment())
@@ -91,8 +97,8 @@ class Talk(ABC):
         """Path and body of the request for a text."""
 
     def sampling(self) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_p", "seed")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {flag.name: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.group == SAMPLING}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
