@@ -53,7 +53,13 @@ def test_keys(command: Command, server: FakeServer, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("fault", "part"),
-    [(503, "loading"), (404, "replied"), ("late", "the engine failed"), ("cut", "ended early"), ("junk", "ended early")],
+    [
+        (503, "loading"),
+        (404, "replied"),
+        ("late", "the engine failed"),
+        ("cut", "ended early"),
+        ("junk", "ended early"),
+    ],
 )
 def test_faults_of_the_server(command: Command, server: FakeServer, fault: int | str, part: str) -> None:
     server.faults[CHAT] = fault
