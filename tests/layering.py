@@ -119,7 +119,7 @@ def violations(tree: Mapping[str, Module]) -> list[str]:
             extra = sorted(tops - KERNELS_MAY_IMPORT)
             found += [f"{module.name} imports {name}; kernels use jax and numpy" for name in extra]
         free = inside(module.name, JAX_FREE) and not inside(module.name, JAX_ALLOWED)
-        if (free or module.name == OPEN) and (road := _road_to_jax(module.name, tree)):
+        if (free or module.name == OPEN) and (road := road_to_jax(module.name, tree)):
             found.append(f"{module.name} is to be free of jax and reaches it: {' -> '.join(road)}")
     edges = {name: {_existing(t, tree) for t in module.ours} for name, module in tree.items()}
     found += [f"module cycle: {' -> '.join(cycle)}" for cycle in _cycles(edges)]
@@ -151,7 +151,7 @@ def _existing(target: str, tree: Mapping[str, Module]) -> str:
     return target
 
 
-def _road_to_jax(start: str, tree: Mapping[str, Module]) -> list[str] | None:
+def road_to_jax(start: str, tree: Mapping[str, Module]) -> list[str] | None:
     """The chain of imports from `start` to jax, through our own modules and the packages they are in."""
     roads: list[list[str]] = []
     seen: set[str] = set()
