@@ -83,7 +83,7 @@ class Theirs(offline.GeneratorProcess):
         return Generated(content["seconds"], content["tokens"])
 
 
-class Ours:
+class Jaxserve:
     """jaxserve, in this process."""
 
     def __init__(self, model: str, sizes: Scale, *, warmup: bool) -> None:
@@ -211,7 +211,7 @@ def speeds(folder: Path, vocab: int, options: argparse.Namespace, sizes: Scale) 
     }
     rows: list[BatchingResult] = []
     try:
-        ours = Ours(str(folder), sizes, warmup=not options.tiny)
+        ours = Jaxserve(str(folder), sizes, warmup=not options.tiny)
         ahead = [one._replace(new=4) for one in even(sizes, vocab, 32, seed=options.rounds)]
         for side in [ours] if theirs is None else [ours, theirs]:
             side.batch(ahead)  # warms up

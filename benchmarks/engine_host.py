@@ -55,7 +55,7 @@ class IdleRunner:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSeconds:
     """The seconds of a step and of its parts."""
 
     whole: float
@@ -137,16 +137,18 @@ class Bench:
         while len(self.engine.step()) < self.rows:
             pass
 
-    def step(self) -> Step:
+    def step(self) -> StepSeconds:
         start = time.perf_counter()
         updates = self.engine.step()
         end = time.perf_counter()
         assert len(updates) == self.rows
         runner = self.runner
-        return Step(end - start, self._scheduled - start, runner.launched - self._scheduled, end - runner.read_at)
+        return StepSeconds(
+            end - start, self._scheduled - start, runner.launched - self._scheduled, end - runner.read_at
+        )
 
 
-def row_of(rows: int, steps: list[Step]) -> StepTimes:
+def row_of(rows: int, steps: list[StepSeconds]) -> StepTimes:
     def quarter(part: str) -> float:
         return statistics.quantiles([getattr(step, part) * 1e6 for step in steps], n=4)[0]
 

@@ -4,6 +4,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,12 @@ def test_other_names_do_not_exist() -> None:
     name = "Server"
     with pytest.raises(AttributeError, match="no attribute 'Server'"):
         getattr(jaxserve, name)
+
+
+def test_no_two_classes_share_a_name() -> None:
+    counts: Counter[str] = Counter()
+    for package in ("jaxserve", "pallas_kernels", "convert", "benchmarks"):
+        for path in (STUB.parents[1] / package).rglob("*.py"):
+            found = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+            counts.update(name for name in found if not name.startswith("_"))
+    assert [name for name, count in counts.items() if count > 1] == []

@@ -26,13 +26,13 @@ from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
 
-class Array(Protocol):
+class ArrayLike(Protocol):
     """An array of numpy, jax or another library."""
 
     def __array__(self) -> np.ndarray: ...
 
 
-type Prompt = str | Sequence[int] | Array | Mapping[str, Any]
+type Prompt = str | Sequence[int] | ArrayLike | Mapping[str, Any]
 """Text, token ids, or {"prompt": text}, {"prompt_token_ids": ids} with an optional "cache_salt"."""
 
 FORMS = "a string, a list of token ids, or a dict with prompt or prompt_token_ids"

@@ -9,7 +9,7 @@ from types import FrameType
 import pytest
 
 from benchmarks import engine_host
-from benchmarks.engine_host import Bench, Step
+from benchmarks.engine_host import Bench, StepSeconds
 
 
 def test_it_measures_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +27,7 @@ def test_it_measures_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_quarter_of_the_steps_is_as_quick() -> None:
-    steps = [Step(i * 1e-6, 0.0, 0.0, 0.0) for i in range(1, 100)]
+    steps = [StepSeconds(i * 1e-6, 0.0, 0.0, 0.0) for i in range(1, 100)]
     row = engine_host.row_of(5, steps)
     assert (row.step_us, row.median_us, row.row_us) == pytest.approx((25, 50, 5))
 

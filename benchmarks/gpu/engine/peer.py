@@ -29,12 +29,12 @@ LLAMA_8B = {
 }
 
 
-class Peer(NamedTuple):
+class OtherEngine(NamedTuple):
     version: str
     generate: Callable[[list[list[int]]], list[Any]]  # the generated ids of each prompt
 
 
-def open_transformers(shape: dict[str, Any], answer: int) -> Peer:
+def open_transformers(shape: dict[str, Any], answer: int) -> OtherEngine:
     """Its continuous batching."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers
@@ -60,10 +60,10 @@ def open_transformers(shape: dict[str, Any], answer: int) -> Peer:
         )
         return [one.generated_tokens for one in out.values()]
 
-    return Peer(f"{transformers.__version__}, torch {torch.__version__}", generate)
+    return OtherEngine(f"{transformers.__version__}, torch {torch.__version__}", generate)
 
 
-def open_vllm(shape: dict[str, Any], answer: int) -> Peer:
+def open_vllm(shape: dict[str, Any], answer: int) -> OtherEngine:
     import vllm  # pyright: ignore[reportMissingImports]
 
     config = {
@@ -84,7 +84,7 @@ def open_vllm(shape: dict[str, Any], answer: int) -> Peer:
         outputs = llm.generate([{"prompt_token_ids": one} for one in prompts], params, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs]
 
-    return Peer(vllm.__version__, generate)
+    return OtherEngine(vllm.__version__, generate)
 
 
 def main() -> None:

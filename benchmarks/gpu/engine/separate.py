@@ -57,32 +57,32 @@ def run_start(page: Page) -> None:
 
 
 @dataclass(frozen=True)
-class Variant:
+class FlagVariant:
     name: str
     flags: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 
 
-DEFAULTS = Variant("defaults")
+DEFAULTS = FlagVariant("defaults")
 # The most promising first. Each was tried with jax 0.11.2, which knows all flags except the last.
 VARIANTS = (
     DEFAULTS,
-    Variant("launches on a separate thread", variables=(("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "1"),)),
-    Variant("no Triton matmuls", "--xla_gpu_enable_triton_gemm=false"),
-    Variant("no CUDA graphs", "--xla_gpu_enable_command_buffer="),
-    Variant("no graph updates for temporaries", "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"),
-    Variant("graphs with concurrent branches", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"),
-    Variant("graphs with loops", "--xla_gpu_enable_command_buffer=+WHILE"),
-    Variant("no programmatic dependent launch", "--xla_gpu_enable_pdl=false"),
-    Variant("graphs of a single kernel", "--xla_gpu_graph_min_graph_size=1"),
-    Variant("latency hiding scheduler", "--xla_gpu_enable_latency_hiding_scheduler=true"),
-    Variant("raft select_k", "--xla_gpu_experimental_use_raft_select_k=true"),
+    FlagVariant("launches on a separate thread", variables=(("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "1"),)),
+    FlagVariant("no Triton matmuls", "--xla_gpu_enable_triton_gemm=false"),
+    FlagVariant("no CUDA graphs", "--xla_gpu_enable_command_buffer="),
+    FlagVariant("no graph updates for temporaries", "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"),
+    FlagVariant("graphs with concurrent branches", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"),
+    FlagVariant("graphs with loops", "--xla_gpu_enable_command_buffer=+WHILE"),
+    FlagVariant("no programmatic dependent launch", "--xla_gpu_enable_pdl=false"),
+    FlagVariant("graphs of a single kernel", "--xla_gpu_graph_min_graph_size=1"),
+    FlagVariant("latency hiding scheduler", "--xla_gpu_enable_latency_hiding_scheduler=true"),
+    FlagVariant("raft select_k", "--xla_gpu_experimental_use_raft_select_k=true"),
 )
-UNKNOWN = Variant("an unknown flag", "--xla_gpu_no_such_flag=true")
+UNKNOWN = FlagVariant("an unknown flag", "--xla_gpu_no_such_flag=true")
 
 
 def run_flags(page: Page) -> None:
-    def measure(variant: Variant) -> Row:
+    def measure(variant: FlagVariant) -> Row:
         env = dict(variant.variables) | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {variant.flags}".strip()}
         layers = 1 if page.settings.tiny else LAYERS
         child = children.run([*_CHILD, "steps", str(layers), *_tiny(page)], seconds=page.time_left(), env=env)
