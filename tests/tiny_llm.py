@@ -82,7 +82,7 @@ class Reference:
 def _states(params: Params, tokens: jax.Array) -> jax.Array:
     body, head = decoder.bind(decoder.Body, SPEC, params), decoder.bind(decoder.Head, SPEC, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x, _ = body(tokens, positions, [Dense()] * len(SPEC.layers))
+    x = body(tokens, positions, Dense())
     return head.final(x)
 
 

@@ -10,14 +10,17 @@ slack. On a CPU the KV cache is large enough for all rows, but at most 4 GiB and
 """
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Self
 
 from jaxserve.config import ConfigError, EngineConfig, too_few_tokens
 from jaxserve.engine.buckets import Buckets
 from jaxserve.flags.sizes import given_size, shown_size
+from jaxserve.models import cache_groups
+from jaxserve.models.cache_groups import Groups
 from jaxserve.models.mesh_fit import Fit
-from jaxserve.models.spec import Attention, Mlp, ModelSpec
+from jaxserve.models.spec import Mlp, ModelSpec
 
 GIB = 2**30
 CPU_CACHE = 4 * GIB
@@ -37,7 +40,7 @@ class Limits:
     num_blocks: int  # including the null block
     max_logprobs: int
     eos_token_ids: frozenset[int] = frozenset()
-    window: int | None = None  # the longest sliding window; None if a layer attends to all tokens
+    windows: tuple[int | None, ...] = (None,)  # of each cache group: the tokens that its layers attend to; None: all
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = True
@@ -49,12 +52,32 @@ class Limits:
         """The blocks of the longest sequence: the width of the block tables."""
         return -(-self.max_model_len // self.block_size)
 
+    @property
+    def groups(self) -> int:
+        """The number of cache groups, each of which has a block table."""
+        return len(self.windows)
+
     def blocks_for(self, tokens: int) -> int:
-        """The most blocks that a sequence of this length holds at any time."""
-        if self.window is not None:
-            # The window, the chunk being computed, and a partial block at either end.
-            tokens = min(tokens, self.window + self.max_num_batched_tokens + 2 * self.block_size)
+        """The most blocks that a sequence of this length holds at any time, in all groups."""
+        return sum(self.blocks_in(window, tokens) for window in self.windows)
+
+    def blocks_in(self, window: int | None, tokens: int) -> int:
+        """The same in one group: a window, the chunk being computed, and a partial block at either end."""
+        if window is not None:
+            tokens = min(tokens, window + self.max_num_batched_tokens + 2 * self.block_size)
         return -(-tokens // self.block_size)
+
+    def kept_by(self, tokens: int) -> int:
+        """The blocks that a sequence of this length holds while no chunk of its prompt is computed."""
+        size = self.block_size
+        kept = (tokens if window is None else min(tokens, window + 2 * size) for window in self.windows)
+        return sum(-(-count // size) for count in kept)
+
+    def longest_in(self, blocks: int) -> int:
+        """The longest sequence that this many blocks hold, up to `max_model_len`."""
+        each = range(1, self.width + 1)
+        full = bisect_right(each, blocks, key=lambda count: self.blocks_for(count * self.block_size))
+        return min(full * self.block_size, self.max_model_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +103,8 @@ class Capacity:
     wanted_len: int  # the configured max_model_len, or the model's
     insisted: bool  # max_model_len is configured, so it must not be reduced
     fixed: tuple[str, int] | None  # the setting that fixes the KV cache's size, and its value
+    groups: Groups  # of layers that keep KV of the same tokens
+    token_bytes: int  # one token's KV in all layers
     block_bytes: int
     state: int  # block tables, last tokens, sampling controls
     step: int  # temporaries of the largest step
@@ -91,8 +116,8 @@ class Capacity:
 
     @property
     def tokens(self) -> int:
-        """The slots of the usable blocks."""
-        return self.blocks * self.limits.block_size
+        """How many tokens of sequences that exceed no window the KV cache holds."""
+        return self.blocks * self.limits.block_size // self.limits.groups
 
     @property
     def held(self) -> int:
@@ -101,17 +126,34 @@ class Capacity:
 
     @property
     def fits(self) -> bool:
-        return self.blocks >= (self.held if self.insisted else 1)
+        return self.blocks >= (self.held if self.insisted else self.limits.groups)
 
     @property
     def longest(self) -> int:
         """The longest sequence that the KV cache holds, up to `wanted_len`."""
-        return self.wanted_len if self.blocks >= self.held else self.tokens
+        return self.wanted_len if self.blocks >= self.held else self._sequence
 
     @property
     def concurrency(self) -> float:
-        """How many of the longest sequences fit into the KV cache together."""
-        return self.blocks / min(self.held, max(self.blocks, 1))
+        """How many of the longest sequences fit into the KV cache together, while one prompt is computed."""
+        beside = max(self.blocks - self.held, 0) / self.limits.kept_by(self.wanted_len)
+        return beside + bool(self.blocks)
+
+    @property
+    def _sequence(self) -> int:
+        """The longest sequence of at most `wanted_len` tokens that the blocks hold."""
+        return replace(self.limits, max_model_len=self.wanted_len).longest_in(self.blocks)
+
+    @property
+    def sequence_bytes(self) -> int:
+        """The KV of the longest sequence."""
+        return self.limits.kept_by(self.longest) * self.block_bytes
+
+    @property
+    def kept_share(self) -> float:
+        """The KV of the longest sequence as a share of what it would be if every layer kept all tokens."""
+        blocks = -(-self.longest // self.limits.block_size)
+        return self.sequence_bytes / max(blocks * self.limits.block_size * self.token_bytes, 1)
 
     @property
     def cache_bytes(self) -> int:
@@ -130,14 +172,14 @@ class Capacity:
     def misfit(self) -> ConfigError:
         """The error for sizes that do not fit."""
         longest = self.wanted_len if self.insisted else 2
-        too_few = f"the KV cache holds {self.tokens:,} tokens, too few for a sequence of {longest:,}"
+        too_few = f"the KV cache holds {self._sequence:,} tokens, too few for a sequence of {longest:,}"
         if self.fixed is not None:
             name, given = self.fixed
             needed = 1 + self.limits.blocks_for(longest)
             wanted = str(needed) if name == "num_blocks" else _in_whole_mib(needed * self.block_bytes)
             hint = f"raise it to {wanted} or more"
-            if self.insisted and self.blocks:
-                hint += f", or lower max_model_len to {self.tokens}"
+            if self.insisted and self._sequence:
+                hint += f", or lower max_model_len to {self._sequence}"
             return ConfigError(f"{name} is {given}: {too_few}", hint)
         if self.blocks:
             return ConfigError(too_few, "lower max_model_len, or give the KV cache more memory")
@@ -174,7 +216,9 @@ class Capacity:
         if not self.blocks:
             return []
         longest = self.longest
-        blocks = f"{self.blocks:,} blocks of {self.limits.block_size} = {self.tokens:,} tokens"
+        groups = self.limits.groups
+        held = f" = {self.tokens:,} tokens" if groups == 1 else f" for {groups} groups of layers"
+        blocks = f"{self.blocks:,} blocks of {self.limits.block_size}{held}"
         lines = [f"{blocks}: {self.concurrency:.1f} sequences of {longest:,} tokens at once"]
         if longest < self.wanted_len and not self.insisted:
             lines.append(
@@ -194,6 +238,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
     """Raises a ConfigError for settings that contradict each other or the model; check `fits` for lack of memory."""
     rows, tokens = step_sizes(config, on_cpu=memory.on_cpu)
     longest = _wanted_length(config, spec)
+    groups = cache_groups.groups_of(spec, longest)
     limits = Limits(
         vocab_size=spec.vocab_size,
         max_model_len=longest,
@@ -202,7 +247,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         block_size=config.block_size,
         num_blocks=2,
         max_logprobs=spec.vocab_size if config.max_logprobs == -1 else min(spec.vocab_size, config.max_logprobs),
-        window=window_of(spec),
+        windows=groups.windows,
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
@@ -217,7 +262,9 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         wanted_len=longest,
         insisted=config.max_model_len is not None,
         fixed=_fixed(config),
-        block_bytes=token_bytes(spec, memory.dtype, memory.fitted) * config.block_size,
+        groups=groups,
+        token_bytes=token_bytes(spec, memory.dtype, memory.fitted),
+        block_bytes=block_bytes(spec, groups, memory) * config.block_size,
         state=_state_bytes(limits),
         step=_step_estimate(spec, buckets, shards=memory.fitted.shards, item=item_bytes(memory.dtype))
         if memory.step is None
@@ -271,9 +318,9 @@ def _num_blocks(sizes: Capacity) -> int:
 def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
     """The same with this many blocks; reduces the length to what they hold, unless it is configured."""
     found = replace(sizes, limits=replace(sizes.limits, num_blocks=blocks))
-    if found.blocks >= found.held or found.insisted or not found.blocks:
+    if found.blocks >= found.held or found.insisted or not found.fits:
         return found
-    return replace(found, limits=replace(found.limits, max_model_len=found.tokens))
+    return replace(found, limits=replace(found.limits, max_model_len=found.longest))
 
 
 def _state_bytes(limits: Limits) -> int:
@@ -281,7 +328,7 @@ def _state_bytes(limits: Limits) -> int:
     from jaxserve.sampling.control_row import row_size  # imports numpy, which `jaxserve check --help` does not need
 
     controls = limits.vocab_size + row_size(limits.vocab_size) - 1  # the row's number is not stored
-    return 4 * limits.max_num_seqs * (limits.width + 1 + controls)
+    return 4 * limits.max_num_seqs * (limits.groups * limits.width + 1 + controls)
 
 
 def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int) -> int:
@@ -294,15 +341,15 @@ def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int)
     return max(buckets.tokens * widest * item, logits)
 
 
-def window_of(spec: ModelSpec) -> int | None:
-    """The longest sliding window of all layers; None if a layer attends to all tokens."""
-    windows = [layer.attention.window if isinstance(layer.attention, Attention) else None for layer in spec.layers]
-    return None if None in windows else max(window for window in windows if window is not None)
-
-
 def token_bytes(spec: ModelSpec, dtype: str, fitted: Fit = WHOLE) -> int:
     """The bytes of one token's KV over all layers, per device."""
     return sum(map(fitted.slot_values, spec.layers)) * item_bytes(dtype)
+
+
+def block_bytes(spec: ModelSpec, groups: Groups, memory: Memory) -> int:
+    """The bytes of one token's KV in the layers of one group, per device."""
+    layers = (spec.layers[layer] for layer in groups.layers())
+    return sum(map(memory.fitted.slot_values, layers)) * item_bytes(memory.dtype)
 
 
 def item_bytes(dtype: str) -> int:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.cache_groups import one_group
+from jaxserve.models.inputs import ModelInputs, PagedTokens
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.layers import Linear, Normalize, lift
 from jaxserve.models.rope import Angles, rotate
-from jaxserve.models.spec import Attention
+from jaxserve.models.spec import Attention, ModelSpec
 from jaxserve.models.weight import param
 from jaxserve.parallel import mesh
 from pallas_kernels.kv_write import kv_write, latent_write
@@ -32,6 +33,16 @@ class Options:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+
+
+class Cores(Protocol):
+    """The cores of all layers, which run in order."""
+
+    def of(self, layer: int) -> "Core": ...
+
+    def keep(self, layer: int, cache: LayerCache | None) -> None:
+        """Take the layer's cache after it has run."""
+        ...
 
 
 class Core(Protocol):
@@ -87,21 +98,21 @@ class GroupedAttention(nnx.Module):
 class Paged:
     """Writes the new tokens' KV into this layer's pools, then attends over the pools."""
 
-    inputs: ModelInputs
+    tokens: PagedTokens
     cache: LayerCache
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
     ) -> tuple[jax.Array, LayerCache | None]:
         def local(
-            q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, cache: LayerCache, inputs: ModelInputs
+            q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, cache: LayerCache, tokens: PagedTokens
         ) -> tuple[jax.Array, LayerCache]:
-            written = kv_write(cache["k"], cache["v"], k, v, inputs.slots)
+            written = kv_write(cache["k"], cache["v"], k, v, tokens.slots)
             out = paged_attention(
                 q.reshape(q.shape[0], -1, q.shape[-1]),
                 written.k_pool,
                 written.v_pool,
-                inputs.ragged,
+                tokens.ragged,
                 sinks=None if sinks is None else sinks.reshape(-1),
                 scale=options.scale,
                 window=options.window,
@@ -112,27 +123,51 @@ class Paged:
         heads, pool = mesh.partition((None, "kv_heads")), mesh.partition((None, None, "kv_heads"))
         pools = {"k": pool, "v": pool}
         specs = heads, heads, heads, None if sinks is None else mesh.partition(("kv_heads",)), pools, P()
-        return mesh.island(local, specs, (heads, pools))(q, k, v, sinks, self.cache, self.inputs)
+        return mesh.island(local, specs, (heads, pools))(q, k, v, sinks, self.cache, self.tokens)
 
     def attend_latent(
         self, q: jax.Array, latent: jax.Array, *, latent_dim: int, scale: float
     ) -> tuple[jax.Array, LayerCache]:
         """q [tokens, heads, latent + rope] over latents [tokens, latent + rope] -> [tokens, heads, latent]."""
 
-        def local(q: jax.Array, latent: jax.Array, pool: jax.Array, inputs: ModelInputs) -> tuple[jax.Array, jax.Array]:
-            pool = latent_write(pool, latent, inputs.slots)
-            return mla_attention(q, pool, inputs.ragged, latent_dim=latent_dim, scale=scale), pool
+        def local(q: jax.Array, latent: jax.Array, pool: jax.Array, tokens: PagedTokens) -> tuple[jax.Array, jax.Array]:
+            pool = latent_write(pool, latent, tokens.slots)
+            return mla_attention(q, pool, tokens.ragged, latent_dim=latent_dim, scale=scale), pool
 
         heads = mesh.partition((None, "heads"))
         run = mesh.island(local, (heads, P(), P(), P()), (heads, P()))
-        out, pool = run(q, latent, self.cache["latent"], self.inputs)
+        out, pool = run(q, latent, self.cache["latent"], self.tokens)
         return out, {"latent": pool}
+
+
+class PagedLayers:
+    """Cores over the pools of all layers. Layers of different groups at one place share a pool, so each gets it as the
+    one before left it."""
+
+    def __init__(self, spec: ModelSpec, inputs: ModelInputs, pools: list[LayerCache]) -> None:
+        self._at = (inputs.groups or one_group(spec)).at
+        self._paged, self.pools = inputs.paged, list(pools)
+
+    def of(self, layer: int) -> Paged:
+        group, place = self._at[layer]
+        return Paged(self._paged[group], self.pools[place])
+
+    def keep(self, layer: int, cache: LayerCache | None) -> None:
+        if cache is not None:
+            self.pools[self._at[layer][1]] = cache
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dense:
-    """Causal attention within [batch, length] sequences, optionally padded on the right; keeps no cache."""
+    """Causal attention within [batch, length] sequences, optionally padded on the right; keeps no cache. One core for
+    all layers."""
+
+    def of(self, layer: int) -> "Dense":
+        return self
+
+    def keep(self, layer: int, cache: LayerCache | None) -> None:
+        pass
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options

@@ -8,7 +8,6 @@ Both run the same blocks. `spec` is static: equal specs share an executable. Lay
 so that equal layers are traced once and every layer has separate weights and cache.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models.attention import Core, Dense, GroupedAttention, Paged
+from jaxserve.models.attention import Core, Cores, Dense, GroupedAttention, PagedLayers
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.latent_attention import MultiHeadLatentAttention
@@ -100,13 +99,13 @@ class Body(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        cores: Sequence[Core],
+        cores: Cores,
         *,
         wanted: jax.Array | None = None,
         rope_lengths: jax.Array | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, list[LayerCache | None]]:
-        """Tokens and positions of equal shape -> hidden states after the last block, and the layers' caches.
+    ) -> jax.Array:
+        """Tokens and positions of equal shape -> hidden states after the last block.
 
         `wanted` [n]: indices of the tokens [T] to return hidden states of; default: all. The last block computes KV for
         every token, but what follows its attention only for these.
@@ -122,16 +121,15 @@ class Body(nnx.Module):
         ropes = dict.fromkeys(layer.attention.rope for layer in spec.layers)
         turns = {rope: angles(rope, positions, rope_lengths) for rope in ropes if rope is not None}
         run = partial(_run_block, remat=remat)
-        caches: list[LayerCache | None] = []
-        for place, (block, core) in enumerate(zip(self.layers, cores, strict=True)):
+        for place, block in enumerate(self.layers):
             declared, state = nnx.split(block)
             rope = block.spec.attention.rope
             with jax.named_scope(f"layer{place}"):  # shown in traces
                 turn = None if rope is None else turns[rope]
-                only = wanted if place == len(cores) - 1 else None
-                x, updated = run(declared, nnx.to_pure_dict(state), x, turn, core, only)
-            caches.append(updated)
-        return x, caches
+                only = wanted if place == len(self.layers) - 1 else None
+                x, updated = run(declared, nnx.to_pure_dict(state), x, turn, cores.of(place), only)
+            cores.keep(place, updated)
+        return x
 
 
 class Head(nnx.Module):
@@ -263,13 +261,11 @@ def hidden(
     """The first part of `step`: the last block's output for the sampled tokens, [sampled, hidden]. `params` may be the
     body's alone."""
     body = bind(Body, spec, params)
-    cores = [Paged(inputs, pools) for pools in cache]
+    cores = PagedLayers(spec, inputs, cache)
     wanted = inputs.sampled
     early = len(wanted) < len(inputs.tokens)
-    x, updated = body(
-        inputs.tokens, inputs.positions, cores, wanted=wanted if early else None, rope_lengths=inputs.rope_lengths
-    )
-    return x if early else _rows(x, wanted), [pools for pools in updated if pools is not None]
+    x = body(inputs.tokens, inputs.positions, cores, wanted=wanted if early else None, rope_lengths=inputs.rope_lengths)
+    return x if early else _rows(x, wanted), cores.pools
 
 
 def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:
@@ -306,8 +302,7 @@ def forward(
         raise ValueError(f"rope_lengths must be int32[{batch}], one length for each sequence")
     lengths = jnp.broadcast_to(rope_lengths[:, None], tokens.shape) if spec.needs_rope_length else None
     check_engine(spec, params)
-    dense = [Dense()] * len(spec.layers)
-    x, _ = bind(Body, spec, params)(tokens, positions, dense, rope_lengths=lengths, remat=remat)
+    x = bind(Body, spec, params)(tokens, positions, Dense(), rope_lengths=lengths, remat=remat)
     return bind(Head, spec, params).logits(x)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged KV cache: one dict of pools per layer, so that each pool is donated and updated in place separately.
+"""The paged KV cache: one dict of pools per layer of a cache group (cache_groups.py), so that each pool is donated and
+updated in place separately. A layer of each group has its KV there, each in the blocks of its own group.
 
 {"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
 """
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.models.cache_groups import Groups, one_group
 from jaxserve.models.mesh_fit import fit
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
@@ -24,22 +26,24 @@ _AXES: dict[str, mesh.Axes] = {
 
 
 def abstract_cache(
-    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any
+    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, groups: Groups | None = None
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """The pools' shapes, sharded if a mesh is in context."""
+    """The pools' shapes, sharded if a mesh is in context. Without `groups` all layers are in one."""
     fitted = fit(spec, *mesh.shards())
     return [
         {
             name: jax.ShapeDtypeStruct((blocks, block_size, *slot), dtype, sharding=mesh.here(_AXES[name]))
-            for name, slot in fitted.slots(layer).items()
+            for name, slot in fitted.slots(spec.layers[layer]).items()
         }
-        for layer in spec.layers
+        for layer in (groups or one_group(spec)).layers()
     ]
 
 
-def allocate(spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any) -> list[LayerCache]:
+def allocate(
+    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, groups: Groups | None = None
+) -> list[LayerCache]:
     """Zeroed pools, created directly on the devices."""
-    shapes = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype)
+    shapes = abstract_cache(spec, blocks=blocks, block_size=block_size, dtype=dtype, groups=groups)
     return jax.jit(lambda: jax.tree.map(mesh.zeros, shapes))()
 
 

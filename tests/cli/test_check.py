@@ -36,6 +36,26 @@ LLAMA_8B = {
     "dtype": "bfloat16",
 }
 
+GEMMA3_27B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 168,
+    "max_position_embeddings": 131072,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "dtype": "bfloat16",
+}
+
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
@@ -91,7 +111,7 @@ def test_check_and_engine_agree(
     check = memory_plan.planned(
         config, memory_plan.read(config, memory_plan.fetch(config)), None if gib is None else gib * 2**30
     )
-    assert check.fits and check.block_bytes == sum(map(memory.shard_bytes, pools_of(model, config.block_size)))
+    assert check.fits and check.block_bytes == sum(map(memory.shard_bytes, pools_of(model, engine)))
     assert plain(check) == plain(engine)
     assert check.cache_lines() == engine.cache_lines()
     if check.fixed is None or gib is None:
@@ -105,10 +125,12 @@ def plain(found: Capacity) -> Capacity:
     return replace(found, limits=limits, memory=replace(found.memory, step=None, **same))
 
 
-def pools_of(model: Opened, block_size: int) -> list[Any]:
+def pools_of(model: Opened, sizes: Capacity) -> list[Any]:
     with jax.set_mesh(model.mesh) if model.mesh is not None else nullcontext():
         dtype = model.shapes["embed"]["weight"].dtype
-        return jax.tree.leaves(kv_cache.abstract_cache(model.spec, blocks=1, block_size=block_size, dtype=dtype))
+        size = sizes.limits.block_size
+        cache = kv_cache.abstract_cache(model.spec, blocks=1, block_size=size, dtype=dtype, groups=sizes.groups)
+        return jax.tree.leaves(cache)
 
 
 @pytest.mark.parametrize("words", [[], ["--max-num-seqs", "3", "--block-size", "8"], ["--num-blocks", "20"]])
@@ -159,6 +181,26 @@ def test_a_published_model(command: Command, llama: Path) -> None:
     assert half["weights"] == pytest.approx(plan["weights"] / 2, rel=0.01)
     assert half["block_bytes"] * 2 == plan["block_bytes"]
     assert found["alternatives"]["--max-model-len 8192"]["concurrency"] > 50
+
+
+def test_layers_with_a_window_keep_no_more_than_it(command: Command, tmp_path: Path) -> None:
+    """Five of six layers attend to 1,024 tokens: at 32k the model takes a quarter of the KV of one without windows."""
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA3_27B))
+    said = json.loads(command("check", tmp_path, "--memory", "141GiB", "--max-model-len", "32768", "--json").out)
+    token = 2 * 16 * 128 * 2  # bytes in a layer
+    assert said["kv_bytes_per_token"] == 62 * token
+    plan = said["plan"]
+    assert plan["cache_groups"] == 7 and plan["block_bytes"] == 10 * token * 16
+    # 10 layers keep all tokens, and 6 groups of 10 layers their window and a partial block at either end.
+    assert plan["sequence_bytes"] == 10 * token * 32768 + 60 * token * (1024 + 2 * 16)
+    assert plan["kept_share"] == plan["sequence_bytes"] / (62 * token * 32768) < 0.25
+    room = plan["blocks"] * plan["block_bytes"]
+    assert plan["concurrency"] == pytest.approx(room / plan["sequence_bytes"], rel=0.02)
+    table = command("check", tmp_path, "--memory", "141GiB", "--max-model-len", "32768").out
+    assert "52 of 62 layers keep only a window of 1,024 tokens:" in table
+    assert "a sequence of 32,768 takes 2.98 GiB, 19% of what it would take if every layer kept all tokens" in table
+    short = json.loads(command("check", tmp_path, "--memory", "141GiB", "--max-model-len", "1024", "--json").out)
+    assert short["plan"]["cache_groups"] == 1 and short["plan"]["kept_share"] == 1
 
 
 def test_models_that_do_not_fit(command: Command, llama: Path) -> None:

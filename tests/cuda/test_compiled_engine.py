@@ -27,6 +27,7 @@ from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import need, packing
 from jaxserve.models import kv_cache, param_layout
+from jaxserve.models.cache_groups import groups_of, one_group
 from jaxserve.sampling import controls
 from tests.cuda.hopper import DUMP, Compiled, compile_for_h200
 
@@ -89,8 +90,9 @@ def check(name: str, compiled: Compiled) -> launch_plan.LaunchPlan:
 
 
 def check_model(name: str, shape: packing.Layout) -> None:
-    arguments = params(), pools(), ints(BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
-    compiled = compile_for_h200(partial(programs.model, SPEC, shape, BUCKETS.entries, 0), *arguments, donate=(1, 2))
+    arguments = params(), pools(), ints(1, BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
+    program = partial(programs.model, SPEC, one_group(SPEC), shape, BUCKETS.entries, 0)
+    compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     # The block tables of all rows are gathered: the largest array except for those that a layer computes.
     largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
     assert copied(compiled, largest + 1) == []
@@ -110,6 +112,27 @@ def test_mixed(tokens: int) -> None:
     check_model(f"engine mixed[{tokens}]", packing.mixed_layout(tokens, BUCKETS, BLOCK_SIZE))
 
 
+def test_layers_with_a_window_beside_others() -> None:
+    """Layers of two cache groups write to the same pools one after the other, which must copy none."""
+    full, windowed = (
+        replace(layer, attention=replace(layer.attention, window=window))
+        for layer, window in zip(SPEC.layers, (None, 4096), strict=False)
+    )
+    spec = replace(SPEC, layers=(windowed, full, full, windowed))
+    groups = groups_of(spec, WIDTH * BLOCK_SIZE)
+    assert (groups.windows, groups.places) == ((None, 4096), 2)
+    shape = packing.decode_layout(64, groups=2)
+    own = param_layout.abstract_params(spec, jnp.bfloat16)
+    pools = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16, groups=groups)
+    arguments = own, pools, ints(2, BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
+    program = partial(programs.model, spec, groups, shape, BUCKETS.entries, 0)
+    compiled = compile_for_h200(program, *arguments, donate=(1, 2))
+    assert copied(compiled, 2 * BUCKETS.rows * WIDTH + 1) == []
+    assert compiled.alias_bytes == nbytes(pools) + 2 * 4 * BUCKETS.rows * WIDTH
+    plan = check("engine decode[64] of two cache groups", compiled)
+    assert plan.launches.count("kv_write") == 4
+
+
 @pytest.mark.parametrize(("rows", "head"), [(1, 0), (256, 0), (64, 1), (256, 2), (64, 3), (64, -1)])
 def test_head(rows: int, head: int) -> None:
     variant = HEADS[head]
@@ -124,7 +147,7 @@ def test_head(rows: int, head: int) -> None:
 
 
 def test_block_moves_and_edits() -> None:
-    arguments = pools(), ints(BUCKETS.rows, WIDTH), ints(packing.EDIT_SIZE)
+    arguments = pools(), ints(1, BUCKETS.rows, WIDTH), ints(packing.EDIT_SIZE)
     compiled = compile_for_h200(programs.edit, *arguments, donate=(0, 1))
     assert copied(compiled, math.prod(pools()[0]["k"].shape)) == []
     assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH

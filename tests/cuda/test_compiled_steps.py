@@ -22,6 +22,7 @@ from jaxserve.engine.execute import programs
 from jaxserve.engine.schedule import need, packing
 from jaxserve.engine.schedule.need import Variant
 from jaxserve.models import kv_cache, param_layout
+from jaxserve.models.cache_groups import one_group
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import controls
 from tests.cuda.hopper import Compiled, compile_for_h200
@@ -38,8 +39,8 @@ def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
     decode = packing.decode_layout(ROWS)
-    program = partial(programs.model, spec, decode, ENTRIES, 0)
-    arguments = params, cache, ints(ROWS, WIDTH), ints(ROWS), ints(decode.size)
+    program = partial(programs.model, spec, one_group(spec), decode, ENTRIES, 0)
+    arguments = params, cache, ints(1, ROWS, WIDTH), ints(ROWS), ints(decode.size)
     return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine, Report
 from jaxserve.models import decoder, param_layout
+from jaxserve.models.cache_groups import groups_of
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
@@ -30,18 +31,28 @@ ROWS, TOKENS, BLOCK, LONGEST, TOP = 4, 32, 8, 64, 5
 BLOCKS = 1 + ROWS * LONGEST // BLOCK
 EOS = 3
 
-# The first layer sees everything, the second a little: no block is ever given back early.
+# All layers see everything: no block is freed before its sequence ends.
 FULL = replace(
     tiny.model(
         tiny.block(tiny.grouped(qkv_bias=True, out_bias=True, sinks=True), tiny.MLP),
-        tiny.block(tiny.grouped(window=6), tiny.MLP),
+        tiny.block(tiny.grouped(), tiny.MLP),
     ),
     max_positions=LONGEST,
 )
 # No layer sees further than 20 tokens.
 WINDOWED = replace(
     FULL,
-    layers=(tiny.block(tiny.grouped(window=20, sinks=True), tiny.MLP), tiny.block(tiny.grouped(window=5), tiny.MLP)),
+    layers=(tiny.block(tiny.grouped(window=20, sinks=True), tiny.MLP), tiny.block(tiny.grouped(window=20), tiny.MLP)),
+)
+# Two layers see everything, two a little: two cache groups of two layers.
+MIXED = replace(
+    FULL,
+    layers=(
+        tiny.block(tiny.grouped(window=6, sinks=True), tiny.MLP),
+        tiny.block(tiny.grouped(), tiny.MLP),
+        tiny.block(tiny.grouped(), tiny.MLP),
+        tiny.block(tiny.grouped(window=6), tiny.MLP),
+    ),
 )
 VOCABULARY = FULL.vocab_size
 
@@ -95,7 +106,8 @@ type Streams = dict[tuple[str, int], Stream]
 
 
 class Driver:
-    """An engine and its updates. `spare` is the number of blocks to leave free, `budget` the tokens per step."""
+    """An engine and its updates. `spare` is the number of blocks to leave free for each cache group, `budget` the
+    tokens per step."""
 
     def __init__(
         self,
@@ -108,12 +120,13 @@ class Driver:
         report: Report = lambda line: None,
         **config: Any,
     ) -> None:
+        groups = len(groups_of(spec, LONGEST).windows)
         given: dict[str, Any] = dict(
             model="tiny",
             max_num_seqs=ROWS,
             max_num_batched_tokens=TOKENS,
             block_size=BLOCK,
-            num_blocks=BLOCKS,
+            num_blocks=1 + groups * (BLOCKS - 1),
             max_logprobs=TOP,
             warmup=False,
             compilation_cache_dir=programs(),
@@ -131,7 +144,7 @@ class Driver:
         self.scheduler.limits = replace(self.scheduler.limits, max_num_batched_tokens=budget)
         self.held: list[int] = []
         if spare is not None:
-            self.hold(BLOCKS - 1 - spare)
+            self.hold(groups * (BLOCKS - 1 - spare))
         self.streams: Streams = {}
         self.turns = self.copied = 0
         self._watch_copies()
@@ -179,19 +192,20 @@ class Driver:
         scheduler = self.scheduler
         assert scheduler.limits.max_num_batched_tokens == self.budget
         alive = [sequence for group in scheduler.requests.values() for sequence in group]
-        owned = Counter(block for sequence in alive for block in sequence.blocks if block)
+        owned = Counter(block for s in alive for table in s.blocks for block in table if block)
         owned.update(self.held)
         check_integrity(scheduler.pool, owned)
         running = scheduler.running
         assert sorted(s.order for s in running) == [s.order for s in running]
         rows = [s.row for s in running]
         assert len(set(rows)) == len(rows) and all(0 <= row < ROWS for row in rows)
-        assert all(s.row < 0 and not s.blocks for s in alive if s not in running)
+        assert all(s.row < 0 and not any(s.blocks) for s in alive if s not in running)
         for s in running:
-            assert len(s.blocks) == -(-s.computed // BLOCK), "blocks that no token is in, or too few"
             assert s.computed <= len(s.tokens) + s.pending <= s.end
-            assert all(block == 0 for block in s.blocks[: s.first_block])
-            assert all(block != 0 for block in s.blocks[s.first_block :])
+            for first, table in zip(s.first_blocks, s.blocks, strict=True):
+                assert len(table) == -(-s.computed // BLOCK), "blocks that no token is in, or too few"
+                assert all(block == 0 for block in table[:first])
+                assert all(block != 0 for block in table[first:])
 
     def _watch_copies(self) -> None:
         launch = self.runner.launch

@@ -52,6 +52,11 @@ def digest(attended: Ints) -> int:
     return crc32(attended.astype("<i4").tobytes())
 
 
+def first_seen(window: int | None, position: int) -> int:
+    """The first token that a token attends to."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
 def draw(tokens: Ints, digests: Digests, way: bytes) -> int:
     """A hash of a whole history and of the row's sampling parameters; the other results of a step derive from it."""
     return crc32(digests.astype("<i8").tobytes(), crc32(tokens.astype("<i4").tobytes(), crc32(way)))
@@ -110,8 +115,9 @@ class FakeDevice:
         self.limits, self.buckets = limits, buckets
         shape = (limits.num_blocks, limits.block_size)
         self.tokens, self.positions = np.full(shape, POISON, np.int32), np.full(shape, POISON, np.int32)
+        self.groups = np.full(shape, POISON, np.int32)  # whose KV a slot holds
         self.digests = np.zeros(shape, np.int64)
-        self.tables = np.zeros((buckets.rows, limits.width), np.int32)
+        self.tables = np.zeros((limits.groups, buckets.rows, limits.width), np.int32)
         self.last = np.full(buckets.rows, POISON, np.int32)
         self.controls: dict[int, Controls] = {}
         self.broken: set[int] = set()  # a row of logits that attends to one of these tokens is not finite
@@ -154,8 +160,9 @@ class FakeDevice:
 
     def layouts(self) -> list[packing.Layout]:
         """The shapes that are compiled."""
-        mixed = [packing.mixed_layout(size, self.buckets, self.limits.block_size) for size in self.buckets.mixed]
-        return [*mixed, *map(packing.decode_layout, self.buckets.decode)]
+        size, groups = self.limits.block_size, self.limits.groups
+        mixed = [packing.mixed_layout(tokens, self.buckets, size, groups) for tokens in self.buckets.mixed]
+        return [*mixed, *(packing.decode_layout(rows, groups) for rows in self.buckets.decode)]
 
     def _edit(self, cells: Ints, blocks: Ints) -> None:
         used = cells >= 0
@@ -166,7 +173,7 @@ class FakeDevice:
         sources, destinations = (half[half >= 0] for half in np.split(vector, 2))
         assert sources.size == destinations.size == np.unique(destinations).size
         assert not set(sources.tolist()) & set(destinations.tolist()), "blocks move in no order"
-        for array in (self.tokens, self.positions, self.digests):
+        for array in (self.tokens, self.positions, self.groups, self.digests):
             array[destinations] = array[sources]
 
     def _write(self, parts: dict[str, Ints], *, decode: bool) -> tuple[Ints, Ints]:
@@ -183,23 +190,29 @@ class FakeDevice:
         fed = self.last[rows[lines]]
         tokens = np.where(parts["tokens"][: lines.size] < 0, fed, parts["tokens"][: lines.size])
         assert (tokens >= 0).all() and (tokens < self.limits.vocab_size).all()
-        blocks = self.tables[rows[lines], positions // self.limits.block_size]
+        blocks = self.tables[:, rows[lines], positions // self.limits.block_size]
         assert (blocks > 0).all(), "the null block is written"
-        slots = (blocks, positions % self.limits.block_size)
-        assert np.unique(blocks * self.limits.block_size + slots[1]).size == blocks.size, "a slot is written twice"
-        self.tokens[slots], self.positions[slots] = tokens, positions
+        places = np.broadcast_to(positions % self.limits.block_size, blocks.shape)
+        assert np.unique(blocks * self.limits.block_size + places).size == blocks.size, "a slot is written twice"
+        self.tokens[blocks, places], self.positions[blocks, places] = tokens, positions
+        self.groups[blocks, places] = np.arange(len(blocks))[:, None]
         for at, (line, position) in enumerate(zip(lines.tolist(), positions.tolist(), strict=True)):
             attended, _ = self._attend(int(rows[line]), position)
-            self.digests[slots[0][at], slots[1][at]] = digest(attended)
+            self.digests[blocks[:, at], places[:, at]] = digest(attended)
         return rows[lines], positions
 
     def _attend(self, row: int, position: int) -> tuple[Ints, Digests]:
-        """The tokens and digests that a token attends to, through its row's table."""
-        first = 0 if self.limits.window is None else max(0, position - self.limits.window + 1)
-        seen = np.arange(first, position + 1)
-        slots = (self.tables[row, seen // self.limits.block_size], seen % self.limits.block_size)
-        assert (self.positions[slots] == seen).all(), f"row {row} at {position} sees slots of others"
-        return self.tokens[slots], self.digests[slots]
+        """The tokens and digests that a token attends to in all groups, through its row's tables."""
+        tokens: list[Ints] = []
+        digests: list[Digests] = []
+        for group, window in enumerate(self.limits.windows):
+            seen = np.arange(first_seen(window, position), position + 1)
+            slots = (self.tables[group, row, seen // self.limits.block_size], seen % self.limits.block_size)
+            own = (self.positions[slots] == seen) & (self.groups[slots] == group)
+            assert own.all(), f"row {row} at {position} sees slots of others"
+            tokens.append(self.tokens[slots])
+            digests.append(self.digests[slots])
+        return np.concatenate(tokens), np.concatenate(digests)
 
     def _head(self, packed: StepMessage, parts: dict[str, Ints], rows: Ints, positions: Ints) -> StepResult:
         entries = parts["entries"].reshape(-1, len(packing.ENTRY))
@@ -302,11 +315,13 @@ class Oracle:
         self.limits = limits
 
     def _seen(self, tokens: list[int], position: int) -> tuple[Ints, Digests]:
-        window = self.limits.window
-        firsts = [0 if window is None else max(0, p - window + 1) for p in range(position + 1)]
-        seen = range(firsts[position], position + 1)
-        array = np.array(tokens, np.int32)
-        return array[seen.start : seen.stop], np.array([digest(array[firsts[p] : p + 1]) for p in seen], np.int64)
+        array, windows = np.array(tokens, np.int32), self.limits.windows
+
+        def attended(p: int) -> Ints:
+            return np.concatenate([array[first_seen(window, p) : p + 1] for window in windows])
+
+        digests = np.array([digest(attended(p)) for p in range(position + 1)], np.int64)
+        return attended(position), np.concatenate([digests[first_seen(window, position) :] for window in windows])
 
     def reported(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
         """The log probability of the token that follows these."""
@@ -419,7 +434,7 @@ class FakeEngine:
     def check(self) -> None:
         """Check that the state of sequences, rows and blocks is consistent."""
         scheduler, alive = self.scheduler, self.sequences()
-        owners = Counter(block for sequence in alive for block in sequence.blocks if block)
+        owners = Counter(block for sequence in alive for table in sequence.blocks for block in table if block)
         check_integrity(scheduler.pool, owners)
         running = [sequence for sequence in alive if sequence.status == Status.RUNNING]
         assert scheduler.running == sorted(running, key=order_of)
@@ -437,11 +452,13 @@ class FakeEngine:
             assert sequence.status != Status.FINISHED
             assert (sequence.status == Status.BESIDE) <= (sequence in beside or sequence in parked + later)
             if sequence.status != Status.RUNNING:
-                assert not sequence.blocks and not sequence.computed and not sequence.pending and sequence.row == -1
-            size = self.limits.block_size
-            assert len(sequence.blocks) == -(-sequence.computed // size)
-            assert not any(sequence.blocks[: sequence.first_block]) and all(sequence.blocks[sequence.first_block :])
-            assert len(sequence.blocks) - sequence.first_block <= self.limits.blocks_for(self.limits.max_model_len)
+                assert not any(sequence.blocks) and not sequence.computed and not sequence.pending
+                assert sequence.row == -1 and not sequence.forked
+            size, longest = self.limits.block_size, self.limits.max_model_len
+            for window, first, table in zip(self.limits.windows, sequence.first_blocks, sequence.blocks, strict=True):
+                assert len(table) == -(-sequence.computed // size)
+                assert not any(table[:first]) and all(table[first:])
+                assert len(table) - first <= self.limits.blocks_in(window, longest)
             assert sequence.scores_reported <= sequence.scored <= sequence.prompt_len
 
     def check_over(self) -> None:

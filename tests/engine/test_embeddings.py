@@ -24,7 +24,7 @@ PROMPT = [(7 * i + 3) % 97 for i in range(LONGEST)]  # as long as the model take
 def _dense(params: Params, tokens: jax.Array) -> jax.Array:
     body, head = decoder.bind(decoder.Body, FULL, params), decoder.bind(decoder.Head, FULL, params)
     positions = jnp.arange(LONGEST, dtype=jnp.int32)[None]
-    x, _ = body(tokens, positions, [Dense()] * len(FULL.layers))
+    x = body(tokens, positions, Dense())
     return head.final(x)
 
 

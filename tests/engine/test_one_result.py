@@ -18,7 +18,19 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.types.outputs import TokenLogprobs
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
-from tests.engine.driver import BLOCK, FULL, LONGEST, WINDOWED, Driver, Stream, Streams, alone, logits_of, public_of
+from tests.engine.driver import (
+    BLOCK,
+    FULL,
+    LONGEST,
+    MIXED,
+    WINDOWED,
+    Driver,
+    Stream,
+    Streams,
+    alone,
+    logits_of,
+    public_of,
+)
 from tests.engine.model_oracle import Step
 from tests.engine.workloads import Job, random_jobs, run
 
@@ -109,9 +121,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("spec", [FULL, WINDOWED], ids=["full", "windowed"])
+@pytest.mark.parametrize("spec", [FULL, WINDOWED, MIXED], ids=["full", "windowed", "mixed"])
 def test_the_same_workload_in_every_configuration(spec: ModelSpec) -> None:
-    """Work that certainly preempts, copies, hits the cache, is cut into chunks; of the windowed model all rows ask for
+    """Work that certainly preempts, copies, hits the cache, is cut into chunks; with windows all rows ask for
     everything, so that few programs do."""
     seen: Counter[str] = Counter()
     for seed in range(4):

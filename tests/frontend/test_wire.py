@@ -176,7 +176,7 @@ def test_all_other_messages() -> None:
         num_blocks=9,
         max_logprobs=3,
         eos_token_ids=frozenset({1, 2}),
-        window=4,
+        windows=(None, 4),
     )
     said = [
         wire.Progress("loading", 1, 2),

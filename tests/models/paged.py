@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
-from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.inputs import ModelInputs, PagedTokens
 from jaxserve.models.spec import ModelSpec
 from pallas_kernels.ragged import Ragged
 
@@ -96,8 +96,7 @@ class Paged:
         return ModelInputs(
             tokens=jnp.asarray(tokens),
             positions=jnp.asarray(positions),
-            slots=jnp.asarray(slots),
-            ragged=jax.tree.map(jnp.asarray, ragged),
+            paged=(PagedTokens(slots=jnp.asarray(slots), ragged=jax.tree.map(jnp.asarray, ragged)),),
             sampled=jnp.arange(size, dtype=jnp.int32),
             rope_lengths=jnp.asarray(lengths) if self.spec.needs_rope_length else None,
         )

@@ -14,7 +14,6 @@ from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.dumps import launch_plan
 from benchmarks.gpu.engine.rig import Rig, rig_of
 from jaxserve.engine.execute import programs
-from jaxserve.engine.schedule import packing
 
 COLUMNS = ("graphs", "launches", "outside", "per_layer", "temp_mb", "ok", "note")
 
@@ -46,9 +45,8 @@ def measure(rig: Rig, key: Any) -> Row:
 
 def run(page: Page) -> None:
     rig = rig_of(page)
-    buckets, block_size = rig.buckets, rig.engine.limits.block_size
     rows, tokens = ((2,), ()) if page.settings.tiny else ((64, 1), (2048,))
-    cases = {f"decode[{n}]": packing.decode_layout(n) for n in rows}
-    cases |= {f"mixed[{n}]": packing.mixed_layout(n, buckets, block_size) for n in tokens}
+    cases = {f"decode[{n}]": rig.runner.decode_layout(n) for n in rows}
+    cases |= {f"mixed[{n}]": rig.runner.mixed_layout(n) for n in tokens}
     cases |= {f"head[{n}]": (n, rig.runner.heads[0]) for n in rows[:1]}
     page.each(cases.items(), lambda case: measure(rig, case[1]), name=lambda case: case[0])

@@ -151,10 +151,9 @@ class Rig:
         def wanted(sizes: Sequence[int]) -> list[int]:
             return [size for size in reversed(sizes) if only is None or size in only]
 
-        buckets, block_size = self.buckets, self.engine.limits.block_size
-        mixed = [packing.mixed_layout(size, buckets, block_size) for size in wanted(buckets.mixed)]
-        decode = [packing.decode_layout(size) for size in wanted(buckets.decode)]
-        return [*mixed, *decode, *((size, self.runner.heads[0]) for size in wanted(buckets.heads)), "edit"]
+        buckets, runner = self.buckets, self.runner
+        steps = [*map(runner.mixed_layout, wanted(buckets.mixed)), *map(runner.decode_layout, wanted(buckets.decode))]
+        return [*steps, *((size, runner.heads[0]) for size in wanted(buckets.heads)), "edit"]
 
     # --- requests ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.book import Page, Row
 from benchmarks.gpu.times.timing import Ceilings, random_pool
 from jaxserve.engine.capacity import token_bytes
 from jaxserve.models import decoder, kv_cache, param_layout
-from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.inputs import ModelInputs, PagedTokens
 from jaxserve.models.spec import ModelSpec, Moe
 from pallas_kernels.ragged import Ragged
 
@@ -54,16 +54,22 @@ def inputs(case: StepCase) -> ModelInputs:
     slots = blocks[:, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
     numbers = np.arange(case.rows)
     ragged = Ragged(
-        block_tables=blocks,
-        kv_lens=np.full(case.rows, case.context),
-        cu_q_lens=np.arange(case.rows + 1),
-        distribution=np.array([case.rows, case.rows]),
+        block_tables=_ints(blocks),
+        kv_lens=_ints(np.full(case.rows, case.context)),
+        cu_q_lens=_ints(np.arange(case.rows + 1)),
+        distribution=_ints([case.rows, case.rows]),
         decode_only=True,
     )
-    arrays: dict[str, Any] = dict(
-        tokens=numbers, positions=np.full(case.rows, last), slots=slots, ragged=ragged, sampled=numbers
+    return ModelInputs(
+        tokens=_ints(numbers),
+        positions=_ints(np.full(case.rows, last)),
+        paged=(PagedTokens(slots=_ints(slots), ragged=ragged),),
+        sampled=_ints(numbers),
     )
-    return ModelInputs(**jax.tree.map(lambda array: jnp.asarray(array, jnp.int32), arrays))
+
+
+def _ints(values: Any) -> jax.Array:
+    return jnp.asarray(values, jnp.int32)
 
 
 def read_bytes(spec: ModelSpec, params: Any, case: StepCase) -> float:

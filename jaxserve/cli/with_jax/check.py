@@ -98,14 +98,30 @@ def _model_lines(model: Described, plan: Capacity) -> list[str]:
     heads = f"{attention.heads} heads"
     if isinstance(attention, Attention):
         heads += f", {attention.kv_heads} KV heads"
-    per_token, per_block = plan.block_bytes // block_size, shown_size(plan.block_bytes)
+    per_block = shown_size(plan.block_bytes)
     return [
         f"model         {one_line(model.name)}, {one_line(model.architecture)}",
         f"parameters    {model.parameters:,} in {plan.memory.dtype}, stored as {model.stored.name}",
         f"layers        {len(spec.layers)}, hidden {spec.hidden:,}, {heads}, vocabulary {spec.vocab_size:,}",
         f"max length    {spec.max_positions:,} tokens",
-        f"KV cache      {per_token:,} bytes per token and device, {per_block} per block of {block_size}",
+        f"KV cache      {plan.token_bytes:,} bytes per token and device, {per_block} per block of {block_size}",
+        *_window_lines(plan),
         "",
+    ]
+
+
+def _window_lines(plan: Capacity) -> list[str]:
+    """What layers with a sliding window save."""
+    windows = [plan.limits.windows[group] for group, _ in plan.groups.at]
+    found = sorted({window for window in windows if window is not None})
+    if not found or not plan.longest:
+        return []
+    count = sum(window is not None for window in windows)
+    keep = f"{count} of {len(windows)} layers keep only a window of {' or '.join(f'{each:,}' for each in found)} tokens"
+    share = f"{100 * plan.kept_share:.0f}% of what it would take if every layer kept all tokens"
+    return [
+        f"{'':14}{keep}:",
+        f"{'':14}a sequence of {plan.longest:,} takes {shown_size(plan.sequence_bytes)}, {share}",
     ]
 
 
@@ -142,7 +158,7 @@ def _as_json(model: Described, plan: Capacity, others: list[tuple[str, Capacity]
         "hidden": spec.hidden,
         "vocab_size": spec.vocab_size,
         "max_positions": spec.max_positions,
-        "kv_bytes_per_token": plan.block_bytes // plan.limits.block_size,
+        "kv_bytes_per_token": plan.token_bytes,
         "plan": _plan_as_json(plan),
         "alternatives": {name: _plan_as_json(other) for name, other in others},
     }
@@ -159,6 +175,9 @@ def _plan_as_json(plan: Capacity) -> dict[str, Any]:
         "slack": SLACK,
         "block_size": limits.block_size,
         "block_bytes": plan.block_bytes,
+        "cache_groups": plan.limits.groups,
+        "sequence_bytes": plan.sequence_bytes,
+        "kept_share": plan.kept_share,
         "blocks": plan.blocks,
         "max_model_len": plan.wanted_len,
         "held": plan.held,

@@ -12,7 +12,7 @@
 A step is `model`, then `head` if logits are needed and `embed` if hidden states are. They are separate programs because
 the head's variants would otherwise multiply the compile time of `model`; the hidden states and entries passed between
 them have one shape for all buckets. Parameters come as `body` and `head`: each program gets the part that it reads
-(decoder.names). State is donated: cache, tables [rows, width], last [rows] (each row's last sampled
+(decoder.names). State is donated: cache, tables [groups, rows, width], last [rows] (each row's last sampled
 token, the next step's input, which thus stays on the device), controls. For the vector's layout see packing.py.
 """
 
@@ -29,8 +29,9 @@ from jaxserve.engine.schedule import packing
 from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Layout
 from jaxserve.models import decoder, kv_cache
+from jaxserve.models.cache_groups import Groups
 from jaxserve.models.decoder import Params
-from jaxserve.models.inputs import ModelInputs
+from jaxserve.models.inputs import ModelInputs, PagedTokens
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
@@ -50,6 +51,7 @@ def fresh(tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Cache, j
 
 def model(
     spec: ModelSpec,
+    groups: Groups,
     layout: Layout,
     most: int,
     rope_length: int,
@@ -69,7 +71,7 @@ def model(
         entries = parts["entries"].reshape(layout.entries, len(packing.ENTRY))
         padding = most - layout.entries
         entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
-        inputs = _inputs(layout, kv_cache.block_size(cache), parts, tables, last, entries)
+        inputs = _inputs(groups, layout, kv_cache.block_size(cache), parts, tables, last, entries)
         if spec.needs_rope_length:
             inputs = replace(inputs, rope_lengths=jnp.full(layout.tokens, rope_length, jnp.int32))
         return tables, entries, inputs
@@ -80,6 +82,7 @@ def model(
 
 
 def _inputs(
+    groups: Groups,
     layout: Layout,
     block_size: int,
     parts: dict[str, jax.Array],
@@ -98,29 +101,37 @@ def _inputs(
         real = line < layout.rows
         line = jnp.minimum(line, layout.rows - 1)
         positions = jnp.where(real, kv_lens[line] - (starts[line + 1] - place), 0)
-    block_tables = tables.at[rows].get(mode="clip")
-    blocks = block_tables[line, positions // block_size]
+
+    def paged(tables: jax.Array) -> PagedTokens:
+        block_tables = tables.at[rows].get(mode="clip")
+        blocks = block_tables[line, positions // block_size]
+        return PagedTokens(
+            slots=jnp.where(real, blocks * block_size + positions % block_size, -1),
+            ragged=Ragged(
+                block_tables=block_tables,
+                kv_lens=kv_lens,
+                cu_q_lens=starts,
+                distribution=parts["distribution"],
+                decode_only=layout.decode,
+            ),
+        )
+
     fed = last.at[rows[line]].get(mode="clip")
     return ModelInputs(
         tokens=jnp.where(parts["tokens"] < 0, fed, parts["tokens"]),
         positions=positions,
-        slots=jnp.where(real, blocks * block_size + positions % block_size, -1),
-        ragged=Ragged(
-            block_tables=block_tables,
-            kv_lens=kv_lens,
-            cu_q_lens=starts,
-            distribution=parts["distribution"],
-            decode_only=layout.decode,
-        ),
+        paged=tuple(map(paged, tables)),
+        groups=groups,
         sampled=jnp.maximum(entries[:, TOKEN], 0),
     )
 
 
 def edited(tables: jax.Array, cells: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Apply block table edits. A cell is row * width + column; negative ones are skipped."""
-    width = tables.shape[1]
-    rows = jnp.where(cells < 0, tables.shape[0], cells // width)
-    return tables.at[rows, cells % width].set(blocks, mode="drop")
+    """Apply block table edits. A cell is an index of the flattened tables; negative ones are skipped."""
+    _, count, width = tables.shape
+    rows = cells // width
+    groups = jnp.where(cells < 0, tables.shape[0], rows // count)
+    return tables.at[groups, rows % count, cells % width].set(blocks, mode="drop")
 
 
 def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax.Array]:
@@ -231,7 +242,7 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: ("tree", "shapes"),
-    model: ("spec", "layout", "most", "rope_length"),
+    model: ("spec", "groups", "layout", "most", "rope_length"),
     head: ("spec", "rows", "variant", "processed"),
     embed: ("spec", "rows"),
 }

@@ -179,7 +179,6 @@ def sized(config: EngineConfig, limits: Limits) -> EngineConfig:
         config,
         num_blocks=limits.num_blocks,
         kv_cache_memory_bytes=None,
-        max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         prefix_hash_seed="",  # a secret, and no step depends on it

@@ -114,7 +114,7 @@ class Runner:
     ) -> None:
         """`processed`: log probabilities are those of the distribution that is sampled from, not of the raw one."""
         self.spec, self.limits, self.buckets, self.mesh = spec, capacity.limits, capacity.buckets, mesh
-        self._processed, self._store = processed, store
+        self.groups, self._processed, self._store = capacity.groups, processed, store
         self._variants = need.variants(capacity.limits.max_logprobs)  # of the head, by the need that each covers
         self.params: Params = params  # only their shapes until `warm`, if they are still being read
         # A program gets what it reads and no more: every call passes over all arguments.
@@ -163,13 +163,18 @@ class Runner:
         limits, rows = self.limits, self.buckets.rows
         with self.on_mesh():
             pools = kv_cache.abstract_cache(
-                self.spec, blocks=limits.num_blocks, block_size=limits.block_size, dtype=self.dtype
+                self.spec,
+                blocks=limits.num_blocks,
+                block_size=limits.block_size,
+                dtype=self.dtype,
+                groups=self.groups,
             )
         cache = [
             {name: pool.update(sharding=pool.sharding or self._everywhere) for name, pool in layer.items()}
             for layer in pools
         ]
-        tables, last = self._abstract((rows, limits.width), jnp.int32), self._abstract((rows,), jnp.int32)
+        tables = self._abstract((limits.groups, rows, limits.width), jnp.int32)
+        last = self._abstract((rows,), jnp.int32)
         return cache, tables, last, controls.abstract(rows, self.spec.vocab_size, self._everywhere)
 
     def free(self) -> None:
@@ -184,7 +189,7 @@ class Runner:
     def largest_step(self) -> int:
         """Bytes per device of the temporaries and results of the largest programs, which it compiles."""
         buckets = self.buckets
-        tokens = packing.mixed_layout(buckets.tokens, buckets, self.limits.block_size)
+        tokens = self.mixed_layout(buckets.tokens)
         return max(
             compiler.EXECUTABLES.extra(self._executable(key)) for key in (tokens, (buckets.entries, self.heads[-1]))
         )
@@ -198,8 +203,8 @@ class Runner:
         """All programs that a step can need, the largest first, since they take longest to compile."""
         buckets = self.buckets
         return [
-            *(packing.mixed_layout(tokens, buckets, self.limits.block_size) for tokens in reversed(buckets.mixed)),
-            *(packing.decode_layout(rows) for rows in reversed(buckets.decode)),
+            *map(self.mixed_layout, reversed(buckets.mixed)),
+            *map(self.decode_layout, reversed(buckets.decode)),
             *((rows, head) for head in reversed(self.heads) for rows in reversed(self._ladder(head))),
             *(("embed", rows) for rows in reversed(buckets.scoring_heads)),
             "edit",
@@ -207,6 +212,12 @@ class Runner:
             "add_counts",
             "set_masks",
         ]
+
+    def decode_layout(self, rows: int) -> Layout:
+        return packing.decode_layout(rows, self.limits.groups)
+
+    def mixed_layout(self, tokens: int) -> Layout:
+        return packing.mixed_layout(tokens, self.buckets, self.limits.block_size, self.limits.groups)
 
     def covering(self) -> list[ProgramKey]:
         """The programs that an engine must have to serve every request, padded, and a few cheap ones that make its
@@ -273,7 +284,7 @@ class Runner:
     def exercise(self, keys: Iterable[ProgramKey] | None = None) -> None:
         """Run every program once, or these, on padding: a device loads code and captures graphs at the first run."""
         keys = self.every_key() if keys is None else keys
-        smallest = packing.decode_layout(self.available.fitting("decode", 1))
+        smallest = self.decode_layout(self.available.fitting("decode", 1))
         models = [key for key in keys if isinstance(key, Layout)] or [smallest]  # the others need their results
         hidden = entries = None
         for key in (*models, *(key for key in keys if not isinstance(key, Layout))):
@@ -317,7 +328,8 @@ class Runner:
         match key:
             case Layout():
                 given = (self._body_shapes, cache, tables, last, self._vector(key.size))
-                return self._with_shapes(programs.model, (spec, key, most, self.limits.rope_length), *given)
+                static = (spec, self.groups, key, most, self.limits.rope_length)
+                return self._with_shapes(programs.model, static, *given)
             case ("embed", int(rows)):
                 return self._with_shapes(programs.embed, (spec, rows), self._head_shapes, self._hidden())
             case (int(rows), Variant() as head):

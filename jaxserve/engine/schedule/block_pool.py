@@ -9,9 +9,9 @@ It handles only block ids and keys, not requests, devices or block contents. A b
     used    has owners, with or without a key
 
 Block 0 is the null block, in none of these states. A key identifies a block's tokens and all tokens before them: `root`
-starts a chain, `chain` adds one full block. Keys belong to one process and one generation: `reset` starts the next, and
-blocks published under a key of an earlier generation are never found. So a sequence that ran across a weight update
-cannot leave blocks that mix old and new weights.
+starts a chain, `chain` adds one full block; each cache group has its own block for a key. Keys belong to one process
+and one generation: `reset` starts the next, and blocks published under a key of an earlier generation are never found.
+So a sequence that ran across a weight update cannot leave blocks that mix old and new weights.
 
 Misuse, a bug in the caller, raises a RuntimeError that names the block and its state. A call that raises changes
 nothing.
@@ -33,7 +33,9 @@ _KEY_BYTES = _DIGEST_BYTES + _GENERATION_BYTES  # a key ends with the generation
 class BlockPool:
     """All blocks except the null block start free. Every operation takes constant time per block or key."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True, seed: str = "") -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, caching: bool = True, seed: str = "", groups: int = 1
+    ) -> None:
         """`seed`: pools of equal seeds give equal chains equal keys, in any process; without one, keys are secret."""
         if num_blocks < 2 or block_size < 1:
             problem = f"num_blocks is {num_blocks}, block_size {block_size}"
@@ -43,7 +45,8 @@ class BlockPool:
         self._caching = caching
         self._owners = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
+        self._group_of = [0] * num_blocks  # of blocks with a key
+        self._block_of: tuple[dict[bytes, int], ...] = tuple({} for _ in range(groups))
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # the last item is reused next
         self._cached: OrderedDict[int, None] = OrderedDict()  # the first item is evicted next
         self._generation_mark = self.generation.to_bytes(_GENERATION_BYTES)
@@ -147,8 +150,9 @@ class BlockPool:
         hashed.update(parent + packed + _packed(extras) if extras else parent + packed)
         return hashed.digest() + parent[_DIGEST_BYTES:]
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Cache an owned block under the key of its content, which is written, in device order, before any later read.
+    def publish(self, block: int, key: bytes, group: int = 0) -> None:
+        """Cache an owned block of this group under the key of its content, which is written, in device order, before
+        any later read.
 
         No-op if another block has the key, or if the key is of an earlier generation.
         """
@@ -160,25 +164,31 @@ class BlockPool:
             raise RuntimeError(f"block {block} is published under {len(key)} bytes, a key has {_KEY_BYTES}")
         if key[_DIGEST_BYTES:] != self._generation_mark:
             return
-        if self._key_of[block] not in (None, key):
+        had = self._key_of[block]
+        if had is not None and (had != key or self._group_of[block] != group):
             raise RuntimeError(f"cannot publish block {block}: it is cached under another key, so its content is fixed")
-        if self._block_of.setdefault(key, block) == block:
-            self._key_of[block] = key
+        if self._block_of[group].setdefault(key, block) == block:
+            self._key_of[block], self._group_of[block] = key, group
 
-    def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest prefix of `keys` that is cached. Does not add owners.
+    def find(self, keys: Iterable[bytes], group: int = 0) -> list[int]:
+        """The blocks of the longest prefix of `keys` that is cached in this group. Does not add owners.
 
         Stops at the first miss, so that a generator computes no unneeded keys.
         """
         found: list[int] = []
         if not self._caching:
             return found
+        blocks = self._block_of[group]
         for key in keys:
-            block = self._block_of.get(key)
+            block = blocks.get(key)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def cached(self, key: bytes, group: int = 0) -> int | None:
+        """The block of this group that is cached under the key."""
+        return self._block_of[group].get(key)
 
     def forget(self, blocks: Sequence[int]) -> None:
         """Drop the keys of blocks whose content is invalid; cached ones become free. Skips null blocks."""
@@ -198,13 +208,14 @@ class BlockPool:
         self._generation_mark = self.generation.to_bytes(_GENERATION_BYTES)
         self._free[:0] = reversed(self._cached)  # keeps the order of reuse
         self._cached.clear()
-        self._block_of.clear()
+        for blocks in self._block_of:
+            blocks.clear()
         self._key_of = [None] * self.num_blocks
 
     def _drop_key(self, block: int) -> None:
         key = self._key_of[block]
         if key is not None:
-            del self._block_of[key]
+            del self._block_of[self._group_of[block]][key]
             self._key_of[block] = None
 
     # --- inspection -------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block table of each sequence with a row, and the changes to send to the devices with the next step.
+"""The block tables of each sequence with a row, and the changes to send to the devices with the next step.
 
-It allocates, shares and frees blocks through the pool; the scheduler decides when a sequence runs.
+It allocates, shares and frees blocks through the pool; the scheduler decides when a sequence runs. A sequence has one
+table for each cache group. All have the same length, since all layers write the KV of every token; in groups with a
+sliding window the blocks before the window are freed, and null blocks take their places.
 
 Changes on the devices (block copies, then block-table edits) are sent with the next step and applied before it. Steps
 run in order, so a block freed now can be reused by the next step while a step in flight still reads it, and a block can
@@ -16,10 +18,19 @@ from jaxserve.engine.schedule.sequence import Sequence
 class BlockTables:
     def __init__(self, limits: Limits, *, hash_seed: str = "") -> None:
         caching = limits.enable_prefix_caching
-        self.pool = BlockPool(limits.num_blocks, limits.block_size, caching=caching, seed=hash_seed)
-        self._limits = limits
+        self.pool = BlockPool(
+            limits.num_blocks, limits.block_size, caching=caching, seed=hash_seed, groups=limits.groups
+        )
+        self._limits, self._size = limits, limits.block_size
+        self._complete = [group for group, window in enumerate(limits.windows) if window is None]
+        self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window is not None]
         self._copies: list[tuple[int, int]] = []
         self._edits: dict[int, int] = {}
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a group frees blocks while its sequence runs."""
+        return bool(self._windowed)
 
     def take_changes(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
         """Block copies and table edits since the last step."""
@@ -38,7 +49,7 @@ class BlockTables:
         """Share its cached prefix if all other blocks it needs are available beside `reserve`; return whether.
 
         A sequence that finds no room is asked again at every step, but looks up its prefix only if something has
-        changed for it: more blocks are available, or its next block is cached.
+        changed for it: more blocks are available, or a block that it missed is cached.
         """
         pool = self.pool
         room = pool.available - reserve
@@ -47,115 +58,162 @@ class BlockTables:
         if sequence.generation != pool.generation:
             sequence.generation, sequence.keys, sequence.refused = pool.generation, [], None
         if sequence.refused is not None:
-            had, missing = sequence.refused
-            if room <= had and not (missing and pool.find([missing])):
+            had, missed = sequence.refused
+            if room <= had and not any(pool.cached(key, group) is not None for key, group in missed):
                 return False
-        hits = self._hits(sequence)
-        unseen = self._unseen(len(hits) * self._limits.block_size)
-        shared = hits[unseen:]
-        sequence.blocks, sequence.first_block = [NULL_BLOCK] * unseen + shared, unseen
+        count, shared, missed = self._hits(sequence)
+        for group, hits in enumerate(shared):
+            first = sequence.first_blocks[group] = count - len(hits)
+            sequence.blocks[group] = [NULL_BLOCK] * first + hits
         # Cached hits no longer count as available once they are shared. They are not shared, and so keep their place in
         # the order of reuse, unless the sequence begins.
-        if self.wanted(sequence) > room - pool.unowned(shared):
-            sequence.blocks, sequence.first_block = [], 0
-            sequence.refused = room, sequence.keys[len(hits)] if len(hits) < len(sequence.keys) else b""
+        if self.wanted(sequence) > room - sum(map(pool.unowned, shared)):
+            sequence.clear_blocks()
+            sequence.refused = room, missed
             return False
         sequence.refused = None
-        pool.share(shared)
-        sequence.published = len(hits)
-        sequence.computed = len(hits) * self._limits.block_size
+        for hits in shared:
+            pool.share(hits)
+        sequence.published = count
+        sequence.computed = count * self._size
         return True
 
     def begin_as(self, twin: Sequence, leader: Sequence) -> None:
         """Share the leader's blocks with the fork, including a partial last block, which the first writer copies."""
-        self.pool.share(leader.blocks[leader.first_block :])
-        twin.blocks, twin.first_block = list(leader.blocks), leader.first_block
+        for blocks, first in zip(leader.blocks, leader.first_blocks, strict=True):
+            self.pool.share(blocks[first:])
+        twin.blocks, twin.first_blocks = list(map(list, leader.blocks)), list(leader.first_blocks)
+        twin.forked = leader.forked = True
         twin.computed, twin.cached = leader.computed, leader.cached
         twin.keys, twin.generation, twin.published = list(leader.keys), leader.generation, leader.published
 
     def end(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.first_block = [], 0
+        for blocks in sequence.blocks:
+            self.pool.release(blocks)
+        sequence.clear_blocks()
         sequence.computed = sequence.published = 0
 
     def distrust(self, sequence: Sequence) -> None:
         """Remove its blocks from the prefix cache."""
-        self.pool.forget(sequence.blocks[sequence.first_block :])
+        for blocks in sequence.blocks:
+            self.pool.forget(blocks)
 
-    def tell(self, sequence: Sequence, first: int = 0) -> None:
-        """Send its block table to the devices, from this block on."""
-        at, blocks, edits = sequence.row * self._limits.width, sequence.blocks, self._edits
-        for i in range(first, len(blocks)):
-            edits[at + i] = blocks[i]
+    def send(self, sequence: Sequence, first: int = 0) -> None:
+        """Send its block tables to the devices, from this block on."""
+        edits = self._edits
+        for group, blocks in enumerate(sequence.blocks):
+            at = self._cell(group, sequence.row)
+            for i in range(first, len(blocks)):
+                edits[at + i] = blocks[i]
+
+    def _cell(self, group: int, row: int) -> int:
+        """Where a row's table begins in the array [groups, rows, width]."""
+        return (group * self._limits.max_num_seqs + row) * self._limits.width
 
     # --- progress of a sequence -------------------------------------------------------------------------------------
 
     def wanted(self, sequence: Sequence) -> int:
         """The number of additional blocks that its tokens need."""
-        needed = -(-sequence.length // self._limits.block_size)
-        if self._limits.window is not None:
-            needed = min(needed, sequence.first_block + self._limits.blocks_for(sequence.length))
-        return max(0, needed - len(sequence.blocks))
+        needed, had = -(-sequence.length // self._size), sequence.num_blocks
+        wanted = len(self._complete) * max(0, needed - had)
+        for group, window in self._windowed:
+            most = sequence.first_blocks[group] + self._limits.blocks_in(window, sequence.length)
+            wanted += max(0, min(needed, most) - had)
+        return wanted
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Allocate exclusively owned slots for its next tokens. Changes nothing if blocks are short."""
-        blocks, at = sequence.blocks, sequence.computed // self._limits.block_size
-        needed = (sequence.computed + count - 1) // self._limits.block_size + 1 - len(blocks)
-        copies = at < len(blocks) and self.pool.shared(blocks[at])
-        if needed <= 0 and not copies:
-            return True
-        new = self.pool.allocate(max(needed, 0) + copies)
+        had = sequence.num_blocks
+        needed = (sequence.computed + count - 1) // self._size + 1 - had
+        if needed <= 0:
+            if not sequence.forked:
+                return True
+            needed = 0
+        tables, at = sequence.blocks, sequence.computed // self._size
+        copied = [group for group, blocks in enumerate(tables) if at < had and self.pool.shared(blocks[at])]
+        new = self.pool.allocate(needed * len(tables) + len(copied))
         if new is None:
             return False
-        had = len(blocks)
-        if copies:
-            mine = new.pop()
+        for group in copied:
+            mine, blocks = new.pop(), tables[group]
             self._copies.append((blocks[at], mine))
             self.pool.release([blocks[at]])
             blocks[at] = mine
-            self._edits[sequence.row * self._limits.width + at] = mine
-        blocks += new
-        self.tell(sequence, had)
+            self._edits[self._cell(group, sequence.row) + at] = mine
+        for group, blocks in enumerate(tables):
+            blocks += new[group * needed : (group + 1) * needed]
+        self.send(sequence, had)
         return True
 
     def leave_window(self, sequence: Sequence) -> None:
-        """Free the blocks outside the sliding window of all tokens still to be computed."""
-        seen = self._unseen(sequence.computed)
-        if seen > sequence.first_block:
-            blocks, at = sequence.blocks, sequence.row * self._limits.width
-            self.pool.release(blocks[sequence.first_block : seen])
-            for i in range(sequence.first_block, seen):
-                blocks[i] = self._edits[at + i] = NULL_BLOCK
-            sequence.first_block = seen
+        """Free the blocks outside the sliding windows of all tokens still to be computed."""
+        for group, window in self._windowed:
+            first, seen = sequence.first_blocks[group], self._unseen(sequence.computed, window)
+            if seen > first:
+                blocks, at = sequence.blocks[group], self._cell(group, sequence.row)
+                self.pool.release(blocks[first:seen])
+                for i in range(first, seen):
+                    blocks[i] = self._edits[at + i] = NULL_BLOCK
+                sequence.first_blocks[group] = seen
 
-    def _unseen(self, position: int) -> int:
+    def _unseen(self, position: int, window: int | None) -> int:
         """The number of leading blocks outside the sliding window of the token at `position`."""
-        window = self._limits.window
-        return 0 if window is None else max(0, position - window + 1) // self._limits.block_size
+        return 0 if window is None else max(0, position - window + 1) // self._size
 
     # --- prefix cache -----------------------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence) -> None:
         """Publish its full, computed blocks whose tokens are known to the prefix cache."""
-        full = min(sequence.computed, len(sequence.tokens)) // self._limits.block_size
+        full = min(sequence.computed, len(sequence.tokens)) // self._size
         if full <= sequence.published:
             return
         if self._limits.enable_prefix_caching and sequence.generation == self.pool.generation:
-            for i in range(sequence.published, full):
-                if sequence.blocks[i] != NULL_BLOCK:
-                    self.pool.publish(sequence.blocks[i], self._key(sequence, i))
+            for group, blocks in enumerate(sequence.blocks):
+                for i in range(sequence.published, full):
+                    if blocks[i] != NULL_BLOCK:
+                        self.pool.publish(blocks[i], self._key(sequence, i), group)
         sequence.published = full
 
-    def _hits(self, sequence: Sequence) -> list[int]:
-        """Its cached prefix, up to the first token whose logits are needed."""
-        if sequence.request.params.skip_reading_prefix_cache:
-            return []
+    def _hits(self, sequence: Sequence) -> tuple[int, list[list[int]], list[tuple[bytes, int]]]:
+        """The number of blocks in its longest usable prefix, up to the first token whose logits are needed; the last of
+        them that each group needs; and keys with their groups that prevent a longer one.
+
+        Groups that keep all tokens need every block of it, the others those in the window of the token after it.
+        """
+        found: list[list[int]] = [[] for _ in self._limits.windows]
+        if sequence.request.params.skip_reading_prefix_cache or not self._limits.enable_prefix_caching:
+            return 0, found, []
         last = min(sequence.length, sequence.scored) - 1 if sequence.scores else sequence.length - 1
-        return self.pool.find(self._key(sequence, i) for i in range(last // self._limits.block_size))
+        count = last // self._size
+        missed: list[tuple[bytes, int]] = []
+        for group in self._complete:
+            found[group] = self.pool.find((self._key(sequence, i) for i in range(count)), group)
+            if len(found[group]) < count:
+                count = len(found[group])
+                missed.append((self._key(sequence, count), group))
+        checked = 0  # groups in a row that have all that a prefix of this length needs
+        while count and checked < len(self._windowed):
+            for group, window in self._windowed:
+                gap = self._gap(sequence, count, group, window)
+                checked += 1
+                if gap is not None:  # so is every longer prefix without it
+                    missed.append((self._key(sequence, gap), group))
+                    count, checked = gap, 0
+        for group in self._complete:
+            del found[group][count:]
+        for group, window in self._windowed:
+            first = self._unseen(count * self._size, window)
+            found[group] = self.pool.find((self._key(sequence, i) for i in range(first, count)), group)
+        return count, found, missed
+
+    def _gap(self, sequence: Sequence, count: int, group: int, window: int) -> int | None:
+        """The last block that a prefix of `count` blocks needs and that this group has not cached."""
+        needed = reversed(range(self._unseen(count * self._size, window), count))
+        return next((i for i in needed if self.pool.cached(self._key(sequence, i), group) is None), None)
 
     def _key(self, sequence: Sequence, i: int) -> bytes:
         """The key of its block, computed on demand."""
-        size, keys = self._limits.block_size, sequence.keys
+        size, keys = self._size, sequence.keys
         while len(keys) <= i:
             parent = keys[-1] if keys else self.pool.root(sequence.request.cache_salt or "")
             start, stop = len(keys) * size, (len(keys) + 1) * size

@@ -72,14 +72,14 @@ def places(layout: Layout) -> dict[str, slice]:
 
 
 @cache
-def decode_layout(rows: int) -> Layout:
-    return Layout(decode=True, tokens=rows, rows=rows, edits=rows + SPARE_EDITS, entries=rows)
+def decode_layout(rows: int, groups: int = 1) -> Layout:
+    return Layout(decode=True, tokens=rows, rows=rows, edits=rows * groups + SPARE_EDITS, entries=rows)
 
 
 @cache
-def mixed_layout(tokens: int, buckets: Buckets, block_size: int) -> Layout:
+def mixed_layout(tokens: int, buckets: Buckets, block_size: int, groups: int = 1) -> Layout:
     rows = min(tokens, buckets.rows)
-    edits = tokens // block_size + 2 * rows + SPARE_EDITS
+    edits = (tokens // block_size + 2 * rows) * groups + SPARE_EDITS
     return Layout(decode=False, tokens=tokens, rows=rows, edits=edits, entries=buckets.entries)
 
 
@@ -135,10 +135,10 @@ class Batcher:
         # Slices of one token come first, so if the last slice has one, all have.
         decode = slices[-1].count == 1 and plan.entries == len(slices)
         if decode:
-            layout = decode_layout(self._available.fitting("decode", len(slices)))
+            layout = decode_layout(self._available.fitting("decode", len(slices)), self.limits.groups)
         else:
             tokens = self._available.fitting("mixed", plan.tokens)
-            layout = mixed_layout(tokens, self.buckets, self.limits.block_size)
+            layout = mixed_layout(tokens, self.buckets, self.limits.block_size, self.limits.groups)
         vector = np.zeros(layout.size, np.int32)
         parts = {name: vector[at] for name, at in places(layout).items()}
         entries = parts["entries"].reshape(layout.entries, len(ENTRY))
@@ -257,7 +257,7 @@ class Batcher:
         cells = np.fromiter(plan.edits.keys(), np.int32, len(plan.edits))
         blocks = np.fromiter(plan.edits.values(), np.int32, len(plan.edits))
         if cells.size:
-            _within("block table cell", cells, 0, self.buckets.rows * self.limits.width)
+            _within("block table cell", cells, 0, self.limits.groups * self.buckets.rows * self.limits.width)
             _within("block", blocks, 0, self.limits.num_blocks)
         parts["cells"][:] = -1
         fits = cells.size <= parts["cells"].size

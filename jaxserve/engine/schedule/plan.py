@@ -40,7 +40,7 @@ class StepPlan:
     policy_version: int = 0
     # The device applies everything below before the step, in this order.
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
-    edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: row * width + column -> block
+    edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: cell -> block
     arrivals: list[Sequence] = field(default_factory=list[Sequence])  # sequences that took a row since the last step
 
     @property

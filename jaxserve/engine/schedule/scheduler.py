@@ -192,7 +192,7 @@ class Scheduler:
             sequence.scheduled = self._now
         insort(self.running, sequence, key=order_of)
         self._arrived.append(sequence)
-        self._tables.tell(sequence)
+        self._tables.send(sequence)
 
     def _leave_row(self, sequence: Sequence) -> None:
         del self.running[bisect_left(self.running, sequence.order, key=order_of)]
@@ -267,10 +267,11 @@ class Scheduler:
 
     def _admit(self, draft: Draft, chunked: list[Sequence]) -> None:
         """Give rows to waiting sequences in order, while each whole prompt fits beside the running ones. Reserved for
-        those: one more block each, and all blocks for prompts in progress.
+        those: one more block each in each group, and all blocks for prompts in progress.
         """
         tables, waiting = self._tables, self._waiting
-        reserve = len(self.running) + sum(map(tables.wanted, chunked))
+        each = self.limits.groups
+        reserve = each * len(self.running) + sum(map(tables.wanted, chunked))
         while waiting and draft.tokens < self.limits.max_num_batched_tokens and self._free_rows:
             sequence = waiting.first
             if not tables.begin(sequence, reserve=reserve):
@@ -282,7 +283,7 @@ class Scheduler:
                 self._count_prefix(sequence)
             left = sequence.length - sequence.computed
             self._compute(draft, sequence, min(left, self.limits.max_num_batched_tokens - draft.tokens))
-            reserve += 1 + tables.wanted(sequence)
+            reserve += each + tables.wanted(sequence)
 
     def _count_prefix(self, sequence: Sequence) -> None:
         if self.limits.enable_prefix_caching and not sequence.request.params.skip_reading_prefix_cache:
@@ -301,7 +302,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Allocate slots for its next tokens. Preempts the last running sequences if needed, even itself."""
-        if self.limits.window is not None:
+        if self._tables.windowed:
             self._tables.leave_window(sequence)
         while not self._tables.grow(sequence, count):
             victim = self.running[-1]

@@ -32,7 +32,8 @@ class Sequence:
         "controls",
         "end",
         "epoch",
-        "first_block",
+        "first_blocks",
+        "forked",
         "generation",
         "goal",
         "held",
@@ -91,13 +92,17 @@ class Sequence:
         self.seed = seed & 0xFFFF_FFFF
         self.status = Status.BESIDE
         self.row, self.epoch, self.computed, self.pending, self.cached = -1, 0, 0, 0, 0
-        self.blocks: list[int] = []
-        self.first_block = 0  # blocks before it are outside every layer's window and are freed
+        # For each cache group its block table, and its first block that is not freed: those before it are outside the
+        # group's window.
+        self.blocks: list[list[int]] = [[] for _ in limits.windows]
+        self.first_blocks = [0 for _ in limits.windows]
+        self.forked = False  # blocks may be shared that it writes: those of a prompt, by samples of one request
         self.keys: list[bytes] = []  # prefix-cache keys of its full blocks, computed on demand
         self.published = 0  # the number of its blocks published under these keys
         self.generation = -1  # the pool's generation when its KV was begun
-        # While it waits for blocks: those that were available to it when it found too few, and its next block's key.
-        self.refused: tuple[int, bytes] | None = None
+        # While it waits for blocks: how many were available to it when it found too few, and the keys of blocks that
+        # would have given it a longer prefix, with their groups.
+        self.refused: tuple[int, list[tuple[bytes, int]]] | None = None
         self.siblings: list[Sequence] = []  # the other samples of the request, until its prompt is computed
         self.held = 0  # above 0: a beam, which stops after each token until `extend`; the number of beams in its search
         self.reported = 0  # for a beam: its token count when it last reported its candidates
@@ -107,6 +112,16 @@ class Sequence:
     def length(self) -> int:
         """Its number of tokens, including those still being sampled."""
         return len(self.tokens) + self.pending
+
+    @property
+    def num_blocks(self) -> int:
+        """The length of each of its block tables."""
+        return len(self.blocks[0])
+
+    def clear_blocks(self) -> None:
+        self.blocks = [[] for _ in self.blocks]
+        self.first_blocks = [0 for _ in self.blocks]
+        self.forked = False
 
     @property
     def scores(self) -> bool:

@@ -23,7 +23,6 @@ from jaxserve.flags.sizes import shown_size
 from jaxserve.models.spec import Dynamic, ModelSpec, Rope, Yarn
 from tests.engine.driver import BLOCK, FULL, WINDOWED, params_of
 from tests.golden import load as golden
-from tests.models import tiny
 
 # Two layers of 2 KV heads of 8 numbers, keys and values, in float32.
 BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 8 * 4
@@ -256,13 +255,6 @@ def test_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- what a spec says -----------------------------------------------------------------------------------------------
-
-
-def test_the_window_is_that_of_the_layer_with_the_longest_context() -> None:
-    assert capacity.window_of(WINDOWED) == 20
-    assert capacity.window_of(FULL) is None  # one layer sees everything
-    assert capacity.window_of(tiny.SPECS["mla"]) is None
-    assert sized(WINDOWED, num_blocks=9)[0].limits.window == 20
 
 
 def test_blocks_that_left_the_window_are_not_needed() -> None:

@@ -47,13 +47,15 @@ def _state_faults(pool: BlockPool) -> Iterator[str]:
 
 def _key_faults(pool: BlockPool) -> Iterator[str]:
     """Check that keys and blocks map one to one, and that all keys are of this generation."""
-    for key, block in pool._block_of.items():
-        if not (0 < block < len(pool._key_of) and pool._key_of[block] == key):
-            yield f"key {key.hex()} leads to block {block}, which does not have it"
-        if key[-_GENERATION_BYTES:] != pool._generation_mark:
-            yield f"key {key.hex()} of block {block} is not of generation {pool.generation}"
+    for group, blocks in enumerate(pool._block_of):
+        for key, block in blocks.items():
+            known = 0 < block < len(pool._key_of)
+            if not (known and pool._key_of[block] == key and pool._group_of[block] == group):
+                yield f"key {key.hex()} of group {group} leads to block {block}, which does not have it"
+            if key[-_GENERATION_BYTES:] != pool._generation_mark:
+                yield f"key {key.hex()} of block {block} is not of generation {pool.generation}"
+        if blocks and not pool._caching:
+            yield f"{len(blocks)} keys without caching"
     for block, key in enumerate(pool._key_of):
-        if key is not None and pool._block_of.get(key) != block:
+        if key is not None and pool._block_of[pool._group_of[block]].get(key) != block:
             yield f"block {block} has key {key.hex()}, which does not lead to it"
-    if pool._block_of and not pool._caching:
-        yield f"{len(pool._block_of)} keys without caching"

@@ -55,9 +55,9 @@ def test_a_request_without_room_costs_nothing_and_disturbs_nothing() -> None:
     assert taken is not None and len(order) == 8
     find = pool.find
 
-    def counted(keys: Iterable[bytes]) -> list[int]:
+    def counted(keys: Iterable[bytes], group: int = 0) -> list[int]:
         nonlocal looked_up
-        found = find(each := list(keys))
+        found = find(each := list(keys), group)
         looked_up += len(each)
         return found
 
@@ -69,7 +69,7 @@ def test_a_request_without_room_costs_nothing_and_disturbs_nothing() -> None:
     assert not tables.begin(big, reserve=2) and list(pool._cached) == order  # pyright: ignore[reportPrivateUsage]
     pool.release(taken[:1])
     assert tables.begin(big, reserve=1), "there is room for it now"
-    assert (big.computed, len(big.blocks)) == (24, 6)
+    assert (big.computed, big.num_blocks) == (24, 6)
 
 
 def test_equal_ids_with_other_content_share_no_blocks() -> None:
@@ -154,7 +154,7 @@ def test_a_fault_ends_all_requests_and_leaves_nothing() -> None:
         engine.add(request(name, [1, 2, 3], n=2))
     for _ in range(3):
         engine.turn()
-    engine.scheduler.running[0].blocks.append(17)  # as if the scheduler itself had failed half way
+    engine.scheduler.running[0].blocks[0].append(17)  # as if the scheduler itself had failed half way
     ended = engine.scheduler.abort_all("it broke")
     assert sorted((u.request_id, u.index) for u in ended) == [(name, i) for name in "abc" for i in range(2)]
     assert {(u.finish_reason, u.error) for u in ended} == {("error", "it broke")}
@@ -230,18 +230,50 @@ def test_priority_takes_precedence_over_arrival_and_is_preempted_last() -> None:
     assert ends == ["high", "middle", "low"] and engine.scheduler.preemptions
 
 
+def test_a_prefix_needs_only_the_last_window_of_layers_that_see_no_more() -> None:
+    """The group with a window frees its early blocks; they are used again, yet the prefix is found."""
+    engine = FakeEngine(limits(windows=(None, 6), max_num_batched_tokens=8, num_blocks=40))
+    engine.add(request("a", STEMS[0][:30], max_tokens=2))
+    engine.drain()
+    pool = engine.scheduler.pool
+    early = [block for key, block in list(pool._block_of[1].items())[:4]]  # pyright: ignore[reportPrivateUsage]
+    pool.forget(early)
+    engine.add(request("b", STEMS[0][:30], max_tokens=2))
+    engine.drain()
+    assert engine.scheduler.prefix_hits == 28
+    check_answers(engine, request("b", STEMS[0][:30], max_tokens=2), set())
+    # A block in the window of the next token is missed: the prefix ends before it, where its own window is complete.
+    pool.forget([list(pool._block_of[1].values())[-1]])  # pyright: ignore[reportPrivateUsage]
+    engine.add(request("c", STEMS[0][:30], max_tokens=2))
+    engine.drain()
+    assert engine.scheduler.prefix_hits == 28 + 24
+    check_answers(engine, request("c", STEMS[0][:30], max_tokens=2), set())
+
+
+def test_a_group_that_lost_a_block_shortens_the_prefix_of_all() -> None:
+    engine = FakeEngine(limits(windows=(None, None), num_blocks=40))
+    engine.add(request("a", STEMS[0][:30], max_tokens=2))
+    engine.drain()
+    pool = engine.scheduler.pool
+    pool.forget([list(pool._block_of[1].values())[3]])  # pyright: ignore[reportPrivateUsage]
+    engine.add(request("b", STEMS[0][:30], max_tokens=2))
+    engine.drain()
+    assert engine.scheduler.prefix_hits == 12
+    check_answers(engine, request("b", STEMS[0][:30], max_tokens=2), set())
+
+
 def test_blocks_outside_the_window_are_freed() -> None:
-    engine = FakeEngine(limits(window=6, max_num_batched_tokens=8, num_blocks=16))
+    engine = FakeEngine(limits(windows=(6,), max_num_batched_tokens=8, num_blocks=16))
     engine.add(request("a", STEMS[0][:20], max_tokens=20, ignore_eos=True))
     [sequence] = engine.sequences()
     held: list[int] = []
     while engine.scheduler.unfinished:
         engine.turn()
         if sequence.status == Status.RUNNING:
-            kept = [place for place, block in enumerate(sequence.blocks) if block]
+            kept = [place for place, block in enumerate(sequence.blocks[0]) if block]
             # Of the last step's tokens the first saw five before itself; nothing older is kept.
             assert kept[0] >= (sequence.computed - 8 - 5) // 4
-            assert engine.device.tables[sequence.row, : kept[0]].tolist() == [0] * kept[0]
+            assert engine.device.tables[0, sequence.row, : kept[0]].tolist() == [0] * kept[0]
             held.append(len(kept))
     assert max(held) <= 5 and max(held[-12:]) <= 3
     assert engine.answers["a", 0].tokens == Oracle(engine.limits).answer(sequence.request, 0).tokens
@@ -252,11 +284,11 @@ def test_samples_share_their_prompt_and_copy_what_they_write() -> None:
     engine.add(request("a", STEMS[0][:10], n=4, max_tokens=6, ignore_eos=True))
     engine.turn()
     running = engine.scheduler.running
-    assert len(running) == 4 and len({tuple(sequence.blocks) for sequence in running}) == 1
+    assert len(running) == 4 and len({tuple(sequence.blocks[0]) for sequence in running}) == 1
     assert engine.plans[0].tokens == 10 and engine.plans[0].entries == 4
     engine.turn()
-    assert len({tuple(sequence.blocks[:2]) for sequence in running}) == 1
-    assert len({sequence.blocks[2] for sequence in running}) == 4
+    assert len({tuple(sequence.blocks[0][:2]) for sequence in running}) == 1
+    assert len({sequence.blocks[0][2] for sequence in running}) == 4
     assert len(engine.plans[1].copies) == 3
     engine.drain()
     streams = [tuple(engine.answers["a", i].tokens) for i in range(4)]

@@ -18,15 +18,15 @@ from tests.engine.fakes import STEMS, VOCAB, FakeEngine, Oracle, check_answers, 
 @st.composite
 def engines(draw: st.DrawFn) -> FakeEngine:
     rows = draw(st.integers(1, 4))
-    window = draw(st.sampled_from([None, None, 3, 9]))
+    windows = draw(st.sampled_from([(None,), (None,), (3,), (9,), (None, 3), (None, 3, 3), (9, 3), (None, 9)]))
     budget = draw(st.integers(rows, 24))
-    least = limits(window=window, max_num_seqs=rows, max_num_batched_tokens=budget, num_blocks=200).blocks_for(40)
+    least = limits(windows=windows, max_num_seqs=rows, max_num_batched_tokens=budget, num_blocks=900).blocks_for(40)
     return FakeEngine(
         limits(
             max_num_seqs=rows,
             max_num_batched_tokens=budget,
             num_blocks=1 + draw(st.sampled_from([least, least + 1, least + 4, 4 * least])),
-            window=window,
+            windows=windows,
             enable_prefix_caching=draw(st.booleans()),
             priority=draw(st.booleans()),
         ),

@@ -21,9 +21,10 @@ def test_rows_are_filled_as_if_they_had_been_computed(rig: Rig) -> None:
     assert 21 < context < 25  # the first row decodes while others are filled
     tables = np.asarray(rig.runner.tables)
     for sequence in running:
-        assert len(sequence.blocks) >= 3
-        assert tables[sequence.row, : len(sequence.blocks)].tolist() == list(sequence.blocks)
-    assert len({block for sequence in running for block in sequence.blocks}) == sum(len(s.blocks) for s in running)
+        [blocks] = sequence.blocks
+        assert len(blocks) >= 3
+        assert tables[0, sequence.row, : len(blocks)].tolist() == blocks
+    assert len({block for s in running for block in s.blocks[0]}) == sum(s.num_blocks for s in running)
     _, tokens = rig.steps(6)
     assert tokens == 10  # the first step's result has not been read yet
     assert rig.context() == context + 5
