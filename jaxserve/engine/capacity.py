@@ -106,7 +106,7 @@ class Capacity:
     groups: Groups  # of layers that keep KV of the same tokens
     token_bytes: int  # one token's KV in all layers
     block_bytes: int
-    state: int  # block tables, last tokens, sampling controls
+    state: int  # block tables, last tokens and lengths, sampling controls
     step: int  # temporaries of the largest step
 
     @property
@@ -324,11 +324,11 @@ def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
 
 
 def _state_bytes(limits: Limits) -> int:
-    """Block tables, last tokens and sampling controls; every value takes 4 bytes."""
+    """Block tables, last tokens and lengths, sampling controls; every value takes 4 bytes."""
     from jaxserve.sampling.control_row import row_size  # imports numpy, which `jaxserve check --help` does not need
 
     controls = limits.vocab_size + row_size(limits.vocab_size) - 1  # the row's number is not stored
-    return 4 * limits.max_num_seqs * (limits.groups * limits.width + 1 + controls)
+    return 4 * limits.max_num_seqs * (limits.groups * limits.width + 2 + controls)
 
 
 def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int) -> int:

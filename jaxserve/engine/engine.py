@@ -32,6 +32,7 @@ from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.recorder import Recorder
 from jaxserve.engine.execute.runner import Handle, ProgramKey, Runner
 from jaxserve.engine.execute.weights import Conversion
+from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.masks import Masks
 from jaxserve.engine.schedule.packing import Batcher, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan
@@ -138,14 +139,17 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, hold: int = 0, masked_by: Masks | None = None) -> None:
+    def add(
+        self, request: Request, *, hold: int = 0, masked_by: Masks | None = None, drafted_by: Drafter | None = None
+    ) -> None:
         """Queue a request. Raises RequestError if it cannot be served as sent.
 
         hold: the number of beams, if not 0. Each stops after every token and waits for `extend`; `branch` forks them.
         masked_by: decides before each token which ones may follow.
+        drafted_by: guesses tokens, so that a step can give several. The tokens are the same as without; see drafts.py.
         """
         self.check_awake()
-        self.scheduler.add(request, hold=hold, masked_by=masked_by)
+        self.scheduler.add(request, hold=hold, masked_by=masked_by, drafted_by=drafted_by)
         self._counters.requests += 1
         self._counters.prompt_tokens += len(request.prompt_token_ids)
 

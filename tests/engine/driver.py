@@ -5,6 +5,7 @@ Compiling is nearly all of the time that such engines take, and engines of equal
 is one shape, and what a test wants scarcer (blocks, tokens in a step) is made so on the host alone.
 """
 
+import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine, Report
+from jaxserve.engine.schedule.drafts import MOST, Drafter
 from jaxserve.models import decoder, param_layout
 from jaxserve.models.cache_groups import groups_of
 from jaxserve.models.decoder import Params
@@ -105,9 +107,31 @@ class Stream:
 type Streams = dict[tuple[str, int], Stream]
 
 
+class Known:
+    """Drafts from the answers of another run, of which some are changed; `rate` is the share that is not."""
+
+    def __init__(self, streams: Streams, *, rate: float) -> None:
+        self.streams, self.rate = streams, rate
+
+    def of(self, request: Request) -> Drafter:
+        return _KnownOf(self, request)
+
+
+class _KnownOf:
+    def __init__(self, known: Known, request: Request) -> None:
+        self.rate, self.prompt = known.rate, list(request.prompt_token_ids)
+        self.answers = [known.streams[request.id, index].tokens for index in range(request.params.n)]
+
+    def propose(self, tokens: list[int]) -> list[int]:
+        output = tokens[len(self.prompt) :]
+        draws = random.Random(len(tokens))
+        right = next((text[len(output) :] for text in self.answers if text[: len(output)] == output), [1])
+        return [token if draws.random() < self.rate else (token + 1) % VOCABULARY for token in right[:6]]
+
+
 class Driver:
     """An engine and its updates. `spare` is the number of blocks to leave free for each cache group, `budget` the
-    tokens per step."""
+    tokens per step, `drafts` what all requests get."""
 
     def __init__(
         self,
@@ -118,6 +142,7 @@ class Driver:
         budget: int = TOKENS,
         eos: bool = True,
         report: Report = lambda line: None,
+        drafts: Known | None = None,
         **config: Any,
     ) -> None:
         groups = len(groups_of(spec, LONGEST).windows)
@@ -140,7 +165,7 @@ class Driver:
         self.scheduler, self.runner = self.engine.scheduler, self.engine.runner
         if eos:
             self.engine.also_ends([EOS])
-        self.budget = budget
+        self.budget, self.drafts = budget, drafts
         self.scheduler.limits = replace(self.scheduler.limits, max_num_batched_tokens=budget)
         self.held: list[int] = []
         if spare is not None:
@@ -162,7 +187,7 @@ class Driver:
     def add(self, *requests: Request) -> None:
         for request in requests:
             self.streams |= {(request.id, index): Stream() for index in range(request.params.n)}
-            self.engine.add(request)
+            self.engine.add(request, drafted_by=self.drafts.of(request) if self.drafts else None)
 
     def turn(self) -> list[Update]:
         updates = self.engine.step()
@@ -203,7 +228,8 @@ class Driver:
         for s in running:
             assert s.computed <= len(s.tokens) + s.pending <= s.end
             for first, table in zip(s.first_blocks, s.blocks, strict=True):
-                assert len(table) == -(-s.computed // BLOCK), "blocks that no token is in, or too few"
+                spare = len(table) * BLOCK - s.computed
+                assert 0 <= spare < BLOCK + (MOST if self.drafts else 0), "blocks that no token is in, or too few"
                 assert all(block == 0 for block in table[:first])
                 assert all(block != 0 for block in table[first:])
 

@@ -22,9 +22,10 @@ import numpy as np
 
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule import drafts, packing
+from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.need import Variant
-from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Batcher, Ints, StepMessage
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, ROW, SAMPLES, TOKEN, Batcher, Ints, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
 from jaxserve.engine.schedule.scheduler import Scheduler
 from jaxserve.engine.schedule.sequence import Sequence, Status, order_of, stops_of
@@ -118,7 +119,7 @@ class FakeDevice:
         self.groups = np.full(shape, POISON, np.int32)  # whose KV a slot holds
         self.digests = np.zeros(shape, np.int64)
         self.tables = np.zeros((limits.groups, buckets.rows, limits.width), np.int32)
-        self.last = np.full(buckets.rows, POISON, np.int32)
+        self.last = np.full((buckets.rows, 2), POISON, np.int32)
         self.controls: dict[int, Controls] = {}
         self.broken: set[int] = set()  # a row of logits that attends to one of these tokens is not finite
         self.launched: list[StepMessage] = []
@@ -184,10 +185,14 @@ class FakeDevice:
         assert (counts[:singles] == 1).all() and (counts[singles:] > 1).all() and (counts > 0).all()
         assert (rows[:count] < self.buckets.rows).all() and np.unique(rows[:count]).size == count
         assert (rows[count:] == self.buckets.rows).all() and not kv_lens[count:].any()
+        assert (counts[kv_lens[:count] < 0] == 1).all() and (kv_lens[:count] >= -1).all()
+        fed, fed_lengths = self.last[rows[:count]].T
+        assert (fed_lengths[kv_lens[:count] < 0] > 0).all(), "the device has no length for a row"
+        kv_lens: Ints = np.where(kv_lens[:count] < 0, fed_lengths - kv_lens[:count], kv_lens[:count])
         lines = np.repeat(np.arange(count), counts)
         ends = np.cumsum(counts)
         positions = kv_lens[lines] - (ends[lines] - np.arange(lines.size))
-        fed = self.last[rows[lines]]
+        fed = fed[lines]
         tokens = np.where(parts["tokens"][: lines.size] < 0, fed, parts["tokens"][: lines.size])
         assert (tokens >= 0).all() and (tokens < self.limits.vocab_size).all()
         blocks = self.tables[:, rows[lines], positions // self.limits.block_size]
@@ -220,27 +225,34 @@ class FakeDevice:
         tokens: list[int] = []
         valid: list[bool] = []
         likely: list[tuple[float, int, list[int], list[float]]] = []
-        fed: dict[int, int] = {}
+        fed: dict[int, tuple[int, int]] = {}
+        ended: set[int] = set()
         embeddings: list[list[int]] = []
         embeds = 0
         for entry in entries[: packed.entries].tolist():
             at, row, numbers = entry[TOKEN], entry[ROW], entry[FIXED:]
             # A fork samples from the logits of a token of another row; the token after it is what is asked for.
-            assert entry[POSITION] == positions[at] + 1
+            position = int(positions[at]) + 1
             seen, digests = self._attend(int(rows[at]), int(positions[at]))
             drawn = draw(seen, digests, b"")
             valid.append(not self.broken & set(seen.tolist()))
-            token = entry[GIVEN]
+            token = given = entry[GIVEN]
             embeddings.append(embedded(drawn))
             if entry[SAMPLES]:
-                token = fed[row] = self._sample(row, entry[POSITION], numbers, seen, digests)
+                token = self._sample(row, position, numbers, seen, digests)
+                assert given < 0 or not numbers[COLUMNS.index("controlled")], "drafts of a row with controls"
+                if row not in ended:
+                    fed[row] = token, position
+                if token != given:
+                    ended.add(row)
             else:
                 assert row == rows[at]
                 embeds += token < 0
             tokens.append(token)
             likely.append(likelihood(drawn, token))
-        for row, token in fed.items():
-            self.last[row] = token
+        assert ended == fed.keys()
+        for row, found in fed.items():
+            self.last[row] = found
         assert embeds == packed.embeds
         result = self._result(packed.head, tokens, valid, likely)
         if embeds:
@@ -333,6 +345,18 @@ class Oracle:
         prompt, wanted = list(request.prompt_token_ids), request.params.prompt_logprobs
         return [] if wanted is None else [self.reported(prompt[:i], prompt[i], wanted) for i in range(1, len(prompt))]
 
+    def following(self, request: Request, index: int, tokens: list[int]) -> int:
+        """The token that a sample has after these."""
+        params, output = request.params, tokens[len(request.prompt_token_ids) :]
+        controlled = params.min_tokens > 0 or params.penalized
+        seed = ((params.seed or 0) % 2**32 ^ (params.seed or 0) >> 32) + index
+        floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
+        numbers = [int(controlled), (seed + 2**31) % 2**32 - 2**31, *floats[:2], params.top_k, floats[2]]
+        recent = output[-control_row.RECENT_TOKENS :] if controlled else []
+        masked = stops_of(request, self.limits) if len(output) < params.min_tokens else frozenset[int]()
+        drawn = draw(*self._seen(tokens, len(tokens) - 1), way(len(tokens), numbers, recent, codes_of(request, output)))
+        return pick(drawn, self.limits.vocab_size, masked)
+
     def answer(self, request: Request, index: int) -> Answer:
         params, prompt, limits = request.params, list(request.prompt_token_ids), self.limits
         answer = Answer()
@@ -344,16 +368,9 @@ class Oracle:
             answer.reason, answer.embedding = "stop", np.array(embedded(drawn), "<f4").tobytes()
             return answer
         stops = stops_of(request, limits)
-        controlled = params.min_tokens > 0 or params.penalized
-        seed = ((params.seed or 0) % 2**32 ^ (params.seed or 0) >> 32) + index
-        floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
-        numbers = [int(controlled), (seed + 2**31) % 2**32 - 2**31, *floats[:2], params.top_k, floats[2]]
         tokens = list(prompt)
         while answer.reason is None:
-            recent = answer.tokens[-control_row.RECENT_TOKENS :] if controlled else []
-            reported = way(len(tokens), numbers, recent, codes_of(request, answer.tokens))
-            masked = stops if len(answer.tokens) < params.min_tokens else frozenset[int]()
-            token = pick(draw(*self._seen(tokens, len(tokens) - 1), reported), limits.vocab_size, masked)
+            token = self.following(request, index, tokens)
             if params.logprobs is not None:
                 answer.logprobs.append(self.reported(tokens, token, params.logprobs))
             tokens.append(token)
@@ -365,6 +382,38 @@ class Oracle:
             elif len(answer.tokens) == params.max_tokens or len(tokens) == limits.max_model_len:
                 answer.reason = "length"
         return answer
+
+
+# --- drafts ---------------------------------------------------------------------------------------------------------
+
+GUESSES = ("right", "wrong", "mixed", "too long", "no tokens", "no list", "fault")
+
+
+class Guesses:
+    """Proposes what a request's first sample goes on with, more or less, also beyond its end."""
+
+    def __init__(self, oracle: Oracle, request: Request, kind: str) -> None:
+        self.oracle, self.request, self.kind = oracle, request, kind
+
+    def propose(self, tokens: list[int]) -> list[int]:
+        kind, length = self.kind, len(tokens)
+        draws = random.Random(length)
+        right = list(tokens)
+        while len(right) < length + draws.randrange(1, 7):
+            right.append(self.oracle.following(self.request, 0, right))
+        right = right[length:]
+        proposed: dict[str, Any] = {
+            "right": right,
+            "wrong": [(token + 1) % VOCAB for token in right],
+            "mixed": [token if draws.random() < 0.8 else 5 for token in right],
+            "too long": right + [5] * 1000,
+            "no tokens": [*right, draws.choice([VOCAB, -1, 2**70, "5", 5.0, None]), *right],
+            "no list": draws.choice([right, None, 5]),
+            "fault": right,
+        }
+        if kind == "fault" and draws.random() < 0.2:
+            raise ZeroDivisionError("no draft")
+        return proposed[kind]
 
 
 # --- the engine around it -------------------------------------------------------------------------------------------
@@ -384,13 +433,16 @@ class FakeEngine:
         self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample reported them
         self.plans: list[StepPlan] = []
         self.now = 0.0
+        self.drafted: set[str] = set()
         self.rowed: dict[tuple[str, int], float] = {}  # when each sample first had a row
 
     def __repr__(self) -> str:
         return f"FakeEngine({self.limits}, score_rows={self.buckets.score_rows}, depth={self.depth})"
 
-    def add(self, request: Request, *, hold: int = 0) -> None:
-        self.scheduler.add(request, hold=hold)
+    def add(self, request: Request, *, hold: int = 0, drafted_by: Drafter | None = None) -> None:
+        self.scheduler.add(request, hold=hold, drafted_by=drafted_by)
+        if drafted_by is not None:
+            self.drafted.add(request.id)
         for index in range(request.params.n):
             self.answers[request.id, index] = Answer()
 
@@ -455,8 +507,10 @@ class FakeEngine:
                 assert not any(sequence.blocks) and not sequence.computed and not sequence.pending
                 assert sequence.row == -1 and not sequence.forked
             size, longest = self.limits.block_size, self.limits.max_model_len
+            slack = drafts.MOST if sequence.request.id in self.drafted else 0
+            assert 0 <= sequence.unsure <= slack and sequence.computed <= max(sequence.goal, sequence.prompt_len)
             for window, first, table in zip(self.limits.windows, sequence.first_blocks, sequence.blocks, strict=True):
-                assert len(table) == -(-sequence.computed // size)
+                assert 0 <= len(table) * size - sequence.computed < size + slack
                 assert not any(table[:first]) and all(table[first:])
                 assert len(table) - first <= self.limits.blocks_in(window, longest)
             assert sequence.scores_reported <= sequence.scored <= sequence.prompt_len

@@ -25,6 +25,7 @@ from tests.engine.driver import (
     MIXED,
     WINDOWED,
     Driver,
+    Known,
     Stream,
     Streams,
     alone,
@@ -93,20 +94,26 @@ def _close(got: list[TokenLogprobs], wanted: list[TokenLogprobs]) -> None:
 
 
 @settings(max_examples=16)
-@example(seed=322, overlap=False, caching=False, budget=4, spare=LEAST)  # another sample tells of the prompt
+@example(
+    seed=322, overlap=False, caching=False, budget=4, spare=LEAST, right=None
+)  # another sample tells of the prompt
 @given(
     seed=st.integers(0, 2**20),
     overlap=st.booleans(),
     caching=st.booleans(),
     budget=st.sampled_from([4, 5, 11, 32]),
     spare=st.sampled_from([LEAST, LEAST + 3, None]),
+    right=st.sampled_from([None, 0.0, 0.8, 1.0]),
 )
 def test_any_workload_in_any_configuration(
-    seed: int, overlap: bool, caching: bool, budget: int, spare: int | None
+    seed: int, overlap: bool, caching: bool, budget: int, spare: int | None, right: float | None
 ) -> None:
     jobs = random_jobs(seed)
-    driver = Driver(FULL, async_scheduling=overlap, enable_prefix_caching=caching, budget=budget, spare=spare)
     wanted = alone(single(FULL), [job.request for job in jobs])
+    drafts = None if right is None else Known(wanted, rate=right)
+    driver = Driver(
+        FULL, async_scheduling=overlap, enable_prefix_caching=caching, budget=budget, spare=spare, drafts=drafts
+    )
     check(jobs, run(driver, jobs), wanted)
     check(jobs, run(driver, jobs), wanted)  # what it finds in the prefix cache now
 
@@ -118,6 +125,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "scarce": dict(spare=LEAST),
     "scarce chunks, one at a time": dict(spare=LEAST, budget=7, async_scheduling=False),
     "scarce and nothing cached": dict(spare=LEAST, budget=16, enable_prefix_caching=False),
+    "drafted": dict(),
+    "drafted, one at a time": dict(async_scheduling=False),
+    "drafted and scarce": dict(spare=LEAST),
 }
 
 
@@ -130,7 +140,7 @@ def test_the_same_workload_in_every_configuration(spec: ModelSpec) -> None:
         jobs = random_jobs(seed, count=9, always={} if spec is FULL else {"logprobs": 2, "prompt_logprobs": None})
         wanted = alone(single(spec), [job.request for job in jobs])
         for way, options in WAYS.items():
-            driver = Driver(spec, **options)
+            driver = Driver(spec, drafts=Known(wanted, rate=0.9) if "drafted" in way else None, **options)
             check(jobs, run(driver, jobs), wanted)
             seen["copies"] += driver.copied
             seen["hits"] += driver.engine.metrics().cached_tokens
@@ -141,6 +151,7 @@ def test_the_same_workload_in_every_configuration(spec: ModelSpec) -> None:
                 check(jobs, run(driver, jobs), wanted)
     assert all(seen[what] > 10 for what in ("copies", "hits", "preemptions")), seen
     assert seen["chunks"] > seen["overlapped"] + 30, seen
+    assert seen["drafted"] < seen["overlapped"] - 20 and seen["drafted, one at a time"] < seen["whole"] - 40, seen
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])

@@ -2,7 +2,7 @@
 """All programs that an engine runs on the devices, as pure functions. compiler.py makes executables of them.
 
     model     (body, cache, tables, last, vector) -> hidden, entries, cache, tables       decode[B], mixed[T]
-    head      (head, last, controls, hidden, entries) -> result, last, controls           head[S, variant]
+    head      (head, last, controls, hidden, entries) -> last, controls, result           head[S, variant]
     embed     (head, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
     edit      (cache, tables, vector) -> cache, tables       block table edits and block copies before a step
@@ -12,8 +12,11 @@
 A step is `model`, then `head` if logits are needed and `embed` if hidden states are. They are separate programs because
 the head's variants would otherwise multiply the compile time of `model`; the hidden states and entries passed between
 them have one shape for all buckets. Parameters come as `body` and `head`: each program gets the part that it reads
-(decoder.names). State is donated: cache, tables [groups, rows, width], last [rows] (each row's last sampled
-token, the next step's input, which thus stays on the device), controls. For the vector's layout see packing.py.
+(decoder.names). State is donated: cache, tables [groups, rows, width], last [rows, 2], controls. `last` has each row's
+last sampled token, which is the next step's input, and its position, which is the row's length: how many of its tokens
+have KV. So both stay on the device; only the device knows them while the host does not know how many drafts were right.
+They are one array because both change together: one scatter writes them and one gather reads them. For the vector's
+layout see packing.py.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.engine.schedule import packing
+from jaxserve.engine.schedule import drafts, packing
 from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Layout
 from jaxserve.models import decoder, kv_cache
@@ -61,9 +64,10 @@ def model(
     last: jax.Array,
     vector: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
-    """Pads the entries to `most`, so that they have the same shape in all layouts. `rope_length` is the length that
-    length-dependent RoPE assumes: one for all sequences, so that it does not depend on max_tokens and cached keys stay
-    valid."""
+    """Pads the entries to `most`, so that they have the same shape in all layouts, and fills in their positions.
+
+    `rope_length` is the length that length-dependent RoPE assumes: one for all sequences, so that it does not depend on
+    max_tokens and cached keys stay valid."""
 
     def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
         parts = {name: vector[at] for name, at in packing.places(layout).items()}
@@ -72,6 +76,10 @@ def model(
         padding = most - layout.entries
         entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
         inputs = _inputs(groups, layout, kv_cache.block_size(cache), parts, tables, last, entries)
+        # What an entry samples or scores is the token after its own.
+        positions = inputs.positions.at[inputs.sampled].get(mode="promise_in_bounds") + 1
+        columns = jax.lax.broadcasted_iota(jnp.int32, entries.shape, 1)
+        entries = jnp.where(columns == POSITION, positions[:, None], entries)
         if spec.needs_rope_length:
             inputs = replace(inputs, rope_lengths=jnp.full(layout.tokens, rope_length, jnp.int32))
         return tables, entries, inputs
@@ -91,6 +99,8 @@ def _inputs(
     entries: jax.Array,
 ) -> ModelInputs:
     rows, kv_lens, starts = parts["rows"], parts["kv_lens"], parts["starts"]
+    last = last.at[rows].get(mode="clip")
+    kv_lens = jnp.where(kv_lens < 0, last[:, 1] - kv_lens, kv_lens)
     place = jnp.arange(layout.tokens, dtype=jnp.int32)
     if layout.decode:
         line, real = place, kv_lens > 0
@@ -116,7 +126,7 @@ def _inputs(
             ),
         )
 
-    fed = last.at[rows[line]].get(mode="clip")
+    fed = last[:, 0] if layout.decode else last[line, 0]
     return ModelInputs(
         tokens=jnp.where(parts["tokens"] < 0, fed, parts["tokens"]),
         positions=positions,
@@ -151,7 +161,7 @@ def head(
     controls: Controls | None,
     hidden: jax.Array,
     entries: jax.Array,
-) -> tuple[jax.Array, jax.Array, Controls | None]:
+) -> tuple[jax.Array, Controls | None, jax.Array]:
     """The result is int32 [rows, 2]: token, valid; with log probabilities [rows, 4 + 2 * n]: also the token's, its
     rank, the n most likely tokens and theirs. Log probabilities are those of the model's raw distribution, or with
     `processed` of the distribution that is sampled from. `controls` are None for variants that do not read them.
@@ -173,7 +183,7 @@ def _pick(
     entries: jax.Array,
     last: jax.Array,
     controls: Controls | None,
-) -> tuple[jax.Array, jax.Array, Controls | None]:
+) -> tuple[jax.Array, Controls | None, jax.Array]:
     rows, positions, given = entries[:, ROW], entries[:, POSITION], entries[:, GIVEN]
     samples = entries[:, SAMPLES] > 0
     columns: dict[str, jax.Array] = dict(zip(COLUMNS, entries[:, FIXED:].T, strict=True))
@@ -198,8 +208,11 @@ def _pick(
         logprobs="processed" if processed else None,
         top_n=top_n if processed else 0,
     )
-    tokens = jnp.where(given >= 0, given, out.tokens)
-    last = last.at[jnp.where(samples, rows, last.shape[0])].set(tokens, mode="drop")
+    tokens = jnp.where(samples | (given < 0), out.tokens, given)
+    # A row's tokens count up to the first that is not the draft in its place. Without a draft that is its only one.
+    ends = samples & (tokens != given)
+    ends &= ~_any_before(rows, ends)
+    last = last.at[jnp.where(ends, rows, last.shape[0])].set(jnp.stack([tokens, positions], axis=1), mode="drop")
     if controls is not None and variant.controls:
         controls = sampling_controls.update(controls, rows=rows, active=active, tokens=tokens)
     result = [tokens, out.valid.astype(jnp.int32)]
@@ -210,7 +223,17 @@ def _pick(
                 lambda raw, own: jnp.where(samples.reshape(-1, *(1,) * (raw.ndim - 1)), own, raw), likely, out.logprobs
             )
         result += [_bits(likely.logprobs), likely.ranks, *likely.top_tokens.T, *_bits(likely.top_logprobs).T]
-    return jnp.stack(result, axis=1), last, controls
+    # State comes first: a donated array takes the place of the first output of its shape, which a result may have too.
+    return last, controls, jnp.stack(result, axis=1)
+
+
+def _any_before(rows: jax.Array, marked: jax.Array) -> jax.Array:
+    """Whether an earlier entry of the same row is marked. A row's entries lie together, so this looks back as far as a
+    row can have drafts: elementwise, since a scan or a reduction would be another launch on a GPU."""
+    found = jnp.zeros_like(marked)
+    for back in range(1, min(drafts.MOST + 1, rows.shape[0])):
+        found |= jnp.pad(marked[:-back] & (rows[:-back] == rows[back:]), (back, 0))
+    return found
 
 
 def _sampled_by(columns: dict[str, jax.Array], samples: jax.Array, positions: jax.Array) -> sampling.RowParams:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds all device arrays: parameters, KV cache, block tables, last tokens, sampling controls. Nothing else does.
+"""Holds all device arrays: parameters, KV cache, block tables, each row's last token and length, sampling controls.
+Nothing else does.
 
     warm(progress)        compiles every program that a step can need, or a covering set of them
     adopt(key, program)   lets steps use one that was compiled later
@@ -174,7 +175,7 @@ class Runner:
             for layer in pools
         ]
         tables = self._abstract((limits.groups, rows, limits.width), jnp.int32)
-        last = self._abstract((rows,), jnp.int32)
+        last = self._abstract((rows, 2), jnp.int32)
         return cache, tables, last, controls.abstract(rows, self.spec.vocab_size, self._everywhere)
 
     def free(self) -> None:
@@ -298,7 +299,7 @@ class Runner:
                     self._executable(key)(self._head, hidden)
                 case (int(), Variant() as head):
                     kept = self.controls if head.controlled else None
-                    _, self.last, kept = self._executable(key)(self._head, self.last, kept, hidden, entries)
+                    self.last, kept, _ = self._executable(key)(self._head, self.last, kept, hidden, entries)
                     self.controls = kept or self.controls
                 case "edit":
                     nothing = self._put(np.full(packing.EDIT_SIZE, -1, np.int32))
@@ -414,7 +415,7 @@ class Runner:
         variant = message.head
         head = self._executable((message.head_rows, variant))
         kept = self.controls if variant.controlled else None
-        result, self.last, kept = head(self._head, self.last, kept, hidden, entries)
+        self.last, kept, result = head(self._head, self.last, kept, hidden, entries)
         if kept is not None:
             self.controls = kept
         return result

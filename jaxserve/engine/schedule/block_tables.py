@@ -148,7 +148,7 @@ class BlockTables:
     def leave_window(self, sequence: Sequence) -> None:
         """Free the blocks outside the sliding windows of all tokens still to be computed."""
         for group, window in self._windowed:
-            first, seen = sequence.first_blocks[group], self._unseen(sequence.computed, window)
+            first, seen = sequence.first_blocks[group], self._unseen(sequence.settled, window)
             if seen > first:
                 blocks, at = sequence.blocks[group], self._cell(group, sequence.row)
                 self.pool.release(blocks[first:seen])
@@ -163,8 +163,8 @@ class BlockTables:
     # --- prefix cache -----------------------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence) -> None:
-        """Publish its full, computed blocks whose tokens are known to the prefix cache."""
-        full = min(sequence.computed, len(sequence.tokens)) // self._size
+        """Publish its full blocks whose tokens are known and whose KV is final to the prefix cache."""
+        full = min(sequence.settled, len(sequence.tokens)) // self._size
         if full <= sequence.published:
             return
         if self._limits.enable_prefix_caching and sequence.generation == self.pool.generation:

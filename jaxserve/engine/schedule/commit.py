@@ -15,19 +15,44 @@ def sampled(
     params, token = sequence.request.params, result.tokens[entry]
     sequence.pending -= 1
     if params.logprobs is not None:
-        update.logprobs = [token_logprobs(result, entry, params.logprobs)]
+        update.logprobs = [*(update.logprobs or ()), token_logprobs(result, entry, params.logprobs)]
     tokens = sequence.tokens
     if sequence.held:
         sequence.reported = len(tokens)
         return None
     tokens.append(token)
-    update.token_ids = [token]
+    update.token_ids.append(token)
     length = len(tokens)
     if token in sequence.stops and length >= sequence.min_end:
         if params.ignore_eos or token not in ends_of_text:
             update.stop_reason = token
         return "stop"
     return "length" if length >= sequence.end else None
+
+
+def counted(slice: Slice, result: StepResult, first: int) -> int:
+    """How many of a slice's entries count: of one with drafts those that sampled its drafts, and the next. The devices
+    stop at the same one."""
+    right = 0
+    while right < len(slice.drafts) and result.tokens[first + right] == slice.drafts[right]:
+        right += 1
+    return slice.entries - len(slice.drafts) + right
+
+
+def checked(
+    slice: Slice, result: StepResult, first: int, update: Update, ends_of_text: Set[int]
+) -> FinishReason | None:
+    """Append the tokens of a slice with drafts, and count drafts that were wrong as not computed; return whether the
+    sequence ends, which drops the tokens after that."""
+    sequence, count = slice.sequence, counted(slice, result, first)
+    wrong = slice.entries - count
+    sequence.computed -= wrong
+    sequence.pending -= wrong
+    sequence.unsure -= len(slice.drafts)
+    for entry in range(first, first + count):
+        if reason := sampled(sequence, result, entry, update, ends_of_text):
+            return reason
+    return None
 
 
 def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:

@@ -42,6 +42,12 @@ def of_logprobs(wanted: int | None) -> int:
     return LOGPROB if wanted == 0 else _TOPS[not 0 < wanted <= FEW]
 
 
+def allows_drafts(needs: int) -> bool:
+    """Whether several tokens of a row can be sampled in one step. With controls or masks each depends on the one before
+    it, not only through the model."""
+    return not needs & (CONTROLS | MASK)
+
+
 def variants(max_logprobs: int) -> dict[int, Variant]:
     """The programs by the need that each covers, the cheapest first. The last one covers every need."""
     few, most = _TOPS if max_logprobs > FEW else (_TOPS[1],) * 2

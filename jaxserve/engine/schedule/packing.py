@@ -5,7 +5,7 @@
 of B rows has B tokens and B entries; a mixed step has the maximum of rows and of entries, whatever its token count.
 
 An entry describes one row of hidden states: its token, its row, and how to sample from its logits. Floats are stored as
-their bits.
+their bits. Its position is filled in on the device, which knows where each row starts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,6 +25,8 @@ from jaxserve.sampling.columns import COLUMNS
 
 type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
+# `given`: the prompt token to score, or the draft that an entry's sample must equal for the row's next entry to count;
+# negative if there is none.
 ENTRY = ("token", "row", "position", "given", "samples", *COLUMNS)
 TOKEN, ROW, POSITION, GIVEN, SAMPLES, FIXED = range(6)
 SPARE_EDITS = 8
@@ -48,7 +50,7 @@ class Layout:
         return {
             "tokens": self.tokens,  # negative: the row's last sampled token, which is on the device
             "rows": self.rows,
-            "kv_lens": self.rows,
+            "kv_lens": self.rows,  # negative: so many more than the row's length on the device
             "starts": self.rows + 1,  # cu_q_lens
             "distribution": 2,
             "cells": self.edits,  # of the block tables; negative: padding
@@ -205,12 +207,12 @@ class Batcher:
         parts["rows"][:] = self.buckets.rows
         parts["rows"][:count] = rows
         parts["kv_lens"][:count] = lengths
+        parts["kv_lens"][plan.unsure] = -1
         parts["starts"][:] = np.arange(len(parts["starts"]))
         parts["distribution"][:] = count
         used = entries[:count]
         used[:, TOKEN] = parts["starts"][:count]
         used[:, ROW] = rows
-        used[:, POSITION] = lengths
         used[:, SAMPLES] = [s.samples for s in slices]
         used[:, FIXED:] = self._columns[rows]
         for i, s in enumerate(slices):
@@ -226,24 +228,28 @@ class Batcher:
         for s in plan.slices:
             sequence, base, stop = s.sequence, len(tokens), s.start + s.count
             if s.count:
-                known = sequence.tokens[s.start : stop]
+                known = sequence.tokens[s.start : stop - len(s.drafts)]
                 tokens += known
-                tokens += [-1] * (s.count - len(known))
+                tokens += [-1] * (s.count - len(s.drafts) - len(known))
+                tokens += s.drafts
                 starts.append(len(tokens))
                 rows.append(sequence.row)
                 lengths.append(stop)
                 singles += s.count == 1
             last[id(s)] = end = last[id(s.parent)] if s.parent else len(tokens) - 1
             for i in range(s.score_from, s.score_to):
-                table.append((base + i - 1 - s.start, sequence.row, i, sequence.tokens[i], 0))
+                table.append((base + i - 1 - s.start, sequence.row, 0, sequence.tokens[i], 0))
+            for at, draft in enumerate(s.drafts, start=end - len(s.drafts)):
+                table.append((at, sequence.row, 0, draft, 1))
             if s.samples or s.embeds:
-                table.append((end, sequence.row, stop, -1, int(s.samples)))
+                table.append((end, sequence.row, 0, -1, int(s.samples > 0)))
         self._check(np.array(rows), np.array(lengths))
         count = len(rows)
         parts["tokens"][: len(tokens)] = tokens
         parts["rows"][:] = self.buckets.rows
         parts["rows"][:count] = rows
         parts["kv_lens"][:count] = lengths
+        parts["kv_lens"][plan.unsure] = -1
         parts["starts"][:] = len(tokens)
         parts["starts"][: count + 1] = starts
         parts["distribution"][:] = singles, count

@@ -12,12 +12,24 @@ from jaxserve.engine.schedule.sequence import Sequence
 class Slice:
     """`count` tokens of a sequence from `start` on, and what is needed from their logits."""
 
-    __slots__ = ("count", "embeds", "epoch", "parent", "samples", "score_from", "score_to", "sequence", "start")
+    __slots__ = (
+        "count",
+        "drafts",
+        "embeds",
+        "epoch",
+        "parent",
+        "samples",
+        "score_from",
+        "score_to",
+        "sequence",
+        "start",
+    )
 
-    def __init__(self, sequence: Sequence, start: int, count: int, samples: bool) -> None:
+    def __init__(self, sequence: Sequence, start: int, count: int, samples: int) -> None:
         self.sequence, self.epoch = sequence, sequence.epoch
         self.start, self.count = start, count
-        self.samples = samples  # sample the next token from the last one's logits
+        self.samples = samples  # the number of tokens to sample: one, or with drafts one after each and one before
+        self.drafts: list[int] | tuple[()] = ()  # guesses; the last of its tokens
         self.embeds = False  # return the last one's hidden state
         self.score_from = self.score_to = 0  # prompt tokens to score, with the logits of their predecessors
         self.parent: Slice | None = None  # a fork: samples from the parent's logits and computes nothing
@@ -38,6 +50,8 @@ class StepPlan:
     need: int  # flags of need.py
     embeds: int = 0  # entries returned as hidden states
     policy_version: int = 0
+    # Places of slices, all of one token, that start where only the devices know; their `start` is an upper bound.
+    unsure: list[int] = field(default_factory=list[int])
     # The device applies everything below before the step, in this order.
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
     edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: cell -> block
@@ -49,33 +63,40 @@ class StepPlan:
         return bool(self.need & MASK) and any(s.samples and s.sequence.masks is not None for s in self.slices)
 
 
-class Draft:
+class PlanBuilder:
     """The slices of a plan under construction. A planned sequence is never preempted, so slices are only added."""
 
-    __slots__ = ("chunks", "embeds", "entries", "forks", "need", "scores", "singles", "tokens")
+    __slots__ = ("chunks", "embeds", "entries", "extra", "forks", "need", "singles", "tokens", "unsure")
 
     def __init__(self) -> None:
         self.singles: list[Slice] = []
         self.chunks: list[Slice] = []
         self.forks: list[Slice] = []
         self.tokens = self.entries = 0
-        self.scores = 0  # rows of logits for scoring prompt tokens
+        self.extra = 0  # rows of logits beyond one per sequence: for scoring prompt tokens, and for drafts
+        self.unsure: list[int] = []
         self.embeds = 0
         self.need = 0
 
     def put(self, slice: Slice) -> None:
         count, sequence = slice.count, slice.sequence
-        (self.singles if count == 1 else self.chunks if count else self.forks).append(slice)
+        if count == 1:
+            if sequence.unsure:
+                self.unsure.append(len(self.singles))
+            self.singles.append(slice)
+        else:
+            (self.chunks if count else self.forks).append(slice)
         self.tokens += count
         if slice.samples:
-            self.entries += 1
+            self.entries += slice.samples
+            self.extra += slice.samples - 1
             self.need |= sequence.need
         if slice.embeds:
             self.entries += 1
             self.embeds += 1
         if slice.score_to > slice.score_from:
             self.entries += slice.score_to - slice.score_from
-            self.scores += slice.score_to - slice.score_from
+            self.extra += slice.score_to - slice.score_from
             self.need |= sequence.scoring_need
 
     @property
@@ -86,7 +107,8 @@ class Draft:
 
 @dataclass(slots=True)
 class StepResult:
-    """One entry per row of logits or embedding, in the order of the plan's slices."""
+    """One entry per row of logits or embedding, in the order of the plan's slices. Of a slice with drafts only those
+    count that sampled its drafts, and the next: see `commit.counted`."""
 
     tokens: list[int]
     valid: list[bool]

@@ -6,7 +6,8 @@
     commit(plan, result)      applies a step's result: appends tokens, ends sequences, frees rows and blocks
 
 A plan is a promise: `schedule` counts its work as done (`computed`, `pending`), so that the next plan can be made
-before the result arrives. A sequence's epoch tells whether it has left its row since; then the result is dropped.
+before the result arrives. A sequence's epoch tells whether it has left its row since; then the result is dropped. With
+drafts the promise is an upper bound: the devices know how many were right, and `commit` corrects the count.
 
 Running sequences are kept and planned in order of arrival (or priority, then arrival). When blocks run out, the last
 sequence is preempted and recomputed later. So the first always makes progress, none starves, and a planned sequence
@@ -18,11 +19,12 @@ import traceback
 from bisect import bisect_left, insort
 
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import admission, commit, masks
+from jaxserve.engine.schedule import admission, commit, drafts, masks
 from jaxserve.engine.schedule.block_pool import BlockPool
 from jaxserve.engine.schedule.block_tables import BlockTables
+from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.masks import Masks, Words
-from jaxserve.engine.schedule.plan import Draft, Slice, StepPlan, StepResult
+from jaxserve.engine.schedule.plan import PlanBuilder, Slice, StepPlan, StepResult
 from jaxserve.engine.schedule.sequence import Sequence, Status, order_of
 from jaxserve.engine.schedule.waiting import Deadlines, Waiting
 from jaxserve.errors import RequestError
@@ -51,6 +53,7 @@ class Scheduler:
         self._waiting, self._deadlines = Waiting(self.limits), Deadlines()
         self._tables = BlockTables(self.limits, hash_seed=self._hash_seed)
         self._arrived: list[Sequence] = []  # sequences that took a row since the last plan
+        self._drafters = 0  # the number of running sequences with a drafter
 
     @property
     def pool(self) -> BlockPool:
@@ -67,9 +70,11 @@ class Scheduler:
 
     # --- arrivals and departures ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, hold: int = 0, masked_by: Masks | None = None) -> None:
-        """Queue a request; a beam search of `hold` beams if that is not 0. Raises RequestError if it cannot be served
-        as sent."""
+    def add(
+        self, request: Request, *, hold: int = 0, masked_by: Masks | None = None, drafted_by: Drafter | None = None
+    ) -> None:
+        """Queue a request; a beam search of `hold` beams if that is not 0, which gets no drafts. Raises RequestError if
+        it cannot be served as sent."""
         limits, params = self.limits, request.params
         admission.check(request, limits)
         if request.id in self.requests:
@@ -83,7 +88,14 @@ class Scheduler:
         for index in range(params.n):
             order, first = (priority, self._arrivals, index), group[0] if group else None
             sequence = Sequence(
-                request, index=index, order=order, limits=limits, seed=seed + index, leader=first, masks=masked_by
+                request,
+                index=index,
+                order=order,
+                limits=limits,
+                seed=seed + index,
+                leader=first,
+                masks=masked_by,
+                drafter=None if hold else drafted_by,
             )
             group.append(sequence)
         leader, *leader.siblings = group
@@ -192,13 +204,15 @@ class Scheduler:
             sequence.scheduled = self._now
         insort(self.running, sequence, key=order_of)
         self._arrived.append(sequence)
+        self._drafters += sequence.drafter is not None
         self._tables.send(sequence)
 
     def _leave_row(self, sequence: Sequence) -> None:
         del self.running[bisect_left(self.running, sequence.order, key=order_of)]
         self._free_rows.append(sequence.row)
         self._tables.end(sequence)
-        sequence.row, sequence.pending = -1, 0
+        self._drafters -= sequence.drafter is not None
+        sequence.row, sequence.pending, sequence.unsure = -1, 0, 0
         sequence.scored = sequence.scores_reported
         sequence.epoch += 1
 
@@ -216,30 +230,31 @@ class Scheduler:
         """Plan the next step; None if there is nothing to compute until a step in flight is committed."""
         self._now = now
         self._expire(now)
-        draft = Draft()
-        self._admit(draft, self._go_on(draft))
-        while not draft.tokens and self._waiting and self.running and all(map(_idles, self.running)):
+        plan = PlanBuilder()
+        self._admit(plan, self._go_on(plan))
+        while not plan.tokens and self._waiting and self.running and all(map(_idles, self.running)):
             # Held beams wait for one that has no room: without a preemption no blocks would ever be freed.
             self._preempt(self.running[-1])
-            self._admit(draft, [])
-        if not draft.tokens:
+            self._admit(plan, [])
+        if not plan.tokens:
             return None
         copies, edits = self._tables.take_changes()
         arrivals = [sequence for sequence in self._arrived if sequence.status == Status.RUNNING]
         self._arrived = []
         return StepPlan(
-            draft.slices,
-            draft.tokens,
-            draft.entries,
-            draft.need,
-            draft.embeds,
+            plan.slices,
+            plan.tokens,
+            plan.entries,
+            plan.need,
+            plan.embeds,
             self.policy_version,
+            plan.unsure,
             copies,
             edits,
             arrivals,
         )
 
-    def _go_on(self, draft: Draft) -> list[Sequence]:
+    def _go_on(self, plan: PlanBuilder) -> list[Sequence]:
         """Plan the running sequences. Returns those with prompts in progress."""
         decoding = 0
         work: list[tuple[Sequence, int]] = []  # sequences and their tokens left to compute
@@ -255,24 +270,28 @@ class Scheduler:
                 continue
             work.append((sequence, left))
         spare = self.limits.max_num_batched_tokens - decoding
+        guesses = self._guesses(work, spare) if self._drafters else {}
         for sequence, left in work:
             if sequence.row < 0:
                 break  # preempted for an earlier one, like all after it
-            taken = self._compute(draft, sequence, min(left, spare) if left > 1 else 1)
+            if guesses and sequence in guesses and self._compute_drafts(plan, sequence, guesses[sequence]):
+                spare -= len(guesses[sequence])
+                continue
+            taken = self._compute(plan, sequence, min(left, spare) if left > 1 else 1)
             if left > 1:
                 spare -= taken
                 if sequence.row >= 0:
                     chunked.append(sequence)
         return chunked
 
-    def _admit(self, draft: Draft, chunked: list[Sequence]) -> None:
+    def _admit(self, plan: PlanBuilder, chunked: list[Sequence]) -> None:
         """Give rows to waiting sequences in order, while each whole prompt fits beside the running ones. Reserved for
         those: one more block each in each group, and all blocks for prompts in progress.
         """
         tables, waiting = self._tables, self._waiting
         each = self.limits.groups
         reserve = each * len(self.running) + sum(map(tables.wanted, chunked))
-        while waiting and draft.tokens < self.limits.max_num_batched_tokens and self._free_rows:
+        while waiting and plan.tokens < self.limits.max_num_batched_tokens and self._free_rows:
             sequence = waiting.first
             if not tables.begin(sequence, reserve=reserve):
                 break
@@ -282,7 +301,7 @@ class Scheduler:
                 sequence.cached = sequence.computed
                 self._count_prefix(sequence)
             left = sequence.length - sequence.computed
-            self._compute(draft, sequence, min(left, self.limits.max_num_batched_tokens - draft.tokens))
+            self._compute(plan, sequence, min(left, self.limits.max_num_batched_tokens - plan.tokens))
             reserve += each + tables.wanted(sequence)
 
     def _count_prefix(self, sequence: Sequence) -> None:
@@ -290,14 +309,14 @@ class Scheduler:
             self.prefix_queries += sequence.prompt_len
             self.prefix_hits += sequence.cached
 
-    def _compute(self, draft: Draft, sequence: Sequence, count: int) -> int:
+    def _compute(self, plan: PlanBuilder, sequence: Sequence, count: int) -> int:
         """Plan up to `count` of its next tokens; return how many."""
         if sequence.scores:
             free = max(0, sequence.scored - 1 - sequence.computed)  # already scored: these tokens need no row of logits
-            count = min(count, free + self._score_rows - draft.scores)
+            count = min(count, free + self._score_rows - plan.extra)
         if count <= 0 or not self._make_room(sequence, count):
             return 0
-        self._promise(draft, sequence, count)
+        self._promise(plan, sequence, count)
         return count
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
@@ -311,7 +330,7 @@ class Scheduler:
                 return False
         return True
 
-    def _promise(self, draft: Draft, sequence: Sequence, count: int) -> None:
+    def _promise(self, plan: PlanBuilder, sequence: Sequence, count: int) -> None:
         """Add a slice to the plan, and count its work as done."""
         start = sequence.computed
         stop = sequence.computed = start + count
@@ -323,15 +342,62 @@ class Scheduler:
             slice.score_from = max(sequence.scored, start + 1)
             slice.score_to = max(slice.score_from, min(stop + 1, sequence.prompt_len))
             sequence.scored = slice.score_to
-        draft.put(slice)
+        plan.put(slice)
         if stop // self.limits.block_size > sequence.published:
             self._tables.publish(sequence)
         if samples:
             sequence.pending += 1
             if sequence.siblings:
-                self._fork(draft, slice)
+                self._fork(plan, slice)
 
-    def _fork(self, draft: Draft, slice: Slice) -> None:
+    def _guesses(self, work: list[tuple[Sequence, int]], spare: int) -> dict[Sequence, list[int]]:
+        """Drafts for sequences that decode. They get the tokens, rows of logits and blocks that prompts and the other
+        sequences leave. A sequence gets none while drafts of it are in flight: only the devices know its length."""
+        found: dict[Sequence, list[int]] = {}
+        if any(sequence.scores for sequence, _ in work):
+            return found
+        chunked, size = [item for item in work if item[1] > 1], self.limits.block_size
+        room = min(self._score_rows, spare - sum(left for _, left in chunked))
+        room -= self._waiting.tokens if self._free_rows else 0
+        groups, wanted = self.limits.groups, sum(self._tables.wanted(sequence) for sequence, _ in chunked)
+        blocks = (self.pool.available - wanted) // groups - len(self.running)  # in each group
+        for sequence, left in work:
+            most = min(room, drafts.MOST, blocks * size, sequence.goal - sequence.computed - 1)
+            if sequence.drafter is None or left > 1 or most <= 0 or sequence.unsure or sequence.siblings:
+                continue
+            skip = sequence.pending
+            try:
+                guess = drafts.of(
+                    sequence.drafter, sequence.tokens, skip=skip, most=most, vocab_size=self.limits.vocab_size
+                )
+            except Exception:  # the request needs no drafts: it goes on without
+                traceback.print_exc()
+                sequence.drafter, self._drafters = None, self._drafters - 1
+                continue
+            if guess:
+                found[sequence] = guess
+                room -= len(guess)
+                blocks -= -(-len(guess) // size)
+        return found
+
+    def _compute_drafts(self, plan: PlanBuilder, sequence: Sequence, guess: list[int]) -> bool:
+        """Plan its next token and these drafts, as if all were right. False if there is no room for them."""
+        if self._tables.windowed:
+            self._tables.leave_window(sequence)
+        count = 1 + len(guess)
+        if not self._tables.grow(sequence, count):
+            return False
+        slice = Slice(sequence, sequence.computed, count, count)
+        slice.drafts = guess
+        sequence.computed += count
+        sequence.pending += count
+        sequence.unsure += len(guess)
+        plan.put(slice)
+        if sequence.settled // self.limits.block_size > sequence.published:
+            self._tables.publish(sequence)
+        return True
+
+    def _fork(self, plan: PlanBuilder, slice: Slice) -> None:
         """Fork the other samples of a request whose prompt this slice completes: they sample from its logits."""
         leader = slice.sequence
         siblings, leader.siblings = leader.siblings, []
@@ -342,9 +408,9 @@ class Scheduler:
             self._tables.begin_as(sibling, leader)
             self._take_row(sibling)
             sibling.pending = 1
-            fork = Slice(sibling, leader.computed, 0, samples=True)
+            fork = Slice(sibling, leader.computed, 0, samples=1)
             fork.parent = slice
-            draft.put(fork)
+            plan.put(fork)
 
     def masks_of(self, plan: StepPlan) -> list[Words]:
         """The masks of the rows that sample in this step, once the steps before it are committed."""
@@ -373,7 +439,7 @@ class Scheduler:
             sequence = slice.sequence
             if slice.epoch != sequence.epoch:
                 continue
-            if not sound and not all(result.valid[first:end]):
+            if not sound and not all(result.valid[first : first + commit.counted(slice, result, first)]):
                 updates.append(self._broken(sequence, _NOT_FINITE))
                 continue
             update = Update(
@@ -401,6 +467,8 @@ class Scheduler:
         if slice.score_to > slice.score_from:
             update.prompt_logprobs = commit.scores(slice, result, first)
             sequence.scores_reported = slice.score_to
+        if slice.drafts:
+            return commit.checked(slice, result, first, update, self.limits.eos_token_ids)
         if slice.samples:
             return commit.sampled(sequence, result, last, update, self.limits.eos_token_ids)
         if slice.embeds:

@@ -4,6 +4,7 @@
 tokens    the prompt and the generated tokens that the host knows
 pending   the number of tokens that steps in flight are sampling
 computed  the number of tokens with KV written, or to be written by steps in flight
+unsure    how many of both may turn out fewer: the drafts that steps in flight check
 epoch     incremented when the sequence leaves its row, which makes results of steps in flight stale
 """
 
@@ -11,6 +12,7 @@ from enum import IntEnum
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import need
+from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.masks import Masks
 from jaxserve.sampling import columns, control_row
 from jaxserve.sampling.control_row import ControlRow
@@ -30,6 +32,7 @@ class Sequence:
         "cached",
         "computed",
         "controls",
+        "drafter",
         "end",
         "epoch",
         "first_blocks",
@@ -59,6 +62,7 @@ class Sequence:
         "status",
         "stops",
         "tokens",
+        "unsure",
     )
 
     def __init__(
@@ -71,6 +75,7 @@ class Sequence:
         seed: int,
         leader: "Sequence | None" = None,
         masks: Masks | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """`leader`: another sample of the same request, to share what they have in common."""
         params = request.params
@@ -85,13 +90,15 @@ class Sequence:
         self.stops = stops_of(request, limits) if leader is None else leader.stops
         self.masks = masks if leader is None else leader.masks
         self.need = sampling_need(request) | need.MASK * (self.masks is not None)
+        drafter = drafter if leader is None else leader.drafter
+        self.drafter = drafter if request.generates and need.allows_drafts(self.need) else None
         self.scoring_need = need.of_logprobs(params.prompt_logprobs)
         self.controls = controls_of(request, self.need, self.stops, limits) if leader is None else leader.controls
         # Prompt tokens scored, including by steps in flight, and those already reported. The first token has no score.
         self.scored = self.scores_reported = 1 if self.scoring_need and index == 0 else self.prompt_len
         self.seed = seed & 0xFFFF_FFFF
         self.status = Status.BESIDE
-        self.row, self.epoch, self.computed, self.pending, self.cached = -1, 0, 0, 0, 0
+        self.row, self.epoch, self.computed, self.pending, self.unsure, self.cached = -1, 0, 0, 0, 0, 0
         # For each cache group its block table, and its first block that is not freed: those before it are outside the
         # group's window.
         self.blocks: list[list[int]] = [[] for _ in limits.windows]
@@ -112,6 +119,11 @@ class Sequence:
     def length(self) -> int:
         """Its number of tokens, including those still being sampled."""
         return len(self.tokens) + self.pending
+
+    @property
+    def settled(self) -> int:
+        """The number of tokens whose KV is final: later steps write only behind them."""
+        return self.computed - self.unsure
 
     @property
     def num_blocks(self) -> int:

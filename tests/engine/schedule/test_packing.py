@@ -78,9 +78,9 @@ def test_a_decoding_step_written_out() -> None:
     assert given["cells"] == [12] + [-1] * 11 and given["blocks"][0] == 9
     numbers = [[0, 0, 0, bits(1), 0, 0], [0, -1, bits(1), bits(0.5), 0, 0], [0, 0, bits(1), bits(1), 0, 0]]
     entries = np.reshape(given["entries"], (4, len(packing.ENTRY))).tolist()
-    assert entries[0] == [0, 2, 3, -1, 1, *numbers[0]]
-    assert entries[1] == [1, 0, 2, -1, 1, *numbers[1]]
-    assert entries[2] == [2, 1, 2, 5, 0, *numbers[2]]
+    assert entries[0] == [0, 2, 0, -1, 1, *numbers[0]]
+    assert entries[1] == [1, 0, 0, -1, 1, *numbers[1]]
+    assert entries[2] == [2, 1, 0, 5, 0, *numbers[2]]
     assert entries[3] == [0, 4, 0, -1, 0, *[0] * 6]
 
 
@@ -101,7 +101,7 @@ def test_a_mixed_step_written_out() -> None:
     assert given["rows"] == [3, 1, 4, 4] and given["kv_lens"] == [2, 4, 0, 0]
     assert given["starts"] == [0, 1, 4, 4, 4] and given["distribution"] == [1, 2]
     entries = np.reshape(given["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
-    assert entries[:5] == [[0, 3, 2, -1, 1], [1, 1, 2, 6, 0], [2, 1, 3, 7, 0], [3, 1, 4, -1, 1], [3, 0, 4, -1, 1]]
+    assert entries[:5] == [[0, 3, 0, -1, 1], [1, 1, 0, 6, 0], [2, 1, 0, 7, 0], [3, 1, 0, -1, 1], [3, 0, 0, -1, 1]]
     assert entries[5:] == [[0, 4, 0, -1, 0]] * 7
 
 
@@ -113,10 +113,28 @@ def test_embeddings_are_entries_that_sample_nothing() -> None:
     packed = batcher().pack(plan(slices))
     assert (packed.entries, packed.embeds) == (2, 2)
     entries = np.reshape(parts(packed)["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
-    assert entries[:3] == [[0, 3, 2, -1, 0], [2, 1, 3, -1, 0], [0, 4, 0, -1, 0]]
+    assert entries[:3] == [[0, 3, 0, -1, 0], [2, 1, 0, -1, 0], [0, 4, 0, -1, 0]]
     packed = batcher().pack(plan(slices[:1]))
     assert packed.layout == packing.decode_layout(1) and packed.embeds == 1
-    assert parts(packed)["entries"][:5] == [0, 3, 2, -1, 0]
+    assert parts(packed)["entries"][:5] == [0, 3, 0, -1, 0]
+
+
+def test_drafts_and_a_length_that_only_the_devices_know() -> None:
+    unsure, drafted = sequence(3, [1, 2], max_tokens=9), sequence(1, [4, 5], max_tokens=9)
+    unsure.computed, unsure.pending, unsure.unsure = 4, 3, 2
+    drafted.computed, drafted.pending = 2, 1  # so that its next token is on the device too
+    slices = [Slice(unsure, 4, 1, 1), Slice(drafted, 2, 3, 3)]
+    slices[1].drafts = [8, 9]
+    packed = batcher().pack(plan(slices, unsure=[0]))
+    assert packed.layout == packing.mixed_layout(16, BUCKETS, BLOCK) and packed.entries == 4
+    given = parts(packed)
+    assert given["tokens"][:4] == [-1, -1, 8, 9]
+    assert given["rows"] == [3, 1, 4, 4] and given["kv_lens"] == [-1, 5, 0, 0]
+    assert given["starts"] == [0, 1, 4, 4, 4] and given["distribution"] == [1, 2]
+    entries = np.reshape(given["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
+    assert entries[:5] == [[0, 3, 0, -1, 1], [1, 1, 0, 8, 1], [2, 1, 0, 9, 1], [3, 1, 0, -1, 1], [0, 4, 0, -1, 0]]
+    packed = batcher().pack(plan(slices[:1], unsure=[0]))
+    assert packed.layout == packing.decode_layout(1) and parts(packed)["kv_lens"] == [-1]
 
 
 def test_a_row_keeps_its_numbers_until_the_next_arrival() -> None:

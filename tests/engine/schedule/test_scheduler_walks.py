@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.types.request import Request
-from tests.engine.fakes import STEMS, VOCAB, FakeEngine, Oracle, check_answers, limits, request
+from tests.engine.fakes import GUESSES, STEMS, VOCAB, FakeEngine, Guesses, Oracle, check_answers, limits, request
 
 # --- random walks ---------------------------------------------------------------------------------------------------
 
@@ -42,6 +42,7 @@ class Add:
     tail: list[int]
     params: dict[str, Any]
     request: dict[str, Any]
+    drafts: str | None
 
 
 @dataclass
@@ -94,6 +95,7 @@ adds = st.builds(
             deadline=st.sampled_from([None] * 7 + [2, 6]),
         ),
     ),
+    drafts=st.sampled_from([*[None] * len(GUESSES), *GUESSES]),
 )
 others = st.one_of(
     st.none(), st.builds(Abort, st.integers(0, 9), st.sampled_from([None, 0, 1])), st.builds(Reset), st.builds(Wait)
@@ -112,14 +114,14 @@ def test_any_walk_gives_the_results_of_each_request_alone(engine: FakeEngine, sc
     aborted: set[tuple[str, int | None]] = set()
     for action in script:
         match action:
-            case Add(stem, shared, tail, params, extra):
+            case Add(stem, shared, tail, params, extra, drafts):
                 n = min(params["n"], engine.limits.max_num_seqs)
                 if extra["embed"]:
                     reads = params["skip_reading_prefix_cache"]
                     params, extra, n = dict(skip_reading_prefix_cache=reads), extra | dict(score_only=False), 1
                 name = f"request {len(asked)}"
                 made = request(name, STEMS[stem][:shared] + tail, request=extra, **params | dict(n=n))
-                engine.add(made)
+                engine.add(made, drafted_by=Guesses(Oracle(engine.limits), made, drafts) if drafts else None)
                 asked[name] = made
             case Abort(which, index):
                 name = f"request {which}"
