@@ -9,6 +9,7 @@ On an accelerator: KV cache = usable memory - memory in use, weights included - 
 slack. On a CPU the KV cache is large enough for all rows, but at most 4 GiB and a quarter of the free memory.
 """
 
+import math
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from jaxserve.flags.sizes import given_size, shown_size
 from jaxserve.models import cache_groups
 from jaxserve.models.cache_groups import Groups
 from jaxserve.models.mesh_fit import Fit
-from jaxserve.models.spec import Mlp, ModelSpec
+from jaxserve.models.spec import Mlp, ModelSpec, Recurrent
 
 GIB = 2**30
 CPU_CACHE = 4 * GIB
@@ -44,6 +45,7 @@ class Limits:
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     enable_prefix_caching: bool = True
+    states: bool = False  # whether layers keep a state for each row
     priority: bool = False
     rope_length: int = 0  # the length that length-dependent RoPE assumes for every sequence
 
@@ -224,6 +226,8 @@ class Capacity:
             lines.append(
                 f"max_model_len is {longest:,}, not the model's {self.wanted_len:,}: the KV cache is too small"
             )
+        if self.limits.states:
+            lines.append("prefix caching is off, because layers keep a state of each sequence")
         return lines
 
     def lines(self) -> list[str]:
@@ -250,7 +254,9 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         windows=groups.windows,
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
-        enable_prefix_caching=config.enable_prefix_caching,
+        # A prefix is of no use without the states at its end.
+        enable_prefix_caching=config.enable_prefix_caching and not groups.states,
+        states=groups.states,
         priority=config.scheduling_policy == "priority",
         rope_length=longest if spec.needs_rope_length else 0,
     )
@@ -265,7 +271,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         groups=groups,
         token_bytes=token_bytes(spec, memory.dtype, memory.fitted),
         block_bytes=block_bytes(spec, groups, memory) * config.block_size,
-        state=_state_bytes(limits),
+        state=_state_bytes(limits, spec),
         step=_step_estimate(spec, buckets, shards=memory.fitted.shards, item=item_bytes(memory.dtype))
         if memory.step is None
         else memory.step,
@@ -323,12 +329,14 @@ def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
     return replace(found, limits=replace(found.limits, max_model_len=found.longest))
 
 
-def _state_bytes(limits: Limits) -> int:
-    """Block tables, last tokens and lengths, sampling controls; every value takes 4 bytes."""
+def _state_bytes(limits: Limits, spec: ModelSpec) -> int:
+    """Block tables, last tokens and lengths, sampling controls, of which each value takes 4 bytes; states of layers."""
     from jaxserve.sampling.control_row import row_size  # imports numpy, which `jaxserve check --help` does not need
 
     controls = limits.vocab_size + row_size(limits.vocab_size) - 1  # the row's number is not stored
-    return 4 * limits.max_num_seqs * (limits.groups * limits.width + 2 + controls)
+    recurrent = (layer.attention for layer in spec.layers if isinstance(layer.attention, Recurrent))
+    states = (math.prod(part.shape) * item_bytes(part.dtype) for mixer in recurrent for part in mixer.state)
+    return limits.max_num_seqs * (4 * (limits.groups * limits.width + 2 + controls) + sum(states))
 
 
 def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int) -> int:

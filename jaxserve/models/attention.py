@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.cache_groups import one_group
+from jaxserve.models.cache_groups import STATE, one_group
 from jaxserve.models.inputs import ModelInputs, PagedTokens
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.layers import Linear, Normalize, lift
+from jaxserve.models.recurrent import Stateful
 from jaxserve.models.rope import Angles, rotate
 from jaxserve.models.spec import Attention, ModelSpec
 from jaxserve.models.weight import param
@@ -38,7 +39,7 @@ class Options:
 class Cores(Protocol):
     """The cores of all layers, which run in order."""
 
-    def of(self, layer: int) -> "Core": ...
+    def of(self, layer: int) -> "Core | Stateful": ...
 
     def keep(self, layer: int, cache: LayerCache | None) -> None:
         """Take the layer's cache after it has run."""
@@ -140,17 +141,20 @@ class Paged:
         return out, {"latent": pool}
 
 
-class PagedLayers:
-    """Cores over the pools of all layers. Layers of different groups at one place share a pool, so each gets it as the
+class CachedLayers:
+    """Cores over the cache of all layers. Layers of different groups at one place share a pool, so each gets it as the
     one before left it."""
 
     def __init__(self, spec: ModelSpec, inputs: ModelInputs, pools: list[LayerCache]) -> None:
         self._at = (inputs.groups or one_group(spec)).at
-        self._paged, self.pools = inputs.paged, list(pools)
+        self._inputs, self.pools = inputs, list(pools)
 
-    def of(self, layer: int) -> Paged:
-        group, place = self._at[layer]
-        return Paged(self._paged[group], self.pools[place])
+    def of(self, layer: int) -> "Core | Stateful":
+        (group, place), paged, rows = self._at[layer], self._inputs.paged, self._inputs.rows
+        if group == STATE:
+            assert rows is not None
+            return Stateful(rows, paged[0].ragged, self.pools[place])
+        return Paged(paged[group], self.pools[place])
 
     def keep(self, layer: int, cache: LayerCache | None) -> None:
         if cache is not None:

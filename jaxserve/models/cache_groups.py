@@ -6,6 +6,8 @@ its own block table. All groups take their blocks from one pool, so that memory 
 short sequences as for long ones. So all groups have equally many layers: a block holds `block_size` tokens of `places`
 layers, and a group's layer p keeps its KV at place p of the group's blocks. If a kind of layers does not fill its last
 group, some of its places stay empty; `groups_of` chooses the size of groups that takes the least memory.
+
+Recurrent layers are in no group: they keep a state for each row, and no KV. Their arrays follow those of the places.
 """
 
 from collections import defaultdict
@@ -14,8 +16,9 @@ from functools import cache
 from itertools import count
 
 from jaxserve.models.mesh_fit import Fit
-from jaxserve.models.spec import Attention, Layer, ModelSpec
+from jaxserve.models.spec import Attention, Layer, ModelSpec, Recurrent
 
+STATE = -1  # stands for the group of layers that keep a state for each row
 MOST = 16  # groups; each has a block table to edit
 PER_GROUP = 0.01  # what another group costs, as a share of the memory: its table is edited and read in each step
 
@@ -23,24 +26,32 @@ PER_GROUP = 0.01  # what another group costs, as a share of the memory: its tabl
 @dataclass(frozen=True)
 class Groups:
     windows: tuple[int | None, ...]  # of each group: how many tokens its layers attend to; None: all
-    at: tuple[tuple[int, int], ...]  # of each layer: its group, and its place in the group's blocks
+    # Of each layer: its group, or STATE, and the index of its arrays in the cache: its place in the group's blocks.
+    at: tuple[tuple[int, int], ...]
 
     @property
     def places(self) -> int:
         """The layers of a group, whose KV one block holds."""
-        return 1 + max(place for _, place in self.at)
+        return 1 + max(place for group, place in self.at if group != STATE)
+
+    @property
+    def states(self) -> bool:
+        """Whether layers keep a state for each row."""
+        return any(group == STATE for group, _ in self.at)
 
     def layers(self) -> tuple[int, ...]:
-        """For each place a layer that keeps its KV there. All others at this place have KV of the same shape."""
+        """For each entry of the cache a layer that uses it. All others that do have KV of the same shape."""
         first: dict[int, int] = {}
         for layer, (_, place) in enumerate(self.at):
             first.setdefault(place, layer)
-        return tuple(first[place] for place in range(self.places))
+        return tuple(first[place] for place in sorted(first))
 
 
 def one_group(spec: ModelSpec, window: int | None = None) -> Groups:
-    """All layers in one group."""
-    return Groups((window,), tuple((0, layer) for layer in range(len(spec.layers))))
+    """All layers with KV in one group."""
+    recurrent = _recurrent(spec)
+    paged = [layer for layer in range(len(spec.layers)) if layer not in recurrent]
+    return _with_states(spec, (window,), {layer: (0, place) for place, layer in enumerate(paged)})
 
 
 @cache
@@ -48,11 +59,14 @@ def groups_of(spec: ModelSpec, length: int) -> Groups:
     """The groups for sequences of up to `length` tokens: a window that they do not exceed saves nothing."""
     kinds: dict[int | None, list[int]] = defaultdict(list)  # layers by window
     for i, layer in enumerate(spec.layers):
+        if isinstance(layer.attention, Recurrent):
+            continue
         window = _window(layer)
         kinds[window if window is not None and window < length else None].append(i)
     if len(kinds) == 1:
         return one_group(spec, next(iter(kinds)))
-    if len({tuple(Fit().slots(layer).items()) for layer in spec.layers}) > 1:  # one block cannot hold either
+    paged = [spec.layers[layer] for layers in kinds.values() for layer in layers]
+    if len({tuple(Fit().slots(layer).items()) for layer in paged}) > 1:  # one block cannot hold either
         return one_group(spec, None if None in kinds else max(window for window in kinds if window is not None))
     order = sorted(kinds, key=lambda window: (window is not None, window or 0))  # layers that keep all tokens first
 
@@ -71,7 +85,17 @@ def groups_of(spec: ModelSpec, length: int) -> Groups:
         numbered = zip(count(len(windows) * size), kinds[window], strict=False)
         at |= {layer: divmod(place, size) for place, layer in numbered}
         windows += [window] * -(-len(kinds[window]) // size)
-    return Groups(tuple(windows), tuple(at[layer] for layer in range(len(spec.layers))))
+    return _with_states(spec, tuple(windows), at)
+
+
+def _with_states(spec: ModelSpec, windows: tuple[int | None, ...], at: dict[int, tuple[int, int]]) -> Groups:
+    places = 1 + max(place for _, place in at.values())
+    states = {layer: (STATE, places + i) for i, layer in enumerate(_recurrent(spec))}
+    return Groups(windows, tuple((at | states)[layer] for layer in range(len(spec.layers))))
+
+
+def _recurrent(spec: ModelSpec) -> list[int]:
+    return [i for i, layer in enumerate(spec.layers) if isinstance(layer.attention, Recurrent)]
 
 
 def _window(layer: Layer) -> int | None:

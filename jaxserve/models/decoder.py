@@ -8,6 +8,7 @@ Both run the same blocks. `spec` is static: equal specs share an executable. Lay
 so that equal layers are traced once and every layer has separate weights and cache.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models.attention import Core, Cores, Dense, GroupedAttention, PagedLayers
+from jaxserve.models.attention import CachedLayers, Core, Cores, Dense, GroupedAttention
 from jaxserve.models.inputs import ModelInputs
 from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.latent_attention import MultiHeadLatentAttention
@@ -27,13 +28,18 @@ from jaxserve.models.linear import matmul
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.mlp import FeedForward
 from jaxserve.models.moe import MixtureOfExperts
+from jaxserve.models.recurrent import Stateful
 from jaxserve.models.rope import Angles, angles
-from jaxserve.models.spec import Attention, Layer, Mlp, ModelSpec, Norm
+from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec, Norm, Recurrent
 from jaxserve.models.weight import AxisSizes, param, store, weight
 from jaxserve.parallel import mesh
 from pallas_kernels.checks import is_concrete
 
 Params = dict[str, Any]  # nested; leaves are arrays
+
+# The module of each kind of recurrent layer: made of (spec, hidden, dtype=...), called like the modules of attention,
+# with a Stateful or Dense core.
+MIXERS: dict[type[Recurrent], Callable[..., Any]] = {}
 
 
 class Block(nnx.Module):
@@ -41,8 +47,10 @@ class Block(nnx.Module):
         self.spec = spec
         if isinstance(spec.attention, Attention):
             self.attention = GroupedAttention(spec.attention, hidden, kv_repeat=fitted.kv_repeat, dtype=dtype)
-        else:
+        elif isinstance(spec.attention, LatentAttention):
             self.attention = MultiHeadLatentAttention(spec.attention, hidden, dtype=dtype)
+        else:
+            self.attention = MIXERS[type(spec.attention)](spec.attention, hidden, dtype=dtype)
         kind = FeedForward if isinstance(spec.mlp, Mlp) else MixtureOfExperts
         self.mlp = kind(spec.mlp, hidden, fitted, dtype=dtype)  # pyright: ignore[reportArgumentType]
 
@@ -53,7 +61,7 @@ class Block(nnx.Module):
         self.mlp_in, self.mlp_out = norm(spec.mlp_in), norm(spec.mlp_out)
 
     def __call__(
-        self, x: jax.Array, turn: Angles | None, core: Core, wanted: jax.Array | None
+        self, x: jax.Array, turn: Angles | None, core: Core | Stateful, wanted: jax.Array | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """The hidden states of the `wanted` tokens, or of all; and the layer's cache."""
 
@@ -63,7 +71,7 @@ class Block(nnx.Module):
         spec = self.spec
         normed = through(self.attention_in, x)
         with jax.named_scope("attention"):
-            attended, cache = self.attention(normed, turn, core)
+            attended, cache = self.attention(normed, turn, core)  # pyright: ignore[reportArgumentType]
         if wanted is not None:
             x, normed, attended = (_rows(value, wanted) for value in (x, normed, attended))
         if spec.parallel:
@@ -172,7 +180,7 @@ def _run_block(
     params: Params,
     x: jax.Array,
     turn: Angles | None,
-    core: Core,
+    core: Core | Stateful,
     wanted: jax.Array | None,
     *,
     remat: bool,
@@ -261,7 +269,7 @@ def hidden(
     """The first part of `step`: the last block's output for the sampled tokens, [sampled, hidden]. `params` may be the
     body's alone."""
     body = bind(Body, spec, params)
-    cores = PagedLayers(spec, inputs, cache)
+    cores = CachedLayers(spec, inputs, cache)
     wanted = inputs.sampled
     early = len(wanted) < len(inputs.tokens)
     x = body(inputs.tokens, inputs.positions, cores, wanted=wanted if early else None, rope_lengths=inputs.rope_lengths)

@@ -30,4 +30,5 @@ class ModelInputs:
     # [T]  the length that length-dependent RoPE assumes for the token's sequence, constant over a request's life; None
     # unless spec.needs_rope_length
     rope_lengths: jax.Array | None = None
+    rows: jax.Array | None = None  # [R]  for recurrent layers: the row whose state each row of the batch continues
     groups: Groups | None = field(default=None, metadata=dict(static=True))  # of the layers; None: all in one

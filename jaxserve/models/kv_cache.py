@@ -2,17 +2,20 @@
 """The paged KV cache: one dict of pools per layer of a cache group (cache_groups.py), so that each pool is donated and
 updated in place separately. A layer of each group has its KV there, each in the blocks of its own group.
 
+Recurrent layers have a dict of states instead: an array [rows, ...] for each part of the state.
+
 {"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.cache_groups import Groups, one_group
 from jaxserve.models.mesh_fit import fit
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import Layer, ModelSpec, Recurrent
 from jaxserve.parallel import mesh
 from pallas_kernels.block_copy import copy_blocks
 
@@ -26,17 +29,24 @@ _AXES: dict[str, mesh.Axes] = {
 
 
 def abstract_cache(
-    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, groups: Groups | None = None
+    spec: ModelSpec, *, blocks: int, block_size: int, dtype: Any, groups: Groups | None = None, rows: int = 1
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """The pools' shapes, sharded if a mesh is in context. Without `groups` all layers are in one."""
+    """The shapes of pools and of states for `rows` sequences, sharded if a mesh is in context. Without `groups` all
+    layers are in one."""
     fitted = fit(spec, *mesh.shards())
-    return [
-        {
+
+    def arrays(layer: Layer) -> dict[str, jax.ShapeDtypeStruct]:
+        if isinstance(layer.attention, Recurrent):
+            return {
+                part.name: jax.ShapeDtypeStruct((rows, *part.shape), jnp.dtype(part.dtype), sharding=mesh.here(()))
+                for part in layer.attention.state
+            }
+        return {
             name: jax.ShapeDtypeStruct((blocks, block_size, *slot), dtype, sharding=mesh.here(_AXES[name]))
-            for name, slot in fitted.slots(spec.layers[layer]).items()
+            for name, slot in fitted.slots(layer).items()
         }
-        for layer in (groups or one_group(spec)).layers()
-    ]
+
+    return [arrays(spec.layers[layer]) for layer in (groups or one_group(spec)).layers()]
 
 
 def allocate(
@@ -56,7 +66,23 @@ def move_blocks(cache: list[LayerCache], sources: jax.Array, destinations: jax.A
     """Copy whole blocks in every layer; see block_copy. The caller's jit should donate the cache."""
 
     def move(name: str, pool: jax.Array) -> jax.Array:
+        if name not in _AXES:
+            return pool
         cut = mesh.partition(_AXES[name])
         return mesh.island(copy_blocks, (cut, P(), P()), cut)(pool, sources, destinations)
 
     return [{name: move(name, pool) for name, pool in pools.items()} for pools in cache]
+
+
+def copy_states(cache: list[LayerCache], sources: jax.Array, destinations: jax.Array) -> list[LayerCache]:
+    """Copy the states of whole rows, all at once; negative rows are padding."""
+
+    def copy(state: jax.Array, sources: jax.Array, destinations: jax.Array) -> jax.Array:
+        rows = jnp.where(destinations < 0, state.shape[0], destinations)
+        return state.at[rows].set(state.at[sources].get(mode="clip"), mode="drop")
+
+    run = mesh.island(copy, (P(), P(), P()), P())
+    return [
+        {name: array if name in _AXES else run(array, sources, destinations) for name, array in arrays.items()}
+        for arrays in cache
+    ]

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec
+from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec, Recurrent
 
 # For decode XLA splits the sum of a wide product over up to 16 programs that load 8 elements at a time. If the width
 # does not divide by this, XLA pads a copy of the weight in every step.
@@ -33,6 +33,8 @@ class Fit:
         attention = layer.attention
         if isinstance(attention, LatentAttention):
             return {"latent": (attention.kv_rank + attention.rope_dim,)}
+        if isinstance(attention, Recurrent):
+            return {}
         shape = (attention.kv_heads * self.kv_repeat, attention.head_dim)
         return {"k": shape, "v": shape}
 
@@ -41,6 +43,8 @@ class Fit:
         attention = layer.attention
         if isinstance(attention, LatentAttention):
             return attention.kv_rank + attention.rope_dim
+        if isinstance(attention, Recurrent):
+            return 0
         return 2 * attention.kv_heads * self.kv_repeat // self.shards * attention.head_dim
 
 
@@ -53,7 +57,8 @@ def fit(spec: ModelSpec, tensor: int = 1, experts: int = 1) -> Fit:
     repeats = {1}
     for layer in spec.layers:
         attention = layer.attention
-        _check_divides(attention.heads, tensor, "attention heads", "tensor")
+        if not isinstance(attention, Recurrent):
+            _check_divides(attention.heads, tensor, "attention heads", "tensor")
         if isinstance(attention, Attention):
             if attention.kv_heads % tensor and tensor % attention.kv_heads:
                 problem = f"{tensor} tensor shards do not divide among {attention.kv_heads} KV heads"

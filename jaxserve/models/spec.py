@@ -136,6 +136,29 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StateArray:
+    """A part of a recurrent layer's state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrent:
+    """The base of mixers that keep a state of fixed size for each sequence instead of the KV of each token:
+    convolutions, state-space models, linear attention. `decoder.MIXERS` has their modules."""
+
+    @property
+    def rope(self) -> None:
+        return None
+
+    @property
+    def state(self) -> tuple[StateArray, ...]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mlp:
     width: int
     activation: Activation
@@ -173,7 +196,7 @@ class Moe:
 class Layer:
     """One block. None means no norm, but in a parallel block `mlp_in=None` means that the MLP shares `attention_in`."""
 
-    attention: Attention | LatentAttention
+    attention: Attention | LatentAttention | Recurrent
     mlp: Mlp | Moe
     attention_in: Norm | None = None
     attention_out: Norm | None = None
@@ -240,6 +263,8 @@ def _check(spec: ModelSpec) -> None:
 def _contradictions(spec: ModelSpec) -> Iterator[str]:
     if not spec.layers:
         yield "model has no layers"
+    elif all(isinstance(layer.attention, Recurrent) for layer in spec.layers):
+        yield "model has no layer with attention"
     for scheme in {each.scheme for each in spec.quantized if each.scheme}:
         yield from scheme_problems(scheme)
     if len(spec.layers) > MAX_LAYERS:

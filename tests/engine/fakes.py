@@ -15,6 +15,7 @@ import struct
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 from zlib import crc32
 
@@ -51,6 +52,11 @@ STEMS = [random.Random(seed).choices(range(VOCAB), k=40) for seed in (1, 2)]
 def digest(attended: Ints) -> int:
     """A digest of the tokens that a token attends to, including itself: what its KV depends on."""
     return crc32(attended.astype("<i4").tobytes())
+
+
+def advanced(state: int, token: int) -> int:
+    """The state of a recurrent layer after a token."""
+    return crc32(struct.pack("<Ii", state, token))
 
 
 def first_seen(window: int | None, position: int) -> int:
@@ -120,6 +126,7 @@ class FakeDevice:
         self.digests = np.zeros(shape, np.int64)
         self.tables = np.zeros((limits.groups, buckets.rows, limits.width), np.int32)
         self.last = np.full((buckets.rows, 2), POISON, np.int32)
+        self.states = np.full(buckets.rows, POISON, np.int64)  # of a recurrent layer: a digest of all tokens
         self.controls: dict[int, Controls] = {}
         self.broken: set[int] = set()  # a row of logits that attends to one of these tokens is not finite
         self.launched: list[StepMessage] = []
@@ -136,13 +143,17 @@ class FakeDevice:
             cells, blocks = vector[: packing.EDITS_AT_ONCE], vector[packing.EDITS_AT_ONCE : 2 * packing.EDITS_AT_ONCE]
             self._edit(cells, blocks)
             self._copy(vector[2 * packing.EDITS_AT_ONCE :])
+        for sources, destinations in packed.states:
+            used = destinations >= 0
+            self.states[destinations[used]] = self.states[sources[used]]
         self._set_controls(packed)
         layout = packed.layout
         assert layout in self.layouts() and packed.vector.dtype == np.int32 and packed.vector.size == layout.size
         parts = {name: packed.vector[at] for name, at in packing.places(layout).items()}
         self._edit(parts["cells"], parts["blocks"])
         lines, positions = self._write(parts, decode=layout.decode)
-        return packed, self._head(packed, parts, lines, positions)
+        states = self._advance(lines, positions)
+        return packed, self._head(packed, parts, lines, positions, states)
 
     def _set_controls(self, message: StepMessage) -> None:
         sections = control_row.sections(self.limits.vocab_size)
@@ -206,6 +217,18 @@ class FakeDevice:
             self.digests[blocks[:, at], places[:, at]] = digest(attended)
         return rows[lines], positions
 
+    def _advance(self, rows: Ints, positions: Ints) -> Digests:
+        """The state of each token's row after it, if layers keep one."""
+        if not self.limits.states:
+            return np.zeros((rows.size, 0), np.int64)
+        after = np.zeros((rows.size, 1), np.int64)
+        for at, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            block = self.tables[0, row, position // self.limits.block_size]
+            token = int(self.tokens[block, position % self.limits.block_size])
+            before = int(self.states[row]) if position else 0
+            after[at] = self.states[row] = advanced(before, token)
+        return after
+
     def _attend(self, row: int, position: int) -> tuple[Ints, Digests]:
         """The tokens and digests that a token attends to in all groups, through its row's tables."""
         tokens: list[Ints] = []
@@ -219,7 +242,9 @@ class FakeDevice:
             digests.append(self.digests[slots])
         return np.concatenate(tokens), np.concatenate(digests)
 
-    def _head(self, packed: StepMessage, parts: dict[str, Ints], rows: Ints, positions: Ints) -> StepResult:
+    def _head(
+        self, packed: StepMessage, parts: dict[str, Ints], rows: Ints, positions: Ints, states: Digests
+    ) -> StepResult:
         entries = parts["entries"].reshape(-1, len(packing.ENTRY))
         assert (entries[packed.entries :, ROW] == self.buckets.rows).all()
         tokens: list[int] = []
@@ -234,6 +259,7 @@ class FakeDevice:
             # A fork samples from the logits of a token of another row; the token after it is what is asked for.
             position = int(positions[at]) + 1
             seen, digests = self._attend(int(rows[at]), int(positions[at]))
+            digests = np.append(digests, states[at])
             drawn = draw(seen, digests, b"")
             valid.append(not self.broken & set(seen.tolist()))
             token = given = entry[GIVEN]
@@ -333,7 +359,10 @@ class Oracle:
             return np.concatenate([array[first_seen(window, p) : p + 1] for window in windows])
 
         digests = np.array([digest(attended(p)) for p in range(position + 1)], np.int64)
-        return attended(position), np.concatenate([digests[first_seen(window, position) :] for window in windows])
+        kept = [digests[first_seen(window, position) :] for window in windows]
+        if self.limits.states:
+            kept.append(np.array([reduce(advanced, tokens[: position + 1], 0)], np.int64))
+        return attended(position), np.concatenate(kept)
 
     def reported(self, tokens: list[int], token: int, wanted: int) -> TokenLogprobs:
         """The log probability of the token that follows these."""

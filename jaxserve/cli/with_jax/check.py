@@ -21,7 +21,7 @@ from jaxserve.errors import JaxserveError, one_line
 from jaxserve.flags.parser import Parser
 from jaxserve.flags.setting import Setting, build
 from jaxserve.flags.sizes import shown_size
-from jaxserve.models.spec import Attention
+from jaxserve.models.spec import Attention, Recurrent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def _does_not_fit(plan: Capacity, others: list[tuple[str, Capacity]]) -> Jaxserv
 
 def _model_lines(model: Described, plan: Capacity) -> list[str]:
     spec, block_size = model.spec, plan.limits.block_size
-    attention = spec.layers[0].attention
+    attention = next(layer.attention for layer in spec.layers if not isinstance(layer.attention, Recurrent))
     heads = f"{attention.heads} heads"
     if isinstance(attention, Attention):
         heads += f", {attention.kv_heads} KV heads"

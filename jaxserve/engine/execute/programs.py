@@ -6,6 +6,7 @@
     embed     (head, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
     edit      (cache, tables, vector) -> cache, tables       block table edits and block copies before a step
+    copy_states   (cache, vectors) -> cache                  when a sequence is forked whose layers keep a state
     set_rows, add_counts   (controls, vector) -> controls    when requests with sampling controls take rows
     set_masks              (controls, vector) -> controls    before the head, for masks that depend on the last token
 
@@ -132,6 +133,7 @@ def _inputs(
         positions=positions,
         paged=tuple(map(paged, tables)),
         groups=groups,
+        rows=rows if groups.states else None,
         sampled=jnp.maximum(entries[:, TOKEN], 0),
     )
 
@@ -149,6 +151,12 @@ def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax
     sources, destinations = jnp.split(vector[2 * packing.EDITS_AT_ONCE :], 2)
     tables = mesh.island(edited, P(), P())(tables, cells, blocks)
     return kv_cache.move_blocks(cache, sources, destinations), tables
+
+
+def copy_states(cache: Cache, vectors: jax.Array) -> Cache:
+    """`vectors` [2, n]: rows to read, rows to write."""
+    sources, destinations = vectors
+    return kv_cache.copy_states(cache, sources, destinations)
 
 
 def head(
@@ -259,6 +267,7 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     head: ("last", "controls"),
     embed: (),
     edit: ("cache", "tables"),
+    copy_states: ("cache",),
     sampling_controls.set_rows: ("controls",),
     sampling_controls.add_counts: ("controls",),
     sampling_controls.set_masks: ("controls",),

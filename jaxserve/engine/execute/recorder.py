@@ -34,7 +34,7 @@ from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.errors import JaxserveError
 
 SUFFIX = ".steps"
-_FORM = 1  # version of the file format
+_FORM = 2  # version of the file format
 
 
 class ArrayData(msgspec.Struct, array_like=True):
@@ -63,6 +63,7 @@ class Step(msgspec.Struct):
     controls: list[ArrayData]
     counts: list[ArrayData]
     masks: list[ArrayData]
+    states: list[ArrayData]
     tokens: list[int] | None = None
     valid: list[bool] | None = None
     numbers: list[bytes] = []  # log probabilities, ranks and embeddings
@@ -81,6 +82,7 @@ class Step(msgspec.Struct):
             controls=list(map(ArrayData.of, message.controls)),
             counts=list(map(ArrayData.of, message.counts)),
             masks=list(map(ArrayData.of, message.masks)),
+            states=list(map(ArrayData.of, message.states)),
         )
 
     def message(self) -> StepMessage:
@@ -92,7 +94,10 @@ class Step(msgspec.Struct):
             self.head_rows,
             self.embed_rows,
             self.vector.array(),
-            *([each.array() for each in arrays] for arrays in (self.edits, self.controls, self.counts, self.masks)),
+            *(
+                [each.array() for each in arrays]
+                for arrays in (self.edits, self.controls, self.counts, self.masks, self.states)
+            ),
         )
 
     def put(self, result: StepResult) -> None:

@@ -169,6 +169,7 @@ class Runner:
                 block_size=limits.block_size,
                 dtype=self.dtype,
                 groups=self.groups,
+                rows=rows,
             )
         cache = [
             {name: pool.update(sharding=pool.sharding or self._everywhere) for name, pool in layer.items()}
@@ -209,6 +210,7 @@ class Runner:
             *((rows, head) for head in reversed(self.heads) for rows in reversed(self._ladder(head))),
             *(("embed", rows) for rows in reversed(buckets.scoring_heads)),
             "edit",
+            *(["copy_states"] if self.groups.states else []),
             *(("set_rows", rows) for rows in control_row.ROWS_AT_ONCE),
             "add_counts",
             "set_masks",
@@ -304,6 +306,9 @@ class Runner:
                 case "edit":
                     nothing = self._put(np.full(packing.EDIT_SIZE, -1, np.int32))
                     self.cache, self.tables = self._executable(key)(self.cache, self.tables, nothing)
+                case "copy_states":
+                    nothing = self._put(np.full((2, packing.STATES_AT_ONCE), -1, np.int32))
+                    self.cache = self._executable(key)(self.cache, nothing)
                 case _:
                     pass
 
@@ -346,6 +351,9 @@ class Runner:
                 return Program(programs.fresh, (tree, tuple(leaves)), ())
             case "edit":
                 return self._with_shapes(programs.edit, (), cache, tables, self._vector(packing.EDIT_SIZE))
+            case "copy_states":
+                vectors = self._abstract((2, packing.STATES_AT_ONCE), jnp.int32)
+                return self._with_shapes(programs.copy_states, (), cache, vectors)
             case "set_masks":
                 width = 1 + control_row.mask_words(spec.vocab_size)
                 vectors = self._abstract((masks.ROWS_AT_ONCE, width), jnp.int32)
@@ -378,7 +386,7 @@ class Runner:
 
     def launch_model(self, message: StepMessage) -> Handle:
         """The first part of `launch`, which needs nothing that earlier steps sample."""
-        before = [*message.edits, *message.controls, *message.counts]
+        before = [*message.edits, *message.states, *message.controls, *message.counts]
         vector, *arrays = self._put([message.vector, *before]) if before else (self._put(message.vector),)
         if arrays:
             self._prepare(message, arrays)
@@ -406,6 +414,8 @@ class Runner:
         given = iter(arrays)
         for _ in message.edits:
             self.cache, self.tables = self._executable("edit")(self.cache, self.tables, next(given))
+        for _ in message.states:
+            self.cache = self._executable("copy_states")(self.cache, next(given))
         for vectors in message.controls:
             self.controls = self._executable(("set_rows", len(vectors)))(self.controls, next(given))
         for _ in message.counts:

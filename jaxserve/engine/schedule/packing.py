@@ -32,6 +32,7 @@ TOKEN, ROW, POSITION, GIVEN, SAMPLES, FIXED = range(6)
 SPARE_EDITS = 8
 EDITS_AT_ONCE, COPIES_AT_ONCE = 2048, 64  # in one call of the `edit` program
 EDIT_SIZE = 2 * EDITS_AT_ONCE + 2 * COPIES_AT_ONCE
+STATES_AT_ONCE = 64  # in one call of the `copy_states` program
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class StepMessage:
     counts: list[Ints] = field(default_factory=list[Ints])
     # For `set_masks`, which runs between the model and the head.
     masks: list[Ints] = field(default_factory=list[Ints])
+    # For `copy_states`, which runs before the step too.
+    states: list[Ints] = field(default_factory=list[Ints])
 
 
 class Batcher:
@@ -160,7 +163,19 @@ class Batcher:
             edits,
             controls,
             counts,
+            states=self._states(plan) if plan.states else [],
         )
+
+    def _states(self, plan: StepPlan) -> list[Ints]:
+        """[sources, destinations] of rows whose states are copied, padded with -1."""
+        rows = np.array([list(plan.states.values()), list(plan.states.keys())], np.int32)
+        _within("row", rows, 0, self.buckets.rows)
+        found: list[Ints] = []
+        for at in range(0, rows.shape[1], STATES_AT_ONCE):
+            part = rows[:, at : at + STATES_AT_ONCE]
+            found.append(np.full((2, STATES_AT_ONCE), -1, np.int32))
+            found[-1][:, : part.shape[1]] = part
+        return found
 
     def _head_for(self, plan: StepPlan) -> Variant:
         """The cheapest available head that does what the rows need. The last one does everything."""

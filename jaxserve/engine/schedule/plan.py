@@ -55,6 +55,7 @@ class StepPlan:
     # The device applies everything below before the step, in this order.
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # block -> block
     edits: dict[int, int] = field(default_factory=dict[int, int])  # block tables: cell -> block
+    states: dict[int, int] = field(default_factory=dict[int, int])  # states of recurrent layers: row -> row copied
     arrivals: list[Sequence] = field(default_factory=list[Sequence])  # sequences that took a row since the last step
 
     @property

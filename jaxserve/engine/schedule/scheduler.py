@@ -54,6 +54,7 @@ class Scheduler:
         self._tables = BlockTables(self.limits, hash_seed=self._hash_seed)
         self._arrived: list[Sequence] = []  # sequences that took a row since the last plan
         self._drafters = 0  # the number of running sequences with a drafter
+        self._states: dict[int, int] = {}  # rows to give the state of another row before the next step
 
     @property
     def pool(self) -> BlockPool:
@@ -95,7 +96,7 @@ class Scheduler:
                 seed=seed + index,
                 leader=first,
                 masks=masked_by,
-                drafter=None if hold else drafted_by,
+                drafter=None if hold or limits.states else drafted_by,  # wrong drafts would change the states
             )
             group.append(sequence)
         leader, *leader.siblings = group
@@ -210,6 +211,7 @@ class Scheduler:
     def _leave_row(self, sequence: Sequence) -> None:
         del self.running[bisect_left(self.running, sequence.order, key=order_of)]
         self._free_rows.append(sequence.row)
+        self._states.pop(sequence.row, None)
         self._tables.end(sequence)
         self._drafters -= sequence.drafter is not None
         sequence.row, sequence.pending, sequence.unsure = -1, 0, 0
@@ -231,12 +233,14 @@ class Scheduler:
         self._now = now
         self._expire(now)
         plan = PlanBuilder()
+        states, self._states = self._states, {}  # those of forks that this plan makes follow it
         self._admit(plan, self._go_on(plan))
         while not plan.tokens and self._waiting and self.running and all(map(_idles, self.running)):
             # Held beams wait for one that has no room: without a preemption no blocks would ever be freed.
             self._preempt(self.running[-1])
             self._admit(plan, [])
         if not plan.tokens:
+            self._states = states
             return None
         copies, edits = self._tables.take_changes()
         arrivals = [sequence for sequence in self._arrived if sequence.status == Status.RUNNING]
@@ -251,6 +255,7 @@ class Scheduler:
             plan.unsure,
             copies,
             edits,
+            states,
             arrivals,
         )
 
@@ -405,12 +410,18 @@ class Scheduler:
             if not self._free_rows:
                 self._enqueue(sibling)
                 continue
-            self._tables.begin_as(sibling, leader)
-            self._take_row(sibling)
+            self._fork_row(sibling, leader)
             sibling.pending = 1
             fork = Slice(sibling, leader.computed, 0, samples=1)
             fork.parent = slice
             plan.put(fork)
+
+    def _fork_row(self, twin: Sequence, sequence: Sequence) -> None:
+        """Give a fork a row with all that the other has computed."""
+        self._tables.begin_as(twin, sequence)
+        self._take_row(twin)
+        if self.limits.states:
+            self._states[twin.row] = self._states.get(sequence.row, sequence.row)
 
     def masks_of(self, plan: StepPlan) -> list[Words]:
         """The masks of the rows that sample in this step, once the steps before it are committed."""
@@ -488,6 +499,7 @@ class Scheduler:
     def withdraw(self, plan: StepPlan, at_fault: list[Sequence], error: str) -> None:
         """Undo a plan that cannot be run: end the sequences at fault, and let the others be computed again."""
         self._tables.put_back(plan.copies, plan.edits)
+        self._states = plan.states | self._states
         for slice in plan.slices:
             self._tables.distrust(slice.sequence)  # blocks were published that this step would have filled
         for sequence in at_fault:
@@ -518,8 +530,7 @@ class Scheduler:
         twin.held, twin.tokens, twin.reported = sequence.held, list(sequence.tokens), sequence.reported
         group.append(twin)
         if sequence.status == Status.RUNNING and self._free_rows:
-            self._tables.begin_as(twin, sequence)
-            self._take_row(twin)
+            self._fork_row(twin, sequence)
         return twin
 
 

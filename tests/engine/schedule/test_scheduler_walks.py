@@ -20,6 +20,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
     rows = draw(st.integers(1, 4))
     windows = draw(st.sampled_from([(None,), (None,), (3,), (9,), (None, 3), (None, 3, 3), (9, 3), (None, 9)]))
     budget = draw(st.integers(rows, 24))
+    states = draw(st.sampled_from([False, False, True]))
     least = limits(windows=windows, max_num_seqs=rows, max_num_batched_tokens=budget, num_blocks=900).blocks_for(40)
     return FakeEngine(
         limits(
@@ -27,7 +28,8 @@ def engines(draw: st.DrawFn) -> FakeEngine:
             max_num_batched_tokens=budget,
             num_blocks=1 + draw(st.sampled_from([least, least + 1, least + 4, 4 * least])),
             windows=windows,
-            enable_prefix_caching=draw(st.booleans()),
+            states=states,
+            enable_prefix_caching=draw(st.booleans()) and not states,
             priority=draw(st.booleans()),
         ),
         score_rows=draw(st.integers(1, 8)),
