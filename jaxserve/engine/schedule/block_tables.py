@@ -24,13 +24,9 @@ class BlockTables:
         self._limits, self._size = limits, limits.block_size
         self._complete = [group for group, window in enumerate(limits.windows) if window is None]
         self._windowed = [(group, window) for group, window in enumerate(limits.windows) if window is not None]
+        self.windowed = bool(self._windowed)  # whether a group frees blocks while its sequence runs
         self._copies: list[tuple[int, int]] = []
         self._edits: dict[int, int] = {}
-
-    @property
-    def windowed(self) -> bool:
-        """Whether a group frees blocks while its sequence runs."""
-        return bool(self._windowed)
 
     def take_changes(self) -> tuple[list[tuple[int, int]], dict[int, int]]:
         """Block copies and table edits since the last step."""
@@ -123,13 +119,14 @@ class BlockTables:
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Allocate exclusively owned slots for its next tokens. Changes nothing if blocks are short."""
-        had = sequence.num_blocks
+        tables = sequence.blocks
+        had = len(tables[0])
         needed = (sequence.computed + count - 1) // self._size + 1 - had
         if needed <= 0:
             if not sequence.forked:
                 return True
             needed = 0
-        tables, at = sequence.blocks, sequence.computed // self._size
+        at = sequence.computed // self._size
         copied = [group for group, blocks in enumerate(tables) if at < had and self.pool.shared(blocks[at])]
         new = self.pool.allocate(needed * len(tables) + len(copied))
         if new is None:

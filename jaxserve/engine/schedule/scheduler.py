@@ -442,7 +442,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Update]:
         """Apply a step's result. Returns its updates, and those of sequences that ended outside a step."""
         updates = self.take_ended()
-        sound = all(result.valid)
+        sound, ends = all(result.valid), self.limits.eos_token_ids
         end = 0
         for slice in plan.slices:
             first = end
@@ -460,7 +460,10 @@ class Scheduler:
                 policy_version=plan.policy_version,
             )
             try:
-                reason = self._apply(slice, result, update, first=first, last=end - 1)
+                if slice.samples and not slice.drafts and slice.score_to == slice.score_from:
+                    reason = commit.sampled(sequence, result, first, update, ends)
+                else:
+                    reason = self._apply(slice, result, update, first=first, last=end - 1)
             except Exception as error:
                 traceback.print_exc()
                 updates.append(self._broken(sequence, f"its result cannot be used: {type(error).__name__}: {error}"))
