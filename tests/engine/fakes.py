@@ -13,7 +13,7 @@ The oracle computes the same result from the request alone.
 import random
 import struct
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -21,10 +21,11 @@ from zlib import crc32
 
 import numpy as np
 
-from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.buckets import Available, Buckets
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import drafts, packing
+from jaxserve.engine.schedule import drafts, need, packing
 from jaxserve.engine.schedule.drafts import Drafter
+from jaxserve.engine.schedule.masks import Words
 from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import FIXED, GIVEN, ROW, SAMPLES, TOKEN, Batcher, Ints, StepMessage
 from jaxserve.engine.schedule.plan import StepPlan, StepResult
@@ -102,6 +103,7 @@ class Controls:
     stops: frozenset[int]
     min_end: int
     penalized: bool
+    forbidden: frozenset[int] = frozenset()  # by the mask of this step
     codes: Counter[int] = field(default_factory=Counter[int])
 
     @classmethod
@@ -137,6 +139,16 @@ class FakeDevice:
             array[blocks] = POISON
 
     def launch(self, packed: StepMessage) -> tuple[StepMessage, StepResult]:
+        return self.launch_head(self.launch_model(packed), [])
+
+    def launch_head(self, handle: tuple[Any, ...], masks: list[Words]) -> tuple[StepMessage, StepResult]:
+        for vectors in masks:
+            for row, *words in vectors[vectors[:, 0] < self.buckets.rows].tolist():
+                bits = np.unpackbits(np.array(words, np.int32).view(np.uint8), bitorder="little")
+                self.controls[row].forbidden = frozenset(np.flatnonzero(bits[: self.limits.vocab_size] == 0).tolist())
+        return handle[0], self._head(*handle)
+
+    def launch_model(self, packed: StepMessage) -> tuple[Any, ...]:
         self.launched = [packed]
         for vector in packed.edits:
             assert vector.size == packing.EDIT_SIZE
@@ -153,7 +165,7 @@ class FakeDevice:
         self._edit(parts["cells"], parts["blocks"])
         lines, positions = self._write(parts, decode=layout.decode)
         states = self._advance(lines, positions)
-        return packed, self._head(packed, parts, lines, positions, states)
+        return packed, parts, lines, positions, states
 
     def _set_controls(self, message: StepMessage) -> None:
         sections = control_row.sections(self.limits.vocab_size)
@@ -289,7 +301,8 @@ class FakeDevice:
         own = self.controls.get(row) if numbers[COLUMNS.index("controlled")] else None
         assert own is not None or not numbers[COLUMNS.index("controlled")]
         drawn = draw(seen, digests, way(position, numbers, *((own.recent, own.codes) if own else ([], {}))))
-        token = pick(drawn, self.limits.vocab_size, own.stops if own and position < own.min_end else frozenset())
+        stops = own.stops if own and position < own.min_end else frozenset[int]()
+        token = pick(drawn, self.limits.vocab_size, own.forbidden | stops if own else stops)
         if own:
             own.add(token)
         return token
@@ -349,8 +362,9 @@ def codes_of(request: Request, output: list[int]) -> Counter[int]:
 class Oracle:
     """Generate one token after the other from the whole history."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, masked: Collection[str] = ()) -> None:
+        """`masked`: ids of requests whose tokens are ByLast's."""
+        self.limits, self.masked = limits, masked
 
     def _seen(self, tokens: list[int], position: int) -> tuple[Ints, Digests]:
         array, windows = np.array(tokens, np.int32), self.limits.windows
@@ -377,12 +391,14 @@ class Oracle:
     def following(self, request: Request, index: int, tokens: list[int]) -> int:
         """The token that a sample has after these."""
         params, output = request.params, tokens[len(request.prompt_token_ids) :]
-        controlled = params.min_tokens > 0 or params.penalized
+        controlled = params.min_tokens > 0 or params.penalized or request.id in self.masked
         seed = ((params.seed or 0) % 2**32 ^ (params.seed or 0) >> 32) + index
         floats = np.array([params.temperature, params.top_p, params.min_p], np.float32).view(np.int32).tolist()
         numbers = [int(controlled), (seed + 2**31) % 2**32 - 2**31, *floats[:2], params.top_k, floats[2]]
         recent = output[-control_row.RECENT_TOKENS :] if controlled else []
         masked = stops_of(request, self.limits) if len(output) < params.min_tokens else frozenset[int]()
+        if request.id in self.masked:
+            masked |= forbidden(output)
         drawn = draw(*self._seen(tokens, len(tokens) - 1), way(len(tokens), numbers, recent, codes_of(request, output)))
         return pick(drawn, self.limits.vocab_size, masked)
 
@@ -411,6 +427,22 @@ class Oracle:
             elif len(answer.tokens) == params.max_tokens or len(tokens) == limits.max_model_len:
                 answer.reason = "length"
         return answer
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def forbidden(output: list[int]) -> frozenset[int]:
+    """A third of the tokens, which depends on the last one and on how many there are."""
+    last = output[-1] if output else 1
+    return frozenset(token for token in range(VOCAB) if (token + last + len(output)) % 3 == 0)
+
+
+class ByLast:
+    def allowed(self, output: list[int]) -> Words:
+        bits = np.zeros(32 * control_row.mask_words(VOCAB), np.bool_)
+        bits[[token for token in range(VOCAB) if token not in forbidden(output)]] = True
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 # --- drafts ---------------------------------------------------------------------------------------------------------
@@ -451,25 +483,35 @@ class Guesses:
 class FakeEngine:
     """An engine that is checked after each turn."""
 
-    def __init__(self, limits: Limits, *, score_rows: int = 8, depth: int = 2) -> None:
-        self.limits, self.depth = limits, depth
+    def __init__(self, limits: Limits, *, score_rows: int = 8, depth: int = 2, staged: bool = False) -> None:
+        """`staged`: only the largest programs are there at first, and one more after each turn."""
+        self.limits, self.depth, self.staged = limits, depth, staged
         self.buckets = Buckets.of(limits.max_num_seqs, limits.max_num_batched_tokens, score_rows)
         self.scheduler = Scheduler(limits, score_rows=score_rows)
         self.device = FakeDevice(limits, self.buckets)
-        self.batcher = Batcher(limits, self.buckets)
+        *_, last = need.variants(limits.max_logprobs).values()
+        sizes = packing.sizes(self.buckets, [last])
+        largest = dict(sorted(sizes, key=lambda pair: pair[1]))
+        self._others = sorted(packing.sizes(self.buckets, need.variants(limits.max_logprobs).values()), key=str)
+        self.batcher = Batcher(limits, self.buckets, Available(largest.items()) if staged else None)
         self.in_flight: deque[tuple[StepPlan, tuple[StepMessage, StepResult]]] = deque()
         self.answers: dict[tuple[str, int], Answer] = {}
         self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)  # whichever sample reported them
         self.plans: list[StepPlan] = []
         self.now = 0.0
         self.drafted: set[str] = set()
+        self.masked: set[str] = set()
+        self.withdraws = False  # the next plan, as after a fault of nobody that does not come again
         self.rowed: dict[tuple[str, int], float] = {}  # when each sample first had a row
 
     def __repr__(self) -> str:
-        return f"FakeEngine({self.limits}, score_rows={self.buckets.score_rows}, depth={self.depth})"
+        sizes = f"score_rows={self.buckets.score_rows}, depth={self.depth}, staged={self.staged}"
+        return f"FakeEngine({self.limits}, {sizes})"
 
-    def add(self, request: Request, *, hold: int = 0, drafted_by: Drafter | None = None) -> None:
-        self.scheduler.add(request, hold=hold, drafted_by=drafted_by)
+    def add(self, request: Request, *, hold: int = 0, drafted_by: Drafter | None = None, masked: bool = False) -> None:
+        self.scheduler.add(request, hold=hold, drafted_by=drafted_by, masked_by=ByLast() if masked else None)
+        if masked:
+            self.masked.add(request.id)
         if drafted_by is not None:
             self.drafted.add(request.id)
         for index in range(request.params.n):
@@ -482,16 +524,29 @@ class FakeEngine:
         for sequence in self.scheduler.running:
             self.rowed.setdefault((sequence.request.id, sequence.index), self.now)
         check_victims(before)
-        if plan is not None:
+        updates: list[Update] | None = None
+        if plan is not None and self.withdraws:
+            self.withdraws = False
+            self.scheduler.withdraw(plan, [], "")
+            self.check()
+            plan = None
+        elif plan is not None:
             check_plan(plan, self.limits, self.buckets)
             self.plans.append(plan)
-            self.in_flight.append((plan, self.device.launch(self.batcher.pack(plan))))
+            message = self.batcher.pack(plan)
+            if plan.masked:
+                model = self.device.launch_model(message)
+                updates = self.read() if self.in_flight else None
+                launched = self.device.launch_head(model, self.scheduler.masks_of(plan))
+            else:
+                launched = self.device.launch(message)
+            self.in_flight.append((plan, launched))
             self.device.poison([0, *self.scheduler.pool._free])  # pyright: ignore[reportPrivateUsage]
-        updates: list[Update] = []
-        if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
-            done, handle = self.in_flight.popleft()
-            updates = self.scheduler.commit(done, self.device.read(handle))
-            self.check()
+            if self.staged and self._others:
+                self.batcher._available.add(*self._others.pop())  # pyright: ignore[reportPrivateUsage]
+        if updates is None:
+            ready = self.in_flight and (plan is None or len(self.in_flight) >= self.depth)
+            updates = self.read() if ready else []
         updates += self.scheduler.take_ended()
         for update in updates:
             name = (update.request_id, update.index)
@@ -499,6 +554,12 @@ class FakeEngine:
             answer.take(update)
             assert answer.scheduled == self.rowed.get(name)
             self.prompt_logprobs[update.request_id] += update.prompt_logprobs or []
+        return updates
+
+    def read(self) -> list[Update]:
+        done, handle = self.in_flight.popleft()
+        updates = self.scheduler.commit(done, self.device.read(handle))
+        self.check()
         return updates
 
     def drain(self, most: int = 3000) -> None:
@@ -604,7 +665,7 @@ def request(
 def check_answers(engine: FakeEngine, made: Request, aborted: set[tuple[str, int | None]]) -> None:
     whole = False
     for index in range(made.params.n):
-        right, given = Oracle(engine.limits).answer(made, index), engine.answers[made.id, index]
+        right, given = Oracle(engine.limits, engine.masked).answer(made, index), engine.answers[made.id, index]
         if given.reason == "abort":
             late = made.deadline is not None and made.deadline <= engine.now
             assert late if given.error else {(made.id, None), (made.id, index)} & aborted

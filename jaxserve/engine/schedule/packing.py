@@ -91,14 +91,14 @@ def head_sizes(buckets: Buckets, head: Variant) -> tuple[int, ...]:
     return buckets.decode if head.top_n is None else buckets.scoring_heads
 
 
-def _sizes(buckets: Buckets, heads: Iterable[Variant]) -> Iterator[tuple[Kind, int]]:
+def sizes(buckets: Buckets, heads: Iterable[Variant]) -> Iterator[tuple[Kind, int]]:
     """All sizes of all kinds of programs."""
     ladders: dict[Kind, tuple[int, ...]] = {
         **{"decode": buckets.decode, "mixed": buckets.mixed, "embed": buckets.scoring_heads},
         **{head: head_sizes(buckets, head) for head in heads},
     }
-    for kind, sizes in ladders.items():
-        yield from ((kind, size) for size in sizes)
+    for kind, ladder in ladders.items():
+        yield from ((kind, size) for size in ladder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Batcher:
         """`available`: the sizes of steps, if not all buckets."""
         self.limits, self.buckets = limits, buckets
         self._heads = need.variants(limits.max_logprobs)  # by the need that each covers
-        self._available = Available(_sizes(buckets, self._heads.values())) if available is None else available
+        self._available = Available(sizes(buckets, self._heads.values())) if available is None else available
         self._columns = np.zeros((buckets.rows, len(COLUMNS)), np.int32)
 
     def pack(self, plan: StepPlan) -> StepMessage:

@@ -34,6 +34,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         ),
         score_rows=draw(st.integers(1, 8)),
         depth=draw(st.sampled_from([1, 2])),
+        staged=draw(st.sampled_from([False, False, True])),
     )
 
 
@@ -45,6 +46,7 @@ class Add:
     params: dict[str, Any]
     request: dict[str, Any]
     drafts: str | None
+    masked: bool
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Steps:
 @dataclass
 class Reset:
     """The prefix cache is reset."""
+
+
+@dataclass
+class Withdraw:
+    """The next plan cannot be packed, though nobody's fault is found."""
 
 
 @dataclass
@@ -98,9 +105,14 @@ adds = st.builds(
         ),
     ),
     drafts=st.sampled_from([*[None] * len(GUESSES), *GUESSES]),
+    masked=st.sampled_from([False, False, False, True]),
 )
 others = st.one_of(
-    st.none(), st.builds(Abort, st.integers(0, 9), st.sampled_from([None, 0, 1])), st.builds(Reset), st.builds(Wait)
+    st.none(),
+    st.builds(Abort, st.integers(0, 9), st.sampled_from([None, 0, 1])),
+    st.builds(Reset),
+    st.builds(Wait),
+    st.builds(Withdraw),
 )
 # Requests come in bursts, a step or a few between them, now and then something else.
 rounds = st.tuples(st.lists(adds, min_size=1, max_size=3), st.builds(Steps, st.integers(0, 4)), others)
@@ -116,14 +128,15 @@ def test_any_walk_gives_the_results_of_each_request_alone(engine: FakeEngine, sc
     aborted: set[tuple[str, int | None]] = set()
     for action in script:
         match action:
-            case Add(stem, shared, tail, params, extra, drafts):
+            case Add(stem, shared, tail, params, extra, drafts, masked):
                 n = min(params["n"], engine.limits.max_num_seqs)
                 if extra["embed"]:
                     reads = params["skip_reading_prefix_cache"]
                     params, extra, n = dict(skip_reading_prefix_cache=reads), extra | dict(score_only=False), 1
                 name = f"request {len(asked)}"
                 made = request(name, STEMS[stem][:shared] + tail, request=extra, **params | dict(n=n))
-                engine.add(made, drafted_by=Guesses(Oracle(engine.limits), made, drafts) if drafts else None)
+                drafter = Guesses(Oracle(engine.limits), made, drafts) if drafts else None
+                engine.add(made, drafted_by=drafter, masked=masked and made.generates)
                 asked[name] = made
             case Abort(which, index):
                 name = f"request {which}"
@@ -134,6 +147,8 @@ def test_any_walk_gives_the_results_of_each_request_alone(engine: FakeEngine, sc
                     engine.turn()
             case Reset():
                 engine.scheduler.pool.reset()
+            case Withdraw():
+                engine.withdraws = True
             case Wait():
                 engine.now += 1
             case _:
