@@ -238,9 +238,12 @@ def _pick(
 def _any_before(rows: jax.Array, marked: jax.Array) -> jax.Array:
     """Whether an earlier entry of the same row is marked. A row's entries lie together, so this looks back as far as a
     row can have drafts: elementwise, since a scan or a reduction would be another launch on a GPU."""
+    count = rows.shape[0]
+    most = min(drafts.MOST, count - 1)
+    earlier = jnp.pad(jnp.where(marked, rows, -2), (most, 0), constant_values=-2)  # -2: no entry has it as its row
     found = jnp.zeros_like(marked)
-    for back in range(1, min(drafts.MOST + 1, rows.shape[0])):
-        found |= jnp.pad(marked[:-back] & (rows[:-back] == rows[back:]), (back, 0))
+    for at in range(most):
+        found |= earlier[at : at + count] == rows
     return found
 
 

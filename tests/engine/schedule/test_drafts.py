@@ -128,12 +128,16 @@ def test_controls_get_no_drafts(params: dict[str, Any]) -> None:
     assert not drafter.asked and all(slice.count <= 1 for plan in engine.plans[1:] for slice in plan.slices)
 
 
-def test_beams_get_no_drafts() -> None:
-    engine = FakeEngine(limits())
-    made = request("a", STEMS[0][:6], logprobs=2, **LONG)
-    engine.add(made, hold=2, drafted_by=Fixed(engine, made, 4))
-    engine.turn()
-    assert engine.sequences()[0].drafter is None
+def test_beams_and_recurrent_layers_get_no_drafts() -> None:
+    """A beam waits after each token; a wrong draft would change the state of a layer."""
+    for bounds, hold in ((limits(), 2), (limits(states=True, enable_prefix_caching=False), 0)):
+        engine = FakeEngine(bounds)
+        made = request("a", STEMS[0][:6], logprobs=2, **LONG)
+        drafter = Fixed(engine, made, 4)
+        engine.add(made, hold=hold, drafted_by=drafter)
+        for _ in range(5):
+            engine.turn()
+        assert not drafter.asked
 
 
 def test_prompts_and_other_rows_come_first() -> None:
