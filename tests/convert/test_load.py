@@ -144,10 +144,10 @@ MESHES = [
 def test_each_device_gets_its_shard(tmp_path: Path, case: str, sizes: Any) -> None:
     folder = golden.write_checkpoint(case, tmp_path)
     spec, alone = load.load_model(folder)
-    public = param_layout.to_public_layout(spec, alone)
+    public = tiny.public_again(spec, alone)
     with jax.set_mesh(mesh.make_mesh(**sizes)):
         _, params = load.load_model(folder)
-        same(params, param_layout.to_engine_layout(spec, public))
+        same(params, tiny.engine_params(spec, public))
 
 
 def test_padded_vocabulary_and_repeated_heads(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_padded_vocabulary_and_repeated_heads(tmp_path: Path) -> None:
     spec, alone = load.load_model(folder)
     with jax.set_mesh(mesh.make_mesh(tensor=4)):
         _, params = load.load_model(folder)
-        same(params, param_layout.to_engine_layout(spec, param_layout.to_public_layout(spec, alone)))
+        same(params, tiny.engine_params(spec, tiny.public_again(spec, alone)))
     assert params["head"].shape[0] == 96 and not np.asarray(params["head"])[95:].any()
     assert params["layers"][0]["attention"]["qkv"]["kernel"].shape[0] == 4
 
@@ -227,13 +227,13 @@ def test_the_buffer_becomes_the_parameter() -> None:
 VIEWS: dict[str, Any] = {
     "whole": lambda x: x,
     "transposed": lambda x: x.T,
-    "rows": lambda x: x[100:300],
-    "columns": lambda x: x[:, 30:90],
+    "rows": lambda x: x[20:60],
+    "columns": lambda x: x[:, 15:45],
     "every other": lambda x: x[:, 1::2].T,
     "backwards": lambda x: x[::-1],
-    "blocks": lambda x: x.reshape(10, 60, 96)[:, :40].reshape(10, 2, 20, 96),
-    "one of each block": lambda x: x.reshape(10, 60, 96)[:, 41],
-    "a copy": lambda x: np.concatenate((x[300:], x[:300])),
+    "blocks": lambda x: x.reshape(10, 12, 48)[:, :8].reshape(10, 2, 4, 48),
+    "one of each block": lambda x: x.reshape(10, 12, 48)[:, 9],
+    "a copy": lambda x: np.concatenate((x[60:], x[:60])),
     "one value": lambda x: x[3, 4, ...],
     "none": lambda x: x[:0],
 }
@@ -244,7 +244,7 @@ VIEWS: dict[str, Any] = {
 def test_any_view_into_any_strides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, span: int) -> None:
     monkeypatch.setattr("convert.files.reader.SPAN", span)
     monkeypatch.setattr("convert.files.reader.HOLE", span // 10)
-    values = np.random.default_rng(0).normal(size=(600, 96)).astype(np.float32)
+    values = np.random.default_rng(0).normal(size=(120, 48)).astype(np.float32)
     save_file({"a": np.zeros(1, np.uint8), "x": values}, tmp_path / "model.safetensors")
     info = load.plan.__globals__["read_checkpoint"](tmp_path)["x"]
     wanted = VIEWS[name](values)

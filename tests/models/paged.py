@@ -39,7 +39,7 @@ class Paged:
         params: Params,
         *,
         rows: int = 2,
-        tokens: int = 48,
+        tokens: int = 32,
         max_length: int = 64,
         block_size: int = 8,
         dtype: Any = jnp.float32,

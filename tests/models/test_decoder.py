@@ -79,7 +79,7 @@ def test_gradients_match_finite_differences(name: str) -> None:
 
 def test_right_padding_and_the_batch_change_nothing() -> None:
     spec = tiny.SPECS["moe"]
-    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = tiny.engine_params(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=2, length=20)
     whole = np.asarray(run_forward(spec, params, tokens))
     short = np.asarray(run_forward(spec, params, tokens[1:, :13]))
@@ -89,7 +89,7 @@ def test_right_padding_and_the_batch_change_nothing() -> None:
 def test_long_sequences_are_taken_in_chunks() -> None:
     """Above 512 tokens, dense attention splits the queries; the result is that of a prefix computed whole."""
     spec = dataclasses.replace(tiny.SPECS["dense"], max_positions=1024)
-    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = tiny.engine_params(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=530)
     long, short = (np.asarray(run_forward(spec, params, tokens[:, :end])) for end in (530, 512))
     np.testing.assert_allclose(long[:, :512], short, atol=2e-5 * float(short.std()))
@@ -101,7 +101,7 @@ def test_long_sequences_are_taken_in_chunks() -> None:
 def test_a_windowed_layer_reads_only_its_window() -> None:
     """Blocks wholly before the window may hold anything: here NaN, written after they were used."""
     spec = tiny.model(tiny.block(tiny.grouped(window=6), tiny.MLP), tiny.block(tiny.grouped(window=6), tiny.MLP))
-    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = tiny.engine_params(spec, tiny.public_params(spec))
     tokens = tiny.tokens(batch=1, length=30)
     dense = np.asarray(run_forward(spec, params, tokens))[0]
     paged, row, text = Paged(spec, params), Row(30), [int(token) for token in tokens[0]]
@@ -116,7 +116,7 @@ def test_a_windowed_layer_reads_only_its_window() -> None:
 def test_decode_only_steps_agree_with_mixed_ones() -> None:
     for name in ("dense", "moe", "mla"):
         spec = tiny.SPECS[name]
-        params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+        params = tiny.engine_params(spec, tiny.public_params(spec))
         text = [int(token) for token in tiny.tokens(batch=1, length=12)[0]]
         outs: list[np.ndarray] = []
         for decode_only in (False, True):
@@ -137,7 +137,7 @@ def variants() -> dict[str, specs.ModelSpec]:
             layer, attention_in=None, mlp_in=None, attention_out=tiny.NORM, mlp_out=tiny.NORM, norm_the_sum=True
         ),
     }
-    return tiny.SPECS | {name: tiny.model(block, block) for name, block in blocks.items()}
+    return tiny.SPECS | {name: tiny.model(block) for name, block in blocks.items()}
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_only_wanted_tokens_pass_the_last_mlp(name: str, sizes: dict[str, Any] |
     tokens is written."""
     spec = variants()[name]
     with nullcontext() if sizes is None else jax.set_mesh(mesh.make_mesh(**sizes)):
-        params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+        params = tiny.engine_params(spec, tiny.public_params(spec))
         text = [int(token) for token in tiny.tokens(batch=1, length=20)[0]]
         wanted = [19, 3, 7, 19]
-        whole, few = Paged(spec, params), Paged(spec, params)
+        whole, few = (Paged(spec, params, rows=1, tokens=20) for _ in range(2))
         [expected] = whole.step((Row(20), text))
         inputs = dataclasses.replace(few.inputs((Row(20), text)), sampled=jnp.asarray(wanted, jnp.int32))
         logits, cache = few.run(params, few.cache, inputs)
@@ -171,7 +171,7 @@ def test_models_of_equal_specs_share_an_executable(forbid_compiles: ForbidCompil
     again = spec_json.from_json(spec_json.to_json(first))
     assert again is not first
     tokens = tiny.tokens()
-    ours, theirs = (param_layout.to_engine_layout(first, tiny.public_params(first, seed)) for seed in (0, 1))
+    ours, theirs = (tiny.engine_params(first, tiny.public_params(first, seed)) for seed in (0, 1))
     run_forward(first, ours, tokens).block_until_ready()
     with forbid_compiles():
         run_forward(again, theirs, tokens).block_until_ready()
@@ -188,7 +188,7 @@ def test_equal_layers_are_traced_once() -> None:
 
 def test_an_id_out_of_range_affects_only_its_sequence() -> None:
     spec = tiny.SPECS["moe"]
-    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = tiny.engine_params(spec, tiny.public_params(spec))
     tokens = tiny.tokens()
     with pytest.raises(ValueError, match="token ids range from -1 to"):
         decoder.forward(spec, params, tokens.at[0, 3].set(-1))
@@ -282,7 +282,7 @@ def test_layers_may_be_numbered_by_strings_or_a_list() -> None:
 )
 def test_lengths_of_the_wrong_shape_are_rejected(lengths: Any, shown: str) -> None:
     spec = tiny.SPECS["dense"]
-    params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+    params = tiny.engine_params(spec, tiny.public_params(spec))
     with pytest.raises(ValueError, match=rf"rope_lengths must be int32\[{shown}\]"):
         decoder.forward(spec, params, tiny.tokens(), rope_lengths=lengths)
 

