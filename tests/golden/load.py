@@ -42,8 +42,17 @@ def cases() -> list[str]:
     return sorted(path.stem for path in DATA.glob("*.npz"))
 
 
+def _content(case: str) -> dict[str, Any]:
+    return json.loads((DATA / f"{case}.json").read_text())
+
+
+def config(case: str) -> dict[str, Any]:
+    """config.json alone."""
+    return _content(case)["config"]
+
+
 def read(case: str) -> Golden:
-    content: dict[str, Any] = json.loads((DATA / f"{case}.json").read_text())
+    content = _content(case)
     with np.load(DATA / f"{case}.npz") as arrays:
         logits = arrays["logits"]
     return Golden(

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which golden cases go which way: all through the dense one, and of those alike to paged attention one through it.
-
-Of these again one of each architecture goes through the whole engine, and the others through the decoder's step alone.
-"""
+"""Which golden cases go which way: all through the dense model, one of each architecture also through the whole engine,
+and through the decoder's step alone what asks of paged attention what none of these does."""
 
 from functools import cache
 
 from jaxserve.models import registry
-from jaxserve.models.spec import Attention
+from jaxserve.models.spec import Attention, LatentAttention
 from tests.golden import load as golden
 
 TOLERANCE = 2e-4  # of the logits' spread
@@ -17,21 +15,26 @@ TOLERANCE = 2e-4  # of the logits' spread
 CROSSING = ("phi3-longrope-crossing",)
 
 
+def _asked(case: str) -> tuple[object, ...]:
+    """What a case asks of attention, within which alone the dense and the paged way differ."""
+    spec = registry.spec_of(golden.config(case))
+    kinds = frozenset(
+        (attention.window is not None, attention.soft_cap is not None, attention.sinks, attention.group > 1)
+        if isinstance(attention := layer.attention, Attention)
+        else (type(attention).__name__, isinstance(attention, LatentAttention) and attention.q_rank is None)
+        for layer in spec.layers
+    )
+    return spec.needs_rope_length, spec.learned_positions is None, kinds
+
+
 @cache
-def paged_cases() -> tuple[str, ...]:
-    """The ways differ within attention alone, so that one case of a family serves all that ask the same of it there:
-    the one of fewest layers, which compiles fastest."""
+def _candidates() -> tuple[str, ...]:
+    """One case for all of a family that ask the same: the one of fewest layers, which compiles fastest."""
     chosen: dict[object, tuple[int, str]] = {}
     for case in golden.cases():
-        spec = registry.spec_of(golden.read(case).config)
-        asked = frozenset(
-            (attention.window is not None, attention.soft_cap is not None, attention.sinks, attention.group > 1)
-            if isinstance(attention := layer.attention, Attention)
-            else ("latent", attention.q_rank is None)
-            for layer in spec.layers
-        )
-        key = (spec.family, spec.needs_rope_length, spec.learned_positions is None, asked)
         if case not in CROSSING:
+            spec = registry.spec_of(golden.config(case))
+            key = (spec.family, *_asked(case))
             chosen[key] = min((len(spec.layers), case), chosen.get(key, (1000, "")))
     return tuple(sorted(case for _, case in chosen.values()))
 
@@ -40,7 +43,16 @@ def paged_cases() -> tuple[str, ...]:
 def engine_cases() -> tuple[str, ...]:
     """One of each architecture, and of each that has a RoPE which depends on the sequence's length."""
     chosen: dict[tuple[str, bool], str] = {}
-    for case in paged_cases():
-        config = golden.read(case).config
+    for case in _candidates():
+        config = golden.config(case)
         chosen.setdefault((config["architectures"][0], registry.spec_of(config).needs_rope_length), case)
     return tuple(sorted(chosen.values()))
+
+
+@cache
+def paged_cases() -> tuple[str, ...]:
+    """One for everything that is asked of attention by none of these. All families run the same decoder."""
+    chosen = dict.fromkeys(map(_asked, engine_cases()), "")
+    for case in _candidates():
+        chosen.setdefault(_asked(case), case)
+    return tuple(sorted(filter(None, chosen.values())))
