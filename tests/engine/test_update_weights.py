@@ -5,7 +5,7 @@ import copy
 import gc
 import itertools
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ def live() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.fixture
+def frozen() -> Generator[None]:
+    """What exists before the test is left out of its collections, each of which would take seconds otherwise."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
 def test_an_update_needs_memory_for_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the old parameters and the given ones; the old ones are freed on the way."""
     spec = replace(SPEC, layers=SPEC.layers * 6)
@@ -230,32 +240,35 @@ def edited(params: Params, path: tuple[Any, ...], value: Any) -> Params:
 
 
 ATTENTION = ("layers", 0, "attention")
-WRONG: dict[str, tuple[Params, str]] = {
-    "engine, a leaf missing": (
-        edited(engine_layout(OLD), (*ATTENTION, "qkv", "kernel"), None),
-        r"layers\.0\.attention\.qkv\.kernel",
-    ),
+QKV, Q = (*ATTENTION, "qkv", "kernel"), (*ATTENTION, "q", "kernel")
+EMBED = ("embed", "weight")
+# Built when a test runs: every process that collects tests imports this file.
+WRONG: dict[str, tuple[Callable[[], Params], str]] = {
+    "engine, a leaf missing": (lambda: edited(engine_layout(OLD), QKV, None), r"layers\.0\.attention\.qkv\.kernel"),
     "engine, a leaf too many": (
-        edited(engine_layout(OLD), (*ATTENTION, "gate"), np.ones(3)),
+        lambda: edited(engine_layout(OLD), (*ATTENTION, "gate"), np.ones(3)),
         r"layers\.0\.attention\.gate",
     ),
     "engine, another shape": (
-        edited(engine_layout(OLD), ("embed", "weight"), np.ones((426, 31), np.float32)),
+        lambda: edited(engine_layout(OLD), EMBED, np.ones((426, 31), np.float32)),
         r"embed\.weight.*\[426, 31\].*\[426, 32\]",
     ),
     "engine, integers": (
-        edited(engine_layout(OLD), ("embed", "weight"), np.ones((426, 32), np.int32)),
+        lambda: edited(engine_layout(OLD), EMBED, np.ones((426, 32), np.int32)),
         r"embed\.weight is int32",
     ),
-    "engine, no array": (edited(engine_layout(OLD), ("embed", "weight"), "weights"), r"embed\.weight"),
-    "public, a leaf missing": (edited(OLD, (*ATTENTION, "q", "kernel"), None), r"layers\.0\.attention\.q\.kernel"),
-    "public, a leaf too many": (edited(OLD, (*ATTENTION, "gate"), np.ones(3)), r"layers\.0\.attention\.gate"),
+    "engine, no array": (lambda: edited(engine_layout(OLD), EMBED, "weights"), r"embed\.weight"),
+    "public, a leaf missing": (lambda: edited(OLD, Q, None), r"layers\.0\.attention\.q\.kernel"),
+    "public, a leaf too many": (
+        lambda: edited(OLD, (*ATTENTION, "gate"), np.ones(3)),
+        r"layers\.0\.attention\.gate",
+    ),
     "public, another shape": (
-        edited(OLD, (*ATTENTION, "q", "kernel"), np.ones((8, 8, 31), np.float32)),
+        lambda: edited(OLD, Q, np.ones((8, 8, 31), np.float32)),
         r"layers\.0\.attention\.q\.kernel.*31",
     ),
-    "another model": (tiny.public_params(tiny.SPECS["moe"]), r"experts|router|vocab|embed"),
-    "nothing": ({}, "embed.weight|lack"),
+    "another model": (lambda: tiny.public_params(tiny.SPECS["moe"]), r"experts|router|vocab|embed"),
+    "nothing": (lambda: {}, "embed.weight|lack"),
 }
 
 
@@ -264,7 +277,7 @@ def test_a_wrong_tree_is_rejected_with_the_name_of_the_leaf(llm: LLM, answers: d
     tree, words = WRONG[case]
     before = jax.tree.leaves(llm.params)
     with pytest.raises(JaxserveError, match=words):
-        llm.update_weights(tree)
+        llm.update_weights(tree())
     assert all(mine is old for mine, old in zip(jax.tree.leaves(llm.params), before, strict=True))
     assert answer(llm) == answers["old"]
     assert llm.metrics().policy_version == 0
