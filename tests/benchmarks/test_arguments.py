@@ -2,7 +2,7 @@
 """A wrong option of a benchmark gives one line and exit status 2, before any work."""
 
 import argparse
-import os
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,13 +60,23 @@ def test_what_is_refused(kind: Callable[[str], Any], text: str) -> None:
         ("startup", ["--rounds", "0"]),
     ],
 )
-def test_a_wrong_value_ends_it(benchmark: str, wrong: list[str]) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *wrong]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-    )
+def test_a_wrong_value_ends_it(
+    benchmark: str, wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"benchmarks.{benchmark}")
+    monkeypatch.setattr(sys, "argv", [f"{benchmark}.py", *wrong])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out
+    assert f"error: argument {wrong[0]}: " in said.err.splitlines()[-1]
+
+
+def test_a_wrong_value_ends_its_process() -> None:
+    command = [sys.executable, "-m", "benchmarks.serving", "--rate", "nan"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and not done.stdout
-    assert f"error: argument {wrong[0]}: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert "error: argument --rate: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_a_load_without_an_answer_fails() -> None:

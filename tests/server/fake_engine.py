@@ -123,7 +123,10 @@ def main() -> NoReturn:
     for fault in sys.argv.pop(1).split(","):
         name, _, number = fault.partition("=")
         faults[name] = float(number or 1)
+    serve(faults)
 
+
+def serve(faults: dict[str, float]) -> NoReturn:
     def load(start: wire.Start, outbox: Any) -> Any:
         outbox.send(wire.Progress("loading", 7, 18))
         time.sleep(faults.get("load", 0.0))
