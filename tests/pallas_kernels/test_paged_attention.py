@@ -140,7 +140,7 @@ def test_cpu_code_at_the_edges_of_its_tiles(kv_heads: int, window: int | None) -
     assert error(run(batch, "cpu", window=window), expected) < TOLERANCE[jnp.float32]
 
 
-@pytest.mark.parametrize("window, splits", [(7, 1), *((window, 3) for window in (1, 7, 16, 33, 1000))])
+@pytest.mark.parametrize("window, splits", [(7, 1), (1, 3), (16, 3), (1000, 3)])
 def test_windows(window: int, splits: int) -> None:
     tiles = DecodeTiles(block_kv=16, splits=splits)
     check(make_batch(np.random.default_rng(5), **MIXED, dim=32), window=window, decode_tiles=tiles)
@@ -163,8 +163,7 @@ def test_scale_soft_cap_and_sinks() -> None:
     batch = make_batch(rng, **MIXED, group=3, dim=32)
     tiles, unsplit = (DecodeTiles(block_kv=16, splits=splits) for splits in (4, 1))
     sinks = jnp.asarray(rng.standard_normal(6) * 3, jnp.float32)
-    check(batch, scale=0.3, decode_tiles=tiles)
-    check(batch, soft_cap=2.0, decode_tiles=tiles)
+    check(batch, scale=0.3, soft_cap=2.0, decode_tiles=tiles)
     check(batch, sinks=sinks, decode_tiles=tiles)
     for each in (tiles, unsplit):
         check(batch, scale=0.4, soft_cap=5.0, sinks=sinks, window=24, decode_tiles=each)

@@ -152,7 +152,7 @@ def test_extreme_values(implementation: dispatch.Implementation, values: list[fl
 
 
 @BOTH
-@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 1000])
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129])
 def test_vocabulary_sizes(implementation: dispatch.Implementation, size: int) -> None:
     logits = np.random.default_rng(1).standard_normal((3, size)).astype(np.float32)
     p = params(3, temperature=[0, 1, 1], top_k=[0, 5, 0], top_p=[1, 1, 0.8])
