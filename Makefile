@@ -36,12 +36,13 @@ test: .venv/.test-installed
 
 # For work in progress: everything that starts no server and no browser, and compiles little. What it leaves out is
 # named here, so that a new test file is part of it until it proves slow.
-SLOW := demo host llm ui cli/test_live.py cli/test_child.py cli/test_profile.py convert/test_load.py \
+SLOW := demo host llm quant ui cli/test_live.py cli/test_child.py cli/test_profile.py convert/test_load.py \
   test_cli.py test_readme*.py \
   benchmarks/demo benchmarks/test_arguments.py benchmarks/test_batching.py benchmarks/gpu benchmarks/test_s*.py \
   convert/test_orbax.py convert/test_convert_cli.py engine/execute engine/test_*.py \
   models/test_decoder.py models/test_golden.py models/test_sharding.py \
-  $(addprefix pallas_kernels/test_,callers.py grouped_matmul.py mla_attention.py paged_attention.py sampling.py) \
+  $(addprefix pallas_kernels/test_,callers.py grouped_matmul.py lowering.py mla_attention.py noise.py \
+  paged_attention.py sampling.py) \
   server/http server/observe server/routes/test_admin.py server/routes/test_real_server.py \
   server/test_faults_*.py server/test_isolation.py server/test_soak.py text/test_tokenizer.py
 test-fast: .venv/.test-installed

@@ -35,6 +35,15 @@ def _configure_jax() -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Tracing makes many short-lived objects beside hundreds of thousands that stay: collect less often, and look at
+    what was imported never again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 # Every compiled program maps its code and data for itself, 100 to 200 times, and the kernel allows a process 65,530
 # maps: beyond them LLVM crashes.
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 30_000
