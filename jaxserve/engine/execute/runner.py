@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.engine.buckets import Available, Kind
+from jaxserve.engine.buckets import SMALLEST_MIXED, Available, Kind
 from jaxserve.engine.capacity import Capacity
 from jaxserve.engine.execute import compiler, programs
 from jaxserve.engine.execute.background import Background
@@ -83,8 +83,9 @@ def _common(kind: Kind) -> bool:
 
 
 def _rank(key: ProgramKey) -> tuple[bool, int]:
+    """The order in which programs are compiled in the background: those that replace the most padding first."""
     kind, size = bucket_of(key)
-    return not _common(kind), size
+    return not _common(kind), size // SMALLEST_MIXED if kind == "mixed" else size
 
 
 _RUNNERS: "WeakSet[Runner]" = WeakSet()
@@ -223,16 +224,14 @@ class Runner:
         return packing.mixed_layout(tokens, self.buckets, self.limits.block_size, self.limits.groups)
 
     def covering(self) -> list[ProgramKey]:
-        """The programs that an engine must have to serve every request, padded, and a few cheap ones that make its
-        first requests fast: the largest size of each kind, and the smallest step of each kind with its head. Of the
-        heads those for common requests and the last, which stands in for all others."""
-        sizes: dict[Kind, list[int]] = {}
+        """The programs that an engine must have to serve every request, padded: the largest size of each kind. Of the
+        heads the last, which stands in for all others, and the first, which is cheap to compile and to run."""
+        largest: dict[Kind, int] = {}
         for kind, size in map(bucket_of, self.every_key()):
-            sizes.setdefault(kind, []).append(size)
-        rare = set(self.heads[:-1])
-        wanted = {(kind, max(found)) for kind, found in sizes.items() if _common(kind) or kind not in rare}
-        wanted |= {(kind, min(found)) for kind, found in sizes.items() if _common(kind)}
-        return [key for key in self.every_key() if bucket_of(key) in wanted]
+            largest[kind] = max(size, largest.get(kind, 0))
+        for head in self.heads[1:-1]:
+            del largest[head]
+        return [key for key in self.every_key() if bucket_of(key) in largest.items()]
 
     def missing(self, report: Callable[[str], None]) -> Background[ProgramKey]:
         """Compiles the missing programs: those for common requests first, and of these the smallest."""
