@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from jaxserve.models.decoder import Params
 from jaxserve.types.request import Request
@@ -94,6 +93,8 @@ def test_processed_logprobs() -> None:
 )
 def test_frequencies(params: dict[str, Any]) -> None:
     """Frequencies over many samples, each with its own seed. The seeds are fixed, so a correct engine always passes."""
+    from scipy import stats  # a second, of every process that collects tests
+
     prompt, count = [17, 5, 60], 300
     driver = Driver()
     requests = [

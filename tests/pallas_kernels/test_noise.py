@@ -3,13 +3,13 @@
 under a right hash would be a one in ten thousand event, and here it would be a fixed one."""
 
 import itertools
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from pallas_kernels.row_sampler import gumbel_noise
 from pallas_kernels.sampling import RowParams, sample
@@ -18,8 +18,12 @@ DRAWS = 40_000
 LOGITS = np.asarray([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0, -4.0], np.float32)
 
 
-def draw(*, temperature: float, seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    rows = seeds.size
+@cache
+def draw(what: str, temperature: float) -> np.ndarray:
+    """Tokens for seeds and positions, one of the two counting up: how they come in practice."""
+    count, fixed = np.arange(DRAWS), np.full(DRAWS, 12345)
+    seeds, positions = (count, fixed) if what == "seeds" else (fixed, count)
+    rows = DRAWS
     p = RowParams(
         jnp.full((rows,), temperature, jnp.float32),
         jnp.zeros((rows,), jnp.int32),
@@ -37,17 +41,18 @@ def probabilities(temperature: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def vary(what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Seeds and positions, one of the two counting up: how they come in practice."""
-    count, fixed = np.arange(DRAWS), np.full(DRAWS, 12345)
-    return (count, fixed) if what == "seeds" else (fixed, count)
+@pytest.fixture(scope="module")
+def stats() -> Any:
+    """Imported late: that takes a second, of every process that collects tests."""
+    from scipy import stats
+
+    return stats
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.8])
 @pytest.mark.parametrize("what", ["seeds", "positions"])
-def test_frequencies_are_those_of_softmax(temperature: float, what: str) -> None:
-    seeds, positions = vary(what)
-    counts = np.bincount(draw(temperature=temperature, seeds=seeds, positions=positions), minlength=LOGITS.size)
+def test_frequencies_are_those_of_softmax(stats: Any, temperature: float, what: str) -> None:
+    counts = np.bincount(draw(what, temperature), minlength=LOGITS.size)
     expected = probabilities(temperature) * DRAWS
     enough = expected >= 5  # chi-square wants five per cell; the rest is one cell
     observed = [*counts[enough], counts[~enough].sum()] if (~enough).any() else counts
@@ -56,16 +61,15 @@ def test_frequencies_are_those_of_softmax(temperature: float, what: str) -> None
 
 
 @pytest.mark.parametrize("what, lag", list(itertools.product(["seeds", "positions"], [1, 2, 256])))
-def test_neighbours_are_independent(what: str, lag: int) -> None:
-    seeds, positions = vary(what)
-    tokens = draw(temperature=1.0, seeds=seeds, positions=positions)
+def test_neighbours_are_independent(stats: Any, what: str, lag: int) -> None:
+    tokens = draw(what, 1.0)
     table = np.zeros((7, 7))
     np.add.at(table, (np.minimum(tokens[:-lag], 6), np.minimum(tokens[lag:], 6)), 1)
-    result: Any = stats.chi2_contingency(table)
+    result = stats.chi2_contingency(table)
     assert result.pvalue > 1e-4
 
 
-def test_noise_is_gumbel() -> None:
+def test_noise_is_gumbel(stats: Any) -> None:
     """Along ids, positions and seeds, each with the other two fixed, for several fixed values."""
     count = np.arange(100_000)
     for fixed in (0, 1, 2**31 - 1):
@@ -106,7 +110,12 @@ def test_every_bit_of_the_input_matters() -> None:
 def test_the_upper_tail_reaches_rare_tokens() -> None:
     """Noise above 12 and 15 comes as often as it should; a tail cut at 24 bits would show here."""
     ids = jnp.arange(2**24, dtype=jnp.int32)
-    tail = jax.jit(lambda seed: [(gumbel_noise(seed, jnp.int32(3), ids) > x).sum() for x in (12.0, 15.0)])
+
+    def beyond(seed: jax.Array) -> list[jax.Array]:
+        noise = gumbel_noise(seed, jnp.int32(3), ids)
+        return [(noise > x).sum() for x in (12.0, 15.0)]
+
+    tail = jax.jit(beyond, compiler_options={"xla_backend_optimization_level": 2})  # 2**27 values, one program
     seen = np.sum([np.asarray(tail(jnp.uint32(seed))) for seed in range(8)], axis=0)
     for count, threshold in zip(seen, (12.0, 15.0), strict=True):
         expected = -np.expm1(-np.exp(-threshold)) * 8 * 2**24
