@@ -229,6 +229,7 @@ def test_settings_of_jax_that_change_end_it(gate: Gate) -> None:
 def test_an_idle_thread_takes_what_was_compiled(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without requests, programs of one kind are enough."""
     monkeypatch.setattr(Runner, "every_key", lambda self: [(rows, self.heads[0]) for rows in self.buckets.heads])
+    monkeypatch.setattr(Runner, "covering", lambda self: self.every_key()[:1])
     llm = tiny_llm.make_async(warmup="staged")
     try:
         engine = llm._engine
@@ -245,6 +246,7 @@ import os, sys, time
 from jaxserve.engine.execute.runner import Runner
 from tests import tiny_llm
 Runner.every_key = lambda self: [(rows, self.heads[0]) for rows in self.buckets.heads]  # no request is served
+Runner.covering = lambda self: self.every_key()[:1]
 llm = tiny_llm.make(warmup="staged", compilation_cache_dir="", max_num_seqs=32, max_num_batched_tokens=64)
 assert llm._engine.compiling
 child = os.fork()
