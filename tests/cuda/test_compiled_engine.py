@@ -124,7 +124,7 @@ def test_layers_with_a_window_beside_others() -> None:
     shape = packing.decode_layout(64, groups=2)
     own = param_layout.abstract_params(spec, jnp.bfloat16)
     pools = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16, groups=groups)
-    arguments = own, pools, ints(2, BUCKETS.rows, WIDTH), ints(BUCKETS.rows), ints(shape.size)
+    arguments = own, pools, ints(2, BUCKETS.rows, WIDTH), ints(BUCKETS.rows, 2), ints(shape.size)
     program = partial(programs.model, spec, groups, shape, BUCKETS.entries, 0)
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     assert copied(compiled, 2 * BUCKETS.rows * WIDTH + 1) == []
