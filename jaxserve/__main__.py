@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m jaxserve` is `jaxserve`."""
 
+import sys
+
 from jaxserve.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

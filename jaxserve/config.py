@@ -224,6 +224,7 @@ class EngineConfig:
         int,
         Setting(
             "Number of recent steps to keep; if a step fails, they are written to a file for `jaxserve replay`. "
+            "Results are reproduced bit for bit only if the file has every step since the engine started. "
             "The file contains the token ids of prompts.",
             "Debugging",
             low=0,

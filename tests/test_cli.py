@@ -81,6 +81,12 @@ def test_python_runs_the_package_too() -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout == done("version")
 
 
+def test_exit_codes_of_the_package(tmp_path: Path) -> None:
+    for words, code in ((("check", str(tmp_path / "absent")), 1), (("check", "--no-such-flag"), 2)):
+        command = [sys.executable, "-m", "jaxserve", *words]
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode == code
+
+
 def test_version_lists_what_is_required() -> None:
     required = metadata.requires("jaxserve") or []
     names = {line.split(";")[0].split(">")[0].split("<")[0] for line in required if ";" not in line}

@@ -118,8 +118,10 @@ class Capacity:
 
     @property
     def tokens(self) -> int:
-        """How many tokens of sequences that exceed no window the KV cache holds."""
-        return self.blocks * self.limits.block_size // self.limits.groups
+        """How many tokens of the longest sequences the KV cache holds."""
+        if self.limits.windows == (None,):
+            return self.blocks * self.limits.block_size
+        return int(self.concurrency * self.longest)
 
     @property
     def held(self) -> int:
@@ -128,7 +130,13 @@ class Capacity:
 
     @property
     def fits(self) -> bool:
-        return self.blocks >= (self.held if self.insisted else self.limits.groups)
+        return not self._overfull and self.blocks >= (self.held if self.insisted else self.limits.groups)
+
+    @property
+    def _overfull(self) -> bool:
+        """Whether the weights alone exceed a CPU's free memory."""
+        memory = self.memory
+        return memory.on_cpu and memory.usable is not None and memory.used > memory.usable
 
     @property
     def longest(self) -> int:
@@ -173,6 +181,12 @@ class Capacity:
 
     def misfit(self) -> ConfigError:
         """The error for sizes that do not fit."""
+        if self._overfull:
+            free = shown_size(self.memory.usable or 0)
+            problem = (
+                f"the weights need {shown_size(self.memory.used)}, but only {free} of this machine's memory is free"
+            )
+            return ConfigError(problem, "use a machine with more memory, or a smaller dtype")
         longest = self.wanted_len if self.insisted else 2
         too_few = f"the KV cache holds {self._sequence:,} tokens, too few for a sequence of {longest:,}"
         if self.fixed is not None:
@@ -215,12 +229,12 @@ class Capacity:
 
     def cache_lines(self) -> list[str]:
         """The KV cache's capacity, for a report."""
-        if not self.blocks:
+        if not self.blocks or self._overfull:
             return []
         longest = self.longest
         groups = self.limits.groups
         held = f" = {self.tokens:,} tokens" if groups == 1 else f" for {groups} groups of layers"
-        blocks = f"{self.blocks:,} blocks of {self.limits.block_size}{held}"
+        blocks = f"{self.blocks:,} block{'s' * (self.blocks != 1)} of {self.limits.block_size}{held}"
         lines = [f"{blocks}: {self.concurrency:.1f} sequences of {longest:,} tokens at once"]
         if longest < self.wanted_len and not self.insisted:
             lines.append(

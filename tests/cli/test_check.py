@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 
+from jaxserve import machine
 from jaxserve.cli.with_jax import memory_plan
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Capacity
@@ -194,6 +195,7 @@ def test_layers_with_a_window_keep_no_more_than_it(command: Command, tmp_path: P
     # 10 layers keep all tokens, and 6 groups of 10 layers their window and a partial block at either end.
     assert plan["sequence_bytes"] == 10 * token * 32768 + 60 * token * (1024 + 2 * 16)
     assert plan["kept_share"] == plan["sequence_bytes"] / (62 * token * 32768) < 0.25
+    assert plan["tokens"] == int(plan["concurrency"] * 32768)
     room = plan["blocks"] * plan["block_bytes"]
     assert plan["concurrency"] == pytest.approx(room / plan["sequence_bytes"], rel=0.02)
     table = command("check", tmp_path, "--memory", "141GiB", "--max-model-len", "32768").out
@@ -222,6 +224,15 @@ def test_models_that_do_not_fit(command: Command, llama: Path) -> None:
     one_error(command("check", llama, "-tp", "3"), 1, "32 attention heads")
     one_error(command("check", llama / "absent"), 1, "does not exist")
     one_error(command("check", llama, "--memory", "much"), 2, "--memory is 'much'")
+
+
+def test_weights_that_exceed_the_memory_of_this_machine(
+    command: Command, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 8 * 2**30)
+    said = command("check", llama)
+    assert said.code == 1 and "sequences" not in said.out
+    assert "the weights need 29.92 GiB, but only 8.00 GiB of this machine's memory is free" in said.err
 
 
 def test_the_table(command: Command, llama: Path) -> None:

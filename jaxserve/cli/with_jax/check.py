@@ -85,7 +85,7 @@ def _accelerator() -> int | None:
 
 def _does_not_fit(plan: Capacity, others: list[tuple[str, Capacity]]) -> JaxserveError:
     error = plan.misfit()
-    helps = [name for name, other in others if other.fits]
+    helps = [name for name, other in others if other.fits and plan.fixed is None]
     return ConfigError(error.problem, f"set {helps[0]}" if helps else error.hint)
 
 
@@ -98,13 +98,14 @@ def _model_lines(model: Described, plan: Capacity) -> list[str]:
     heads = f"{attention.heads} heads"
     if isinstance(attention, Attention):
         heads += f", {attention.kv_heads} KV heads"
-    per_block = shown_size(plan.block_bytes)
+    groups = f" in one of {plan.limits.groups} groups of layers" if plan.limits.groups > 1 else ""
+    per_block = f"{shown_size(plan.block_bytes)} per block of {block_size}{groups}"
     return [
         f"model         {one_line(model.name)}, {one_line(model.architecture)}",
         f"parameters    {model.parameters:,} in {plan.memory.dtype}, stored as {model.stored.name}",
         f"layers        {len(spec.layers)}, hidden {spec.hidden:,}, {heads}, vocabulary {spec.vocab_size:,}",
         f"max length    {spec.max_positions:,} tokens",
-        f"KV cache      {plan.token_bytes:,} bytes per token and device, {per_block} per block of {block_size}",
+        f"KV cache      {plan.token_bytes:,} bytes per token and device, {per_block}",
         *_window_lines(plan),
         "",
     ]
@@ -114,7 +115,7 @@ def _window_lines(plan: Capacity) -> list[str]:
     """What layers with a sliding window save."""
     windows = [plan.limits.windows[group] for group, _ in plan.groups.at]
     found = sorted({window for window in windows if window is not None})
-    if not found or not plan.longest:
+    if not found or not plan.longest or plan.kept_share >= 1:
         return []
     count = sum(window is not None for window in windows)
     keep = f"{count} of {len(windows)} layers keep only a window of {' or '.join(f'{each:,}' for each in found)} tokens"

@@ -15,13 +15,13 @@ MOST = 16  # drafts of a row in one step
 
 class Drafter(Protocol):
     def propose(self, tokens: list[int]) -> list[int]:
-        """What may follow these tokens of prompt and output, which it must not change. It is asked at every step."""
+        """What may follow these tokens of prompt and output. It is asked at every step."""
         ...
 
 
 def of(drafter: Drafter, tokens: list[int], *, skip: int, most: int, vocab_size: int) -> list[int]:
     """At most `most` drafts, up to the first that is not a token. `skip`: how many are sampled by steps in flight."""
-    found = list(drafter.propose(tokens)[skip : skip + most])
+    found = list(drafter.propose(list(tokens))[skip : skip + most])
     for at, token in enumerate(found):
         if not (isinstance(token, int) and 0 <= token < vocab_size):  # pyright: ignore[reportUnnecessaryIsInstance]
             return found[:at]
