@@ -106,7 +106,9 @@ class Engine:
         self.asleep = False
         self._asleep_weights: Params | None = None
         self._has_checkpoint = params is None
-        self._recorder = Recorder(config, limits, has_folder=params is None) if config.record_steps else None
+        self._recorder: Recorder | None = None
+        if config.record_steps:
+            self._recorder = Recorder(config, limits, self.model.spec, has_folder=params is None)
         self.error: str | None = None
         self._background = self._compile_the_rest() if config.warmup == "staged" else None
 

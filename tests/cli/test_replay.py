@@ -71,6 +71,13 @@ def test_other_results(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "9 steps before these were not recorded" in capsys.readouterr().out
 
 
+def test_other_models_and_compiler_flags(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", changed(dump, tmp_path / "x.steps", model="other")]) == 1
+    assert "the steps are of another model" in capsys.readouterr().err
+    assert main(["replay", changed(dump, tmp_path / "y.steps", xla_flags="--xla_other=1")]) == 0
+    assert "XLA_FLAGS     were '--xla_other=1', are " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

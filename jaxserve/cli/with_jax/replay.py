@@ -36,7 +36,12 @@ class Replay:
         config = EngineConfig(**found.config)
         if self.model is not None:
             config = replace(config, model=self.model)
+        if found.xla_flags != (flags := recorder.xla_flags()):
+            print(f"XLA_FLAGS     were {found.xla_flags!r}, are {flags!r}: results may differ")
         engine = Engine(replace(config, warmup=False, record_steps=0))
+        if recorder.model_of(engine.model.spec) != found.model:
+            engine.close()
+            raise JaxserveError("the steps are of another model", "set --model to the one that they were recorded on")
         return _run(engine, found)
 
 

@@ -9,6 +9,7 @@ A file has the token ids of prompts. Only its owner can read it.
 """
 
 import dataclasses
+import hashlib
 import os
 import tempfile
 import time
@@ -32,6 +33,7 @@ from jaxserve.engine.schedule.need import Variant
 from jaxserve.engine.schedule.packing import Ints, Layout, StepMessage
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.errors import JaxserveError
+from jaxserve.models.spec import ModelSpec
 
 SUFFIX = ".steps"
 _FORM = 2  # version of the file format
@@ -124,6 +126,8 @@ class Recording(msgspec.Struct):
     form: int
     versions: dict[str, str]
     device: str
+    xla_flags: str
+    model: str  # a digest of its spec
     fault: str
     config: dict[str, Any]  # of an engine of the same sizes
     has_folder: bool  # whether the weights are those of the config's model
@@ -133,8 +137,9 @@ class Recording(msgspec.Struct):
 
 
 class Recorder:
-    def __init__(self, config: EngineConfig, limits: Limits, *, has_folder: bool) -> None:
+    def __init__(self, config: EngineConfig, limits: Limits, spec: ModelSpec, *, has_folder: bool) -> None:
         self._config, self._limits, self._has_folder = config, limits, has_folder
+        self._model = model_of(spec)
         self._kept: deque[Step] = deque(maxlen=config.record_steps)
         self._unread: deque[Step] = deque()
         self._count = 0
@@ -164,6 +169,8 @@ class Recorder:
             form=_FORM,
             versions=versions(),
             device=_device(),
+            xla_flags=xla_flags(),
+            model=self._model,
             fault=fault,
             config={field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
             has_folder=self._has_folder,
@@ -192,6 +199,15 @@ def sized(config: EngineConfig, limits: Limits) -> EngineConfig:
 
 def versions() -> dict[str, str]:
     return {"jaxserve": __version__, "jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+
+
+def xla_flags() -> str:
+    return os.environ.get("XLA_FLAGS", "")
+
+
+def model_of(spec: ModelSpec) -> str:
+    """A digest of the model's architecture; its weights and their dtype are not part of it."""
+    return hashlib.blake2b(repr(replace(spec, dtype="float32")).encode(), digest_size=16).hexdigest()
 
 
 def _device() -> str:

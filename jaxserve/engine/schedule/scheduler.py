@@ -363,7 +363,8 @@ class Scheduler:
             return found
         chunked, size = [item for item in work if item[1] > 1], self.limits.block_size
         room = min(self._score_rows, spare - sum(left for _, left in chunked))
-        room -= self._waiting.tokens if self._free_rows else 0
+        if self._free_rows and self._waiting and self._waiting.first.refused is None:  # else it waits for blocks
+            room -= self._waiting.tokens
         groups, wanted = self.limits.groups, sum(self._tables.wanted(sequence) for sequence, _ in chunked)
         blocks = (self.pool.available - wanted) // groups - len(self.running)  # in each group
         for sequence, left in work:
