@@ -364,7 +364,7 @@ def test_only_what_does_not_fit_is_rejected(tmp_path: Path, name: str, shards: i
     per_block = memory_plan.planned(config, described, None).block_bytes
     assert preflight.least(config, spec).block_bytes == per_block
     refused: set[bool] = set()
-    for blocks in range(1, 20):
+    for blocks in range(1, 30):
         sized = replace(config, kv_cache_memory_bytes=blocks * per_block)
         fits = memory_plan.planned(sized, described, None).fits
         refused.add(not fits)

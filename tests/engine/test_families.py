@@ -13,6 +13,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.models.cache_groups import groups_of
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types.request import Request
@@ -64,13 +65,14 @@ def test_greedy_text(case: str) -> None:
 
 
 def engine_of(case: str, spec: ModelSpec, params: Params, *, longest: int) -> Engine:
+    groups = len(groups_of(spec, longest).windows)
     config = EngineConfig(
         model=case,
         max_model_len=longest,
         max_num_seqs=2,
         max_num_batched_tokens=BUDGET,
         block_size=BLOCK,
-        num_blocks=1 + 2 * -(-longest // BLOCK),
+        num_blocks=1 + 2 * groups * -(-longest // BLOCK),
         enable_prefix_caching=False,  # the second would find what the first computed
         warmup=False,
         compilation_cache_dir=programs(),
