@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paged KV cache: one dict of pools per layer of a cache group (cache_groups.py), so that each pool is donated and
-updated in place separately. A layer of each group has its KV there, each in the blocks of its own group.
+updated in place separately. One layer of every group writes to each dict, in its group's blocks.
 
 Recurrent layers have a dict of states instead: an array [rows, ...] for each part of the state.
 

@@ -149,13 +149,11 @@ class Recurrent:
     """The base of mixers that keep a state of fixed size for each sequence instead of the KV of each token:
     convolutions, state-space models, linear attention. `decoder.MIXERS` has their modules."""
 
+    state: tuple[StateArray, ...]
+
     @property
     def rope(self) -> None:
         return None
-
-    @property
-    def state(self) -> tuple[StateArray, ...]:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

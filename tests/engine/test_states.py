@@ -31,11 +31,11 @@ WIDTH = 6
 class Fading(Recurrent):
     """Half of the sum so far, and the value of the token."""
 
-    width: int = WIDTH
+    state: tuple[StateArray, ...] = (StateArray(name="sum", shape=(WIDTH,)),)
 
     @property
-    def state(self) -> tuple[StateArray, ...]:
-        return (StateArray(name="sum", shape=(self.width,)),)
+    def width(self) -> int:
+        return self.state[0].shape[0]
 
 
 class FadingSum(nnx.Module):
@@ -134,6 +134,14 @@ def test_states_have_their_memory() -> None:
     assert driver.engine.capacity.state == sum(
         leaf.nbytes for leaf in jax.tree.leaves((driver.runner.tables, driver.runner.last, driver.runner.controls))
     ) + sum(each["sum"].nbytes for each in driver.runner.cache if "sum" in each)
+
+
+def test_absurd_states_are_refused() -> None:
+    """A config is untrusted."""
+    for shape in ((0,), (2**40,), ("a",)):
+        mixer = Fading(state=(StateArray(name="sum", shape=shape),))  # pyright: ignore[reportArgumentType]
+        with pytest.raises(CheckpointError, match=r"the config is invalid: .*state"):
+            replace(HYBRID, layers=(replace(HYBRID.layers[0], attention=mixer), *HYBRID.layers[1:]))
 
 
 def test_a_model_without_attention_is_refused() -> None:

@@ -190,6 +190,13 @@ class BlockPool:
         """The block of this group that is cached under the key."""
         return self._block_of[group].get(key)
 
+    def last_cached(self, keys: Sequence[bytes], count: int, group: int) -> int:
+        """Of the first `count` keys, how many there are up to the last that is cached in this group."""
+        blocks = self._block_of[group]
+        while count and keys[count - 1] not in blocks:
+            count -= 1
+        return count
+
     def forget(self, blocks: Sequence[int]) -> None:
         """Drop the keys of blocks whose content is invalid; cached ones become free. Skips null blocks."""
         for block in blocks:

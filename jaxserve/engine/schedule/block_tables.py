@@ -193,9 +193,10 @@ class BlockTables:
             for group, window in self._windowed:
                 gap = self._gap(sequence, count, group, window)
                 checked += 1
-                if gap is not None:  # so is every longer prefix without it
-                    missed.append((self._key(sequence, gap), group))
-                    count, checked = gap, 0
+                if gap is not None:  # which every longer prefix up to here needs too
+                    if all(group != other for _, other in missed):
+                        missed.append((self._key(sequence, gap), group))
+                    count, checked = self.pool.last_cached(sequence.keys, gap, group), 0
         for group in self._complete:
             del found[group][count:]
         for group, window in self._windowed:

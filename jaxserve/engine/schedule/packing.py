@@ -26,7 +26,7 @@ from jaxserve.sampling.columns import COLUMNS
 type Ints = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
 # `given`: the prompt token to score, or the draft that an entry's sample must equal for the row's next entry to count;
-# negative if there is none.
+# negative in all other entries.
 ENTRY = ("token", "row", "position", "given", "samples", *COLUMNS)
 TOKEN, ROW, POSITION, GIVEN, SAMPLES, FIXED = range(6)
 SPARE_EDITS = 8

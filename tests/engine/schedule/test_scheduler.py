@@ -250,6 +250,30 @@ def test_a_prefix_needs_only_the_last_window_of_layers_that_see_no_more() -> Non
     check_answers(engine, request("c", STEMS[0][:30], max_tokens=2), set())
 
 
+def test_a_group_that_lost_a_long_prefix_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are looked at one after the other, not a window for each."""
+    engine = FakeEngine(limits(windows=(None, 6), max_model_len=2048, num_blocks=2000, max_num_batched_tokens=512))
+    text = STEMS[0] * 50
+    engine.add(request("a", text, max_tokens=2))
+    engine.drain()
+    pool, tables = engine.scheduler.pool, engine.scheduler._tables  # pyright: ignore[reportPrivateUsage]
+    pool.forget(list(pool._block_of[1].values()))  # pyright: ignore[reportPrivateUsage]
+    gaps, missed = 0, tables._gap  # pyright: ignore[reportPrivateUsage]
+
+    def counted(*args: Any) -> Any:
+        nonlocal gaps
+        gaps += 1
+        return missed(*args)
+
+    monkeypatch.setattr(tables, "_gap", counted)
+    engine.add(request("b", text, max_tokens=2))
+    [sequence] = engine.sequences()
+    assert not tables.begin(sequence, reserve=pool.available - 1)
+    assert gaps <= 2 and sequence.refused is not None and len(sequence.refused[1]) <= 2
+    engine.drain()
+    check_answers(engine, request("b", text, max_tokens=2), set())
+
+
 def test_a_group_that_lost_a_block_shortens_the_prefix_of_all() -> None:
     engine = FakeEngine(limits(windows=(None, None), num_blocks=40))
     engine.add(request("a", STEMS[0][:30], max_tokens=2))
