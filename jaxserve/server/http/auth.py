@@ -21,6 +21,7 @@ from jaxserve.server.errors import ApiError
 HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 LOCAL = frozenset(("localhost", "127.0.0.1", "[::1]"))
 PREFLIGHT_SECONDS = "600"
+KEY_HEADER = "X-Api-Key"  # sent by clients of Anthropic's API, and accepted beside Authorization
 
 
 class Keys:
@@ -32,10 +33,11 @@ class Keys:
 
     def check(self, request: web.Request) -> None:
         """Raise a 401 unless the request has one of the keys. Takes constant time for any key, valid or not."""
-        scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        digest = _digest(given.strip())
-        known = [hmac.compare_digest(digest, own) for own in self._digests]
-        if scheme.lower() != "bearer" or not any(known):
+        scheme, _, bearer = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        given = [bearer.strip() if scheme.lower() == "bearer" else "", request.headers.get(KEY_HEADER, "").strip()]
+        digests = [_digest(key) for key in given if key]
+        known = [hmac.compare_digest(digest, own) for digest in digests for own in self._digests]
+        if not any(known):
             message = "Missing or invalid API key. Send it as: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

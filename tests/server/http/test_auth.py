@@ -61,6 +61,14 @@ def test_every_route_requires_a_key(keyed: Shell, route: Route) -> None:
         assert reply.status != 401, header
 
 
+def test_a_key_in_x_api_key_is_accepted(keyed: Shell) -> None:
+    """Clients of Anthropic's API send it there; some send a placeholder in Authorization beside it."""
+    for headers in ({"X_Api_Key": KEY}, {"X_Api_Key": "second"}, {"X_Api_Key": KEY, "Authorization": "Bearer none"}):
+        assert keyed.get("/version", **headers).status == 200, headers
+    for headers in ({"X_Api_Key": ""}, {"X_Api_Key": "wrong"}, {"X_Api_Key": f"Bearer {KEY}"}):
+        assert keyed.get("/version", **headers).status == 401, headers
+
+
 def test_unknown_routes_require_a_key_too(keyed: Shell) -> None:
     for method, path in (("GET", "/nothing"), ("PUT", "/health"), ("DELETE", "/v1/models"), ("OPTIONS", "/metrics")):
         assert keyed.send(method, path).status == 401
