@@ -12,6 +12,8 @@ REMOVE = "remove it"
 class Reason(NamedTuple):
     problem: str  # after the name
     hint: str
+    neutral: tuple[str, ...] = ()  # values of a request's field that mean the same as no value
+    empty: bool = True  # an empty value of a request's field means the same as no value
 
     def about(self, name: str) -> tuple[str, str]:
         """Problem and hint, with the name as the user spelled it."""
@@ -88,19 +90,23 @@ SHORT_FLAGS = {"-q": "quantization", "-pp": "pipeline_parallel_size", "-dp": "da
 # Fields of request bodies: of completions and chats, of completions alone, of everything that is made of messages, of
 # chats alone, of embeddings, of one message.
 GENERATION_FIELDS = {
-    **_planned("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    **_planned("structured_outputs", "guided_regex", "guided_choice", "guided_grammar"),
     **_planned("guided_decoding_backend", "guided_whitespace_pattern", "logits_processors", "logprob_token_ids"),
-    **_planned("thinking_token_budget", "repetition_detection", "routed_experts_prompt_start", "session_id"),
+    **_planned("thinking_token_budget", "repetition_detection", "routed_experts_prompt_start"),
     **_planned("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
+    "guided_json": Reason("is not supported yet", REMOVE, empty=False),  # an empty schema asks for any JSON
 }
 COMPLETION_FIELDS = _planned("suffix", "prompt_embeds")
-CONVERSATION_FIELDS = _planned("tools", "documents", "media_io_kwargs", "mm_processor_kwargs")
+CONVERSATION_FIELDS = _planned("tools", "documents")
 CHAT_FIELDS = {
-    **_planned("functions", "function_call", "reasoning_effort", "verbosity", "audio", "prediction"),
-    **_planned("web_search_options", "moderation", "prompt_cache_retention"),
+    **_planned("functions", "audio", "prediction", "moderation"),
+    "function_call": Reason("is not supported yet", REMOVE, neutral=("none", "auto")),
+    "reasoning_effort": Reason("is not supported yet", REMOVE, neutral=("none",)),
+    "verbosity": Reason("is not supported yet", REMOVE, neutral=("medium",)),
+    "web_search_options": Reason("is not supported yet", REMOVE, empty=False),  # without options it searches too
 }
 EMBEDDING_FIELDS = _planned("messages", "embed_dtype", "endianness", "use_activation")
-MESSAGE_FIELDS = _planned(
-    *("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id", "reasoning"),
-    "reasoning_content",
-)
+MESSAGE_FIELDS = _planned("refusal", "audio", "function_call", "tool_calls", "tool_call_id")
+
+# Fields that cannot change the answer of a model for text. They are treated like unknown fields.
+WITHOUT_EFFECT = ("session_id", "prompt_cache_retention", "media_io_kwargs", "mm_processor_kwargs")

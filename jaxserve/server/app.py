@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
 from jaxserve.errors import EngineError, one_line
+from jaxserve.server import unknown_fields
 from jaxserve.server.errors import ApiError, as_api_error, bad_request
 from jaxserve.server.http.auth import Keys, Origins
 from jaxserve.server.http.guard import Bodies
@@ -42,9 +43,10 @@ def make_app(serving: Serving) -> web.Application:
     )
     app[SERVING] = serving
     for route in routes:
-        app.router.add_route(route.method, route.path, route.handler, expect_handler=_expect)
-        if route.method == hdrs.METH_GET:
-            app.router.add_route(hdrs.METH_HEAD, route.path, route.handler)
+        for path in dict.fromkeys((route.path, f"{route.path.rstrip('/')}/")):  # a trailing slash does no harm
+            app.router.add_route(route.method, path, route.handler, expect_handler=_expect)
+            if route.method == hdrs.METH_GET:
+                app.router.add_route(hdrs.METH_HEAD, path, route.handler)
 
     async def mark(request: web.Request, response: web.StreamResponse) -> None:
         origins.mark(request, response)
@@ -53,6 +55,8 @@ def make_app(serving: Serving) -> web.Application:
         record = request.get(RECORD)
         if config.enable_request_id_headers and record is not None:
             response.headers[ID_HEADER] = record.id
+        if ignored := unknown_fields.header(request):
+            response.headers[unknown_fields.HEADER] = ignored
         if serving.draining or not response.keep_alive:
             response.force_close()
             response.headers[hdrs.CONNECTION] = "close"
@@ -65,7 +69,7 @@ def _route(table: dict[tuple[str, str], Route], request: web.Request) -> Route |
     """The route that aiohttp matched, never one guessed from the path."""
     resource = request.match_info.route.resource
     method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
-    return None if resource is None else table.get((method, resource.canonical))
+    return None if resource is None else table.get((method, resource.canonical.rstrip("/") or "/"))
 
 
 def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middleware:
@@ -129,8 +133,8 @@ def _admit(
         route = _route(table, request)
         if keys and not (route is not None and route.public):
             keys.check(request)
-        if route is not None and not (route.public or serving.config.allow_unknown_fields):
-            _check_query(request, route)
+        if route is not None and not route.public:
+            _check_query(serving, request, route)
         if route is None or not route.work:
             return await handler(request)
         try:
@@ -151,11 +155,14 @@ def _admit(
     return admit
 
 
-def _check_query(request: web.Request, route: Route) -> None:
-    """Reject unknown query parameters: none is ignored silently."""
+def _check_query(serving: Serving, request: web.Request, route: Route) -> None:
+    """Report or refuse unknown query parameters."""
     known = [query.name for query in route.query]
     for name in request.query:
         if name not in known:
+            if serving.ignored.policy != "refuse":
+                serving.ignored.note_query(request, name)
+                continue
             hint = f"known parameters: {', '.join(known)}" if known else "this route takes none"
             raise bad_request(None, f"unknown query parameter {one_line(name, limit=80)!r}", hint)
 

@@ -16,6 +16,7 @@ from jaxserve.types.checks import check_names
 
 type LogFormat = Literal["text", "json"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
+type UnknownFields = Literal["warn", "refuse", "ignore"]
 
 KEYS_VARIABLE = "JAXSERVE_API_KEY"
 MAX_QUEUED = 1024  # waiting requests, unless the engine's settings say otherwise: memory must be bounded
@@ -89,9 +90,14 @@ class ServerConfig:
         ),
     ] = False
     response_role: Annotated[str, Setting("Role of generated chat messages.", "Requests")] = "assistant"
-    allow_unknown_fields: Annotated[
-        bool, Setting("Ignore unknown request fields instead of rejecting the request.", "Requests")
-    ] = False
+    unknown_fields: Annotated[
+        UnknownFields,
+        Setting(
+            "What to do with unknown fields of requests: ignore them, and name each in the log and in the header "
+            "x-jaxserve-ignored; refuse the request; or ignore them silently.",
+            "Requests",
+        ),
+    ] = "warn"
     enable_force_include_usage: Annotated[
         bool,
         Setting("Include token usage at the end of every stream, even if the request does not ask for it.", "Requests"),

@@ -35,7 +35,8 @@ async def read[B: RequestBody](request: web.Request, kind: type[B]) -> B:
     media = request.content_type
     if media != "application/json" and not media.endswith("+json"):
         raise bad_request(None, f"the body has content type {media}", "send JSON, with Content-Type: application/json")
-    body = parse(kind, await request.read(), allow_unknown=serving.config.allow_unknown_fields)
+    body = parse(kind, await request.read(), unknown=serving.ignored.policy)
+    serving.ignored.note_body(request, body)
     request[HELD].let_go()  # the answer may take long
     if body.model and serving.model_names and body.model not in serving.model_names:
         raise ApiError(404, f"The model `{_shown(body.model)}` does not exist.", param="model")

@@ -21,6 +21,7 @@ from jaxserve.server.errors import SHUT_DOWN, ApiError
 from jaxserve.server.http.guard import Held
 from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.observe.request_record import RequestRecord
+from jaxserve.server.unknown_fields import IgnoredNames
 from jaxserve.text.tokenizer import Tokenizer
 
 LONGEST_WAIT = 60  # the largest Retry-After
@@ -33,6 +34,7 @@ class Serving:
         self.tokenizer: Tokenizer | None = None
         self.model_names: tuple[str, ...] = config.served_model_name
         self.chat_template = config.template()
+        self.ignored = IgnoredNames(config.unknown_fields)
         self.created = int(time.time())
         self.draining = False
         self.asleep = False

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of all request bodies: strict values, no unknown fields, and errors that name the field.
+"""The base of all request bodies: strict values, and errors that name the field.
 
-Fields of other servers that this one does not support are declared too: any value other than null (or false) is
-rejected with an error that names the field, never ignored.
+Fields of other servers that this one does not support are declared too: a value that changes the answer is rejected
+with an error that names the field, never ignored. What happens to names that are not declared is the server's setting.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from jaxserve.errors import one_line
+from jaxserve.server.config import UnknownFields
 from jaxserve.server.errors import ApiError, bad_request
 from jaxserve.server.protocol import bounds
-from jaxserve.unsupported import Reason
+from jaxserve.unsupported import WITHOUT_EFFECT, Reason
 
 MAX_NAME = 1024  # characters
 MAX_CALL_ID = 64
@@ -25,6 +26,14 @@ MAX_MODEL_NAME = 4096
 
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 _NOT_YET = Reason("is not supported yet", "remove it")
+
+
+def _as_whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+AS_WHOLE = BeforeValidator(_as_whole)  # of a whole number: JavaScript and many a configuration file write 16.0 for 16
+
 NeverTrue = Annotated[Literal[False] | None, Field(description="Not supported yet; must be false or null."), _NOT_YET]
 
 
@@ -49,19 +58,38 @@ class RequestBody(Strict):
     ] = None
 
 
-def parse[B: BaseModel](kind: type[B], raw: bytes, *, allow_unknown: bool = False) -> B:
-    """Parse a body. Raises an ApiError that names the fault."""
-    unknown = bounds.check(raw, kind.model_fields)
-    if unknown is not None and not allow_unknown:
-        raise _unknown(one_line(unknown, limit=80), unknown, kind)
+_EXTRA: dict[UnknownFields, Literal["allow", "ignore"] | None] = {"warn": "allow", "refuse": None, "ignore": "ignore"}
+
+
+def parse[B: BaseModel](kind: type[B], raw: bytes, *, unknown: UnknownFields = "refuse") -> B:
+    """Parse a body. Raises an ApiError that names the fault. With `unknown="warn"`, the body keeps its unknown fields:
+    see `unknown_fields`."""
+    first = bounds.check(raw, kind.model_fields)
+    if first is not None and unknown == "refuse":
+        raise _unknown(one_line(first, limit=80), first, kind)
     try:
-        return kind.model_validate_json(raw, extra="ignore" if allow_unknown else None)
+        return kind.model_validate_json(raw, extra=_EXTRA[unknown])
     except ValidationError as error:
-        raise as_api_error(error, kind) from None
+        raise as_api_error(error, kind, raw if unknown == "warn" else None) from None
 
 
-def as_api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
-    """The most specific fault, in a sentence or two."""
+def unknown_fields(body: BaseModel) -> dict[str, type[BaseModel]]:
+    """The unknown fields of a body and of the objects within it, such as messages.id, and where they are."""
+    return dict(_unknown_fields(body, ""))
+
+
+def _unknown_fields(body: BaseModel, prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield from ((prefix + name, type(body)) for name in body.model_extra or ())
+    for name in body.model_fields_set:
+        value: object = getattr(body, name) if name in type(body).model_fields else None
+        listed = cast("list[object]", value) if isinstance(value, list) else [value]
+        if listed and isinstance(listed[0], BaseModel):
+            for each in cast("list[BaseModel]", listed):
+                yield from _unknown_fields(each, f"{prefix}{name}.")
+
+
+def as_api_error(error: ValidationError, kind: type[BaseModel], raw: bytes | None = None) -> ApiError:
+    """The most specific fault, in a sentence or two. `raw`: the body, if a misspelled name in it was not a fault."""
     faults = error.errors(include_url=False, include_input=False, include_context=True)
     fault = min(faults, key=lambda fault: (_FIRST.get(fault["type"], 4), len(fault["loc"])))
     if fault["type"] == "json_invalid":
@@ -77,7 +105,7 @@ def as_api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     if fault["type"] == "extra_forbidden":
         return _unknown(path, str(fault["loc"][-1]), model)
     if fault["type"] == "missing":
-        return bad_request(path, f"{path} is missing", "add it")
+        return _misspelled(kind, raw) or bad_request(path, f"{path} is missing", "add it")
     notes = field.metadata if field is not None else []
     if reason := next((note for note in notes if isinstance(note, Reason)), None):
         return bad_request(path, *reason.about(path))
@@ -92,10 +120,26 @@ def as_api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
 _FIRST = {"json_invalid": 0, "none_required": 1, "literal_error": 2, "extra_forbidden": 3, "missing": 5}
 
 
-def _unknown(path: str, name: str, model: type[BaseModel]) -> ApiError:
+def _misspelled(kind: type[BaseModel], raw: bytes | None) -> ApiError | None:
+    """The error about an unknown name, which may be why another field is missing."""
+    try:
+        if raw is not None:
+            kind.model_validate_json(raw)
+    except ValidationError as error:
+        found = as_api_error(error, kind)
+        return found if "Did you mean" in found.message else None
+    return None
+
+
+def did_you_mean(name: str, model: type[BaseModel]) -> str | None:
     close = get_close_matches(name[:80], model.model_fields, n=1)
-    hint = f"did you mean {close[0]}?" if close else "remove it, or start the server with --allow-unknown-fields"
-    return bad_request(path, f"unknown field: {path}", hint)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def _unknown(path: str, name: str, model: type[BaseModel]) -> ApiError:
+    hint = did_you_mean(name, model) or "remove it, or start the server with --unknown-fields warn"
+    problem = f"{path} has no effect" if name in WITHOUT_EFFECT else f"unknown field: {path}"
+    return bad_request(path, problem, hint)
 
 
 def _place(kind: type[BaseModel], fault: ErrorDetails) -> tuple[type[BaseModel], str, FieldInfo | None]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jaxserve.server.protocol.base import Expected, Name, NeverTrue, RequestBody, Strict
+from jaxserve.server.protocol.base import AS_WHOLE, Expected, Name, NeverTrue, RequestBody, Strict
 from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.unsupported import CHAT_FIELDS, CONVERSATION_FIELDS, MESSAGE_FIELDS
@@ -25,7 +25,9 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
-    """A message. Clients that send a response back include the unsupported fields as null."""
+    """A message. Clients that send a response back include fields that it had, whether they have a value or not.
+
+    Templates of reasoning models read what the model thought before as reasoning_content."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Annotated[
@@ -33,6 +35,11 @@ class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
         Expected("a string, or a list of parts of type text"),
     ] = None
     name: Name | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # the older name
+    type: Annotated[Literal["text", "message"] | None, Field(description="No effect.")] = None
+    annotations: Annotated[list[Any] | None, Field(description="No effect.")] = None
+    provider_specific_fields: Annotated[Any, Field(description="No effect.")] = None
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
@@ -46,7 +53,11 @@ class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
         if content is not None and not isinstance(content, str):
             content = [{"type": part.type, "text": part.text} for part in content]
         plain: dict[str, Any] = {"role": self.role, "content": content}
-        return plain if self.name is None else {**plain, "name": self.name}
+        if self.name is not None:
+            plain["name"] = self.name
+        if reasoning := self.reasoning or self.reasoning_content:
+            plain |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        return plain
 
 
 class Conversation(with_unsupported(RequestBody, CONVERSATION_FIELDS)):
@@ -72,7 +83,9 @@ class Conversation(with_unsupported(RequestBody, CONVERSATION_FIELDS)):
 
 
 class ChatRequest(with_unsupported(Sampling, CHAT_FIELDS), Conversation):
-    max_tokens: Annotated[int | None, Field(ge=1, le=2**31 - 1, description="See max_completion_tokens.")] = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=2**31 - 1, description="See max_completion_tokens."), AS_WHOLE] = (
+        None
+    )
     max_completion_tokens: Annotated[
         int | None,
         Field(
@@ -80,16 +93,20 @@ class ChatRequest(with_unsupported(Sampling, CHAT_FIELDS), Conversation):
             le=2**31 - 1,
             description="Maximum number of tokens to generate; overrides max_tokens. Default: the rest of the context.",
         ),
+        AS_WHOLE,
     ] = None
     logprobs: Annotated[bool | None, Field(description="Return the log probability of each token.")] = None
     top_logprobs: Annotated[
         int | None,
         Field(ge=-1, le=2**31 - 1, description="Number of most likely tokens to include in logprobs; -1 for all."),
+        AS_WHOLE,
     ] = None
     return_prompt_text: bool | None = None
     parallel_tool_calls: Annotated[bool | None, Field(description="No effect: tools are not supported yet.")] = None
     tool_choice: Annotated[
-        Literal["none"] | None, Field(description="Other values are not supported yet."), Expected('"none"')
+        Literal["none", "auto"] | None,
+        Field(description="No effect: tools are not supported yet."),
+        Expected('"none" or "auto"'),
     ] = None
     modalities: Annotated[
         list[Literal["text"]] | None, Field(max_length=1, description="Text only."), Expected('["text"]')

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from jaxserve.server.protocol.base import Expected
+from jaxserve.server.protocol.base import AS_WHOLE, Expected
 from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.unsupported import COMPLETION_FIELDS
@@ -35,6 +35,7 @@ class CompletionRequest(with_unsupported(Sampling, COMPLETION_FIELDS)):
             le=2**31 - 1,
             description="Maximum number of tokens to generate, 16 by default; 0 is allowed with echo.",
         ),
+        AS_WHOLE,
     ] = None
     logprobs: Annotated[
         int | None,
@@ -43,8 +44,9 @@ class CompletionRequest(with_unsupported(Sampling, COMPLETION_FIELDS)):
             le=2**31 - 1,
             description="Return the log probability of each token and of this many most likely tokens.",
         ),
+        AS_WHOLE,
     ] = None
-    best_of: Annotated[int | None, Field(ge=1, le=1, description="More than 1 is not supported.")] = None
+    best_of: Annotated[int | None, Field(ge=1, le=1, description="More than 1 is not supported."), AS_WHOLE] = None
 
     @model_validator(mode="after")
     def _check_scoring(self) -> Self:

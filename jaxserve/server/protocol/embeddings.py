@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxserve.server.protocol.base import Expected
+from jaxserve.server.protocol.base import AS_WHOLE, Expected
 from jaxserve.server.protocol.completion import Ids, one_or_many
 from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.sampling import Ordered
@@ -25,5 +25,7 @@ class EmbeddingRequest(with_unsupported(Ordered, EMBEDDING_FIELDS)):
     input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs")]
     encoding_format: Annotated[Literal["float", "base64"] | None, Expected('"float" or "base64"')] = None
     dimensions: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Must be the model's own number of dimensions.")
+        int | None,
+        Field(ge=1, le=2**31 - 1, description="Must be the model's own number of dimensions."),
+        AS_WHOLE,
     ] = None

@@ -6,11 +6,12 @@ Ranges are those of the parameters. A body has additional limits: the length of 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 
-from jaxserve.server.protocol.base import Expected
+from jaxserve.server.protocol.base import AS_WHOLE, Expected
 from jaxserve.server.protocol.bounds import MAX_VALUES
 from jaxserve.types.checks import Biases, Boolean, Choice, Integer, Number, Strings, TokenIds, ValueKind
 from jaxserve.types.parameters import Parameter
@@ -29,9 +30,20 @@ def with_parameters[B: BaseModel](base: type[B], parameters: Iterable[Parameter]
 
 
 def with_unsupported[B: BaseModel](base: type[B], reasons: Mapping[str, Reason]) -> type[B]:
-    """The body with fields that are rejected by name if they have a value."""
+    """The body with fields that are rejected by name if they have a value that changes the answer."""
     null = Field(description="Not supported yet; must be null.")
-    return _extended(base, {name: Annotated[None, null, reason] for name, reason in reasons.items()})
+    fields = {
+        name: Annotated[None, BeforeValidator(partial(_none_if_neutral, reason)), null, reason]
+        for name, reason in reasons.items()
+    }
+    return _extended(base, fields)
+
+
+def _none_if_neutral(reason: Reason, value: Any) -> Any:
+    """The value, or None if it asks for nothing: many clients send empty lists and defaults."""
+    if value in ("", [], {}):
+        return None if reason.empty else value
+    return None if value is False or value in reason.neutral else value
 
 
 def _extended[B: BaseModel](base: type[B], fields: dict[str, Any]) -> type[B]:
@@ -49,7 +61,7 @@ def _annotation(kind: ValueKind) -> tuple[Any, str]:
     match kind:
         case Integer():
             kind = replace(kind, low=max(kind.low, -(2**63)), high=min(kind.high, 2**63 - 1))
-            return Annotated[int, Field(ge=kind.low, le=kind.high)], kind.words
+            return Annotated[int, Field(ge=kind.low, le=kind.high), AS_WHOLE], kind.words
         case Number():
             bounds = {"ge": kind.low, "gt": kind.above, "le": kind.high}
             finite: Any = {name: bound for name, bound in bounds.items() if abs(bound) != float("inf")}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxserve.server.protocol.base import MAX_CALL_ID, Expected, Name, NeverTrue, RequestBody, Strict
+from jaxserve.server.protocol.base import AS_WHOLE, MAX_CALL_ID, Expected, Name, NeverTrue, RequestBody, Strict
 from jaxserve.server.protocol.generated import with_parameters, with_unsupported
 from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS
 from jaxserve.unsupported import GENERATION_FIELDS
@@ -44,6 +44,7 @@ class Ordered(RequestBody):
     priority: Annotated[
         int | None,
         Field(ge=-(2**63), lt=2**63, description="Lower is served first; requires the scheduling policy priority."),
+        AS_WHOLE,
     ] = None
     request_id: Annotated[
         str | None, Field(max_length=MAX_CALL_ID, description="Part of the response's id, unless X-Request-Id is sent.")
@@ -53,6 +54,7 @@ class Ordered(RequestBody):
     truncate_prompt_tokens: Annotated[
         int | None,
         Field(ge=-1, le=2**31 - 1, description="Truncate the prompt to this many tokens; -1: to all that fit."),
+        AS_WHOLE,
     ] = None
     truncation_side: Annotated[
         Literal["left", "right"] | None,
@@ -91,7 +93,9 @@ class Sampling(with_unsupported(with_parameters(Ordered, _PARAMETERS), GENERATIO
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[
-        int | None, Field(ge=1, le=2**31 - 1, description="Number of tokens per chunk, after the first chunk.")
+        int | None,
+        Field(ge=1, le=2**31 - 1, description="Number of tokens per chunk, after the first chunk."),
+        AS_WHOLE,
     ] = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

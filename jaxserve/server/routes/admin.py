@@ -45,8 +45,10 @@ class AbortRequest(Strict):
 
 async def _body[B: BaseModel](request: web.Request, kind: type[B]) -> B:
     """Parse the body; an empty body means {}."""
-    allow_unknown = request.app[SERVING].config.allow_unknown_fields
-    return parse(kind, (await request.read()).strip() or b"{}", allow_unknown=allow_unknown)
+    ignored = request.app[SERVING].ignored
+    body = parse(kind, (await request.read()).strip() or b"{}", unknown=ignored.policy)
+    ignored.note_body(request, body)
+    return body
 
 
 async def _ask(serving: Serving, name: str, **arguments: object) -> object:

@@ -26,6 +26,13 @@ def served(async_llm: AsyncLLM) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
+def strict(async_llm: AsyncLLM) -> Iterator[Served]:
+    """Refuses unknown fields."""
+    with Served(async_llm, unknown_fields="refuse") as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
 def reference() -> Reference:
     """The same model as a dense forward pass."""
     return Reference(tiny_llm.params())

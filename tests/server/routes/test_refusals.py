@@ -171,15 +171,12 @@ RANGES: list[tuple[dict[str, Any], str | None]] = [
     ({"stream_options": {}}, "stream_options"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
-    ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": 0}, "prompt"),
     ({"truncation_side": "left"}, "truncation_side"),
     ({"truncation_side": "middle", "truncate_prompt_tokens": 1}, "truncation_side"),
     ({"service_tier": "flex"}, "service_tier"),
-    ({"max_tokenz": 1}, "max_tokenz"),
-    ({"": 1}, None),
 ]
 
 
@@ -201,24 +198,21 @@ LATER = {
     "logprob_token_ids": [5],
     "thinking_token_budget": 5,
     "repetition_detection": {"min_count": 2},
-    "kv_transfer_params": {},
-    "ec_transfer_params": {},
-    "vllm_xargs": {},
-    "session_id": "x",
+    "kv_transfer_params": {"do_remote_decode": True},
+    "ec_transfer_params": {"a": 1},
+    "vllm_xargs": {"a": 1},
     "routed_experts_prompt_start": 0,
     "return_token_offsets": True,
     "store": True,
 }
 LATER_CHAT = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
-    "functions": [],
-    "function_call": "auto",
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
     "reasoning_effort": "low",
     "include_reasoning": False,
     "documents": [{"text": "x"}],
-    "media_io_kwargs": {},
-    "mm_processor_kwargs": {},
     "audio": {"voice": "x", "format": "wav"},
     "modalities": ["text", "audio"],
     "prediction": {"type": "content", "content": "x"},
@@ -265,7 +259,6 @@ CHATS: list[tuple[dict[str, Any], str | None]] = [
         "messages",
     ),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "x", "contnt": "x"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages"),
     ({"messages": HELLO * 4097}, "messages"),
     ({"messages": [{"role": "user", "content": "long " * 200}]}, "messages"),
@@ -350,9 +343,7 @@ def test_unknown_models(served: Served) -> None:
     check_error(served.send("GET", "/v1/models/nope"), 404, "model")
 
 
-def test_misspelled_fields_get_a_suggestion(served: Served) -> None:
-    error = check_error(served.post(COMPLETIONS, completion(max_token=1)), 400, "max_token")
-    assert "max_tokens" in error["message"]
+def test_a_misspelled_field_explains_a_missing_one(served: Served) -> None:
     error = check_error(served.post(CHAT, {"messges": HELLO}), 400, "messges")
     assert "messages" in error["message"]
 
@@ -398,7 +389,6 @@ def test_impossible_embeddings(served: Served) -> None:
         ({"dimensions": 5}, "dimensions"),
         ({"dimensions": 0}, "dimensions"),
         ({"encoding_format": "bytes"}, "encoding_format"),
-        ({"temperature": 1}, "temperature"),
         ({"messages": HELLO}, "messages"),
     ]
     for more, param in fields:
