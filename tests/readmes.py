@@ -46,7 +46,7 @@ def routes() -> str:
     """A table of the API's routes, without the files of the page."""
     lines = ["| route | | key |", "|---|---|---|"]
     for route in all_routes(ui=False):
-        lines.append(f"| `{route.method} {route.path}` | {route.summary} | {'no' if route.public else 'yes'} |")
+        lines.append(f"| `{route.method} {route.path}` | {route.summary} | {'no' if route.public else route.scope} |")
     return "\n".join(lines) + "\n"
 
 

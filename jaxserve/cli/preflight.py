@@ -34,6 +34,7 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 def check(engine: EngineConfig, server: ServerConfig) -> None:
     listening.tls(server)
     server.template()
+    server.keys().read()
     # Another process may still take the port before the server binds it.
     for opened in listening.bind(server):
         opened.close()

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Middleware
 from jaxserve.errors import EngineError, one_line
 from jaxserve.server import unknown_fields
 from jaxserve.server.errors import ApiError, as_api_error, bad_request
-from jaxserve.server.http.auth import Keys, Origins
+from jaxserve.server.http.auth import Origins
 from jaxserve.server.http.guard import Bodies
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.prometheus import UNKNOWN
@@ -37,7 +37,7 @@ def make_app(serving: Serving) -> web.Application:
         middlewares=[
             _observe(serving, table),
             _faults,
-            _admit(serving, table, keys=Keys(config.api_key), origins=origins, bodies=Bodies(config)),
+            _admit(serving, table, origins=origins, bodies=Bodies(config)),
         ],
         client_max_size=config.max_body_bytes,
     )
@@ -85,6 +85,8 @@ def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middlewar
         finally:
             name = UNKNOWN if route is None else route.path
             serving.metrics.answered(request.method, name, status, time.monotonic() - record.arrival)
+            if record.key is not None and route is not None and route.work:
+                serving.metrics.served_key(record, status)
             level = logging.WARNING if status in (500, 504) else logging.INFO if route and route.work else logging.DEBUG
             shown = request.rel_url.raw_path if route is None else route.path
             logs.request_line(
@@ -121,9 +123,7 @@ async def _faults(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
 
 
-def _admit(
-    serving: Serving, table: dict[tuple[str, str], Route], *, keys: Keys, origins: Origins, bodies: Bodies
-) -> Middleware:
+def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Origins, bodies: Bodies) -> Middleware:
     @web.middleware
     async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
         origins.check(request)
@@ -131,8 +131,9 @@ def _admit(
         if preflight is not None:
             return preflight
         route = _route(table, request)
-        if keys and not (route is not None and route.public):
-            keys.check(request)
+        if not (route is not None and route.public):
+            key = serving.access.check(request, "api" if route is None else route.scope)
+            request[RECORD].key = None if key is None else key.name
         if route is not None and not route.public:
             _check_query(serving, request, route)
         if route is None or not route.work:

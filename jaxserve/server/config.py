@@ -12,13 +12,14 @@ from typing import Annotated, Literal, Self
 from jaxserve.config import ConfigError
 from jaxserve.flags.setting import Setting
 from jaxserve.flags.values import check
+from jaxserve.server.http.api_keys import KeySources
 from jaxserve.types.checks import check_names
 
 type LogFormat = Literal["text", "json"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 type UnknownFields = Literal["warn", "refuse", "ignore"]
 
-KEYS_VARIABLE = "JAXSERVE_API_KEY"
+KEYS_VARIABLE, ADMIN_KEYS_VARIABLE = "JAXSERVE_API_KEY", "JAXSERVE_ADMIN_API_KEY"
 MAX_QUEUED = 1024  # waiting requests, unless the engine's settings say otherwise: memory must be bounded
 
 
@@ -112,18 +113,57 @@ class ServerConfig:
     api_key: Annotated[
         tuple[str, ...],
         Setting(
-            "Accepted API keys, sent as `Authorization: Bearer KEY` (default: JAXSERVE_API_KEY, comma-separated).",
+            "Accepted API keys, sent as `Authorization: Bearer KEY` (default: JAXSERVE_API_KEY, comma-separated). "
+            "Other users of this machine can see flags in the list of processes: prefer api_key_file or the variable.",
             "Security",
             common=True,
         ),
     ] = field(default=(), repr=False)
-    ssl_keyfile: Annotated[str | None, Setting("Private key for HTTPS.", "Security", common=True)] = None
+    api_key_file: Annotated[
+        str | None,
+        Setting(
+            "File of accepted API keys, one per line: KEY [name=NAME] [scope=metrics|api|admin]. SIGHUP reloads it.",
+            "Security",
+            common=True,
+        ),
+    ] = None
+    admin_api_key: Annotated[
+        tuple[str, ...],
+        Setting(
+            "API keys for administration; then only they may abort all requests, profile, reset caches, and put the "
+            "engine to sleep (default: JAXSERVE_ADMIN_API_KEY, comma-separated).",
+            "Security",
+        ),
+    ] = field(default=(), repr=False)
+    admin_api_key_file: Annotated[
+        str | None, Setting("File of API keys for administration, like api_key_file. SIGHUP reloads it.", "Security")
+    ] = None
+    enable_admin_routes: Annotated[
+        bool,
+        Setting(
+            "Serve the routes for administration without admin_api_key on an address that other machines can reach. "
+            "Every client may then use them.",
+            "Security",
+        ),
+    ] = False
+    ssl_keyfile: Annotated[
+        str | None, Setting("Private key for HTTPS. SIGHUP reloads it.", "Security", common=True)
+    ] = None
     ssl_certfile: Annotated[
         str | None,
-        Setting("Certificate for HTTPS, followed by any intermediate certificates.", "Security", common=True),
+        Setting(
+            "Certificate for HTTPS, followed by any intermediate certificates. SIGHUP reloads it.",
+            "Security",
+            common=True,
+        ),
     ] = None
     allowed_hosts: Annotated[
-        tuple[str, ...], Setting("Additional Host headers to accept when no API key is set; * accepts any.", "Security")
+        tuple[str, ...],
+        Setting(
+            "Additional Host headers to accept when no API key is set; * accepts any. The server then accepts "
+            "localhost, host and, unless it listens on a loopback address, IP addresses.",
+            "Security",
+        ),
     ] = ()
     allowed_origins: Annotated[
         tuple[str, ...], Setting("Origins of web pages that may call this server (CORS); * allows any.", "Security")
@@ -227,9 +267,23 @@ class ServerConfig:
             raise ConfigError(problem, "list the origins in allowed_origins")
 
     def with_environment(self, environment: Mapping[str, str]) -> "ServerConfig":
-        """With the API keys of the environment, unless keys are set."""
-        keys = tuple(key.strip() for key in environment.get(KEYS_VARIABLE, "").split(",") if key.strip())
-        return replace(self, api_key=keys) if keys and not self.api_key else self
+        """With the API keys of the environment, unless keys of their kind are set."""
+        config = self
+        if not self.keyed:
+            config = replace(config, api_key=_keys(environment.get(KEYS_VARIABLE)))
+        if not (self.admin_api_key or self.admin_api_key_file):
+            config = replace(config, admin_api_key=_keys(environment.get(ADMIN_KEYS_VARIABLE)))
+        return config
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the API needs a key. Keys for administration alone do not close it."""
+        return bool(self.api_key or self.api_key_file)
+
+    def keys(self) -> KeySources:
+        return KeySources(
+            api=self.api_key, api_file=self.api_key_file, admin=self.admin_api_key, admin_file=self.admin_api_key_file
+        )
 
     def template(self) -> str | None:
         """The text of the chat template. A setting that contains a brace is the template itself, any other a file."""
@@ -241,3 +295,7 @@ class ServerConfig:
         except (OSError, ValueError) as error:
             problem = f"cannot read the chat template {self.chat_template}: {getattr(error, 'strerror', None) or error}"
             raise ConfigError(problem, "name a readable file, or pass the template itself") from None
+
+
+def _keys(text: str | None) -> tuple[str, ...]:
+    return tuple(key.strip() for key in (text or "").split(",") if key.strip())

@@ -33,7 +33,7 @@ from jaxserve.frontend.client import connect
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.config import MAX_QUEUED, ServerConfig
-from jaxserve.server.http import listening
+from jaxserve.server.http import listening, reload
 from jaxserve.server.http.auth import is_loopback
 from jaxserve.server.http.guard import Connections
 from jaxserve.server.observe import banner, logs
@@ -90,6 +90,9 @@ class Life:
         metrics.engine_pid = lambda: serving.engine.pid
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
+        logs.mask(serving.keys.secrets)
+        if reload.reloads(config):
+            loop.add_signal_handler(signal.SIGHUP, reload.reload, config, self._context, serving.keys)
         runner = web.AppRunner(make_app(serving), handler_cancellation=True, shutdown_timeout=LAST_WORDS)
         await runner.setup()
         listeners = await self._listen(runner, serving)
@@ -119,7 +122,7 @@ class Life:
         url = listening.url(self._config, self._sockets)
         others = " and all other addresses of this machine" if listening.everywhere(self._sockets) else ""
         logs.LOG.info("listening on %s%s, loading %s", url, others, self._engine_config.model)
-        if not self._config.api_key and not is_loopback(self._config.host):
+        if not self._config.keyed and not is_loopback(self._config.host):
             logs.LOG.warning(
                 "ANYONE WHO REACHES %s CAN USE THIS SERVER: no API key is set. Set --api-key, or use --host 127.0.0.1",
                 self._config.host,

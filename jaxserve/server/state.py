@@ -18,6 +18,8 @@ from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import SHUT_DOWN, ApiError
+from jaxserve.server.http.api_keys import KeyRing
+from jaxserve.server.http.auth import Access
 from jaxserve.server.http.guard import Held
 from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.observe.request_record import RequestRecord
@@ -34,7 +36,12 @@ class Serving:
         self.tokenizer: Tokenizer | None = None
         self.model_names: tuple[str, ...] = config.served_model_name
         self.chat_template = config.template()
+<<<<<<< HEAD
         self.ignored = IgnoredNames(config.unknown_fields)
+=======
+        self.keys = KeyRing(config.keys())
+        self.access = Access(config, self.keys)
+>>>>>>> b80aa73 (API keys have names and scopes: keys come from files that SIGHUP reloads, like certificates; routes for administration need a key of their own or a loopback address; without a key, rebound names do not reach a server on all addresses)
         self.created = int(time.time())
         self.draining = False
         self.asleep = False

@@ -86,6 +86,10 @@ def test_keys_come_from_the_environment_and_are_not_shown() -> None:
     assert config.api_key == ("sk-one", "sk-two")
     assert "sk-one" not in repr(config)
     assert ServerConfig(api_key=("mine",)).with_environment({"JAXSERVE_API_KEY": "other"}).api_key == ("mine",)
+    assert ServerConfig(api_key_file="file").with_environment({"JAXSERVE_API_KEY": "other"}).api_key == ()
+    config = ServerConfig(api_key=("mine",)).with_environment({"JAXSERVE_ADMIN_API_KEY": "root"})
+    assert (config.api_key, config.admin_api_key, config.keyed) == (("mine",), ("root",), True)
+    assert not ServerConfig(admin_api_key=("root",)).keyed and "root" not in repr(config)
     with pytest.raises(ConfigError) as caught:
         ServerConfig(api_key=("secret", ""))
     assert "secret" not in str(caught.value)

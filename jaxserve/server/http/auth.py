@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Access control: API keys, Host and Origin checks against web pages, and CORS for allowed pages.
 
-With API keys, a foreign page is rejected because it has no key. Without keys, a page open in a browser on this machine
-could reach the server: by a cross-origin request to 127.0.0.1, which the Origin check rejects, or by DNS rebinding of
-its own name to 127.0.0.1, which the Host check rejects.
+With API keys, a foreign page is rejected because it has no key. Without keys, a page open in a browser that can reach
+the server could use it: by a cross-origin request to its address, which the Origin check rejects, or by DNS rebinding
+of the page's own name to that address, which the Host check rejects.
 """
 
-import hashlib
-import hmac
 import ipaddress
 import re
-from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import ApiError
+from jaxserve.server.http.api_keys import ApiKey, KeyRing, Scope
 
 HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 LOCAL = frozenset(("localhost", "127.0.0.1", "[::1]"))
@@ -24,27 +22,37 @@ PREFLIGHT_SECONDS = "600"
 KEY_HEADER = "X-Api-Key"  # sent by clients of Anthropic's API, and accepted beside Authorization
 
 
-class Keys:
-    def __init__(self, keys: Collection[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+class Access:
+    """Decides which routes a request may use, by its API key."""
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
+    def __init__(self, config: ServerConfig, keys: KeyRing) -> None:
+        self._config, self._keys = config, keys
 
-    def check(self, request: web.Request) -> None:
-        """Raise a 401 unless the request has one of the keys. Takes constant time for any key, valid or not."""
+    @property
+    def administers(self) -> bool:
+        """Whether the routes for administration exist: not if any client of another machine could use them."""
+        return self._keys.admins or self._config.enable_admin_routes or is_loopback(self._config.host)
+
+    def check(self, request: web.Request, scope: Scope) -> ApiKey | None:
+        """The request's key, if it has a known one. Raises a 401 or 403 unless it may use a route of this scope."""
         scheme, _, bearer = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         given = [bearer.strip() if scheme.lower() == "bearer" else "", request.headers.get(KEY_HEADER, "").strip()]
-        digests = [_digest(key) for key in given if key]
-        known = [hmac.compare_digest(digest, own) for digest in digests for own in self._digests]
-        if not any(known):
+        key = self._keys.find([each for each in given if each])
+        protected = self._config.keyed or (scope == "admin" and self._keys.admins)
+        if key is None and protected:
             message = "Missing or invalid API key. Send it as: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if scope == "admin" and not self.administers:
+            message = "Not found. To enable this route, start the server with --admin-api-key or --enable-admin-routes."
+            raise ApiError(404, message)
+        if key is not None and protected and not key.may(self._needed(scope)):
+            message = f"This API key has the scope {key.scope}. Use a key with the scope {scope}."
+            raise ApiError(403, message, code="insufficient_permissions")
+        return key
 
-
-def _digest(key: str) -> bytes:
-    # aiohttp decodes header bytes that are not UTF-8 to surrogates.
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    def _needed(self, scope: Scope) -> Scope:
+        """Without keys for administration, any key that may use the model may administer too."""
+        return "api" if scope == "admin" and not self._keys.admins else scope
 
 
 def is_loopback(address: str) -> bool:
@@ -62,21 +70,25 @@ class Origins:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         own = LOCAL | {_bare(config.host), *map(str.lower, config.allowed_hosts)}
-        # On a non-loopback address the valid host names are unknown; a start-up warning recommends API keys there.
-        checks = not config.api_key and (is_loopback(config.host) or config.allowed_hosts)
-        self._hosts = own if checks and "*" not in config.allowed_hosts else None
+        self._hosts = None if config.keyed or "*" in config.allowed_hosts else own
+        # A page whose name was rebound to this machine sends that name: addresses are safe, wherever they lead.
+        self._addresses = not is_loopback(config.host)
 
     def check(self, request: web.Request) -> None:
         """Raise if the Host header is malformed or not allowed, or if the Origin is not allowed."""
         host = request.headers.get(hdrs.HOST, "")
         if request.headers.getall(hdrs.HOST, []) != [host] or (host and not HOST.fullmatch(host)):
             raise ApiError(400, "Malformed Host header.")
-        if self._hosts is not None and _name(host) not in self._hosts:
-            raise ApiError(403, "Host header not allowed. Start the server with --allowed-hosts to allow this host.")
+        if not self._names_us(_name(host)):
+            message = "Host header not allowed. Start the server with --allowed-hosts to allow it, or with an API key."
+            raise ApiError(403, message)
         origin = request.headers.get(hdrs.ORIGIN)
-        if origin is None or self._config.api_key or self.allows(origin) or _own(origin, host):
+        if origin is None or self._config.keyed or self.allows(origin) or _own(origin, host):
             return
         raise ApiError(403, "Origin not allowed. Start the server with --allowed-origins to allow this origin.")
+
+    def _names_us(self, name: str) -> bool:
+        return self._hosts is None or name in self._hosts or (self._addresses and _is_address(name))
 
     def allows(self, origin: str) -> bool:
         return "*" in self._config.allowed_origins or origin in self._config.allowed_origins
@@ -124,6 +136,14 @@ def _bare(address: str) -> str:
 def _name(host: str) -> str:
     """The host name in a Host header, without the port."""
     return re.sub(r":\d+$", "", host).lower().rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _own(origin: str, host: str) -> bool:

@@ -74,15 +74,25 @@ def tls(config: ServerConfig) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_certificate(context, config)
+    return context
+
+
+def renew(context: ssl.SSLContext, config: ServerConfig) -> None:
+    """Use the certificate as it is on disk now for new connections. If it cannot be used, the old one stays."""
+    tls(config)  # in a context of its own: a key of another certificate would leave this one with half of each
+    _load_certificate(context, config)
+
+
+def _load_certificate(context: ssl.SSLContext, config: ServerConfig) -> None:
     try:
         # Without a password argument OpenSSL would prompt on the terminal.
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+        context.load_cert_chain(config.ssl_certfile or "", config.ssl_keyfile, password="")
     except (OSError, ValueError) as error:  # SSLError is an OSError
         reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", None) or str(error)
         names = " and ".join(name for name in (config.ssl_certfile, config.ssl_keyfile) if name)
         problem = f"cannot load the TLS certificate from {names}: {reason}"
         raise ConfigError(problem, "provide a PEM certificate and its unencrypted private key") from None
-    return context
 
 
 def everywhere(sockets: list[socket.socket]) -> bool:

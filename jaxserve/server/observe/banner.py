@@ -48,7 +48,7 @@ def _curl(serving: Serving, url: str) -> str:
     else:
         path, body["prompt"] = "completions", "Once upon a time"
     body["max_tokens"] = 32
-    key = f' -H "Authorization: Bearer ${KEYS_VARIABLE}"' if serving.config.api_key else ""
+    key = f' -H "Authorization: Bearer ${KEYS_VARIABLE}"' if serving.config.keyed else ""
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
 
 

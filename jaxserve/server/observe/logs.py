@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -32,12 +33,22 @@ def configure(config: ServerConfig) -> None:
         logger.setLevel(level)
 
 
+def mask(secrets: Collection[str]) -> None:
+    """Mask these in all later lines."""
+    for handler in LOG.parent.handlers if LOG.parent is not None else ():
+        if isinstance(handler.formatter, Lines):
+            handler.formatter.mask(secrets)
+
+
 class Lines(logging.Formatter):
     """Formats a record as one line. In text format a traceback follows, indented."""
 
-    def __init__(self, form: str, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, form: str, secrets: Collection[str] = ()) -> None:
         super().__init__()
         self._json = form == "json"
+        self.mask(secrets)
+
+    def mask(self, secrets: Collection[str]) -> None:
         written = {form for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
         self._secrets = sorted(written, key=len, reverse=True)  # longest first: one may contain another
 
@@ -74,7 +85,8 @@ def request_line(
     if not LOG.isEnabledFor(level):
         return
     now = time.monotonic()
-    shown: dict[str, Any] = {"id": record.id, "status": status, "seconds": now - record.arrival, "error": record.error}
+    shown: dict[str, Any] = {"id": record.id, "key": record.key, "status": status, "seconds": now - record.arrival}
+    shown["error"] = record.error
     if record.prepared:
         shown |= {
             "prompt_tokens": record.prompt_tokens,

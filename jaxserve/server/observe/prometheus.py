@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from jaxserve.engine.capacity import Limits
 from jaxserve.server.observe import histogram
 from jaxserve.server.observe.histogram import Histogram
+from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics
 
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
@@ -50,6 +51,8 @@ class Metrics:
         self.connections: Callable[[], int] = lambda: 0
         self.rejections: Counter[str] = Counter()
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status
+        self.keys: Counter[tuple[str, str]] = Counter()  # requests by name of the API key, status
+        self.key_tokens: Counter[tuple[str, str]] = Counter()  # by name of the API key, "prompt" or "generation"
         self.http_seconds: dict[tuple[str, str], Histogram] = {}
         self._seconds = {name: Histogram(bounds) for name, (bounds, _) in _SECONDS.items()}
         self._tokens: dict[str, Histogram] = {}
@@ -109,6 +112,13 @@ class Metrics:
             self.http_seconds[method, route] = Histogram(histogram.HTTP)
         self.http_seconds[method, route].observe(seconds)
 
+    def served_key(self, record: RequestRecord, status: int) -> None:
+        """Record what a request with an API key used."""
+        key = record.key or ""
+        self.keys[key, str(status)] += 1
+        self.key_tokens[key, "prompt"] += record.prompt_tokens
+        self.key_tokens[key, "generation"] += record.generated_tokens
+
     # --- exposition -------------------------------------------------------------------------------------------------
 
     def text(self) -> bytes:
@@ -156,6 +166,10 @@ class Metrics:
             "method",
             "handler",
         )
+        text = "Requests with an API key, by its name and the response's status."
+        yield self._counter("key_requests", text, list(self.keys.items()), "key", "status")
+        text = "Tokens of requests with an API key, by its name and kind: prompt, generation."
+        yield self._counter("key_tokens", text, list(self.key_tokens.items()), "key", "kind")
         if self.limits is not None:
             limits = self.limits
             shown = {

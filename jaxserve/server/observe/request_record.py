@@ -13,6 +13,7 @@ class RequestRecord:
 
     id: str
     arrival: float
+    key: str | None = None  # name of the API key
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes for operators: profiling, the prefix cache, sleep mode, aborting requests. They need the API key.
+"""Routes for operators: profiling, the prefix cache, sleep mode, aborting requests. They need a key of the scope admin.
 
 Each runs in the engine between two steps and responds when it is done.
 """
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -191,12 +192,13 @@ async def abort_requests(request: web.Request) -> web.StreamResponse:
         raise serving.lost(error) from None
 
 
+_admin = partial(Route, "POST", scope="admin")
+
 ROUTES = (
-    Route("POST", "/start_profile", start_profile, body=ProfileRequest, summary="Start a profiler trace."),
-    Route("POST", "/stop_profile", stop_profile, summary="Stop the profiler trace."),
-    Route("POST", "/reset_prefix_cache", reset_prefix_cache, summary="Clear the prefix cache."),
-    Route(
-        "POST",
+    _admin("/start_profile", start_profile, body=ProfileRequest, summary="Start a profiler trace."),
+    _admin("/stop_profile", stop_profile, summary="Stop the profiler trace."),
+    _admin("/reset_prefix_cache", reset_prefix_cache, summary="Clear the prefix cache."),
+    _admin(
         "/sleep",
         sleep,
         query=(
@@ -208,7 +210,7 @@ ROUTES = (
         ),
         summary="Free device memory until /wake_up; with --enable-sleep-mode, other processes can use it.",
     ),
-    Route("POST", "/wake_up", wake_up, summary="Wake the engine from sleep."),
-    Route("GET", "/is_sleeping", is_sleeping, summary="Whether the engine is asleep."),
-    Route("POST", "/abort_requests", abort_requests, body=AbortRequest, summary="Abort requests in flight."),
+    _admin("/wake_up", wake_up, summary="Wake the engine from sleep."),
+    Route("GET", "/is_sleeping", is_sleeping, scope="metrics", summary="Whether the engine is asleep."),
+    _admin("/abort_requests", abort_requests, body=AbortRequest, summary="Abort requests in flight."),
 )

@@ -33,7 +33,7 @@ ERROR = {
 STATUSES = {
     400: "Invalid request; param names the field.",
     401: "Missing or invalid API key.",
-    403: "The Host or Origin header is not allowed, or the feature is disabled.",
+    403: "The Host or Origin header or the API key is not allowed here, or the feature is disabled.",
     404: "Unknown model.",
     408: "Timeout while receiving the body.",
     409: "Not possible in the engine's current state.",
@@ -48,13 +48,14 @@ ANSWERS = {"/metrics": "text/plain", "/": "text/html"}
 
 
 async def page(request: web.Request) -> web.Response:
-    body = _document(ui=not request.app[SERVING].config.no_ui)
+    serving = request.app[SERVING]
+    body = _document(ui=not serving.config.no_ui, admin=serving.access.administers)
     return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
 @functools.cache
-def _document(*, ui: bool) -> bytes:
-    return encode(document(all_routes(ui=ui)))
+def _document(*, ui: bool, admin: bool) -> bytes:
+    return encode(document(route for route in all_routes(ui=ui) if admin or route.scope != "admin"))
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ ROUTES = (
     ),
     Route("GET", "/ping", health, public=True, summary="Same as /health."),
     Route("POST", "/ping", health, public=True, summary="Same as /health."),
-    Route("GET", "/load", load, summary="Number of requests in flight."),
-    Route("GET", "/version", version, summary="Server version."),
-    Route("GET", "/metrics", metrics, summary="Prometheus metrics."),
+    Route("GET", "/load", load, scope="metrics", summary="Number of requests in flight."),
+    Route("GET", "/version", version, scope="metrics", summary="Server version."),
+    Route("GET", "/metrics", metrics, scope="metrics", summary="Prometheus metrics."),
 )

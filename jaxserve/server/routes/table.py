@@ -8,6 +8,8 @@ from importlib import import_module
 from aiohttp import web
 from pydantic import BaseModel
 
+from jaxserve.server.http.api_keys import Scope
+
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Each has a tuple ROUTES. Imported lazily because they import Route from here.
@@ -34,6 +36,7 @@ class Route:
     query: tuple[Query, ...] = ()
     summary: str = ""
     public: bool = False  # needs no API key
+    scope: Scope = "api"  # that an API key must have
 
     @property
     def work(self) -> bool:

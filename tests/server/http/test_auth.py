@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Access control: every route with and without keys, foreign hosts and pages, and attempts to bypass it."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jaxserve.server.http.api_keys import SCOPES
 from jaxserve.server.routes.table import Route, all_routes
 from tests.server.live import answer
 from tests.server.shell import Shell
@@ -24,6 +27,12 @@ def keyed() -> Iterator[Shell]:
 @pytest.fixture(scope="module")
 def keyless() -> Iterator[Shell]:
     with Shell() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def everywhere() -> Iterator[Shell]:
+    with Shell(host="0.0.0.0", allowed_hosts=("models.example",)) as server:
         yield server
 
 
@@ -145,8 +154,30 @@ def test_allowed_hosts() -> None:
         assert server.get("/version", Host="other.example").status == 403
     with Shell(allowed_hosts=("*",)) as server:
         assert server.get("/version", Host="other.example").status == 200
-    with Shell(host="0.0.0.0") as server:  # its names are not known
-        assert server.get("/version", Host="other.example").status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.0.2.7:8000", 200),
+        ("[2001:db8::1]:8000", 200),
+        ("localhost:8000", 200),
+        ("models.example", 200),
+        ("attacker.example:8000", 403),  # whose name now leads here
+        ("192.0.2.7.attacker.example", 403),
+        ("3221225991", 403),
+        ("0xc0.0.2.7", 403),
+        ("192.0.2", 403),
+    ],
+)
+def test_a_rebound_name_does_not_reach_a_server_on_all_addresses(everywhere: Shell, host: str, status: int) -> None:
+    reply = everywhere.get("/version", Host=host, Origin=f"http://{host}")
+    assert reply.status == status
+    if status == 403:
+        assert "--allowed-hosts" in reply.error["message"]
+    # A key is enough: the page does not have it.
+    with Shell(host="0.0.0.0", api_key=(KEY,)) as server:
+        assert server.get("/version", Host=host, Authorization=f"Bearer {KEY}").status == 200
 
 
 @pytest.mark.parametrize(
@@ -227,3 +258,87 @@ def test_a_body_is_not_read_without_a_key(keyed: Shell) -> None:
     with keyed.connect() as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
         assert answer(sock).status == 401
+
+
+# --- scopes ---------------------------------------------------------------------------------------------------------
+
+ADMIN = [route for route in ROUTES if route.scope == "admin"]
+KEYS = "sk-app name=app\nsk-scrape scope=metrics\nsk-ops scope=admin"
+
+
+def test_routes_for_administration() -> None:
+    assert {route.path for route in ADMIN} == {
+        *("/start_profile", "/stop_profile", "/reset_prefix_cache", "/sleep", "/wake_up", "/abort_requests"),
+    }
+
+
+@pytest.mark.parametrize("source", ["flags", "file"])
+def test_what_a_scope_allows(tmp_path: Path, source: str) -> None:
+    (tmp_path / "keys").write_text(KEYS)
+    (tmp_path / "some").write_text(KEYS.rpartition("\n")[0])
+    file = dict(api_key_file=str(tmp_path / "keys"))
+    flags = dict(api_key_file=str(tmp_path / "some"), admin_api_key=("sk-ops",))
+    with Shell(host="0.0.0.0", **(file if source == "file" else flags)) as server:
+        for route in ROUTES:
+            needed = SCOPES.index(route.scope)
+            for rank, secret in enumerate(("sk-scrape", "sk-app", "sk-ops")):
+                headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
+                reply = server.send(route.method, path_of(route), b"{}", headers)
+                assert (reply.status == 403) == (not route.public and rank < needed), (route.path, secret)
+                if reply.status == 403:
+                    assert reply.error["code"] == "insufficient_permissions"
+                    assert "sk-" not in reply.error["message"]
+            if route.scope == "admin":
+                assert server.send(route.method, path_of(route), b"{}").status == 401
+
+
+def test_administration_exists_only_where_no_stranger_can_reach_it(keyless: Shell) -> None:
+    """Or where the operator wants it: with a key of its own, or with a flag."""
+    exist = dict[str, bool]()
+    for name, settings in {
+        "loopback": {},
+        "loopback with a key": dict(api_key=(KEY,)),
+        "everywhere": dict(host="0.0.0.0"),
+        "everywhere with a key": dict(host="0.0.0.0", api_key=(KEY,)),
+        "one address": dict(host="192.0.2.1", api_key=(KEY,)),
+        "with the flag": dict(host="0.0.0.0", api_key=(KEY,), enable_admin_routes=True),
+        "with a key for it": dict(host="0.0.0.0", admin_api_key=(KEY,)),
+    }.items():
+        with Shell(**settings) as server:
+            headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+            replies = [server.send(route.method, route.path, b"{}", headers) for route in ADMIN]
+            assert len({reply.status == 404 for reply in replies}) == 1
+            exist[name] = replies[0].status != 404
+            assert exist[name] or "--admin-api-key" in replies[0].error["message"]
+            described = server.get("/openapi.json", Authorization=f"Bearer {KEY}").json["paths"]
+            assert {route.path in described for route in ADMIN} == {exist[name]}
+            assert server.get("/is_sleeping", Authorization=f"Bearer {KEY}").status == 200
+    assert exist == {
+        "loopback": True,
+        "loopback with a key": True,
+        "everywhere": False,
+        "everywhere with a key": False,
+        "one address": False,
+        "with the flag": True,
+        "with a key for it": True,
+    }
+
+
+def test_keys_for_administration_do_not_close_the_api() -> None:
+    with Shell(admin_api_key=("root",)) as server:
+        assert server.get("/version").status == 200
+        assert server.get("/version", Authorization="Bearer anything").status == 200
+        assert server.post("/sleep", {}).status == server.post("/sleep", {}, Authorization="Bearer x").status == 401
+        assert server.post("/sleep", {}, Authorization="Bearer root").status == 503  # there is no engine
+        assert server.get("/version", Origin="http://attacker.example").status == 403
+
+
+def test_names_of_keys_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-app name=app")
+    with Shell(api_key=("first",), api_key_file=str(tmp_path / "keys")) as server:
+        for key in ("sk-app", "sk-app", "first", "wrong"):
+            server.post("/v1/completions", {}, Authorization=f"Bearer {key}")
+        text = server.get("/metrics", Authorization="Bearer first").body.decode()
+    shown = r'jaxserve:key_requests_total\{engine="0",key="(.*)",model_name="tiny",status="503"\} (.*)'
+    assert {key: float(count) for key, count in re.findall(shown, text)} == {"app": 2, "key-1": 1}
+    assert "sk-app" not in text and "wrong" not in text
