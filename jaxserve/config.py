@@ -214,7 +214,8 @@ class EngineConfig:
     compilation_cache_dir: Annotated[
         str,
         Setting(
-            "Folder where compiled programs are cached for the next start; an empty value disables the cache.",
+            "Folder where compiled programs are cached for the next start; an empty value disables the cache. "
+            "XDG_CACHE_HOME, if set, takes the place of ~/.cache.",
             "Startup",
             empty=True,
         ),

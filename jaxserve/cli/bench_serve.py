@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxserve.cli import results_file
-from jaxserve.cli.client import DEFAULT_URL, Client, ServerError, key_of_environment
+from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, ServerError, key_for
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.setting import Setting
 
@@ -35,9 +35,8 @@ class BenchServe:
 
     url: Annotated[str, Setting("URL of the server, with or without /v1.", spellings=("--base-url",))] = DEFAULT_URL
     model: Annotated[str | None, Setting("Model name (default: the first model of the server).")] = None
-    api_key: Annotated[str | None, Setting("API key of the server (default: JAXSERVE_API_KEY or OPENAI_API_KEY).")] = (
-        field(default=None, repr=False)
-    )
+    api_key: Annotated[str | None, Setting(KEY_HELP)] = field(default=None, repr=False)
+    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP)] = None
     endpoint: Annotated[
         Literal["/v1/completions", "/v1/chat/completions"], Setting("Endpoint to send requests to.")
     ] = "/v1/completions"
@@ -85,7 +84,7 @@ class BenchServe:
     def run(self) -> int:
         from jaxserve.cli import load
 
-        key = self.api_key or key_of_environment()
+        key = key_for(self.url, key=self.api_key, file=self.api_key_file)
         client = Client(self.url, api_key=key)
         model = self.model or client.model()
         jobs = self.jobs(model, _pool(client, model, self.seed))
@@ -139,7 +138,7 @@ class BenchServe:
         return jobs
 
     def _report(self, model: str, results: dict[str, float], errors: Sequence[str]) -> None:
-        asked = {name: value for name, value in asdict(self).items() if name not in ("api_key", "json")}
+        asked = {name: value for name, value in asdict(self).items() if name not in ("api_key", "api_key_file", "json")}
         asked |= {"request_rate": str(self.request_rate) if self.request_rate == math.inf else self.request_rate}
         asked |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
         result = json_module.dumps({**asked, **results, "errors": list(errors)})

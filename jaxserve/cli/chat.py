@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from jaxserve import exit_codes
-from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
+from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, key_for
 from jaxserve.cli.terminal import safe
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.setting import Setting, flags_of
@@ -31,9 +31,8 @@ class Talk(ABC):
     model_name: Annotated[
         str | None, Setting("Model name (default: the first model of the server).", spellings=("--model",))
     ] = None
-    api_key: Annotated[str | None, Setting("API key of the server (default: JAXSERVE_API_KEY or OPENAI_API_KEY).")] = (
-        field(default=None, repr=False)
-    )
+    api_key: Annotated[str | None, Setting(KEY_HELP)] = field(default=None, repr=False)
+    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP)] = None
     quick: Annotated[str | None, Setting("Answer this text and exit.", spellings=("-q",), empty=True)] = None
     stats: Annotated[bool, Setting("After each answer, print time to first token, tokens and tokens per second.")] = (
         False
@@ -54,7 +53,7 @@ class Talk(ABC):
     seed: Annotated[int | None, Setting("Sampling seed, for reproducible answers.", SAMPLING)] = None
 
     def run(self) -> int | None:
-        client = Client(self.url, api_key=self.api_key or key_of_environment())
+        client = Client(self.url, api_key=key_for(self.url, key=self.api_key, file=self.api_key_file))
         session = Session(self, client, self.model_name or client.model())
         if self.quick is not None:
             session.once(self.quick)

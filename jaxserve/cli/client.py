@@ -8,18 +8,26 @@ import http.client
 import json
 import os
 import ssl
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from jaxserve.config import ConfigError
 from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.server.http import api_keys
+from jaxserve.server.http.addresses import is_loopback
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
+OPENAI = "api.openai.com"
+KEY_HELP = (
+    "API key of the server (default: JAXSERVE_API_KEY, or OPENAI_API_KEY for OpenAI and servers on this machine)."
+)
+KEY_FILE_HELP = "File whose first line is the API key of the server, so that it does not show in the list of processes."
 LOG = "see the server log"
 HINTS = {
     400: "change the request",
-    401: "set --api-key",
+    401: f"set --api-key, --api-key-file or JAXSERVE_API_KEY (OPENAI_API_KEY goes only to {OPENAI} and this machine)",
     403: "set --api-key, or allow this host on the server",
     404: "check --url and --model-name",
     413: "send a smaller request",
@@ -28,10 +36,43 @@ HINTS = {
 }
 
 
-def key_of_environment() -> str | None:
-    """The default API key."""
-    own = os.environ.get("JAXSERVE_API_KEY", "").partition(",")[0].strip()
-    return own or os.environ.get("OPENAI_API_KEY") or None
+def key_for(url: str, *, key: str | None, file: str | None) -> str | None:
+    """The API key to send to a server: the given one, the first of a file, or JAXSERVE_API_KEY. OPENAI_API_KEY is sent
+    only to OpenAI, encrypted, and to this machine: other servers must not learn it."""
+    if key is not None and file is not None:
+        raise UsageError("--api-key and --api-key-file are both set", "set only one of them")
+    if key is not None:
+        return key
+    if file is not None:
+        lines = _usage(lambda: api_keys.lines_of(file))
+        if not lines:
+            raise UsageError(f"{file} contains no key", api_keys.FORM)
+        return lines[0][1][0]
+    if own := os.environ.get("JAXSERVE_API_KEY", "").partition(",")[0].strip():
+        return own
+    parts = _split(url)
+    trusted = parts.hostname is not None and is_loopback(parts.hostname)
+    if trusted or (parts.hostname == OPENAI and parts.scheme == "https"):
+        return os.environ.get("OPENAI_API_KEY") or None
+    return None
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        _ = parts.port  # raises if it is not a number
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url!r} is not a server URL", f"use a URL such as {DEFAULT_URL}")
+    return parts
+
+
+def _usage[T](make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except ConfigError as error:
+        raise UsageError(error.problem, error.hint) from None
 
 
 class ServerError(JaxserveError):
@@ -45,19 +86,14 @@ class ServerError(JaxserveError):
 class Client:
     def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float = 600) -> None:
         """`url` may end in /v1. A request fails after `timeout` seconds without data."""
-        wrong = UsageError(f"{url!r} is not a server URL", f"use a URL such as {DEFAULT_URL}")
-        try:
-            parts = urlsplit(url if "//" in url else f"http://{url}")
-            self._host, self._port = parts.hostname or "", parts.port
-        except ValueError:
-            raise wrong from None
-        if parts.scheme not in ("http", "https") or not self._host:
-            raise wrong
+        parts = _split(url)
+        self._host, self._port = parts.hostname or "", parts.port
         self._secure, self._timeout = parts.scheme == "https", timeout
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self.root = f"{parts.scheme}://{parts.netloc}{self._path}"
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise UsageError("the API key contains characters that an HTTP header cannot", "check --api-key")
+            problem = "the API key contains characters that an HTTP header cannot"
+            raise UsageError(problem, "check --api-key and --api-key-file")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def get(self, path: str) -> Any:

@@ -43,6 +43,8 @@ class Run:
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Run":
         file: Path | None = given.get("config")
         chosen = {**(config_file.read(file, parser) if file else {}), **given}
+        if host := os.environ.get("JAXSERVE_HOST"):
+            chosen = {"host": host, **chosen}
         settings = values.changed(parser.flags, {**chosen, "config": None})
         if "model" not in chosen:
             chosen = {"served_model_name": (DEMO,), **chosen, "model": str(demo.FOLDER)}

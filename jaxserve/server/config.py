@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from jaxserve.config import ConfigError
 from jaxserve.flags.setting import Setting
 from jaxserve.flags.values import check
+from jaxserve.server.http.addresses import is_loopback
 from jaxserve.server.http.api_keys import KeySources
 from jaxserve.types.checks import check_names
 
@@ -20,6 +21,7 @@ type LogLevel = Literal["debug", "info", "warning", "error"]
 type UnknownFields = Literal["warn", "refuse", "ignore"]
 
 KEYS_VARIABLE, ADMIN_KEYS_VARIABLE = "JAXSERVE_API_KEY", "JAXSERVE_ADMIN_API_KEY"
+NO_KEY_VARIABLE = "JAXSERVE_ALLOW_NO_KEY"
 MAX_QUEUED = 1024  # waiting requests, unless the engine's settings say otherwise: memory must be bounded
 
 
@@ -30,7 +32,8 @@ class ServerConfig:
     host: Annotated[
         str,
         Setting(
-            "Address to listen on. 0.0.0.0 or :: listens on all interfaces, reachable from other machines.",
+            "Address to listen on. 0.0.0.0 or :: listens on all interfaces, reachable from other machines. "
+            "JAXSERVE_HOST sets another default.",
             "Server",
             common=True,
         ),
@@ -267,12 +270,17 @@ class ServerConfig:
             raise ConfigError(problem, "list the origins in allowed_origins")
 
     def with_environment(self, environment: Mapping[str, str]) -> "ServerConfig":
-        """With the API keys of the environment, unless keys of their kind are set."""
+        """With the API keys of the environment, unless keys of their kind are set. JAXSERVE_ALLOW_NO_KEY=0 requires a
+        key where other machines can reach the server."""
         config = self
         if not self.keyed:
             config = replace(config, api_key=_keys(environment.get(KEYS_VARIABLE)))
         if not (self.admin_api_key or self.admin_api_key_file):
             config = replace(config, admin_api_key=_keys(environment.get(ADMIN_KEYS_VARIABLE)))
+        allowed = environment.get(NO_KEY_VARIABLE, "").lower() not in ("0", "false", "no", "off")
+        if not (allowed or config.keyed or is_loopback(config.host)):
+            problem = f"no API key is set, and other machines may reach this server ({config.host})"
+            raise ConfigError(problem, f"set {KEYS_VARIABLE} or --api-key-file, or allow it with {NO_KEY_VARIABLE}=1")
         return config
 
     @property

@@ -34,7 +34,7 @@ from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.config import MAX_QUEUED, ServerConfig
 from jaxserve.server.http import listening, reload
-from jaxserve.server.http.auth import is_loopback
+from jaxserve.server.http.addresses import is_loopback
 from jaxserve.server.http.guard import Connections
 from jaxserve.server.observe import banner, logs
 from jaxserve.server.observe.prometheus import Metrics

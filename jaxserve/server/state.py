@@ -36,12 +36,9 @@ class Serving:
         self.tokenizer: Tokenizer | None = None
         self.model_names: tuple[str, ...] = config.served_model_name
         self.chat_template = config.template()
-<<<<<<< HEAD
         self.ignored = IgnoredNames(config.unknown_fields)
-=======
         self.keys = KeyRing(config.keys())
         self.access = Access(config, self.keys)
->>>>>>> b80aa73 (API keys have names and scopes: keys come from files that SIGHUP reloads, like certificates; routes for administration need a key of their own or a loopback address; without a key, rebound names do not reach a server on all addresses)
         self.created = int(time.time())
         self.draining = False
         self.asleep = False

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.cli.client import key_for
 from jaxserve.cli.terminal import safe
 from tests.cli.conftest import Command, one_error
 from tests.cli.fake_server import KEY, FakeServer
@@ -41,14 +42,51 @@ def test_an_empty_pipe(command: Command, server: FakeServer) -> None:
     one_error(command("chat", "--url", server.url), 2, "the text is empty")
 
 
-@pytest.mark.parametrize("source", ["flag", "environment"])
-def test_keys(command: Command, server: FakeServer, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+@pytest.mark.parametrize("source", ["flag", "file", "JAXSERVE_API_KEY", "OPENAI_API_KEY"])
+def test_keys(
+    command: Command, server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, source: str
+) -> None:
     server.needs_key = True
     one_error(command("chat", "--url", server.url, "-q", "Hi"), 1, "Unauthorized", "--api-key")
-    if source == "environment":
-        monkeypatch.setenv("JAXSERVE_API_KEY", f"{KEY},other")
-    words = ["--api-key", KEY] if source == "flag" else []
+    (tmp_path / "keys").write_text(f"# mine\n{KEY} name=me\nother\n")
+    if source.isupper():
+        monkeypatch.setenv(source, KEY if source == "OPENAI_API_KEY" else f"{KEY},other")
+    words = {"flag": ["--api-key", KEY], "file": ["--api-key-file", str(tmp_path / "keys")]}.get(source, [])
     assert command("chat", "--url", server.url, "-q", "Hi", *words).code == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://127.0.0.1:8000/v1", True),
+        ("localhost:8000", True),
+        ("http://[::1]:8000", True),
+        ("https://api.openai.com/v1", True),
+        ("http://api.openai.com/v1", False),  # not encrypted
+        ("https://api.openai.com.attacker.example", False),
+        ("https://models.example/v1", False),
+        ("http://192.0.2.1:8000", False),
+        ("https://api.openai.com@models.example/v1", False),
+        ("http://127.0.0.1.attacker.example", False),
+    ],
+)
+def test_openai_s_key_is_sent_to_openai_and_to_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, url: str, sent: bool
+) -> None:
+    monkeypatch.delenv("JAXSERVE_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    assert key_for(url, key=None, file=None) == ("sk-openai" if sent else None)
+    monkeypatch.setenv("JAXSERVE_API_KEY", "sk-ours")  # is meant for any server
+    assert key_for(url, key=None, file=None) == "sk-ours"
+    assert key_for(url, key="sk-given", file=None) == "sk-given"
+
+
+def test_key_files_of_clients(command: Command, server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("# none\n")
+    for file, part in (("empty", "contains no key"), ("none", "cannot read the key file")):
+        one_error(command("chat", "--url", server.url, "-q", "Hi", "--api-key-file", tmp_path / file), 2, part)
+    words = ("--api-key", "a", "--api-key-file", tmp_path / "empty")
+    one_error(command("bench", "serve", "--url", server.url, *words), 2, "both set")
 
 
 @pytest.mark.parametrize(

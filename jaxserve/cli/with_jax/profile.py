@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxserve.cli.client import DEFAULT_URL, Client, key_of_environment
+from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, key_for
 from jaxserve.cli.with_jax.bench_offline import opened, random_prompts
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
@@ -30,9 +30,8 @@ class Profile:
     url: Annotated[
         str | None, Setting(f"URL of the server, with or without /v1 (default without a model: {DEFAULT_URL}).", GROUP)
     ] = None
-    api_key: Annotated[
-        str | None, Setting("API key of the server (default: JAXSERVE_API_KEY or OPENAI_API_KEY).", GROUP)
-    ] = field(default=None, repr=False)
+    api_key: Annotated[str | None, Setting(KEY_HELP, GROUP)] = field(default=None, repr=False)
+    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, GROUP)] = None
     seconds: Annotated[float, Setting("How long to trace a server.", GROUP, above=0, high=10**6, unit="seconds")] = 5.0
     num_prompts: Annotated[int, Setting("Number of prompts of an offline run.", GROUP, low=1, high=10**6)] = 8
     input_len: Annotated[int, Setting("Tokens per prompt of an offline run.", GROUP, low=1, high=10**6)] = 128
@@ -64,7 +63,8 @@ class Profile:
         print(f"XProf:    pip install xprof, then xprof --logdir {folder}")
 
     def _server(self, out: Path) -> Path:
-        client = Client(self.url or DEFAULT_URL, api_key=self.api_key or key_of_environment())
+        url = self.url or DEFAULT_URL
+        client = Client(url, api_key=key_for(url, key=self.api_key, file=self.api_key_file))
         name = time.strftime("%Y%m%d-%H%M%S")
         client.post("/start_profile", {"folder": name})
         try:

@@ -42,7 +42,7 @@ def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
         return None
     if jax.config.jax_compilation_cache_dir is not None or not _certain():
         return None
-    place = Path(folder).expanduser()
+    place = place_of(folder)
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         usable = os.access(place, os.W_OK)
@@ -52,6 +52,14 @@ def open_store(folder: str, report: Callable[[str], None]) -> "Store | None":
         report(f"compiled programs are not stored: {place} is not writable (see compilation_cache_dir)")
         return None
     return Store(place)
+
+
+def place_of(folder: str) -> Path:
+    """The folder that compilation_cache_dir stands for: in XDG_CACHE_HOME, if that is set, instead of ~/.cache."""
+    cache, path = os.environ.get("XDG_CACHE_HOME"), Path(folder)
+    if cache and path.parts[:2] == ("~", ".cache"):
+        path = Path(cache, *path.parts[2:])
+    return path.expanduser()
 
 
 def _certain() -> bool:

@@ -6,7 +6,6 @@ the server could use it: by a cross-origin request to its address, which the Ori
 of the page's own name to that address, which the Host check rejects.
 """
 
-import ipaddress
 import re
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ from aiohttp import hdrs, web
 
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import ApiError
+from jaxserve.server.http.addresses import is_address, is_loopback
 from jaxserve.server.http.api_keys import ApiKey, KeyRing, Scope
 
 HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
@@ -55,15 +55,6 @@ class Access:
         return "api" if scope == "admin" and not self._keys.admins else scope
 
 
-def is_loopback(address: str) -> bool:
-    if address == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
 class Origins:
     """The Host names this server accepts, and the web pages that may use it."""
 
@@ -88,7 +79,7 @@ class Origins:
         raise ApiError(403, "Origin not allowed. Start the server with --allowed-origins to allow this origin.")
 
     def _names_us(self, name: str) -> bool:
-        return self._hosts is None or name in self._hosts or (self._addresses and _is_address(name))
+        return self._hosts is None or name in self._hosts or (self._addresses and is_address(name))
 
     def allows(self, origin: str) -> bool:
         return "*" in self._config.allowed_origins or origin in self._config.allowed_origins
@@ -136,14 +127,6 @@ def _bare(address: str) -> str:
 def _name(host: str) -> str:
     """The host name in a Host header, without the port."""
     return re.sub(r":\d+$", "", host).lower().rstrip(".")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
 
 
 def _own(origin: str, host: str) -> bool:
