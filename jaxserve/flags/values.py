@@ -88,18 +88,26 @@ def _item(flag: Flag, value: Any) -> Any:
 
 
 def _whole(flag: Flag, text: str) -> int:
+    if _NUMBER.fullmatch(text.strip()) is None:
+        _refuse(flag, text, "use a whole number, such as 4096, 4k (4000) or 4K (4096)")
+    value = whole_number(text)
+    if value is None:
+        _refuse(flag, text, "use a whole number")
+    return value
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text such as 4096, 4k or 4K stands for; None if it is not a whole number."""
     found = _NUMBER.fullmatch(text.strip())
     if found is None:
-        _refuse(flag, text, "use a whole number, such as 4096, 4k (4000) or 4K (4096)")
+        return None
     digits, letter, unit = found.groups()
     scale = 1
     if letter:
         # 4k and 4K, 8GB and 8GiB: an i means 1024, a unit without one 1000; for a bare letter the case decides.
         scale = _SCALES[letter.upper() if "i" in unit else letter.lower() if unit else letter]
     value = float(digits) * scale if "." in digits else int(digits) * scale
-    if value != int(value):
-        _refuse(flag, text, "use a whole number")
-    return int(value)
+    return int(value) if value == int(value) else None
 
 
 def _refuse(flag: Flag, value: object, hint: str) -> NoReturn:

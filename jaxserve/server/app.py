@@ -8,6 +8,8 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
@@ -15,13 +17,15 @@ from aiohttp.typedefs import Middleware
 from jaxserve.errors import EngineError, one_line
 from jaxserve.server import unknown_fields
 from jaxserve.server.errors import ApiError, as_api_error, bad_request
+from jaxserve.server.http.api_keys import ApiKey
 from jaxserve.server.http.auth import Origins
 from jaxserve.server.http.guard import Bodies
+from jaxserve.server.http.rate_limit import UNSET
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.prometheus import UNKNOWN
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.server.routes.table import Handler, Route, all_routes
-from jaxserve.server.state import HELD, RECORD, SERVING, Serving
+from jaxserve.server.state import GRANT, HELD, RECORD, SERVING, Serving
 
 LEFT = 499  # status in logs and metrics when the client disconnects before the response
 MAX_ID = 128
@@ -55,6 +59,8 @@ def make_app(serving: Serving) -> web.Application:
         record = request.get(RECORD)
         if config.enable_request_id_headers and record is not None:
             response.headers[ID_HEADER] = record.id
+        if (grant := request.get(GRANT)) is not None:
+            response.headers.update(grant.headers())
         if ignored := unknown_fields.header(request):
             response.headers[unknown_fields.HEADER] = ignored
         if serving.draining or not response.keep_alive:
@@ -130,7 +136,7 @@ def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Or
         preflight = origins.preflight(request)
         if preflight is not None:
             return preflight
-        route = _route(table, request)
+        route, key = _route(table, request), None
         if not (route is not None and route.public):
             key = serving.access.check(request, "api" if route is None else route.scope)
             request[RECORD].key = None if key is None else key.name
@@ -143,17 +149,28 @@ def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Or
         except ApiError:
             serving.metrics.rejections["unavailable"] += 1
             raise
-        serving.begin()
-        try:
+        with _granted(serving, request, route, key), serving.working():
             held = request[HELD] = await bodies.read(request)
             try:
                 return await handler(request)
             finally:
                 held.let_go()
-        finally:
-            serving.finish()
 
     return admit
+
+
+@contextmanager
+def _granted(serving: Serving, request: web.Request, route: Route, key: ApiKey | None) -> Generator[None]:
+    """Count a request that uses the model against the limits of its key."""
+    if route.scope == "admin":
+        yield
+        return
+    name, limit = (None, UNSET) if key is None else (key.name, key.limit)
+    grant = request[GRANT] = serving.limiter.begin(name, limit)
+    try:
+        yield
+    finally:
+        grant.end()
 
 
 def _check_query(serving: Serving, request: web.Request, route: Route) -> None:

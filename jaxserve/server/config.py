@@ -14,6 +14,7 @@ from jaxserve.flags.setting import Setting
 from jaxserve.flags.values import check
 from jaxserve.server.http.addresses import is_loopback
 from jaxserve.server.http.api_keys import KeySources
+from jaxserve.server.http.rate_limit import UNSET, RateLimit
 from jaxserve.types.checks import check_names
 
 type LogFormat = Literal["text", "json"]
@@ -125,7 +126,8 @@ class ServerConfig:
     api_key_file: Annotated[
         str | None,
         Setting(
-            "File of accepted API keys, one per line: KEY [name=NAME] [scope=metrics|api|admin]. SIGHUP reloads it.",
+            "File of accepted API keys, one per line: KEY [name=NAME] [scope=metrics|api|admin] [rpm=N] [tpm=N] "
+            "[concurrent=N]. SIGHUP reloads it.",
             "Security",
             common=True,
         ),
@@ -149,6 +151,15 @@ class ServerConfig:
             "Security",
         ),
     ] = False
+    rate_limit: Annotated[
+        str | None,
+        Setting(
+            "Limits of each API key: requests and tokens per minute, concurrent requests; such as "
+            "rpm=600,tpm=200k,concurrent=32. A key file may set others for a key. Without keys, clients share them.",
+            "Security",
+            common=True,
+        ),
+    ] = None
     ssl_keyfile: Annotated[
         str | None, Setting("Private key for HTTPS. SIGHUP reloads it.", "Security", common=True)
     ] = None
@@ -261,6 +272,7 @@ class ServerConfig:
         prefix = self.metrics_prefix
         if not prefix.isascii() or not prefix.replace("_", "a").isalnum() or prefix[0].isdigit():
             raise ConfigError(f"metrics_prefix is {prefix!r}", "use letters, digits and _, not starting with a digit")
+        self.default_limit()
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ConfigError("ssl_keyfile requires ssl_certfile", "set both")
         if self.enable_log_outputs and not self.enable_log_requests:
@@ -287,6 +299,9 @@ class ServerConfig:
     def keyed(self) -> bool:
         """Whether the API needs a key. Keys for administration alone do not close it."""
         return bool(self.api_key or self.api_key_file)
+
+    def default_limit(self) -> RateLimit:
+        return UNSET if self.rate_limit is None else RateLimit.parse(self.rate_limit, where="rate_limit")
 
     def keys(self) -> KeySources:
         return KeySources(

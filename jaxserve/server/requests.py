@@ -17,7 +17,7 @@ from jaxserve.frontend.streams import Stream
 from jaxserve.server.errors import ApiError, sentence
 from jaxserve.server.observe.prometheus import Finished
 from jaxserve.server.observe.request_record import RequestRecord
-from jaxserve.server.state import RECORD, SERVING, Serving
+from jaxserve.server.state import GRANT, RECORD, SERVING, Serving
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind
@@ -33,8 +33,10 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
     """
     serving, record = request.app[SERVING], request[RECORD]
     client = serving.check_ready()
+    prompt_tokens = sum(len(each.prompt_token_ids) for each in prepared)
+    request[GRANT].take_prompt(prompt_tokens)
     record.prepared = [*record.prepared, *prepared]
-    record.prompt_tokens += sum(len(each.prompt_token_ids) for each in prepared)
+    record.prompt_tokens += prompt_tokens
     streams: list[Stream] = []
     tallies = [_Tally(serving, record, each) for each in prepared]
     try:
@@ -52,7 +54,7 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
     finally:
         for stream, tally in zip(streams, tallies, strict=False):
             client.close(stream)
-            tally.end(stream)
+            request[GRANT].take_generated(tally.end(stream))
 
 
 async def _single(
@@ -127,8 +129,12 @@ class _Tally:
     def _late(self, now: float) -> bool:
         return self._request.deadline is not None and now >= self._request.deadline
 
-    def end(self, stream: Stream) -> None:
-        """After its stream is closed, at its end or before."""
+    def end(self, stream: Stream) -> int:
+        """After its stream is closed, at its end or before. Returns how many tokens were generated."""
+        self._finish(stream)
+        return sum(self._generated)
+
+    def _finish(self, stream: Stream) -> None:
         record, metrics = self._record, self._serving.metrics
         record.generated_tokens += sum(self._generated)
         record.all_counted &= self._counted

@@ -6,9 +6,9 @@ For one event loop. lifecycle.py starts and ends engines and updates this state.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from aiohttp import web
@@ -21,6 +21,7 @@ from jaxserve.server.errors import SHUT_DOWN, ApiError
 from jaxserve.server.http.api_keys import KeyRing
 from jaxserve.server.http.auth import Access
 from jaxserve.server.http.guard import Held
+from jaxserve.server.http.rate_limit import Grant, Limiter
 from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.server.unknown_fields import IgnoredNames
@@ -39,6 +40,7 @@ class Serving:
         self.ignored = IgnoredNames(config.unknown_fields)
         self.keys = KeyRing(config.keys())
         self.access = Access(config, self.keys)
+        self.limiter = Limiter(config.default_limit(), metrics.rate_limited)
         self.created = int(time.time())
         self.draining = False
         self.asleep = False
@@ -73,15 +75,17 @@ class Serving:
     def lose_engine(self) -> None:
         self.client, self.asleep, self.metrics.engine_up = None, False, False
 
-    def begin(self) -> None:
+    @contextmanager
+    def working(self) -> Generator[None]:
         """Count an HTTP request as in flight."""
         self.in_flight += 1
         self._idle.clear()
-
-    def finish(self) -> None:
-        self.in_flight -= 1
-        if not self.in_flight:
-            self._idle.set()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
 
     async def wait_idle(self, seconds: float) -> None:
         """Wait until nothing is in flight, at most `seconds`."""
@@ -119,6 +123,7 @@ class Serving:
 
 SERVING = web.AppKey("serving", Serving)
 RECORD = web.RequestKey("record", RequestRecord)
+GRANT = web.RequestKey("grant", Grant)
 HELD = web.RequestKey("held", Held)
 
 

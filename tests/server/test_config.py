@@ -59,6 +59,12 @@ from tests.server.fake_engine import FakeEngine
         {"enable_log_outputs": True},
         {"allow_credentials": True, "allowed_origins": ("*",)},
         {"chat_template": ""},
+        {"rate_limit": "rpm"},
+        {"rate_limit": "rpm=5;tpm=6"},
+        {"rate_limit": "rpm=5,rpm=6"},
+        {"rate_limit": "rpd=5"},
+        {"rate_limit": "concurrent=-1"},
+        {"rate_limit": ""},
     ],
 )
 def test_bad_values_are_named(bad: dict[str, Any]) -> None:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API keys with names and scopes, from flags, the environment and files.
+"""API keys with names, scopes and rate limits, from flags, the environment and files.
 
 A key file has one key per line, options after it, and comments that start with #:
 
     sk-4f9a51
-    sk-77c20b  name=search
+    sk-77c20b  name=search rpm=600 tpm=200k concurrent=32
     sk-e01b93  name=ops scope=admin
     sk-90cc4d  name=prometheus scope=metrics
 
-Lines may share a name, so that a new key can replace an old one while both are valid. A key may do what its scope
-allows: `metrics` reads the state of the server, `api` also uses the model, `admin` also operates the engine.
+Lines may share a name, so that a new key can replace an old one while both are valid; they share limits too. A key may
+do what its scope allows: `metrics` reads the state of the server, `api` also uses the model, `admin` also operates the
+engine.
 """
 
 import hashlib
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxserve.config import ConfigError
+from jaxserve.server.http.rate_limit import LIMITS, UNSET, RateLimit
 
 type Scope = Literal["metrics", "api", "admin"]
 
 SCOPES: tuple[Scope, ...] = get_args(Scope.__value__)  # each includes those before it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-FORM = "write one key per line: KEY [name=NAME] [scope=metrics|api|admin]"
+FORM = "write one key per line: KEY [name=NAME] [scope=metrics|api|admin] [rpm=N] [tpm=N] [concurrent=N]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,7 @@ class ApiKey:
     name: str  # in logs and metrics
     scope: Scope
     secret: str = field(repr=False)
+    limit: RateLimit = UNSET
 
     def may(self, scope: Scope) -> bool:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
@@ -87,6 +90,10 @@ class KeySources:
             other = seen.setdefault(key.secret, key)
             if other is not key:
                 raise ConfigError(f"API key {key.name} is the same as {other.name}", "remove one of them")
+        limits: dict[str, RateLimit] = {}
+        for key in found:
+            if limits.setdefault(key.name, key.limit) != key.limit:
+                raise ConfigError(f"API keys named {key.name} have different limits", "give them the same")
         return found
 
 
@@ -117,24 +124,26 @@ def lines_of(file: str) -> list[tuple[int, list[str]]]:
 def _key(words: Sequence[str], *, name: str, scope: Scope, where: str) -> ApiKey:
     """The key of a line. Errors do not show it."""
     options: dict[str, str] = {"name": name, "scope": scope}
+    limits: dict[str, str] = {}
     given: set[str] = set()
     for word in words[1:]:
         option, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{where} has a second word that is not an option", FORM)
-        if option not in options:
+        if option not in (*options, *LIMITS):
             raise ConfigError(f"{where} has an unknown option", FORM)
         if option in given:
             raise ConfigError(f"{where} sets {option} twice", "remove one of them")
         given.add(option)
-        options[option] = value
+        (limits if option in LIMITS else options)[option] = value
     if not NAME.fullmatch(options["name"]):
         problem = f"{where}: the name is not 1 to 64 letters, digits, dots, dashes and underscores"
         raise ConfigError(problem, "choose another")
     found: Scope | None = next((each for each in SCOPES if each == options["scope"]), None)
     if found is None:
         raise ConfigError(f"{where} has an unknown scope", f"choose one of {', '.join(SCOPES)}")
-    return ApiKey(name=options["name"], scope=found, secret=words[0])
+    limit = RateLimit.of(limits, where=where)
+    return ApiKey(name=options["name"], scope=found, secret=words[0], limit=limit)
 
 
 def _digest(key: str) -> bytes:

@@ -53,6 +53,7 @@ class Metrics:
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status
         self.keys: Counter[tuple[str, str]] = Counter()  # requests by name of the API key, status
         self.key_tokens: Counter[tuple[str, str]] = Counter()  # by name of the API key, "prompt" or "generation"
+        self.limited: Counter[tuple[str, str]] = Counter()  # refusals by name of the API key, limit
         self.http_seconds: dict[tuple[str, str], Histogram] = {}
         self._seconds = {name: Histogram(bounds) for name, (bounds, _) in _SECONDS.items()}
         self._tokens: dict[str, Histogram] = {}
@@ -112,6 +113,10 @@ class Metrics:
             self.http_seconds[method, route] = Histogram(histogram.HTTP)
         self.http_seconds[method, route].observe(seconds)
 
+    def rate_limited(self, key: str, limit: str) -> None:
+        self.rejections["rate_limited"] += 1
+        self.limited[key, limit] += 1
+
     def served_key(self, record: RequestRecord, status: int) -> None:
         """Record what a request with an API key used."""
         key = record.key or ""
@@ -151,7 +156,7 @@ class Metrics:
             states,
             "sleep_state",
         )
-        reasons = {**dict.fromkeys(("queue_full", "unavailable"), 0), **self.rejections}
+        reasons = {**dict.fromkeys(("queue_full", "rate_limited", "unavailable"), 0), **self.rejections}
         rows = [((reason,), count) for reason, count in reasons.items()]
         yield self._counter("admission_rejections", "Requests rejected at admission, by reason.", rows, "reason")
         labels = ("method", "handler", "status")
@@ -170,6 +175,8 @@ class Metrics:
         yield self._counter("key_requests", text, list(self.keys.items()), "key", "status")
         text = "Tokens of requests with an API key, by its name and kind: prompt, generation."
         yield self._counter("key_tokens", text, list(self.key_tokens.items()), "key", "kind")
+        text = "Requests rejected by a rate limit, by the name of the API key and the limit: rpm, tpm, concurrent."
+        yield self._counter("rate_limited", text, list(self.limited.items()), "key", "limit")
         if self.limits is not None:
             limits = self.limits
             shown = {

@@ -38,6 +38,7 @@ STATUSES = {
     408: "Timeout while receiving the body.",
     409: "Not possible in the engine's current state.",
     413: "Request body too large.",
+    429: "A rate limit of the API key is reached. Retry after Retry-After seconds.",
     500: "Internal error of the engine or the server.",
     503: "Unavailable: loading, overloaded, asleep or shutting down. Retry after Retry-After seconds.",
     504: "The request's deadline has passed.",
@@ -125,6 +126,8 @@ def _statuses(route: Route) -> set[int]:
     if route.work:
         found |= {408, 413, 500, 503}
         found |= {404} if route.path.startswith("/v1/") or "tokenize" in route.path else {409}
+        if route.scope == "api":
+            found.add(429)
     if route.path in GENERATING:
         found.add(504)
     return found

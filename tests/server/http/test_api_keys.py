@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key files: what they say, what is wrong with them, and what a reload does."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError
 from jaxserve.server.http.api_keys import SCOPES, KeyRing, KeySources
+from jaxserve.server.http.rate_limit import RateLimit
 
 FILE = """# Keys of this server.
 sk-plain
@@ -30,9 +32,9 @@ def test_names_and_scopes(tmp_path: Path) -> None:
     file = written(tmp_path, FILE)
     admin = tmp_path / "admin"
     admin.write_text("sk-root\nsk-lesser name=less scope=api\n")
-    ring = KeyRing(KeySources(api=("one", "two"), api_file=file, admin=("top",), admin_file=str(admin)))
+    ring = KeyRing(KeySources(api=("first", "two"), api_file=file, admin=("top",), admin_file=str(admin)))
     assert {key.secret: (key.name, key.scope) for key in ring.keys} == {
-        "one": ("key-1", "api"),
+        "first": ("key-1", "api"),
         "two": ("key-2", "api"),
         "sk-plain": ("key-3", "api"),
         "sk-search": ("search", "api"),
@@ -54,6 +56,15 @@ def test_a_scope_includes_those_before_it(tmp_path: Path) -> None:
         assert key is not None and [key.may(scope) for scope in SCOPES] == [place < allowed for place in range(3)]
 
 
+def test_limits(tmp_path: Path) -> None:
+    file = written(tmp_path, "a\nb name=b rpm=5 tpm=2k\nc name=c concurrent=none rpm=1\nb2 tpm=2000 name=b rpm=5")
+    limits = {key.secret: key.limit for key in KeyRing(KeySources(api_file=file)).keys}
+    default = RateLimit.parse("rpm=600, tpm=200k,concurrent=32", where="rate_limit")
+    assert limits["a"].over(default) == default == RateLimit(rpm=600, tpm=200_000, concurrent=32)
+    assert limits["b"].over(default) == limits["b2"].over(default) == RateLimit(rpm=5, tpm=2000, concurrent=32)
+    assert limits["c"].over(default) == RateLimit(rpm=1, tpm=200_000, concurrent=math.inf)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -66,6 +77,11 @@ def test_a_scope_includes_those_before_it(tmp_path: Path) -> None:
         ("sk-secret scope=", "line 1 has an unknown scope"),
         ("sk-secret name=a name=b", "line 1 sets name twice"),
         ("sk-secret name=", "the name is not"),
+        ("sk-secret rpm=0", "line 1: rpm is '0'"),
+        ("sk-secret tpm=1.5", "line 1: tpm is '1.5'"),
+        ("sk-secret concurrent=", "line 1: concurrent is ''"),
+        ("sk-secret rpm=5 rpm=5", "line 1 sets rpm twice"),
+        ("sk-secret name=a rpm=5\nb name=a", "API keys named a have different limits"),
         ("sk-secret name=sk-secret,x", "the name is not"),
     ],
 )
