@@ -9,7 +9,7 @@ from jaxserve.flags.setting import Setting
 from jaxserve.flags.values import check
 from jaxserve.types.checks import check_names
 
-type DtypeSetting = Literal["auto", "bfloat16", "float16", "float32"]
+type DtypeSetting = Literal["auto", "bfloat16", "float16", "float32", "half", "float"]
 type Policy = Literal["fcfs", "priority"]
 type Warmup = Literal["all", "staged", "none"]
 type LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
@@ -51,7 +51,8 @@ class EngineConfig:
     dtype: Annotated[
         DtypeSetting,
         Setting(
-            "Data type of the weights and the KV cache; auto uses the checkpoint's, or float32 on a CPU.",
+            "Data type of the weights and the KV cache; auto uses the checkpoint's, or float32 on a CPU. "
+            "half is float16, float is float32.",
             "Model",
             common=True,
         ),
@@ -196,6 +197,14 @@ class EngineConfig:
             high=2**24,
         ),
     ] = 20
+    generation_config: Annotated[
+        str,
+        Setting(
+            "Where the defaults of sampling parameters come from: auto, the model's generation_config.json; vllm, "
+            "none, so that vLLM's own defaults apply; or a folder with a generation_config.json.",
+            "Sampling",
+        ),
+    ] = "auto"
     logprobs_mode: Annotated[
         LogprobsMode,
         Setting("Report log probabilities of the model, or of the distribution that is sampled from.", "Sampling"),
@@ -241,6 +250,7 @@ class EngineConfig:
         if isinstance(self.warmup, bool):
             object.__setattr__(self, "warmup", "all" if self.warmup else "none")
         check(self, ConfigError)
+        object.__setattr__(self, "dtype", {"half": "float16", "float": "float32"}.get(self.dtype, self.dtype))
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_blocks and kv_cache_memory_bytes are both set", "set only one of them")
         if self.max_num_batched_tokens and self.max_num_seqs and self.max_num_batched_tokens < self.max_num_seqs:

@@ -53,7 +53,7 @@ SETTINGS = {
     **_planned("weight_transfer_config", "kv_transfer_config", "kv_events_config", "ec_transfer_config"),
     **_planned("compilation_config", "optimization_level", "cudagraph_capture_sizes", "performance_mode"),
     **_planned("jit_monitor_mode", "use_fp64_gumbel", "disable_cascade_attn", "attention_backend"),
-    **_planned("tokenizer_mode", "code_revision", "hf_overrides", "hf_config_path", "generation_config"),
+    **_planned("tokenizer_mode", "code_revision", "hf_overrides", "hf_config_path"),
     **_planned("override_generation_config", "ignore_patterns", "safetensors_load_strategy", "task", "runner"),
     **_planned("prefix_caching_hash_algo", "long_prefill_token_threshold", "max_num_scheduled_tokens"),
     **_planned("scheduler_cls", "scheduler_reserve_full_isl", "watermark", "stream_interval"),
@@ -72,8 +72,6 @@ SETTINGS = {
         tokenizer_revision="download the tokenizer and name its folder with --tokenizer",
         hf_token="set the environment variable HF_TOKEN",
         profiler_config="use --profile-dir",
-        uds="use --host and --port",
-        root_path="let the reverse proxy strip the prefix",
     ),
     **_needless(
         enable_chunked_prefill="prompts are always processed in chunks",
@@ -84,8 +82,63 @@ SETTINGS = {
     ),
 }
 
+YES, NO = ("true",), ("false",)
+
+
+class NoEffect(NamedTuple):
+    """A flag of vLLM that is accepted with some values: what they ask for is so anyway."""
+
+    values: tuple[str, ...]
+    note: str = "this is the default"
+
+
+# By setting. Its other values are refused, for the reason above.
+NO_EFFECT = {
+    "enable_chunked_prefill": NoEffect(YES, "prompts are always processed in chunks"),
+    "disable_log_requests": NoEffect(YES, "requests are logged only with --enable-log-requests"),
+    "disable_uvicorn_access_log": NoEffect(YES, "there is no access log"),
+    "enable_prompt_tokens_details": NoEffect(YES, "usage always includes the number of cached tokens"),
+    "enable_server_load_tracking": NoEffect(YES, "/load is always available"),
+    "trust_remote_code": NoEffect((*YES, *NO), "code that comes with a checkpoint is never run"),
+    "enforce_eager": NoEffect((*YES, *NO), "there are no CUDA graphs; --no-warmup starts quickly"),
+    "disable_custom_all_reduce": NoEffect((*YES, *NO), "collectives are XLA's"),
+    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "data_parallel_size_local"), NoEffect(("1",))),
+    **dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size"), NoEffect(("1",))),
+    **dict.fromkeys(("nnodes", "api_server_count", "stream_interval"), NoEffect(("1",))),
+    **dict.fromkeys(("node_rank", "ssl_cert_reqs", "cpu_offload_gb", "swap_space"), NoEffect(("0", "0.0"))),
+    **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "guided_decoding_backend"), NoEffect(("auto",))),
+    "load_format": NoEffect(("auto", "safetensors"), "checkpoints are read from safetensors files"),
+    "chat_template_content_format": NoEffect(("auto", "string"), "templates get content as a string"),
+    "distributed_executor_backend": NoEffect(("mp", "uni"), "one process runs all devices"),
+    "prefix_caching_hash_algo": NoEffect(("sha256",)),
+    "task": NoEffect(("auto", "generate")),
+    "runner": NoEffect(("auto", "generate")),
+    **dict.fromkeys(("enable_lora", "enable_auto_tool_choice", "enable_eplb", "enable_dbo"), NoEffect(NO)),
+    **dict.fromkeys(("headless", "enable_expert_parallel", "fully_sharded_loras"), NoEffect(NO)),
+    "limit_mm_per_prompt": NoEffect((), "models read text only"),
+}
+
+
+def no_effect(setting: str, value: str) -> str | None:
+    """Why a setting with this value, as text, is accepted without effect; None if it is not."""
+    found = NO_EFFECT.get(setting)
+    if setting == "limit_mm_per_prompt":  # {"image": 0, "video": 0} or image=0,video=0
+        counts = value.strip("{} ").replace("=", ":").split(",")
+        return found.note if found and all(each.rpartition(":")[2].strip() in ("0", "") for each in counts) else None
+    return found.note if found and value in found.values else None
+
+
 # vLLM's short flags of settings above.
-SHORT_FLAGS = {"-q": "quantization", "-pp": "pipeline_parallel_size", "-dp": "data_parallel_size"}
+SHORT_FLAGS = {
+    **{"-q": "quantization", "-pp": "pipeline_parallel_size", "-dp": "data_parallel_size"},
+    **{
+        "-O": "optimization_level",
+        "-cc": "compilation_config",
+        "-sc": "speculative_config",
+        "-asc": "api_server_count",
+    },
+    **{"-n": "nnodes", "-r": "node_rank", "-dcp": "decode_context_parallel_size", "-ep": "enable_expert_parallel"},
+}
 
 # Fields of request bodies: of completions and chats, of completions alone, of everything that is made of messages, of
 # chats alone, of embeddings, of one message.

@@ -30,7 +30,7 @@ ORDER = (
     ("jaxserve.host",),
     ("jaxserve.llm", "jaxserve.async_llm", "jaxserve.server"),
     ("jaxserve.cli",),
-    ("jaxserve.__main__",),
+    ("jaxserve.__main__", "jaxserve.openai_api_server"),
 )
 RANKS = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
 # The package file. Its lazy names (LLM, ...) lead anywhere; all may ask it for the version.

@@ -63,6 +63,11 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert "usage: jaxserve" in result.stdout
 
 
+def test_a_bare_command_prints_its_help() -> None:
+    assert done() == done("--help")
+    assert done("bench") == done("bench", "--help") and "bench serve" in done("bench")
+
+
 def test_help_names_every_command() -> None:
     text = done("--help")
     assert all(name in text for name in ("version", "devices", "inspect"))
@@ -135,7 +140,6 @@ def test_inspect_of_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ([], "version, devices, inspect"),
         (["inspcet", "x"], "inspect"),
         (["inspect"], "PATH"),
         (["inspect", "x", "--jsom"], "--json"),

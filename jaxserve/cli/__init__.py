@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: Sequence[str], *, debug: bool) -> int | None:
     first = words[0] if words else ""
-    if first in ("-h", "--help"):
+    if not words or first in ("-h", "--help"):
         _show(_overview())
     if first == "--version":
         words, first = ["version"], "version"
     name = ALIASES.get(first, first)
     if name == "bench":
         second = words[1] if len(words) > 1 else ""
-        if second in ("-h", "--help"):
+        if second in ("", "-h", "--help"):
             _show(_overview("bench "))
         name = f"bench {second}"
     if name not in COMMANDS:
@@ -112,9 +112,7 @@ def _unknown(words: Sequence[str]) -> tuple[str, str]:
     names = [name.removeprefix("bench ") for name in COMMANDS if name.startswith("bench ")]
     if not bench:
         names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    word = next(iter(words[1:] if bench else words), None)
-    if word is None:
-        return f"missing {'benchmark' if bench else 'command'}", f"choose one of {', '.join(names)}"
+    word = words[bench]
     if word.startswith("-"):
         return f"unknown option {word}", f"see jaxserve {'bench ' * bench}--help"
     close = get_close_matches(word, [*names, *([] if bench else ALIASES)], n=1)

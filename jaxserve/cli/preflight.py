@@ -36,8 +36,7 @@ def check(engine: EngineConfig, server: ServerConfig) -> None:
     server.template()
     server.keys().read()
     # Another process may still take the port before the server binds it.
-    for opened in listening.bind(server):
-        opened.close()
+    listening.close(server, listening.bind(server))
     check_machine(engine)
     check_model(engine)
 
@@ -46,6 +45,10 @@ def check_model(engine: EngineConfig) -> None:
     """Check that a folder has a supported config, weights with valid headers, and a tokenizer."""
     from convert.files import hub
 
+    chosen = Path(engine.generation_config).expanduser()
+    if engine.generation_config not in ("auto", "vllm") and not (chosen / "generation_config.json").is_file():
+        problem = f"--generation-config is {one_line(engine.generation_config)!r}, not a folder with that file"
+        raise UsageError(problem, "name a folder that has a generation_config.json, auto or vllm")
     folder = Path(engine.model).expanduser()
     if not (folder.exists() or _HUB_ID.fullmatch(engine.model)) or engine.model.startswith((".", "~")):
         hub.fetch(engine.model)  # raises what is wrong with the path

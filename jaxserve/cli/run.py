@@ -38,6 +38,7 @@ class Run:
     engine: EngineConfig
     server: ServerConfig
     settings: str  # those that differ from the defaults
+    notes: tuple[str, ...]  # on flags of vLLM that were accepted without effect
 
     @classmethod
     def of(cls, parser: Parser, given: Mapping[str, Any]) -> "Run":
@@ -49,7 +50,9 @@ class Run:
         if "model" not in chosen:
             chosen = {"served_model_name": (DEMO,), **chosen, "model": str(demo.FOLDER)}
         server = build(ServerConfig, chosen).with_environment(os.environ)
-        return cls(config=file, engine=build(EngineConfig, chosen), server=server, settings=settings)
+        return cls(
+            config=file, engine=build(EngineConfig, chosen), server=server, settings=settings, notes=tuple(parser.notes)
+        )
 
     def run(self) -> int:
         from jaxserve.cli import preflight
@@ -59,6 +62,8 @@ class Run:
         print(f"jaxserve {__version__}  model {one_line(name)}", file=sys.stderr)
         if self.settings:
             print(f"settings: {one_line(self.settings, limit=2000)}", file=sys.stderr)
+        for note in self.notes:
+            print(f"note: {one_line(note)}", file=sys.stderr)
         from jaxserve.server import lifecycle
 
         return lifecycle.serve(self.engine, self.server)

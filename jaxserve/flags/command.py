@@ -31,6 +31,9 @@ def run(kind: Any, arguments: Sequence[str], *, prog: str, about: str) -> int | 
         values.check(command)
     except JaxserveError as error:
         raise UsageError(parser.in_flags_words(error.problem), parser.in_flags_words(error.hint)) from None
+    if not hasattr(command, "notes"):  # else the command shows them itself
+        for note in parser.notes:
+            print(f"note: {note}", file=sys.stderr)
     try:
         return command.run()
     except JaxserveError as error:  # which names settings as Python programs do

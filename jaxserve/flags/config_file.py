@@ -16,7 +16,10 @@ def read(path: Path, parser: Parser) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in _content(path).items():
         try:
-            flag, positive = parser.look_up("--" + str(key).strip().lstrip("-"))
+            option = "--" + str(key).strip().lstrip("-")
+            if parser.accepts_in_file(option, value):
+                continue
+            flag, positive = parser.look_up(option)
             if flag.name == "config":
                 raise UsageError(f"{key} names another configuration file", "remove it")
             if flag.name in found:

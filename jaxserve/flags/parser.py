@@ -6,6 +6,7 @@
 Only what was given is in the result, so that configuration files and defaults can fill in the rest.
 """
 
+import json
 import re
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ class Parser:
 
     def __init__(self, prog: str, flags: Sequence[Flag], *, about: str = "") -> None:
         self.prog, self.flags, self.about = prog, tuple(flags), about
+        self.notes: list[str] = []  # on options of vLLM that were accepted without effect, for the user
         self._words = [flag for flag in flags if flag.is_word]
         self._known: dict[str, tuple[Flag, bool]] = {}
         for flag in flags:
@@ -46,7 +48,7 @@ class Parser:
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The values given, by name of the field."""
         end = arguments.index("--") if "--" in arguments else len(arguments)
-        options = list(self._normalized(arguments[:end]))
+        options = list(self._normalized(list(self._effective(arguments[:end]))))
         namespace, words = _argparser(self.prog, self.flags).parse_known_args(options)
         found: dict[str, Any] = vars(namespace)
         found |= {flag.name: tuple(found[flag.name]) for flag in self.flags if flag.many and flag.name in found}
@@ -55,6 +57,44 @@ class Parser:
             if flag.own and flag.default is MISSING and flag.name not in found:
                 raise UsageError(f"{flag.shown} is missing", f"see {self.prog} --help")
         return found
+
+    def _effective(self, arguments: Sequence[str]) -> Iterator[str]:
+        """The arguments without the options of vLLM that ask for what is so anyway."""
+        rest = iter([*zip_longest(arguments, arguments[1:])])
+        for argument, following in rest:
+            name, equals, value = argument.partition("=")
+            if not _is_option(argument) or _dashed(name) in self._known or all(flag.own for flag in self.flags):
+                yield argument
+                continue
+            setting, yes = self._setting_of(name)
+            alone = equals or yes == "false" or following is None or _is_option(following)
+            if not alone and self._accepts(name, setting, str(following)):
+                next(rest)
+                continue
+            if not self._accepts(name, setting, _opposite(value) if equals and yes == "false" else value or yes):
+                yield argument
+
+    def _setting_of(self, option: str) -> tuple[str, str]:
+        """The setting of vLLM that an option names, and whether the option alone says true or false."""
+        option = _dashed(option)
+        if option in unsupported.SHORT_FLAGS:
+            return unsupported.SHORT_FLAGS[option], "true"
+        negative = option.startswith("--no-")
+        return option.removeprefix("--no-").removeprefix("--").replace("-", "_"), "false" if negative else "true"
+
+    def accepts_in_file(self, option: str, value: object) -> bool:
+        """The same for an entry of a configuration file."""
+        setting, yes = self._setting_of(option)
+        text = json.dumps(value) if isinstance(value, bool | dict) else str(value)
+        known = _dashed(option) in self._known or all(flag.own for flag in self.flags)
+        return not known and self._accepts(option, setting, _opposite(text) if yes == "false" else text)
+
+    def _accepts(self, name: str, setting: str, value: str) -> bool:
+        """Whether a setting of vLLM is accepted with this value, without effect. Notes it for the user."""
+        note = unsupported.no_effect(setting, value.lower())
+        if note is not None:
+            self.notes.append(f"{name} has no effect: {note}")
+        return note is not None
 
     def _normalized(self, arguments: Sequence[str]) -> Iterator[str]:
         """The arguments as argparse takes them, with dashes for underscores and --no-x for --x=false. What it would
@@ -103,11 +143,13 @@ class Parser:
         raise UsageError(f"unknown option {name}", self._did_you_mean(spelled))
 
     def _refuse_unsupported(self, option: str) -> None:
-        name = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
+        plain = option.partition(".")[0]  # --compilation-config.mode
+        name = self._setting_of(plain)[0]
         if reason := unsupported.SETTINGS.get(name) if option.startswith("--") else None:
             raise UsageError(*reason.about(option))
-        if option in unsupported.SHORT_FLAGS:
-            name = unsupported.SHORT_FLAGS[option]
+        short = "-O" if plain.startswith("-O") else plain  # -O3
+        if short in unsupported.SHORT_FLAGS:
+            name = unsupported.SHORT_FLAGS[short]
             raise UsageError(*unsupported.SETTINGS[name].about(f"{option} (--{name.replace('_', '-')})"))
 
     def _did_you_mean(self, option: str) -> str:
@@ -155,6 +197,10 @@ def _argparser(prog: str, flags: Sequence[Flag]) -> ArgumentParser:
 
 def _dashed(name: str) -> str:
     return "--" + name[2:].replace("_", "-") if name.startswith("--") else name
+
+
+def _opposite(text: str) -> str:
+    return {"true": "false", "false": "true"}.get(text.lower(), text)
 
 
 def _is_option(word: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.flags.setting import Flag, flags_of
+from jaxserve.flags.setting import Flag, Setting, flags_of
 
 _SCALES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NUMBER = re.compile(r"([+-]?\d[\d_]*(?:\.\d+)?) ?(?:([kmgtKMGT])(i?[bB]?))?", re.ASCII)
@@ -137,9 +137,11 @@ def _fault(flag: Flag, value: Any) -> tuple[str, str] | None:
         return _fault_of_list(flag, value)
     if value == "" and flag.base is str and not flag.setting.empty and not flag.choices:
         return f"{flag.name} is empty", "set it to a value, or remove it"
-    if _right_type(flag, value) and (value in flag.choices if flag.choices else _in_range(flag, value)):
-        return None
-    return f"{flag.name} is {'invalid' if flag.secret else repr(value)}", _expected(flag)
+    shown = f"{flag.name} is {'invalid' if flag.secret else repr(value)}"
+    if not _right_type(flag, value) or (flag.choices and value not in flag.choices):
+        return shown, _expected(flag)
+    outside = _outside(flag.setting, value) if flag.base in (int, float) and not flag.choices else None
+    return None if outside is None else (f"{shown}, {outside}", _expected(flag))
 
 
 def _fault_of_list(flag: Flag, value: Any) -> tuple[str, str] | None:
@@ -161,17 +163,17 @@ def _right_type(flag: Flag, value: Any) -> bool:
     return isinstance(value, flag.base)
 
 
-def _in_range(flag: Flag, value: Any) -> bool:
-    if flag.base not in (int, float):
-        return True
-    bounds = flag.setting
-    return (
-        (bounds.low is None or value >= bounds.low)
-        and (bounds.above is None or value > bounds.above)
-        and (bounds.high is None or value <= bounds.high)
-        and (bounds.below is None or value < bounds.below)
-        and not (bounds.power_of_two and value & (value - 1))
-    )
+def _outside(bounds: Setting, value: Any) -> str | None:
+    """Which bound a number violates."""
+    if bounds.low is not None and value < bounds.low:
+        return f"below the minimum of {bounds.low}"
+    if bounds.above is not None and value <= bounds.above:
+        return f"not above {bounds.above}"
+    if bounds.high is not None and value > bounds.high:
+        return f"above the maximum of {bounds.high}"
+    if bounds.below is not None and value >= bounds.below:
+        return f"not below {bounds.below}"
+    return "not a power of two" if bounds.power_of_two and value & (value - 1) else None
 
 
 def _expected(flag: Flag) -> str:

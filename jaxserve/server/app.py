@@ -35,7 +35,7 @@ ID_HEADER = "X-Request-Id"
 def make_app(serving: Serving) -> web.Application:
     config = serving.config
     routes = all_routes(ui=not config.no_ui)
-    table: dict[tuple[str, str], Route] = {(route.method, route.path): route for route in routes}
+    table = {(route.method, path): route for route in routes for path in _paths(route, config.root_path)}
     origins = Origins(config)
     app = web.Application(
         middlewares=[
@@ -46,11 +46,10 @@ def make_app(serving: Serving) -> web.Application:
         client_max_size=config.max_body_bytes,
     )
     app[SERVING] = serving
-    for route in routes:
-        for path in dict.fromkeys((route.path, f"{route.path.rstrip('/')}/")):  # a trailing slash does no harm
-            app.router.add_route(route.method, path, route.handler, expect_handler=_expect)
-            if route.method == hdrs.METH_GET:
-                app.router.add_route(hdrs.METH_HEAD, path, route.handler)
+    for (method, path), route in table.items():
+        app.router.add_route(method, path, route.handler, expect_handler=_expect)
+        if method == hdrs.METH_GET:
+            app.router.add_route(hdrs.METH_HEAD, path, route.handler)
 
     async def mark(request: web.Request, response: web.StreamResponse) -> None:
         origins.mark(request, response)
@@ -71,11 +70,17 @@ def make_app(serving: Serving) -> web.Application:
     return app
 
 
+def _paths(route: Route, root: str) -> tuple[str, ...]:
+    """The paths of a route: with and without the proxy's prefix, and with a trailing slash, which does no harm."""
+    path = route.path
+    return tuple(dict.fromkeys(form for start in ("", root) for form in (start + path, f"{start}{path.rstrip('/')}/")))
+
+
 def _route(table: dict[tuple[str, str], Route], request: web.Request) -> Route | None:
     """The route that aiohttp matched, never one guessed from the path."""
     resource = request.match_info.route.resource
     method = hdrs.METH_GET if request.method == hdrs.METH_HEAD else request.method
-    return None if resource is None else table.get((method, resource.canonical.rstrip("/") or "/"))
+    return None if resource is None else table.get((method, resource.canonical))
 
 
 def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middleware:
@@ -95,9 +100,10 @@ def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middlewar
                 serving.metrics.served_key(record, status)
             level = logging.WARNING if status in (500, 504) else logging.INFO if route and route.work else logging.DEBUG
             shown = request.rel_url.raw_path if route is None else route.path
-            logs.request_line(
-                record, method=request.method, path=shown, status=status, config=serving.config, level=level
-            )
+            if name not in serving.config.disable_access_log_for:
+                logs.request_line(
+                    record, method=request.method, path=shown, status=status, config=serving.config, level=level
+                )
 
     return observe
 

@@ -4,6 +4,7 @@
 Settings of the model and its engine are EngineConfig's. Nothing is opened or read here except a chat template.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ type LogFormat = Literal["text", "json"]
 type LogLevel = Literal["debug", "info", "warning", "error"]
 type UnknownFields = Literal["warn", "refuse", "ignore"]
 
+ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)+/?")
 KEYS_VARIABLE, ADMIN_KEYS_VARIABLE = "JAXSERVE_API_KEY", "JAXSERVE_ADMIN_API_KEY"
 NO_KEY_VARIABLE = "JAXSERVE_ALLOW_NO_KEY"
 MAX_QUEUED = 1024  # waiting requests, unless the engine's settings say otherwise: memory must be bounded
@@ -42,6 +44,18 @@ class ServerConfig:
     port: Annotated[
         int, Setting("Port to listen on; 0 picks a free port.", "Server", low=0, high=65535, common=True)
     ] = 8000
+    uds: Annotated[
+        str | None,
+        Setting("Path of a Unix domain socket to listen on instead of host and port.", "Server", metavar="PATH"),
+    ] = None
+    root_path: Annotated[
+        str,
+        Setting(
+            "Prefix of the server's routes behind a reverse proxy, such as /llm; they work with and without it.",
+            "Server",
+            empty=True,
+        ),
+    ] = ""
     served_model_name: Annotated[
         tuple[str, ...],
         Setting(
@@ -259,6 +273,14 @@ class ServerConfig:
     max_log_len: Annotated[
         int, Setting("Maximum number of characters of a prompt or an output to log.", "Logging", low=0, high=2**20)
     ] = 200
+    disable_access_log_for: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Routes whose requests are not logged, such as /v1/embeddings, separated by spaces or commas.",
+            "Logging",
+            spellings=("--disable-access-log-for-endpoints",),
+        ),
+    ] = ()
     disable_log_stats: Annotated[
         bool, Setting("Do not log throughput every ten seconds while the server is busy.", "Logging")
     ] = False
@@ -269,6 +291,13 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check(self, ConfigError)
+        paths = [path.strip() for text in self.disable_access_log_for for path in text.split(",") if path.strip()]
+        object.__setattr__(self, "disable_access_log_for", tuple(paths))
+        if wrong := next((path for path in paths if not path.startswith("/")), None):
+            raise ConfigError(f"disable_access_log_for has {wrong!r}, not a path", "start it with /")
+        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path is {self.root_path!r}, not a path", "use a path such as /llm")
+        object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
         prefix = self.metrics_prefix
         if not prefix.isascii() or not prefix.replace("_", "a").isalnum() or prefix[0].isdigit():
             raise ConfigError(f"metrics_prefix is {prefix!r}", "use letters, digits and _, not starting with a digit")

@@ -60,8 +60,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, *, command: 
     try:
         return asyncio.run(Life(engine_config, config, sockets=sockets, context=context, command=command).run())
     finally:
-        for opened in sockets:
-            opened.close()
+        listening.close(config, sockets)
 
 
 class Life:
@@ -119,7 +118,7 @@ class Life:
         ]
 
     def _introduce(self) -> None:
-        url = listening.url(self._config, self._sockets)
+        url = listening.place(self._config, self._sockets)
         others = " and all other addresses of this machine" if listening.everywhere(self._sockets) else ""
         logs.LOG.info("listening on %s%s, loading %s", url, others, self._engine_config.model)
         if not self._config.keyed and not is_loopback(self._config.host):

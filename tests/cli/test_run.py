@@ -3,6 +3,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -104,6 +105,77 @@ def test_the_first_lines_of_output(command: Command, served: Served, model: Path
     assert second == f"settings: model={model}  max_num_seqs=4  port=0  api_key=***"
 
 
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        (["--enable-chunked-prefill"], ["--enable-chunked-prefill has no effect: prompts are always processed in"]),
+        (["--enable_chunked_prefill=True"], ["--enable_chunked_prefill has no effect: prompts are always"]),
+        (["--disable-log-requests"], ["--disable-log-requests has no effect: requests are logged only with"]),
+        (["-pp", "1", "--data-parallel-size=1"], ["-pp has no effect: this is", "--data-parallel-size has no effect"]),
+        (
+            ["--kv-cache-dtype", "auto", "--load-format", "auto", "--tokenizer-mode", "auto"],
+            ["--kv-", "--load", "--tok"],
+        ),
+        (
+            ["--trust-remote-code"],
+            ["--trust-remote-code has no effect: code that comes with a checkpoint is never run"],
+        ),
+        (["--enforce-eager", "--seed", "0"], ["--enforce-eager has no effect"]),
+        (["--no-enforce-eager", "--no-enable-lora"], ["--no-enforce-eager has no", "--no-enable-lora has no"]),
+        (["--limit-mm-per-prompt", '{"image": 0, "video": 0}'], ["--limit-mm-per-prompt has no effect: models read"]),
+        (["--limit-mm-per-prompt", "image=0,video=0"], ["--limit-mm-per-prompt has no effect"]),
+        (["--swap-space", "0", "--cpu-offload-gb=0"], ["--swap-space has no effect", "--cpu-offload-gb has no"]),
+        (["--task", "generate"], ["--task has no effect"]),
+        (["--no-enable-expert-parallel=true"], ["--no-enable-expert-parallel has no effect"]),
+    ],
+)
+def test_flags_that_ask_for_what_is_so_anyway(
+    command: Command, served: Served, model: Path, words: list[str], notes: list[str]
+) -> None:
+    said = command("run", *words, model, "--port", "0")
+    assert said.code == 7, said
+    assert served.engine.model == str(model)
+    lines = [line for line in said.err.splitlines() if line.startswith("note: ")]
+    assert len(lines) == len(notes)
+    for line, note in zip(lines, notes, strict=True):
+        assert line.startswith(f"note: {note}")
+
+
+def test_such_settings_in_a_file(command: Command, served: Served, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "enable-chunked-prefill: true\nno-enable-lora: true\nswap_space: 0\nlimit-mm-per-prompt: {image: 0}\n"
+    )
+    said = command("run", model, "--port", "0", "--config", file)
+    assert said.code == 7 and said.err.count("note: ") == 4, said
+
+
+def test_other_commands_take_them_too(command: Command, model: Path) -> None:
+    said = command("check", model, "--trust-remote-code", "--dtype", "half")
+    assert said.code == 0 and said.err.startswith("note: --trust-remote-code has no effect"), said
+
+
+def test_every_flag_without_effect_has_a_reason_to_be_refused() -> None:
+    """For its other values."""
+    assert unsupported.NO_EFFECT.keys() <= unsupported.SETTINGS.keys()
+    assert set(unsupported.SHORT_FLAGS.values()) <= unsupported.SETTINGS.keys()
+
+
+def test_other_names_of_dtypes(command: Command, served: Served, model: Path) -> None:
+    for name, dtype in (("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16")):
+        assert command("run", model, "--port", "0", "--dtype", name).code == 7
+        assert served.engine.dtype == dtype
+
+
+def test_the_form_of_vllms_module(
+    command: Command, served: Served, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["openai_api_server", "--model", str(model), "--port", "0"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("jaxserve.openai_api_server", run_name="__main__")
+    assert end.value.code == 7 and served.engine.model == str(model)
+
+
 def test_the_demo_is_the_default(command: Command, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxserve.cli.preflight.check_model", lambda _: None)
     assert command("run", "--port", "0").err.startswith("jaxserve 0.1.0  model demo\n")
@@ -157,6 +229,8 @@ def test_spellings_of_warmup(
     [
         ("max-modle-len: 5", ("unknown setting max-modle-len", "did you mean max-model-len?")),
         ("quantization: awq", ("--quantization is not supported yet",)),
+        ("pipeline-parallel-size: 2", ("--pipeline-parallel-size is not supported yet",)),
+        ("enable-chunked-prefill: false", ("--enable-chunked-prefill is not needed",)),
         ("port: [1, 2]", ("--port is [1, 2]",)),
         ("port: yes", ("--port is True",)),
         ("warmup: 3", ("--warmup is 3",)),
@@ -193,9 +267,25 @@ def test_no_such_file(command: Command, tmp_path: Path) -> None:
         (["--speculative-config={}"], ("--speculative-config is not supported yet",)),
         (["-pp", "2"], ("-pp (--pipeline-parallel-size) is not supported yet",)),
         (["--no_enable_chunked_prefill"], ("--no-enable-chunked-prefill is not needed: prompts",)),
-        (["--trust-remote-code"], ("never run",)),
-        (["--block-size", "7"], ("--block-size is 7", "256")),
-        (["--gpu-memory-utilization", "1.5"], ("--gpu-memory-utilization is 1.5",)),
+        (["--pipeline-parallel-size", "2"], ("--pipeline-parallel-size is not supported yet",)),
+        (["--pipeline-parallel-size=2"], ("--pipeline-parallel-size is not supported yet",)),
+        (["-dp"], ("-dp (--data-parallel-size) is not supported yet",)),
+        (["--swap-space", "4"], ("--swap-space is not supported", "recomputed")),
+        (["--kv-cache-dtype", "fp8"], ("--kv-cache-dtype is not supported yet",)),
+        (["--load-format", "dummy"], ("--load-format is not supported",)),
+        (["--limit-mm-per-prompt", '{"image": 1}'], ("--limit-mm-per-prompt is not supported yet",)),
+        (["--enable-lora"], ("--enable-lora is not supported yet",)),
+        (["-O3"], ("-O3 (--optimization-level) is not supported yet",)),
+        (["-O.level=3"], ("-O.level (--optimization-level) is not supported yet",)),
+        (["-cc.mode=3"], ("-cc.mode (--compilation-config) is not supported yet",)),
+        (["--compilation-config.level", "3"], ("--compilation-config.level is not supported yet",)),
+        (["--generation-config", "/absent"], ("--generation-config is '/absent'", "generation_config.json")),
+        (["--root-path", "llm"], ("--root-path is 'llm', not a path",)),
+        (["--disable-access-log-for", "health"], ("--disable-access-log-for has 'health', not a path",)),
+        (["--block-size", "7"], ("--block-size is 7, below the minimum of 8", "256")),
+        (["--block-size", "24"], ("--block-size is 24, not a power of two", "256")),
+        (["--gpu-memory-utilization", "1.5"], ("--gpu-memory-utilization is 1.5, above the maximum of 1",)),
+        (["--port", "70000"], ("--port is 70000, above the maximum of 65535", "from 0 to 65535")),
         (["--num-blocks", "9", "--kv-cache-memory-bytes", "1G"], ("--num-blocks and --kv-cache-memory-bytes",)),
         (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], ("--max-num-batched-tokens is 8",)),
         (["--model", "y"], ("MODEL is given twice: x and --model y",)),

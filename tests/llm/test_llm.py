@@ -130,6 +130,26 @@ def test_default_parameters_are_those_of_the_model(tmp_path: Path) -> None:
         LLM(str(tmp_path), **{**tiny_llm.OPTIONS, "params": params})
 
 
+def test_default_parameters_of_other_files(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for where, given in (
+        (tmp_path, {"temperature": 0.0, "eos_token_id": 7}),
+        (folder, {"top_k": 3, "eos_token_id": 9}),
+    ):
+        (where / "config.json").write_text("{}")
+        (where / "generation_config.json").write_text(json.dumps(given))
+    options = {**tiny_llm.OPTIONS, "params": tiny_llm.params(), "skip_tokenizer_init": True}
+    biased = SamplingParams(temperature=0, max_tokens=4)
+    for setting, params, end in (("vllm", SamplingParams(), 7), (str(folder), SamplingParams(top_k=3), 9)):
+        llm = LLM(str(tmp_path), generation_config=setting, **options)
+        assert llm.get_default_sampling_params() == params
+        [output] = llm.generate([5], replace(biased, logit_bias={end: 100}))
+        assert output.outputs[0].token_ids == [end]  # whichever the setting, answers end
+    with pytest.raises(JaxserveError, match="generation_config"):
+        LLM(str(tmp_path), generation_config=str(tmp_path / "absent"), **options)
+
+
 # --- chat -----------------------------------------------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -4,6 +4,7 @@
 import io
 import json
 import logging
+import signal
 import socket
 import ssl
 import subprocess
@@ -26,6 +27,7 @@ from jaxserve.server.observe.histogram import Histogram, token_counts
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
+from tests.server import live as living
 from tests.server.fake_engine import FakeEngine
 
 
@@ -93,9 +95,9 @@ def test_keys_come_from_the_environment_and_are_not_shown() -> None:
     assert "sk-one" not in repr(config)
     assert ServerConfig(api_key=("mine",)).with_environment({"JAXSERVE_API_KEY": "other"}).api_key == ("mine",)
     assert ServerConfig(api_key_file="file").with_environment({"JAXSERVE_API_KEY": "other"}).api_key == ()
-    config = ServerConfig(api_key=("mine",)).with_environment({"JAXSERVE_ADMIN_API_KEY": "root"})
-    assert (config.api_key, config.admin_api_key, config.keyed) == (("mine",), ("root",), True)
-    assert not ServerConfig(admin_api_key=("root",)).keyed and "root" not in repr(config)
+    config = ServerConfig(api_key=("mine",)).with_environment({"JAXSERVE_ADMIN_API_KEY": "r00t"})
+    assert (config.api_key, config.admin_api_key, config.keyed) == (("mine",), ("r00t",), True)
+    assert not ServerConfig(admin_api_key=("r00t",)).keyed and "r00t" not in repr(config)
     with pytest.raises(ConfigError) as caught:
         ServerConfig(api_key=("secret", ""))
     assert "secret" not in str(caught.value)
@@ -159,6 +161,39 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run([*command, "-out", str(cert), "-keyout", str(key)], check=True, capture_output=True)
     return cert, key
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "server.sock"
+    config = ServerConfig(uds=str(path))
+    sockets = listening.bind(config)
+    assert "server.sock: already in use" in refused(tmp_path, uds=str(path))
+    assert listening.place(config, sockets) == f"the Unix socket {path}" and not listening.everywhere(sockets)
+    sockets[0].close()  # as if the process was killed: the path stays, and does not hinder the next
+    assert path.is_socket()
+    listening.close(config, listening.bind(config))
+    assert not path.exists()
+    path.write_text("not a socket")
+    assert "already in use" in refused(tmp_path, uds=str(path)) and path.read_text() == "not a socket"
+    assert "cannot listen on the Unix socket" in refused(tmp_path, uds=str(tmp_path / ("x" * 200)))
+
+
+def test_a_server_on_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "server.sock"
+    with living.started(tmp_path, fake="slow=0", server={"uds": str(path)}) as server:
+        living.wait(lambda: "listening on the Unix socket" in server.log)
+
+        def get(target: str, host: str = "localhost") -> bytes:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+                client.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                return living.answer(client).body
+
+        living.wait(lambda: b"tiny" in get("/v1/models") and "curl" in server.log)
+        assert f"-H 'Content-Type: application/json' --unix-socket {path} -d" in server.log
+        assert b"Host header not allowed" in get("/v1/models", host="other.example")
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit() == 0 and not path.exists()
 
 
 def test_every_address_of_a_name() -> None:

@@ -27,6 +27,8 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from jaxserve.types.sampling_params import FIELDS
 
+GENERATION_CONFIG = "generation_config.json"
+
 type OnProgress = Callable[[str, int, int], object]  # progress: phase, amount done, total
 
 
@@ -73,7 +75,7 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
         shapes = param_layout.abstract_params(plan.spec)
     if on is None:
         shapes = jax.tree.map(lambda leaf: leaf.update(sharding=SingleDeviceSharding(device)), shapes)
-    return Opened(plan.spec, shapes, on, folder, _eos_token_ids(folder), _sampling_defaults(folder), plan)
+    return Opened(plan.spec, shapes, on, folder, *_generation(config, folder), plan)
 
 
 def read(opened: Opened, on_progress: OnProgress | None = None) -> Params:
@@ -158,7 +160,7 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
     shapes = weights.shapes_of(engine)
     if known is None:
         return Opened(spec, shapes, on), engine
-    return Opened(spec, shapes, on, known, _eos_token_ids(known), _sampling_defaults(known)), engine
+    return Opened(spec, shapes, on, known, *_generation(config, known)), engine
 
 
 def _only_device(params: Params) -> Any:
@@ -169,12 +171,23 @@ def _only_device(params: Params) -> Any:
     return next(iter(devices), None)
 
 
-def _eos_token_ids(folder: Path) -> frozenset[int]:
+def _generation(config: EngineConfig, folder: Path) -> tuple[frozenset[int], dict[str, Any]]:
+    """The tokens that end a text, and the defaults of sampling parameters, from the configured generation config."""
+    named = config.generation_config in ("auto", "vllm")
+    file = (folder if named else Path(config.generation_config).expanduser()) / GENERATION_CONFIG
+    if not named and not file.is_file():
+        raise ConfigError(f"generation_config: there is no {file}", "name a folder that has one, auto or vllm")
+    # Without its stop tokens, the answers of a chat model would not end.
+    ends = _eos_token_ids(file, folder / "config.json")
+    return ends, {} if config.generation_config == "vllm" else _sampling_defaults(file)
+
+
+def _eos_token_ids(*files: Path) -> frozenset[int]:
     """All tokens that end a text, from the generation config and the model's config."""
     found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            raw = hf.read_json(folder / name)
+    for file in files:
+        if file.is_file():
+            raw = hf.read_json(file)
             for part in (raw, raw.get("text_config")):
                 if isinstance(part, Mapping):
                     found |= _ids(cast("Mapping[str, object]", part).get("eos_token_id"))
@@ -186,8 +199,7 @@ def _ids(value: object) -> set[int]:
     return {item for item in items if isinstance(item, int) and not isinstance(item, bool)}
 
 
-def _sampling_defaults(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
+def _sampling_defaults(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     raw = hf.read_json(file)

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import ssl
+from pathlib import Path
 
 from jaxserve.config import ConfigError
 from jaxserve.errors import JaxserveError
@@ -16,7 +17,9 @@ SEND_BUFFER = 128 * 1024
 
 
 def bind(config: ServerConfig) -> list[socket.socket]:
-    """A listening socket for each address that the host name resolves to."""
+    """A listening socket for each address that the host name resolves to, or for the path that is set."""
+    if config.uds is not None:
+        return [_on_path(Path(config.uds).expanduser(), config)]
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -40,6 +43,33 @@ def bind(config: ServerConfig) -> list[socket.socket]:
             opened.close()
         raise _listen_error(error, config) from None
     return sockets
+
+
+def close(config: ServerConfig, sockets: list[socket.socket]) -> None:
+    """Close the sockets, and remove the path of a Unix socket."""
+    for opened in sockets:
+        opened.close()
+    if config.uds is not None:
+        Path(config.uds).expanduser().unlink(missing_ok=True)
+
+
+def _on_path(path: Path, config: ServerConfig) -> socket.socket:
+    """A Unix domain socket, in place of one that no process listens on any more."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+            if other.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        opened.bind(str(path))
+        opened.listen(BACKLOG)
+    except OSError as error:  # also a path that is too long
+        opened.close()
+        reason = "already in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        problem = f"cannot listen on the Unix socket {config.uds}: {reason}"
+        raise JaxserveError(problem, "choose another --uds, or remove the file") from None
+    opened.setblocking(False)
+    return opened
 
 
 def _listening(family: int, address: tuple[object, ...]) -> socket.socket:
@@ -100,8 +130,15 @@ def everywhere(sockets: list[socket.socket]) -> bool:
     return any(opened.getsockname()[0] in ("0.0.0.0", "::") for opened in sockets)
 
 
+def place(config: ServerConfig, sockets: list[socket.socket]) -> str:
+    """Where the server listens, for the log."""
+    return url(config, sockets) if config.uds is None else f"the Unix socket {config.uds}"
+
+
 def url(config: ServerConfig, sockets: list[socket.socket]) -> str:
-    """The server's URL for a client on this machine."""
+    """The server's URL for a client on this machine. With a Unix socket, the host means nothing."""
+    if config.uds is not None:
+        return f"{'https' if config.ssl_certfile else 'http'}://localhost"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{sockets[0].getsockname()[1]}"

@@ -22,7 +22,7 @@ def ready(serving: Serving, url: str, *, everywhere: bool) -> dict[str, str]:
         )
         limits = opened.limits
         facts["limits"] = f"{limits.max_model_len} tokens per sequence, {limits.max_num_seqs} sequences at once"
-    facts["api"] = f"{url}/v1"
+    facts["api"] = f"{url}/v1" + (f" on the Unix socket {config.uds}" if config.uds else "")
     if everywhere:
         facts["host"] = f"{config.host}: reachable on all addresses of this machine"
     if not config.no_ui:
@@ -49,6 +49,8 @@ def _curl(serving: Serving, url: str) -> str:
         path, body["prompt"] = "completions", "Once upon a time"
     body["max_tokens"] = 32
     key = f' -H "Authorization: Bearer ${KEYS_VARIABLE}"' if serving.config.keyed else ""
+    if serving.config.uds:
+        key = f" --unix-socket {shlex.quote(serving.config.uds)}{key}"
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
 
 

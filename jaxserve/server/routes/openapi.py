@@ -50,13 +50,15 @@ ANSWERS = {"/metrics": "text/plain", "/": "text/html"}
 
 async def page(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
-    body = _document(ui=not serving.config.no_ui, admin=serving.access.administers)
+    config, admin = serving.config, serving.access.administers
+    body = _document(ui=not config.no_ui, admin=admin, root=config.root_path)
     return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
 @functools.cache
-def _document(*, ui: bool, admin: bool) -> bytes:
-    return encode(document(route for route in all_routes(ui=ui) if admin or route.scope != "admin"))
+def _document(*, ui: bool, admin: bool, root: str) -> bytes:
+    shown = document(route for route in all_routes(ui=ui) if admin or route.scope != "admin")
+    return encode(shown | ({"servers": [{"url": root}]} if root else {}))
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:

@@ -211,6 +211,26 @@ def test_trailing_slashes(served: Served, path: str) -> None:
     assert (slashed.status, slashed.body) == (plain.status, plain.body) and plain.status == 200
 
 
+def test_routes_behind_a_proxy_that_keeps_its_prefix(async_llm: AsyncLLM) -> None:
+    with Served(async_llm, root_path="/llm/", api_key=("secret",)) as server:
+        for path in ("/v1/models", "/llm/v1/models", "/llm/v1/models/"):
+            assert server.get(path).status == 401
+            assert server.get(path, Authorization="Bearer secret").json["data"][0]["id"] == "tiny"
+        assert server.get("/llm/health").status == 200 and b"<html" in server.get("/llm/").body
+        for path in ("/llmv1/models", "/other/v1/models", "/llm/llm/v1/models"):
+            assert server.get(path, Authorization="Bearer secret").status == 404
+        document = server.get("/llm/openapi.json", Authorization="Bearer secret").json
+        assert document["servers"] == [{"url": "/llm"}] and "/v1/models" in document["paths"]
+
+
+def test_routes_that_are_not_logged(async_llm: AsyncLLM, caplog: pytest.LogCaptureFixture) -> None:
+    quiet = ("/v1/completions, /tokenize",)
+    with Served(async_llm, disable_access_log_for=quiet) as server, caplog.at_level(logging.INFO, "jaxserve.server"):
+        for path, body in ((COMPLETIONS, completion()), ("/tokenize", {"prompt": "x"}), (CHAT, chat())):
+            assert server.post(path, body).status == 200
+    assert [record.getMessage() for record in caplog.records] == ["POST /v1/chat/completions"]
+
+
 def test_a_trailing_slash_after_an_address_with_a_body(served: Served) -> None:
     assert served.post(f"{COMPLETIONS}/", completion()).status == 200
     check_error(served.send("PUT", f"{COMPLETIONS}/"), 405)
