@@ -93,7 +93,7 @@ class Engine:
                 self.runner.allocate()
             else:
                 shown = _Progress(report, on_progress, reading)
-                self.runner.warm(shown, reading, keys=self.runner.covering() if config.warmup == "staged" else None)
+                self._warm(shown, reading)
                 shown.close()
         self.scheduler = Scheduler(
             limits, score_rows=capacity.buckets.score_rows, seed=config.seed, hash_seed=config.prefix_hash_seed
@@ -111,6 +111,14 @@ class Engine:
             self._recorder = Recorder(config, limits, self.model.spec, has_folder=params is None)
         self.error: str | None = None
         self._background = self._compile_the_rest() if config.warmup == "staged" else None
+
+    def _warm(self, progress: "_Progress", reading: Future[Params]) -> None:
+        runner = self.runner
+        if self.config.warmup == "all":
+            runner.warm(progress, reading)
+        else:  # recorded steps must run the same programs again in a replay
+            by_layers = runner.compiles_by_layers and not self.config.record_steps
+            runner.warm(progress, reading, keys=runner.covering(), by_layers=by_layers)
 
     def _compile_the_rest(self) -> Background[ProgramKey] | None:
         background = self.runner.missing(self.report)

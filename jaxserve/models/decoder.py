@@ -30,7 +30,7 @@ from jaxserve.models.mlp import FeedForward
 from jaxserve.models.moe import MixtureOfExperts
 from jaxserve.models.recurrent import Stateful
 from jaxserve.models.rope import Angles, angles
-from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec, Norm, Recurrent
+from jaxserve.models.spec import Attention, LatentAttention, Layer, Mlp, ModelSpec, Norm, Recurrent, Rope
 from jaxserve.models.weight import AxisSizes, param, store, weight
 from jaxserve.parallel import mesh
 from pallas_kernels.checks import is_concrete
@@ -73,7 +73,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             attended, cache = self.attention(normed, turn, core)  # pyright: ignore[reportArgumentType]
         if wanted is not None:
-            x, normed, attended = (_rows(value, wanted) for value in (x, normed, attended))
+            x, normed, attended = (rows_at(value, wanted) for value in (x, normed, attended))
         if spec.parallel:
             source = normed if self.mlp_in is None else self.mlp_in(x)
             with jax.named_scope("mlp"):
@@ -103,6 +103,20 @@ class Body(nnx.Module):
         self.embed_in = Linear(model, narrow, dtype=dtype) if spec.embed_dim else None
         self.layers = nnx.List([Block(layer, spec.hidden, fitted, dtype=dtype) for layer in spec.layers])
 
+    def enter(
+        self, tokens: jax.Array, positions: jax.Array, rope_lengths: jax.Array | None
+    ) -> tuple[jax.Array, dict[Rope | None, Angles]]:
+        """The first block's input, and the angles of each kind of RoPE."""
+        spec = self.spec
+        x = self.embed(tokens)
+        if spec.embed_scale != 1.0:
+            x = x * jnp.asarray(spec.embed_scale, x.dtype)
+        if self.embed_in is not None:
+            x = self.embed_in(x)
+        if self.positions is not None:
+            x = x + self.positions(positions + spec.position_offset)
+        return x, {rope: angles(rope, positions, rope_lengths) for rope in ropes(spec)}
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -118,22 +132,12 @@ class Body(nnx.Module):
         `wanted` [n]: indices of the tokens [T] to return hidden states of; default: all. The last block computes KV for
         every token, but what follows its attention only for these.
         """
-        spec = self.spec
-        x = self.embed(tokens)
-        if spec.embed_scale != 1.0:
-            x = x * jnp.asarray(spec.embed_scale, x.dtype)
-        if self.embed_in is not None:
-            x = self.embed_in(x)
-        if self.positions is not None:
-            x = x + self.positions(positions + spec.position_offset)
-        ropes = dict.fromkeys(layer.attention.rope for layer in spec.layers)
-        turns = {rope: angles(rope, positions, rope_lengths) for rope in ropes if rope is not None}
+        x, turns = self.enter(tokens, positions, rope_lengths)
         run = partial(_run_block, remat=remat)
         for place, block in enumerate(self.layers):
             declared, state = nnx.split(block)
-            rope = block.spec.attention.rope
             with jax.named_scope(f"layer{place}"):  # shown in traces
-                turn = None if rope is None else turns[rope]
+                turn = turns.get(block.spec.attention.rope)
                 only = wanted if place == len(self.layers) - 1 else None
                 x, updated = run(declared, nnx.to_pure_dict(state), x, turn, cores.of(place), only)
             cores.keep(place, updated)
@@ -191,7 +195,7 @@ def _run_block(
     return (jax.checkpoint(run) if remat else run)(params, x, turn, core, wanted)
 
 
-def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
+def rows_at(x: jax.Array, places: jax.Array) -> jax.Array:
     """The rows at `places`, which must be in bounds."""
     return x.at[places].get(mode="promise_in_bounds")
 
@@ -241,6 +245,26 @@ def bind[Part: Body | Head](part: type[Part], spec: ModelSpec, params: Params) -
     return nnx.merge(graph, mine)
 
 
+@cache
+def kinds(spec: ModelSpec) -> tuple[Any, ...]:
+    """Of each layer what `layer` needs to know of it. Equal layers have equal kinds."""
+    body = nnx.merge(*_declare(Body, spec, Fit()))
+    return tuple(nnx.split(block)[0] for block in body.layers)
+
+
+def ropes(spec: ModelSpec) -> tuple[Rope, ...]:
+    """The kinds of RoPE that the layers use."""
+    used = dict.fromkeys(layer.attention.rope for layer in spec.layers)
+    return tuple(rope for rope in used if rope is not None)
+
+
+def layer(
+    kind: Any, params: Params, x: jax.Array, turn: Angles | None, core: Core | Stateful
+) -> tuple[jax.Array, LayerCache | None]:
+    """One layer of `hidden`, with its part of the parameters: all tokens' hidden states, and the layer's cache."""
+    return _run_block(kind, params, x, turn, core, None, remat=False)
+
+
 def check_engine(spec: ModelSpec, params: Params) -> None:
     """Check by its names that the tree is in engine layout for this spec."""
     _check_structure(declare(spec, Fit()), params)
@@ -273,7 +297,7 @@ def hidden(
     wanted = inputs.sampled
     early = len(wanted) < len(inputs.tokens)
     x = body(inputs.tokens, inputs.positions, cores, wanted=wanted if early else None, rope_lengths=inputs.rope_lengths)
-    return x if early else _rows(x, wanted), cores.pools
+    return x if early else rows_at(x, wanted), cores.pools
 
 
 def logits(spec: ModelSpec, params: Params, rows: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from benchmarks.gpu.dumps import launch_plan
 from benchmarks.published import llama_8b
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.execute import programs
+from jaxserve.engine.execute.model_programs import StepSpec
 from jaxserve.engine.schedule import need, packing
 from jaxserve.models import kv_cache, param_layout
 from jaxserve.models.cache_groups import groups_of, one_group
@@ -91,7 +92,7 @@ def check(name: str, compiled: Compiled) -> launch_plan.LaunchPlan:
 
 def check_model(name: str, shape: packing.Layout) -> None:
     arguments = params(), pools(), ints(1, BUCKETS.rows, WIDTH), ints(BUCKETS.rows, 2), ints(shape.size)
-    program = partial(programs.model, SPEC, one_group(SPEC), shape, BUCKETS.entries, 0)
+    program = partial(programs.model, StepSpec(SPEC, one_group(SPEC), shape, BUCKETS.entries, 0, BLOCK_SIZE))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     # The block tables of all rows are gathered: the largest array except for those that a layer computes.
     largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
@@ -125,7 +126,7 @@ def test_layers_with_a_window_beside_others() -> None:
     own = param_layout.abstract_params(spec, jnp.bfloat16)
     pools = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16, groups=groups)
     arguments = own, pools, ints(2, BUCKETS.rows, WIDTH), ints(BUCKETS.rows, 2), ints(shape.size)
-    program = partial(programs.model, spec, groups, shape, BUCKETS.entries, 0)
+    program = partial(programs.model, StepSpec(spec, groups, shape, BUCKETS.entries, 0, BLOCK_SIZE))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     assert copied(compiled, 2 * BUCKETS.rows * WIDTH + 1) == []
     assert compiled.alias_bytes == nbytes(pools) + 2 * 4 * BUCKETS.rows * WIDTH

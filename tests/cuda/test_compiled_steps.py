@@ -19,6 +19,7 @@ import pytest
 
 from benchmarks.published import MODELS
 from jaxserve.engine.execute import programs
+from jaxserve.engine.execute.model_programs import StepSpec
 from jaxserve.engine.schedule import need, packing
 from jaxserve.engine.schedule.need import Variant
 from jaxserve.models import kv_cache, param_layout
@@ -39,7 +40,7 @@ def compile_model(spec: ModelSpec) -> tuple[Compiled, Any, Any]:
     params = param_layout.abstract_params(spec, jnp.bfloat16)
     cache = kv_cache.abstract_cache(spec, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
     decode = packing.decode_layout(ROWS)
-    program = partial(programs.model, spec, one_group(spec), decode, ENTRIES, 0)
+    program = partial(programs.model, StepSpec(spec, one_group(spec), decode, ENTRIES, 0, BLOCK_SIZE))
     arguments = params, cache, ints(1, ROWS, WIDTH), ints(ROWS, 2), ints(decode.size)
     return compile_for_h200(program, *arguments, donate=(1, 2)), params, cache
 

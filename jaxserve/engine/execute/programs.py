@@ -2,6 +2,7 @@
 """All programs that an engine runs on the devices, as pure functions. compiler.py makes executables of them.
 
     model     (body, cache, tables, last, vector) -> hidden, entries, cache, tables       decode[B], mixed[T]
+              in model_programs.py; also in pieces that equal layers share
     head      (head, last, controls, hidden, entries) -> last, controls, result           head[S, variant]
     embed     (head, hidden) -> embeddings                                                embed[S]
     fresh     () -> cache, tables, last, controls            zeros
@@ -21,7 +22,7 @@ layout see packing.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,121 +30,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.engine.execute.model_programs import Cache, begin, edited, finish, layer, model
 from jaxserve.engine.schedule import drafts, packing
 from jaxserve.engine.schedule.need import Variant
-from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES, TOKEN, Layout
+from jaxserve.engine.schedule.packing import FIXED, GIVEN, POSITION, ROW, SAMPLES
 from jaxserve.models import decoder, kv_cache
-from jaxserve.models.cache_groups import Groups
 from jaxserve.models.decoder import Params
-from jaxserve.models.inputs import ModelInputs, PagedTokens
-from jaxserve.models.kv_cache import LayerCache
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
 from jaxserve.sampling import controls as sampling_controls
 from jaxserve.sampling.columns import COLUMNS, OF_PARAMS
 from jaxserve.sampling.controls import Controls
 from pallas_kernels import sampling
-from pallas_kernels.ragged import Ragged
-
-type Cache = list[LayerCache]
 
 
 def fresh(tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Cache, jax.Array, jax.Array, Controls]:
     """The initial state: zeros of these shapes."""
     return jax.tree.unflatten(tree, map(mesh.zeros, shapes))
-
-
-def model(
-    spec: ModelSpec,
-    groups: Groups,
-    layout: Layout,
-    most: int,
-    rope_length: int,
-    params: Params,
-    cache: Cache,
-    tables: jax.Array,
-    last: jax.Array,
-    vector: jax.Array,
-) -> tuple[jax.Array, jax.Array, Cache, jax.Array]:
-    """Pads the entries to `most`, so that they have the same shape in all layouts, and fills in their positions.
-
-    `rope_length` is the length that length-dependent RoPE assumes: one for all sequences, so that it does not depend on
-    max_tokens and cached keys stay valid."""
-
-    def prepare(tables: jax.Array, last: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array, ModelInputs]:
-        parts = {name: vector[at] for name, at in packing.places(layout).items()}
-        tables = edited(tables, parts["cells"], parts["blocks"])
-        entries = parts["entries"].reshape(layout.entries, len(packing.ENTRY))
-        padding = most - layout.entries
-        entries = jnp.pad(entries, ((0, padding), (0, 0)), constant_values=-1)
-        inputs = _inputs(groups, layout, kv_cache.block_size(cache), parts, tables, last, entries)
-        # What an entry samples or scores is the token after its own.
-        positions = inputs.positions.at[inputs.sampled].get(mode="promise_in_bounds") + 1
-        columns = jax.lax.broadcasted_iota(jnp.int32, entries.shape, 1)
-        entries = jnp.where(columns == POSITION, positions[:, None], entries)
-        if spec.needs_rope_length:
-            inputs = replace(inputs, rope_lengths=jnp.full(layout.tokens, rope_length, jnp.int32))
-        return tables, entries, inputs
-
-    tables, entries, inputs = mesh.island(prepare, P(), P())(tables, last, vector)
-    hidden, cache = decoder.hidden(spec, params, cache, inputs)
-    return hidden, entries, cache, tables
-
-
-def _inputs(
-    groups: Groups,
-    layout: Layout,
-    block_size: int,
-    parts: dict[str, jax.Array],
-    tables: jax.Array,
-    last: jax.Array,
-    entries: jax.Array,
-) -> ModelInputs:
-    rows, kv_lens, starts = parts["rows"], parts["kv_lens"], parts["starts"]
-    last = last.at[rows].get(mode="clip")
-    kv_lens = jnp.where(kv_lens < 0, last[:, 1] - kv_lens, kv_lens)
-    place = jnp.arange(layout.tokens, dtype=jnp.int32)
-    if layout.decode:
-        line, real = place, kv_lens > 0
-        positions = jnp.maximum(kv_lens - 1, 0)
-    else:
-        # Not a binary search, which would be a loop on the device.
-        line = jnp.searchsorted(starts[1:], place, side="right", method="compare_all").astype(jnp.int32)
-        real = line < layout.rows
-        line = jnp.minimum(line, layout.rows - 1)
-        positions = jnp.where(real, kv_lens[line] - (starts[line + 1] - place), 0)
-
-    def paged(tables: jax.Array) -> PagedTokens:
-        block_tables = tables.at[rows].get(mode="clip")
-        blocks = block_tables[line, positions // block_size]
-        return PagedTokens(
-            slots=jnp.where(real, blocks * block_size + positions % block_size, -1),
-            ragged=Ragged(
-                block_tables=block_tables,
-                kv_lens=kv_lens,
-                cu_q_lens=starts,
-                distribution=parts["distribution"],
-                decode_only=layout.decode,
-            ),
-        )
-
-    fed = last[:, 0] if layout.decode else last[line, 0]
-    return ModelInputs(
-        tokens=jnp.where(parts["tokens"] < 0, fed, parts["tokens"]),
-        positions=positions,
-        paged=tuple(map(paged, tables)),
-        groups=groups,
-        rows=rows if groups.states else None,
-        sampled=jnp.maximum(entries[:, TOKEN], 0),
-    )
-
-
-def edited(tables: jax.Array, cells: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Apply block table edits. A cell is an index of the flattened tables; negative ones are skipped."""
-    _, count, width = tables.shape
-    rows = cells // width
-    groups = jnp.where(cells < 0, tables.shape[0], rows // count)
-    return tables.at[groups, rows % count, cells % width].set(blocks, mode="drop")
 
 
 def edit(cache: Cache, tables: jax.Array, vector: jax.Array) -> tuple[Cache, jax.Array]:
@@ -267,6 +170,9 @@ def _bits(values: jax.Array) -> jax.Array:
 DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: (),
     model: ("cache", "tables"),
+    begin: ("tables",),
+    layer: ("cache",),
+    finish: (),
     head: ("last", "controls"),
     embed: (),
     edit: ("cache", "tables"),
@@ -277,7 +183,9 @@ DONATED: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 STATIC: dict[Callable[..., Any], tuple[str, ...]] = {
     fresh: ("tree", "shapes"),
-    model: ("spec", "groups", "layout", "most", "rope_length"),
+    model: ("step",),
+    begin: ("step",),
+    layer: ("kind",),
     head: ("spec", "rows", "variant", "processed"),
     embed: ("spec", "rows"),
 }

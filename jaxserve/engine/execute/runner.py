@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -29,9 +30,11 @@ from jaxserve import machine
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.buckets import SMALLEST_MIXED, Available, Kind
 from jaxserve.engine.capacity import Capacity
-from jaxserve.engine.execute import compiler, programs
+from jaxserve.engine.execute import compiler, layerwise, programs
 from jaxserve.engine.execute.background import Background
+from jaxserve.engine.execute.layerwise import Layerwise
 from jaxserve.engine.execute.loading import Opened
+from jaxserve.engine.execute.model_programs import StepSpec
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.programs import Program
 from jaxserve.engine.execute.weights import device_of, shapes_of
@@ -235,14 +238,33 @@ class Runner:
 
     def missing(self, report: Callable[[str], None]) -> Background[ProgramKey]:
         """Compiles the missing programs: those for common requests first, and of these the smallest."""
-        keys = [key for key in self.every_key() if key not in self._executables]
+        keys = [key for key in self.every_key() if key not in self._whole]
         with self.on_mesh():
             wanted = [(key, self.program(key)) for key in sorted(keys, key=_rank)]
             return Background(wanted, where=compiler.current(), store=self._store, report=report)
 
     @property
+    def _whole(self) -> set[ProgramKey]:
+        """The programs that it has, except those in pieces."""
+        return {key for key, executable in self._executables.items() if not isinstance(executable, Layerwise)}
+
+    @property
     def num_compiled(self) -> int:
-        return len(self._executables.keys() - {"fresh"})
+        return len(self._whole - {"fresh"})
+
+    @property
+    def compiles_by_layers(self) -> bool:
+        """Whether programs of layers compile faster in pieces. On a GPU the whole ones must be known, for their memory;
+        of a mesh, pieces are not built."""
+        return self.mesh is None and self.on_cpu and layerwise.worth_it(self.spec)
+
+    def _layerwise(self, layout: Layout) -> Layerwise:
+        arguments = self._body_shapes, *self._state[:3], self._vector(layout.size)
+        return Layerwise(self._step(layout), arguments, self._everywhere)
+
+    def _step(self, layout: Layout) -> StepSpec:
+        limits = self.limits
+        return StepSpec(self.spec, self.groups, layout, self.buckets.entries, limits.rope_length, limits.block_size)
 
     def warm(
         self,
@@ -250,20 +272,34 @@ class Runner:
         weights: Future[Params] | None = None,
         *,
         keys: list[ProgramKey] | None = None,
+        by_layers: bool = False,
     ) -> None:
         """Compile all programs while `weights`, if given, are read; then allocate the state. Programs that are compiled
-        later, during a step, are counted in `compiled_late`. `keys`: only these, and steps use no others."""
+        later, during a step, are counted in `compiled_late`. `keys`: only these, and steps use no others. `by_layers`:
+        those of layers in pieces, until the whole programs, which stay `missing`, are adopted."""
         if keys is not None:
             self.available = Available(map(bucket_of, keys))
         keys = [*(self.every_key() if keys is None else keys), "fresh"]
         keys = [key for key in keys if key not in self._executables]
         with self.on_mesh():
-            wanted = [self.program(key) for key in keys]
-            workers = min(16, machine.cpus())
+            pieces = {key: self._layerwise(key) for key in keys if by_layers and isinstance(key, Layout)}
+            whole = [key for key in keys if key not in pieces]  # they take longer, so come first
+            wanted = {key: [self.program(key)] for key in whole} | {key: pieces[key].programs for key in pieces}
             compiled = compiler.compile_all(
-                wanted, workers=workers, store=self._store, progress=progress, beside=weights
+                list(chain.from_iterable(wanted.values())),
+                workers=min(16, machine.cpus()),
+                store=self._store,
+                progress=progress,
+                beside=weights,
             )
-        self._executables |= dict(zip(keys, compiled, strict=True))
+        made = iter(compiled)
+        for key, parts in wanted.items():
+            executables = list(islice(made, len(parts)))
+            if isinstance(key, Layout) and key in pieces:
+                pieces[key].executables = executables
+                self._executables[key] = pieces[key]
+            else:
+                self._executables[key] = executables[0]
         if weights is not None:
             self.params = weights.result()
         if self.last is self._state[2]:
@@ -274,7 +310,7 @@ class Runner:
 
     @property
     def on_cpu(self) -> bool:
-        return next(iter(self.last.devices())).platform == "cpu"
+        return next(iter(self._everywhere.device_set)).platform == "cpu"
 
     def adopt(self, key: ProgramKey, executable: Any) -> None:
         """Let steps use this program from the next one on."""
@@ -333,8 +369,7 @@ class Runner:
         match key:
             case Layout():
                 given = (self._body_shapes, cache, tables, last, self._vector(key.size))
-                static = (spec, self.groups, key, most, self.limits.rope_length)
-                return self._with_shapes(programs.model, static, *given)
+                return self._with_shapes(programs.model, (self._step(key),), *given)
             case ("embed", int(rows)):
                 return self._with_shapes(programs.embed, (spec, rows), self._head_shapes, self._hidden())
             case (int(rows), Variant() as head):
