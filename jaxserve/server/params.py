@@ -100,6 +100,7 @@ class Order:
     deadline: float | None = None
     add_special_tokens: bool = True
     priority: int = 0
+    tenant: str = ""
     cache_salt: str | None = None
     truncate: int | None = None  # truncate the prompt to this many tokens; negative: to as many as fit
     keep_right: bool = True  # truncation keeps the end of the prompt
@@ -123,6 +124,7 @@ def order(request: web.Request, body: Ordered, *, kind: str, add_special_tokens:
         deadline=deadline(request),
         add_special_tokens=add_special_tokens if body.add_special_tokens is None else body.add_special_tokens,
         priority=body.priority or 0,
+        tenant=request[RECORD].key or "",
         cache_salt=body.cache_salt,
         truncate=body.truncate_prompt_tokens,
         keep_right=body.truncation_side != "right",
@@ -203,6 +205,7 @@ def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingPar
         sampling,
         request_id=f"{order.name}-{preparer.next_id()}",  # two clients may send the same id
         priority=order.priority,
+        tenant=order.tenant,
         deadline=order.deadline,
         score_only=order.score_only,
         embed=order.embed,

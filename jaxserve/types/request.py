@@ -34,6 +34,7 @@ class Request:
     priority: int = 0  # lower runs first under the "priority" policy
     spans: tuple[Span, ...] = ()
     cache_salt: str | None = None  # requests share cached prompts only with those of the same salt
+    tenant: str = ""  # whose request it is: tenants take turns
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None  # on the monotonic clock
     score_only: bool = False  # generate nothing; return only the prompt's log probabilities

@@ -588,6 +588,9 @@ class FakeEngine:
         later = queue._searches  # pyright: ignore[reportPrivateUsage]
         assert scheduler.queued == len(waiting + later)
         assert queue.tokens == sum(sequence.prompt_len for sequence in waiting + later)
+        tenants = Counter((sequence.order[0], sequence.request.tenant) for sequence in waiting + later)
+        shares = {key: share.waiting for key, share in queue.turns._shares.items() if share.waiting}  # pyright: ignore[reportPrivateUsage]
+        assert shares == tenants
         beside = [sibling for sequence in alive for sibling in sequence.siblings]
         parked = [sequence for sequence in alive if sequence.held and sequence.reported == len(sequence.tokens)]
         for sequence in alive:

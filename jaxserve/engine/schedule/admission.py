@@ -64,9 +64,11 @@ def _check_something_is_left(request: Request, limits: Limits) -> None:
 
 def _check_kinds(request: Request) -> None:
     """Check the fields outside the sampling parameters, which check themselves."""
-    values: dict[str, object] = {name: getattr(request, name) for name in ("id", "cache_salt", "priority", "deadline")}
-    if not isinstance(values["id"], str):
-        raise _refused("request_id", values["id"], "a string")
+    names = ("id", "tenant", "cache_salt", "priority", "deadline")
+    values: dict[str, object] = {name: getattr(request, name) for name in names}
+    for name in ("id", "tenant"):
+        if not isinstance(values[name], str):
+            raise _refused("request_id" if name == "id" else name, values[name], "a string")
     salt, priority, deadline = values["cache_salt"], values["priority"], values["deadline"]
     if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
         raise _refused("cache_salt", salt, f"a string of 1 to {MAX_SALT} characters")

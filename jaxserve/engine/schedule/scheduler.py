@@ -9,9 +9,9 @@ A plan is a promise: `schedule` counts its work as done (`computed`, `pending`),
 before the result arrives. A sequence's epoch tells whether it has left its row since; then the result is dropped. With
 drafts the promise is an upper bound: the devices know how many were right, and `commit` corrects the count.
 
-Running sequences are kept and planned in order of arrival (or priority, then arrival). When blocks run out, the last
-sequence is preempted and recomputed later. So the first always makes progress, none starves, and a planned sequence
-stays planned.
+Running sequences are kept and planned in order of priority, turns between tenants (turns.py), and arrival. When blocks
+run out, the last sequence is preempted and recomputed later. So the first always makes progress, none starves, and a
+planned sequence stays planned.
 """
 
 import random
@@ -80,14 +80,15 @@ class Scheduler:
         admission.check(request, limits)
         if request.id in self.requests:
             raise RequestError("request_id", f"request {request.id!r} is already in flight", "use another id")
-        self._waiting.check_room(len(request.prompt_token_ids))
+        priority = request.priority if limits.priority else 0
+        self._waiting.check_room(request, priority)
         self._arrivals += 1
+        turn = self._waiting.turns.take(request.tenant, priority, hold or params.n)
         seed = self._random.getrandbits(32) if params.seed is None else params.seed
         seed ^= (seed >> 32) & 0xFFFF_FFFF
-        priority = request.priority if limits.priority else 0
         group: list[Sequence] = []
         for index in range(params.n):
-            order, first = (priority, self._arrivals, index), group[0] if group else None
+            order, first = (priority, turn, self._arrivals, index), group[0] if group else None
             sequence = Sequence(
                 request,
                 index=index,
@@ -167,7 +168,7 @@ class Scheduler:
         else:
             del self.requests[request.id]
             if request.deadline is not None:
-                self._deadlines.remove(request.deadline, sequence.order[1], request.id)
+                self._deadlines.remove(request.deadline, sequence.order[2], request.id)
             if sequence.held:
                 self._waiting.end_search(sequence)
                 self._start_searches()
@@ -203,6 +204,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         if not sequence.epoch:
             sequence.scheduled = self._now
+            self._waiting.turns.begin(sequence)
         insort(self.running, sequence, key=order_of)
         self._arrived.append(sequence)
         self._drafters += sequence.drafter is not None
@@ -529,7 +531,7 @@ class Scheduler:
         request, group = sequence.request, self.requests[sequence.request.id]
         if any(other.index == index for other in group):
             raise RuntimeError(f"request {request.id!r} already has sample {index}")
-        order = (*sequence.order[:2], index)
+        order = (*sequence.order[:-1], index)
         twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed, leader=sequence)
         twin.held, twin.tokens, twin.reported = sequence.held, list(sequence.tokens), sequence.reported
         group.append(twin)

@@ -70,7 +70,7 @@ class Sequence:
         request: Request,
         *,
         index: int,
-        order: tuple[int, int, int],
+        order: tuple[int, int, int, int],
         limits: Limits,
         seed: int,
         leader: "Sequence | None" = None,
@@ -141,8 +141,8 @@ class Sequence:
         return self.scored < self.prompt_len
 
 
-def order_of(sequence: Sequence) -> tuple[int, int, int]:
-    """The order of scheduling: priority, arrival, index of the sample."""
+def order_of(sequence: Sequence) -> tuple[int, int, int, int]:
+    """The order of scheduling: priority, turn of the tenant, arrival, index of the sample."""
     return sequence.order
 
 

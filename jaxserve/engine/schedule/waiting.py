@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.sequence import Sequence, order_of
+from jaxserve.engine.schedule.turns import Turns
 from jaxserve.errors import OverloadedError
+from jaxserve.types.request import Request
 
 
 class Waiting:
@@ -20,6 +22,7 @@ class Waiting:
         self._searches: list[Sequence] = []  # beam searches that have not started
         self._begun = 0  # the beams of all searches that have started
         self.tokens = 0  # prompt tokens of all waiting sequences
+        self.turns = Turns()
 
     def __len__(self) -> int:
         """The number of sequences that can take a row now; searches that have not started are not counted."""
@@ -33,10 +36,12 @@ class Waiting:
     def first(self) -> Sequence:
         return self._queue[0]
 
-    def check_room(self, tokens: int) -> None:
-        """Raise OverloadedError unless the queue has room for a request with `tokens` prompt tokens."""
+    def check_room(self, request: Request, priority: int) -> None:
+        """Raise OverloadedError unless the queue has room for a request. A full queue has room for one request of each
+        tenant that has none in it, so that nobody can shut others out."""
+        tokens, first = len(request.prompt_token_ids), not self.turns.waits(request.tenant, priority)
         count, most = self.count, self._limits.max_num_queued_reqs
-        if most is not None and count >= most:
+        if most is not None and count >= most and not (first and count):
             problem = f"queue full ({count} of {most} waiting)"
             raise OverloadedError("prompt", problem, "retry later, or raise max_num_queued_reqs")
         most = self._limits.max_num_queued_tokens
@@ -46,18 +51,26 @@ class Waiting:
 
     def put(self, sequence: Sequence) -> None:
         insort(self._queue, sequence, key=order_of)
-        self.tokens += sequence.prompt_len
+        self._joined(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         del self._queue[bisect_left(self._queue, sequence.order, key=order_of)]
+        self._left(sequence)
+
+    def _joined(self, sequence: Sequence) -> None:
+        self.tokens += sequence.prompt_len
+        self.turns.join(sequence)
+
+    def _left(self, sequence: Sequence) -> None:
         self.tokens -= sequence.prompt_len
+        self.turns.leave(sequence)
 
     # Beams of a search wait for each other's tokens. With more beams than rows, searches would keep preempting and
     # recomputing each other. So searches start in order, and only while there are rows for all their beams.
 
     def put_search(self, leader: Sequence) -> None:
         insort(self._searches, leader, key=order_of)
-        self.tokens += leader.prompt_len
+        self._joined(leader)
 
     def next_searches(self) -> Iterator[Sequence]:
         """The searches that can start now."""
@@ -66,7 +79,7 @@ class Waiting:
             if self._begun and self._begun + leader.held > self._limits.max_num_seqs:
                 return
             del self._searches[0]
-            self.tokens -= leader.prompt_len
+            self._left(leader)
             self._begun += leader.held
             yield leader
 
@@ -74,7 +87,7 @@ class Waiting:
         """Called when a search's last beam has ended, or when the search ends before it started."""
         if last in self._searches:
             self._searches.remove(last)
-            self.tokens -= last.prompt_len
+            self._left(last)
         else:
             self._begun -= last.held
 

@@ -38,7 +38,7 @@ def batcher() -> Batcher:
 
 def sequence(row: int, prompt: list[int], **params: Any) -> Sequence:
     request = Request(id=f"row {row}", prompt_token_ids=prompt, params=SamplingParams(**params))
-    made = Sequence(request, index=0, order=(0, row, 0), limits=LIMITS, seed=params.get("seed", 0))
+    made = Sequence(request, index=0, order=(0, row, row, 0), limits=LIMITS, seed=params.get("seed", 0))
     made.row = row
     return made
 

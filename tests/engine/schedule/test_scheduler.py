@@ -41,7 +41,7 @@ def test_a_request_without_room_costs_nothing_and_disturbs_nothing() -> None:
     pool, looked_up = tables.pool, 0
 
     def sequence(prompt: list[int]) -> Sequence:
-        return Sequence(request("x", prompt), index=0, order=(0, 0, 0), limits=bounds, seed=0)
+        return Sequence(request("x", prompt), index=0, order=(0, 0, 0, 0), limits=bounds, seed=0)
 
     for prompt in ([7] * 24, [8] * 9):  # six blocks, then two that were used more recently
         first = sequence([*prompt, 1])

@@ -98,6 +98,7 @@ adds = st.builds(
     request=st.fixed_dictionaries(
         dict(
             priority=st.integers(-1, 1),
+            tenant=st.sampled_from(["", "", "a", "b"]),
             cache_salt=st.sampled_from([None, None, None, "salt"]),
             score_only=st.sampled_from([False] * 7 + [True]),
             embed=st.sampled_from([False] * 7 + [True]),
