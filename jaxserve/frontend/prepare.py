@@ -21,7 +21,7 @@ from jaxserve.engine.schedule import admission
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.frontend import beam_search
 from jaxserve.text import tokenizer as tokenizers
-from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Encoded, Tokenizer
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
 
@@ -119,7 +119,7 @@ class Preparer:
             list(zip(prompts, params, levels, strict=False)),
         )
 
-    def _parsed(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+    def _parsed(self, prompt: Prompt) -> tuple[str | None, Sequence[int], str | None]:
         """Text, ids, cache salt."""
         if isinstance(prompt, str):
             return prompt, self.encode(prompt), None
@@ -141,7 +141,11 @@ class Preparer:
         return text, token_ids(ids), prompt.get("cache_salt")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt. A text too long for any tokenization to fit is rejected before tokenizing."""
+        """The ids of a prompt."""
+        return self.encoded(text, add_special_tokens=add_special_tokens).ids
+
+    def encoded(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        """A tokenized prompt. A text too long for any tokenization to fit is rejected before tokenizing."""
         if self.tokenizer is None:
             problem = "the prompt is text, but no tokenizer is loaded"
             raise RequestError("prompt", problem, "send token ids, or set tokenizer")
@@ -151,7 +155,7 @@ class Preparer:
             if least > longest:
                 problem = f"this model's maximum context length is {longest} tokens, but the prompt has {len(text)}"
                 raise RequestError("prompt", f"{problem} characters, which are at least {least} tokens", "shorten it")
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encoded(text, add_special_tokens=add_special_tokens)
 
     def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
@@ -165,8 +169,10 @@ class Preparer:
         return ids
 
 
-def token_ids(given: object) -> list[Any]:
-    """A list of ids, from a sequence or an array. admission checks the values."""
+def token_ids(given: object) -> Sequence[Any]:
+    """A list of ids, from a sequence or an array; an array of int32 as it is. admission checks the values."""
+    if type(given) is np.ndarray and (array := cast(Any, given)).dtype == np.int32 and array.ndim == 1:
+        return array
     if hasattr(given, "__array__"):
         given = np.asarray(given)
         if given.ndim != 1:

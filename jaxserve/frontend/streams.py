@@ -9,7 +9,7 @@ Independent of where the engine runs. Outputs that a slow consumer has not taken
 import asyncio
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jaxserve.errors import EngineError
 from jaxserve.frontend.outputs import OutputBuilder
@@ -48,7 +48,7 @@ class Mailbox:
         with self.lock:
             ready, self._ready, self._called = self._ready, [], False
         for stream in ready:
-            stream.wake()
+            stream.on_wake()
 
 
 class Stream:
@@ -68,6 +68,7 @@ class Stream:
         self._waiting: RequestOutput | None = None
         self._error: Exception | None = None
         self._event = asyncio.Event()
+        self.on_wake: Callable[[], object] = self._event.set  # called in the consumer's loop when there is news
 
     def note(self, update: Update, now: float) -> None:
         """Record the times."""
@@ -87,20 +88,23 @@ class Stream:
         else:
             self._waiting = item
 
-    def wake(self) -> None:
-        self._event.set()
+    def take(self) -> RequestOutput | None:
+        """What arrived since the last call, if anything. Raises the error that the request ended with."""
+        with self.mailbox.lock:
+            output, self._waiting = self._waiting, None
+        if output is not None:
+            self.finished = output.finished
+        elif self._error is not None:
+            self.finished = True
+            raise self._error
+        return output
 
     async def next(self) -> RequestOutput:
         while True:
             self._event.clear()
-            with self.mailbox.lock:
-                output, self._waiting = self._waiting, None
+            output = self.take()
             if output is not None:
-                self.finished = output.finished
                 return output
-            if self._error is not None:
-                self.finished = True
-                raise self._error
             await self._event.wait()
 
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # it imports jax, see driver.py
     from jaxserve.engine.engine import Engine
 
 BEAT = 1.0
+CALL_SECONDS = 0.01  # for messages between two steps; running requests wait meanwhile
 REPORT_EVERY = 0.1  # seconds between two progress messages, or between two messages with only metrics
 LAST_WORDS = 2.0  # seconds for sending the last message
 
@@ -77,6 +79,7 @@ class Child:
 
     def __init__(self, engine: "Engine", inbox: Inbox, outbox: Outbox) -> None:
         self._engine, self._driver, self._inbox, self._outbox = engine, Driver(engine), inbox, outbox
+        self._pending: deque[Any] = deque()  # messages that have not been handled yet
         self._replies: list[Any] = []  # to the messages of this turn
         self._reported = 0.0  # when metrics were last sent
         self.turned = time.monotonic()  # when the last turn ended
@@ -93,11 +96,15 @@ class Child:
 
     def calls(self, *, idle: bool) -> bool:
         self.turned = time.monotonic()
-        messages = self._wait() if idle else self._inbox.take(0)
-        for message in messages:
+        self._pending += self._wait() if idle and not self._pending else self._inbox.take(0)
+        until = time.monotonic() + CALL_SECONDS
+        while self._pending:
+            message = self._pending.popleft()
             if isinstance(message, wire.Stop):
                 return False
             self._handle(message)
+            if time.monotonic() >= until:
+                break
         return True
 
     def _wait(self) -> list[Any]:

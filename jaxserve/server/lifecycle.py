@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ RESTART_WINDOW = 600.0  # seconds within which MAX_RESTARTS are allowed
 LAST_WORDS = 2.0  # seconds to send the last responses
 ENGINE_GRACE = 5.0  # seconds for an engine to exit
 HANDSHAKE_SECONDS = 10.0
+# How long a thread that tokenizes or renders may keep Python's lock while the event loop waits for it; Python's own
+# value is 5 ms.
+SWITCH_SECONDS = 0.001
 GC_OBJECTS = 20_000  # allocations between two garbage collections
 
 
@@ -57,6 +61,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, *, command: 
     context = listening.tls(config)
     sockets = listening.bind(config)
     logs.configure(config)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         return asyncio.run(Life(engine_config, config, sockets=sockets, context=context, command=command).run())
     finally:
@@ -258,7 +263,7 @@ class Life:
         for listener in listeners:
             listener.close()
         await runner.cleanup()
-        serving.executor.shutdown(wait=False, cancel_futures=True)
+        serving.workers.shutdown()
 
 
 def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":

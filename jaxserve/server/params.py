@@ -9,16 +9,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 from aiohttp import web
+from pydantic import BaseModel
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import RequestError
 from jaxserve.frontend import beam_search
 from jaxserve.frontend.prepare import Preparer
+from jaxserve.server.config import UnknownFields
 from jaxserve.server.errors import ApiError, bad_request
-from jaxserve.server.protocol.base import MAX_CALL_ID, RequestBody, parse
+from jaxserve.server.protocol.base import MAX_CALL_ID, RequestBody, parse, unknown_fields
+from jaxserve.server.protocol.bounds import SMALL
 from jaxserve.server.protocol.sampling import Ordered, Sampling
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 from jaxserve.types.parameters import Acts
@@ -26,6 +31,7 @@ from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+MAX_TRUNCATED = 2**20  # tokens of a prompt before truncation
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
 
 
@@ -35,12 +41,28 @@ async def read[B: RequestBody](request: web.Request, kind: type[B]) -> B:
     media = request.content_type
     if media != "application/json" and not media.endswith("+json"):
         raise bad_request(None, f"the body has content type {media}", "send JSON, with Content-Type: application/json")
-    body = parse(kind, await request.read(), unknown=serving.ignored.policy)
-    serving.ignored.note_body(request, body)
+    raw = await request.read()
+    request[RECORD].body_size = len(raw)
+    body = await parsed(request, kind, raw)
+    del raw
     request[HELD].let_go()  # the answer may take long
     if body.model and serving.model_names and body.model not in serving.model_names:
         raise ApiError(404, f"The model `{_shown(body.model)}` does not exist.", param="model")
     return body
+
+
+async def parsed[B: BaseModel](request: web.Request, kind: type[B], raw: bytes) -> B:
+    """The body, with its unknown fields noted. A large one is parsed in a thread."""
+    serving = request.app[SERVING]
+    work = partial(_parsed, kind, raw, serving.ignored.policy)
+    body, unknown = work() if len(raw) <= SMALL else await serving.workers.run(len(raw), work)
+    serving.ignored.note_fields(request, unknown)
+    return body
+
+
+def _parsed[B: BaseModel](kind: type[B], raw: bytes, policy: UnknownFields) -> tuple[B, dict[str, type[BaseModel]]]:
+    body = parse(kind, raw, unknown=policy)
+    return body, unknown_fields(body) if policy == "warn" else {}
 
 
 def _shown(name: str) -> str:
@@ -191,7 +213,7 @@ def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingPar
     if not prompt:  # checked before the tokenizer adds its special tokens
         raise RequestError("prompt", "the prompt is empty", "give at least one token")
     text = prompt if isinstance(prompt, str) else None
-    ids = preparer.encode(prompt, add_special_tokens=order.add_special_tokens) if isinstance(prompt, str) else prompt
+    ids = _encoded(preparer, prompt, sampling, order) if isinstance(prompt, str) else _as_array(prompt)
     longest = preparer.limits.max_model_len - order.generates
     if order.truncate is not None:
         keep = longest if order.truncate < 0 else order.truncate
@@ -211,6 +233,26 @@ def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingPar
         embed=order.embed,
         beam_search=order.beam_search,
     )
+
+
+def _encoded(preparer: Preparer, text: str, sampling: SamplingParams, order: Order) -> np.ndarray:
+    """The ids of a text. Its length is checked before the ids become Python objects, which blocks other threads."""
+    encoded = preparer.encoded(text, add_special_tokens=order.add_special_tokens)
+    count = len(encoded)
+    if order.truncate is None:
+        check_length(count, sampling, order, preparer.limits)
+    elif count > MAX_TRUNCATED:
+        problem = f"the prompt has {count} tokens, but at most {MAX_TRUNCATED} can be truncated"
+        raise RequestError("prompt", problem, "shorten it")
+    return np.array(encoded.ids, np.int32)
+
+
+def _as_array(ids: list[int]) -> Sequence[int] | np.ndarray:
+    """An array, which is cheap to check; the list if a number does not fit, for the check to name it."""
+    try:
+        return np.array(ids, np.int32)
+    except OverflowError:
+        return ids
 
 
 def check_length(count: int, sampling: SamplingParams, order: Order, limits: Limits) -> None:

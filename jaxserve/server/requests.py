@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from aiohttp import web
 
@@ -22,6 +23,7 @@ from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind
 
+AT_ONCE = 16  # requests of one body that are handled before other clients get their turn
 LONGEST_LOGGED = 2**20  # the most characters of an answer that are kept for the log
 
 
@@ -44,6 +46,8 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
         async with aclosing(merged) as outputs:
             async for place, output in outputs:
                 tallies[place].add(output, streams[place])
+                if output.finished:
+                    tallies[place].end(streams[place])
                 yield place, output
     except OverloadedError as error:
         serving.metrics.rejections["queue_full"] += 1
@@ -69,24 +73,32 @@ async def _single(
 async def _merged(
     client: EngineClient, streams: list[Stream], prepared: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """Holds at most one output of each request; what a slow client has not taken stays in the streams."""
-    for request in prepared:
+    """Holds no outputs: what a slow client has not taken stays in the streams."""
+    arrived: dict[int, None] = {}  # the places of streams with news
+    news = asyncio.Event()
+
+    def note(place: int) -> None:
+        arrived[place] = None
+        news.set()
+
+    for place, request in enumerate(prepared):
         streams.append(client.open(request))
-    pending = {asyncio.ensure_future(stream.next()): place for place, stream in enumerate(streams)}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=pending.__getitem__):
-                output = task.result()
-                place = pending.pop(task)
+        streams[place].on_wake = partial(note, place)
+        if place % AT_ONCE == AT_ONCE - 1:
+            await asyncio.sleep(0)
+    left = len(streams)
+    while left:
+        await news.wait()
+        news.clear()
+        places = sorted(arrived)
+        arrived.clear()
+        for turn, place in enumerate(places):
+            output = streams[place].take()
+            if output is not None:
+                left -= output.finished
                 yield place, output
-                if not streams[place].finished:
-                    pending[asyncio.ensure_future(streams[place].next())] = place
-    finally:
-        for task in pending:
-            if task.done() and not task.cancelled():
-                task.exception()  # mark it as retrieved: several may fail with the engine, but one error is raised
-            task.cancel()
+            if turn % AT_ONCE == AT_ONCE - 1:
+                await asyncio.sleep(0)
 
 
 class _Tally:
@@ -100,7 +112,8 @@ class _Tally:
         self._last: list[float | None] = [None] * request.params.n  # when each sample's last tokens arrived
         # The counts come with the outputs, so they are unknown for a non-streamed answer without an output.
         self._counted = request.params.output_kind is RequestOutputKind.DELTA
-        self._ended = False
+        self._ended = False  # whether the engine has ended it
+        self._closed = False
 
     def add(self, output: RequestOutput, stream: Stream) -> None:
         now = time.monotonic()
@@ -135,6 +148,9 @@ class _Tally:
         return sum(self._generated)
 
     def _finish(self, stream: Stream) -> None:
+        if self._closed:
+            return
+        self._closed = True
         record, metrics = self._record, self._serving.metrics
         record.generated_tokens += sum(self._generated)
         record.all_counted &= self._counted

@@ -6,10 +6,8 @@ For one event loop. lifecycle.py starts and ends engines and updates this state.
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 from aiohttp import web
 
@@ -25,6 +23,7 @@ from jaxserve.server.http.rate_limit import Grant, Limiter
 from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.server.unknown_fields import IgnoredNames
+from jaxserve.server.workers import Workers
 from jaxserve.text.tokenizer import Tokenizer
 
 LONGEST_WAIT = 60  # the largest Retry-After
@@ -45,7 +44,7 @@ class Serving:
         self.draining = False
         self.asleep = False
         self.in_flight = 0  # HTTP requests that a shutdown waits for
-        self.executor = ThreadPoolExecutor(config.tokenizer_workers, thread_name_prefix="jaxserve-preparer")
+        self.workers = Workers(config.tokenizer_workers)
         self._idle = asyncio.Event()
         self._idle.set()
         self._ended: list[float] = []  # when the last requests ended, for Retry-After
@@ -92,10 +91,6 @@ class Serving:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
-
-    async def prepare[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do slow work (tokenizing, templates, checks) in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *args, **kwargs))
 
     def deadline(self) -> float | None:
         """The deadline of a request that arrives now, on the monotonic clock."""

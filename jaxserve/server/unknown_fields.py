@@ -5,13 +5,14 @@ Each name is logged once; the response lists those of its request in a header.
 """
 
 import logging
+from collections.abc import Mapping
 
 from aiohttp import web
 from pydantic import BaseModel
 
 from jaxserve.errors import one_line
 from jaxserve.server.config import UnknownFields
-from jaxserve.server.protocol.base import did_you_mean, unknown_fields
+from jaxserve.server.protocol.base import did_you_mean
 
 LOG = logging.getLogger("jaxserve.server")
 HEADER = "x-jaxserve-ignored"
@@ -28,11 +29,10 @@ class IgnoredNames:
         self.policy: UnknownFields = policy
         self._logged: set[str] = set()
 
-    def note_body(self, request: web.Request, body: BaseModel) -> None:
+    def note_fields(self, request: web.Request, names: Mapping[str, type[BaseModel]]) -> None:
         """Report the unknown fields of a body."""
-        if self.policy == "warn":
-            for path, model in unknown_fields(body).items():
-                self._note(request, "field", path, did_you_mean(path.rpartition(".")[2], model))
+        for path, model in names.items():
+            self._note(request, "field", path, did_you_mean(path.rpartition(".")[2], model))
 
     def note_query(self, request: web.Request, name: str) -> None:
         """Report an unknown query parameter."""

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.sampling_params import SamplingParams
 
+MOST_WAITING = 1024  # tokens that are decoded together
+
 
 class IncrementalDetokenizer:
     """Converts one sample's tokens to text as they arrive, and ends it at a stop string.
 
     If several stop strings end within the text of one token, the one that ends first wins, then the one that begins
-    first. Matches completed within the first `min_tokens` tokens are ignored. Tokens are decoded lazily.
+    first. Matches completed within the first `min_tokens` tokens are ignored. Tokens are decoded lazily, a
+    limited number at once: the thread that decodes a long answer serves other answers too.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -43,6 +46,8 @@ class IncrementalDetokenizer:
         if not self._stops:
             self._waiting += shown
             self.token_count += len(ids)
+            if len(self._waiting) >= MOST_WAITING:
+                self._catch_up()
             return None
         for place, token in enumerate(shown):
             text = self._source.feed((token,))

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 BROKEN = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 CHARACTER_BYTES = 4  # at most, in UTF-8
+PIECE = 4096  # tokens converted at once, which takes less than a millisecond of Python's lock
 WINDOW = 8  # preceding tokens that a token's text may depend on; more than the bytes of a character
 EACH_BYTE = "jaxserve.each_byte"
 
@@ -166,6 +167,8 @@ class _ByteText:
             self._strip = ""
 
     def feed(self, ids: Sequence[int]) -> str:
+        if len(ids) > PIECE:
+            return "".join(self.feed(ids[begin : begin + PIECE]) for begin in range(0, len(ids), PIECE))
         token_bytes, skipped = self._token_bytes, self._skipped
         return self._decode(b"".join([token_bytes[token] for token in ids if token not in skipped]), final=False)
 
@@ -226,8 +229,8 @@ class _WindowText:
         return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        # Some decoders panic on an empty list.
-        return str(self._backend.decode(ids, skip_special_tokens=False)) if ids else ""
+        # Some decoders panic on an empty list. Unlike `decode`, this method does not hold Python's lock.
+        return str(self._backend.decode_batch([ids], skip_special_tokens=False)[0]) if ids else ""
 
 
 def _possible(ids: Sequence[int]) -> list[int]:

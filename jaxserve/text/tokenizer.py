@@ -4,11 +4,10 @@
 Supports transformers' fast tokenizers, and never runs code from a model's folder.
 """
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from jaxserve.errors import CheckpointError, RequestError, message_of
 from jaxserve.text.chat_template import chat_text as chat_template_text
@@ -30,6 +29,8 @@ def load(folder: str | Path) -> "Tokenizer":
         path = folder / name
         if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", "check the file")
+    # Otherwise a pool of threads encodes all texts, where short ones wait for long ones.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # transformers' warnings (torch is missing, the config is old) do not apply to us.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     from transformers.models.auto.tokenization_auto import AutoTokenizer
@@ -45,6 +46,15 @@ def load(folder: str | Path) -> "Tokenizer":
     return Tokenizer(loaded)
 
 
+class Encoded(Protocol):
+    """A tokenized text. Its length is known before the ids become Python objects."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
 class Tokenizer:
     """A fast transformers tokenizer. Thread-safe."""
 
@@ -58,6 +68,7 @@ class Tokenizer:
         self._added = {token: str(entry.content) for token, entry in added.items()}
         self._special = frozenset(token for token, entry in added.items() if entry.special)
         self._decoding = Decoding(self._backend)
+        self.text_length: TextLength = text_length(self._backend)  # the lower bound on token counts by text length
         self._texts: dict[int, str] = {}
         self.vocab_size: int = len(loaded)
         self.eos_token_ids: frozenset[int] = frozenset(
@@ -65,18 +76,21 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.encoded(text, add_special_tokens=add_special_tokens).ids
+
+    def encoded(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        """Like `encode`, with the number of tokens first. Other Python threads run meanwhile."""
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError
+            # The backend's `encode` would hold Python's lock for seconds per megabyte.
+            [encoded] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # not a string, or a lone surrogate
             shown = ascii(text)[:80]
             raise RequestError(
                 "prompt", f"the text {shown} is not a valid Unicode string", "send valid Unicode"
             ) from None
-
-    @functools.cached_property
-    def text_length(self) -> TextLength:
-        """The lower bound on token counts by text length."""
-        return text_length(self._backend)
+        return encoded
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -25,7 +25,7 @@ class Shell(Client):
     def __init__(self, **settings: Any) -> None:
         super().__init__(0)
         config = ServerConfig(**{"served_model_name": (MODEL,), **settings})
-        self._loop = asyncio.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -41,26 +41,26 @@ class Shell(Client):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._serve())
+            self.loop.run_until_complete(self._serve())
         finally:
             self._started.set()
-            self._loop.close()
+            self.loop.close()
 
     async def _serve(self) -> None:
         runner = web.AppRunner(make_app(self.serving), handler_cancellation=True, shutdown_timeout=1)
         await runner.setup()
         assert runner.server is not None
-        factory = partial(self.connections.factory, runner.server, self._loop)
-        listener = await self._loop.create_server(factory, "127.0.0.1", 0, backlog=512)
+        factory = partial(self.connections.factory, runner.server, self.loop)
+        listener = await self.loop.create_server(factory, "127.0.0.1", 0, backlog=512)
         self.port = listener.sockets[0].getsockname()[1]
         self._started.set()
         await self._stop.wait()
         listener.close()
         await runner.cleanup()
-        self.serving.executor.shutdown()
+        self.serving.workers.shutdown()

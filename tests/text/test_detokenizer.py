@@ -13,8 +13,9 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxserve.text import token_bytes
 from jaxserve.text import tokenizer as tokenizers
-from jaxserve.text.detokenizer import IncrementalDetokenizer
+from jaxserve.text.detokenizer import MOST_WAITING, IncrementalDetokenizer
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
@@ -342,3 +343,23 @@ def test_a_token_costs_the_same_however_many_came_before(tokenizer: Tokenizer, t
     for options in ({}, {"stop": ["never to be seen"]}):
         few = min(seconds(500, **options) for _ in range(3))
         assert seconds(8000, **options) < 64 * max(few, 2e-4)  # 16 times as many; 256 times if it were quadratic
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_long_answers_are_decoded_in_pieces(kind: str) -> None:
+    """The text is the same, and characters at the borders of pieces are not broken."""
+    tokenizer = {"byte-level": BYTE_LEVEL, "byte-fallback": BYTE_FALLBACK}[kind]
+    ids = tokenizer.encode("é你🦊 and so on, " * 1500, add_special_tokens=False)
+    assert len(ids) > 2 * token_bytes.PIECE
+    text = THEIRS[kind].decode(ids)
+    assert tokenizer.decode(ids) == text
+    assert "".join(streamed(tokenizer, ids, [len(ids)])) == text
+
+
+def test_tokens_do_not_pile_up_until_the_end() -> None:
+    """An answer that is not streamed is decoded as it grows, not all at once in the thread that serves all streams."""
+    detokenizer = IncrementalDetokenizer(BYTE_LEVEL, (), SamplingParams())
+    for _ in range(5000):
+        detokenizer.append([70])
+        assert len(detokenizer._waiting) <= MOST_WAITING
+    assert detokenizer.ready(True) == BYTE_LEVEL.decode([70] * 5000)

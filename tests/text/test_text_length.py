@@ -15,6 +15,7 @@ from jaxserve.errors import RequestError
 from jaxserve.frontend.prepare import Preparer
 from jaxserve.text import tokenizer as tokenizers
 from jaxserve.text.text_length import GENEROUS, text_length
+from jaxserve.text.tokenizer import Encoded
 from jaxserve.types.sampling_params import SamplingParams
 from tests.golden.load import TOKENIZERS
 
@@ -98,13 +99,13 @@ def test_a_text_that_is_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPatch)
     longest = max(map(len, cast(Any, tokenizer)._backend.get_vocab(with_added_tokens=True)))
     intake = Preparer(tokenizer, LIMITS)
     encoded: list[int] = []
-    encode = tokenizers.Tokenizer.encode
+    encode = tokenizers.Tokenizer.encoded
 
-    def noting(self: tokenizers.Tokenizer, text: str, **options: Any) -> list[int]:
+    def noting(self: tokenizers.Tokenizer, text: str, **options: Any) -> Encoded:
         encoded.append(len(text))
         return encode(self, text, **options)
 
-    monkeypatch.setattr(tokenizers.Tokenizer, "encode", noting)
+    monkeypatch.setattr(tokenizers.Tokenizer, "encoded", noting)
     words = r"maximum context length is 64 tokens, but the prompt has 5000000 characters, which are at least \d+ tokens"
     for prompt in (5_000_000 * "x", {"prompt": 5_000_000 * "x"}):
         with pytest.raises(RequestError, match=words) as caught:
@@ -116,7 +117,7 @@ def test_a_text_that_is_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RequestError, match=r"the prompt has \d+ tokens"):
         intake.prepare(64 * longest * "x", SamplingParams())  # the tokens decide
     assert encoded == [64 * longest]
-    assert intake.encode("hello", add_special_tokens=False) == encode(tokenizer, "hello", add_special_tokens=False)
+    assert intake.encode("hello", add_special_tokens=False) == encode(tokenizer, "hello", add_special_tokens=False).ids
 
 
 def test_a_vocabulary_file_of_the_hub_says_the_same(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from jaxserve import demo
 from jaxserve.errors import CheckpointError, RequestError
 from jaxserve.text import tokenizer as tokenizers
 from tests.golden.load import TOKENIZERS
@@ -44,6 +45,25 @@ def test_ids_and_texts_are_those_of_transformers(kind: str) -> None:
         assert tokenizer.encode(case["text"]) == case["ids"]
         assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["decoded"]
         assert tokenizer.decode(case["ids"]) == case["decoded_without_special"]
+
+
+FOLDERS = (TOKENIZERS / "byte-level", TOKENIZERS / "byte-fallback", demo.FOLDER, demo.DRAFT_FOLDER)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("special", [True, False])
+def test_ids_are_those_of_the_backend_for_one_text(folder: Path, special: bool) -> None:
+    """`encode_batch_fast`, which lets other threads run, gives the same ids as `encode`, which does not."""
+    tokenizer = tokenizers.load(folder)
+    texts = [case["text"] for kind in KINDS for case in EXPECTED[kind]["texts"]]
+    end = tokenizer.decode([*tokenizer.eos_token_ids], skip_special_tokens=False)
+    texts += ["", end, f"a{end} b {end}{end}", "naïve 你好 🦊\r\n\t x  ", "\x00\ufffd\ufdd0", " " * 300]
+    texts += [" ".join(texts) * 50, "x" * 20_000]
+    backend: Any = tokenizer._backend
+    for text in texts:
+        expected = backend.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == expected
+        assert len(tokenizer.encoded(text, add_special_tokens=special)) == len(expected)
 
 
 def test_special_tokens_are_added_only_on_request() -> None:

@@ -52,9 +52,10 @@ async def whole(answer: Answer[Any], reply: Callable[[list[RequestOutput]], dict
             check_sound(output)
             last[place] = output
     ordered = [last[place] for place in range(len(answer.prepared))]
-    if _logprobs(ordered) <= MANY:
+    choices = sum(len(output.outputs) for output in ordered)
+    if _logprobs(ordered) + 8 * choices <= MANY:  # a choice takes as long as eight of them
         return json_response(reply(ordered))
-    return await answer.serving.prepare(lambda: json_response(reply(ordered)))
+    return await answer.serving.workers.run(0, lambda: json_response(reply(ordered)))
 
 
 def _logprobs(outputs: list[RequestOutput]) -> int:
@@ -95,7 +96,7 @@ async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) 
             if due is None:
                 continue
             if large.takes_long(place, due):
-                await to_client.send(await answer.serving.prepare(events, place, due, usage))
+                await to_client.send(await answer.serving.workers.run(0, events, place, due, usage))
             else:
                 await to_client.send(events(place, due, usage))
     return usage

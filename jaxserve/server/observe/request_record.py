@@ -14,6 +14,7 @@ class RequestRecord:
     id: str
     arrival: float
     key: str | None = None  # name of the API key
+    body_size: int = 0  # in bytes
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits the size of a body before it is parsed into objects, which blocks the event loop and thus all other requests.
+"""Limits the size of a body before it is parsed into objects, during much of which no other Python thread runs.
 
 pydantic collects every fault of an object before it fails: half a million unknown keys would take two seconds.
 """
@@ -10,8 +10,7 @@ import msgspec
 
 from jaxserve.server.errors import ApiError, bad_request
 
-# Every value of a body becomes a Python object while no other request is served. This many take about 0.2 s and are
-# enough for 1024 prompts of 500 token ids.
+# Every value of a body becomes a Python object. This many take up to 0.2 s and are enough for 1024 prompts of 500 ids.
 MAX_VALUES = 2**19
 MAX_KEYS = 1024  # of the body, and of an object within it
 SMALL = 2**16  # bytes; smaller bodies need no check

@@ -8,6 +8,7 @@ from pydantic import Field
 from jaxserve.server.protocol.base import AS_WHOLE, Expected
 from jaxserve.server.protocol.completion import Ids, one_or_many
 from jaxserve.server.protocol.generated import with_unsupported
+from jaxserve.server.protocol.long_lists import LONG_IDS
 from jaxserve.server.protocol.sampling import Ordered
 from jaxserve.unsupported import EMBEDDING_FIELDS
 
@@ -22,7 +23,7 @@ Inputs = (
 
 
 class EmbeddingRequest(with_unsupported(Ordered, EMBEDDING_FIELDS)):
-    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs")]
+    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs"), LONG_IDS]
     encoding_format: Annotated[Literal["float", "base64"] | None, Expected('"float" or "base64"')] = None
     dimensions: Annotated[
         int | None,

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from jaxserve.server.protocol.base import RequestBody
 from jaxserve.server.protocol.bounds import MAX_VALUES
 from jaxserve.server.protocol.chat import MAX_MESSAGES, ChatMessage, Conversation
+from jaxserve.server.protocol.long_lists import LONG_IDS
 
 
 class TokenizeRequest(Conversation):
@@ -28,4 +29,4 @@ class TokenizeRequest(Conversation):
 
 
 class DetokenizeRequest(RequestBody):
-    tokens: Annotated[list[int], Field(fail_fast=True, max_length=MAX_VALUES)]
+    tokens: Annotated[list[int], Field(fail_fast=True, max_length=MAX_VALUES), LONG_IDS]

@@ -14,8 +14,9 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxserve.errors import EngineError, JaxserveError
+from jaxserve.server import params
 from jaxserve.server.errors import ApiError, bad_request, sentence
-from jaxserve.server.protocol.base import Strict, parse
+from jaxserve.server.protocol.base import Strict
 from jaxserve.server.routes.status import reply
 from jaxserve.server.routes.table import Query, Route
 from jaxserve.server.state import SERVING, Serving
@@ -46,10 +47,7 @@ class AbortRequest(Strict):
 
 async def _body[B: BaseModel](request: web.Request, kind: type[B]) -> B:
     """Parse the body; an empty body means {}."""
-    ignored = request.app[SERVING].ignored
-    body = parse(kind, (await request.read()).strip() or b"{}", unknown=ignored.policy)
-    ignored.note_body(request, body)
-    return body
+    return await params.parsed(request, kind, (await request.read()).strip() or b"{}")
 
 
 async def _ask(serving: Serving, name: str, **arguments: object) -> object:
@@ -91,7 +89,7 @@ async def stop_profile(request: web.Request) -> web.StreamResponse:
     serving = request.app[SERVING]
     await _body(request, NoFields)
     folder = Path(str(await _ask(serving, "stop_profile")))
-    shown = await serving.prepare(_shown, folder, serving.config.profile_dir)
+    shown = await serving.workers.run(0, _shown, folder, serving.config.profile_dir)
     return reply({"status": "stopped", "folder": shown})
 
 

@@ -16,7 +16,7 @@ from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.chat import ChatRequest, Conversation
 from jaxserve.server.routes.table import Route
-from jaxserve.server.state import SERVING, Serving
+from jaxserve.server.state import RECORD, SERVING, Serving
 from jaxserve.types.outputs import CompletionOutput, RequestOutput
 from jaxserve.types.request import Request
 
@@ -29,7 +29,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     preparer = serving.check_ready().preparer
     body = await params.read(request, ChatRequest)
     order = params.order(request, body, kind="chatcmpl", add_special_tokens=False)
-    prepared = await serving.prepare(_prepared, serving, preparer, body, order)
+    prepared = await serving.workers.run(request[RECORD].body_size, _prepared, serving, preparer, body, order)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     answer = Answer(request, body, prepared, id=order.name, object=kind)
     choices = _ChatChoices(answer)

@@ -16,7 +16,7 @@ from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.completion import MAX_CHOICES, CompletionRequest, as_list
 from jaxserve.server.routes.table import Route
-from jaxserve.server.state import SERVING
+from jaxserve.server.state import RECORD, SERVING
 from jaxserve.types.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from jaxserve.types.request import Request
 
@@ -28,7 +28,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     preparer = serving.check_ready().preparer
     body = await params.read(request, CompletionRequest)
     order = params.order(request, body, kind="cmpl", add_special_tokens=True)
-    prepared = await serving.prepare(_prepared, preparer, body, order)
+    prepared = await serving.workers.run(request[RECORD].body_size, _prepared, preparer, body, order)
     answer = Answer(request, body, prepared, id=order.name, object="text_completion")
     choices = _CompletionChoices(answer)
     if body.stream:

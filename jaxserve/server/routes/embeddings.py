@@ -17,7 +17,7 @@ from jaxserve.server.params import Order
 from jaxserve.server.protocol.completion import as_list
 from jaxserve.server.protocol.embeddings import EmbeddingRequest
 from jaxserve.server.routes.table import Route
-from jaxserve.server.state import SERVING
+from jaxserve.server.state import RECORD, SERVING
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -28,7 +28,9 @@ async def create(request: web.Request) -> web.Response:
     preparer = serving.check_ready().preparer
     body = await params.read(request, EmbeddingRequest)
     order = params.order(request, body, kind="embd", add_special_tokens=True)
-    prepared = await serving.prepare(_prepared, preparer, body, replace(order, embed=True))
+    prepared = await serving.workers.run(
+        request[RECORD].body_size, _prepared, preparer, body, replace(order, embed=True)
+    )
     last: dict[int, RequestOutput] = {}
     at_once = preparer.limits.max_num_queued_reqs or len(prepared)  # never more than the queue holds
     for begin in range(0, len(prepared), at_once):
@@ -36,8 +38,9 @@ async def create(request: web.Request) -> web.Response:
             async for place, output in outputs:
                 check_sound(output)
                 last[begin + place] = output
-    reply = await serving.prepare(_reply, body, [last[place] for place in range(len(prepared))])
-    return json_response({"id": order.name, "model": params.model_name(serving, body), **reply})
+    name = params.model_name(serving, body)
+    outputs = [last[place] for place in range(len(prepared))]
+    return await serving.workers.run(request[RECORD].body_size, _reply, body, outputs, id=order.name, model=name)
 
 
 def _prepared(preparer: Preparer, body: EmbeddingRequest, order: Order) -> list[Request]:
@@ -48,7 +51,7 @@ def _prepared(preparer: Preparer, body: EmbeddingRequest, order: Order) -> list[
     return params.prepare(preparer, prompts, sampling, order, field="input")
 
 
-def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, Any]:
+def _reply(body: EmbeddingRequest, outputs: list[RequestOutput], *, id: str, model: str) -> web.Response:
     data: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
         if output.embedding is None:
@@ -66,7 +69,7 @@ def _reply(body: EmbeddingRequest, outputs: list[RequestOutput]) -> dict[str, An
     tokens = sum(len(output.prompt_token_ids) for output in outputs)
     cached = sum(output.num_cached_tokens for output in outputs)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
-    return {"object": "list", "data": data, "usage": usage}
+    return json_response({"id": id, "model": model, "object": "list", "data": data, "usage": usage})
 
 
 def normalized(vector: np.ndarray) -> np.ndarray:

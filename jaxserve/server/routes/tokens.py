@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """POST /tokenize and /detokenize: text or messages to token ids, and back."""
 
-from typing import Any
-
 from aiohttp import web
 
 from jaxserve.errors import RequestError
@@ -13,10 +11,10 @@ from jaxserve.server.errors import bad_request
 from jaxserve.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxserve.server.routes.chat import prompt_text
 from jaxserve.server.routes.table import Route
-from jaxserve.server.state import SERVING, Serving
+from jaxserve.server.state import RECORD, SERVING, Serving
 from jaxserve.text.tokenizer import Tokenizer
 
-# Tokenizing this much takes up to three seconds. Clients send longer texts in pieces.
+# Tokenizing this much takes a second or more. Clients send longer texts in pieces.
 MAX_CHARACTERS = 2**20
 
 
@@ -24,14 +22,14 @@ async def tokenize(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
     preparer = serving.check_ready().preparer
     body = await params.read(request, TokenizeRequest)
-    return json_response(await serving.prepare(_tokens, serving, preparer, body))
+    return await serving.workers.run(request[RECORD].body_size, _tokens, serving, preparer, body)
 
 
 async def detokenize(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
     preparer = serving.check_ready().preparer
     body = await params.read(request, DetokenizeRequest)
-    return json_response(await serving.prepare(_text, serving, preparer, body.tokens))
+    return await serving.workers.run(request[RECORD].body_size, _text, serving, preparer, body.tokens)
 
 
 def _tokenizer(serving: Serving) -> Tokenizer:
@@ -40,7 +38,7 @@ def _tokenizer(serving: Serving) -> Tokenizer:
     return serving.tokenizer
 
 
-def _tokens(serving: Serving, preparer: Preparer, body: TokenizeRequest) -> dict[str, Any]:
+def _tokens(serving: Serving, preparer: Preparer, body: TokenizeRequest) -> web.Response:
     tokenizer = _tokenizer(serving)
     field = "messages" if body.prompt is None else "prompt"
     text = prompt_text(serving, body) if body.prompt is None else body.prompt
@@ -53,10 +51,11 @@ def _tokens(serving: Serving, preparer: Preparer, body: TokenizeRequest) -> dict
     except RequestError as error:
         raise RequestError(field, error.problem, error.hint) from None
     names = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
-    return {"count": len(ids), "max_model_len": preparer.limits.max_model_len, "tokens": ids, "token_strs": names}
+    limit = preparer.limits.max_model_len
+    return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
 
 
-def _text(serving: Serving, preparer: Preparer, ids: list[int]) -> dict[str, str]:
+def _text(serving: Serving, preparer: Preparer, ids: list[int]) -> web.Response:
     tokenizer = _tokenizer(serving)
     most = max(MAX_CHARACTERS // 8, preparer.limits.max_model_len)
     if len(ids) > most:
@@ -67,7 +66,7 @@ def _text(serving: Serving, preparer: Preparer, ids: list[int]) -> dict[str, str
         shown = bad if abs(bad) < 2**64 else "with more than 64 bits"
         problem = f"tokens contains id {shown}, but valid ids are 0 to {known - 1}"
         raise bad_request("tokens", problem, "send token ids of this model")
-    return {"prompt": tokenizer.decode(ids, skip_special_tokens=False)}
+    return json_response({"prompt": tokenizer.decode(ids, skip_special_tokens=False)})
 
 
 ROUTES = (

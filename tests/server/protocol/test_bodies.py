@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from jaxserve.engine.capacity import Limits
 from jaxserve.errors import EngineError, OverloadedError, RequestError
@@ -16,7 +17,9 @@ from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.errors import ApiError, as_api_error, scrubbed
 from jaxserve.server.params import Order
+from jaxserve.server.protocol.base import as_api_error as as_response
 from jaxserve.server.protocol.base import parse
+from jaxserve.server.protocol.bounds import SMALL
 from jaxserve.server.protocol.chat import ChatRequest
 from jaxserve.server.protocol.completion import CompletionRequest
 from jaxserve.server.protocol.embeddings import EmbeddingRequest
@@ -165,6 +168,51 @@ def test_errors_reveal_nothing_about_the_machine() -> None:
     assert not TELLS.search(scrubbed(text))
     assert not TELLS.search(scrubbed("cannot open /tmp/a/b.json: no such file"))
     assert scrubbed("top_p is 2, expected 0/1, see 0x12") == "top_p is 2, expected 0/1, see 0x12"
+
+
+# --- long lists -----------------------------------------------------------------------------------------------------
+
+MANY = 40_000
+LONG_PROMPTS: list[object] = [
+    [5] * MANY,
+    [2**70, -1, *range(MANY)],
+    [list(range(200))] * 300,
+    [[1], [], list(range(MANY))],
+    [[]] * MANY,
+    [*range(MANY), True],
+    [*range(MANY), 1.0],
+    [*range(MANY), "a"],
+    [*range(MANY), None],
+    [*range(MANY), [1]],
+    [[1] * MANY, 2],
+    ["a" * 100] * 1000,
+    "a" * SMALL,
+]
+
+
+@pytest.mark.parametrize("place", range(len(LONG_PROMPTS)))
+def test_long_lists_are_read_as_by_pydantic(place: int) -> None:
+    """Values and errors are the same as when pydantic reads the whole body."""
+    body = {"prompt": LONG_PROMPTS[place], "max_tokens": 3, "user": "é"}
+    for raw in (json.dumps(body).encode(), json.dumps(body, indent=1).encode()):
+        assert len(raw) > SMALL
+        try:
+            expected: Any = CompletionRequest.model_validate_json(raw)
+        except ValidationError as error:
+            with pytest.raises(ApiError) as caught:
+                parse(CompletionRequest, raw)
+            expected = as_response(error, CompletionRequest)
+            assert (caught.value.message, caught.value.param) == (expected.message, expected.param)
+        else:
+            found = parse(CompletionRequest, raw)
+            assert found == expected and found.prompt == LONG_PROMPTS[place]
+            assert found.model_fields_set == expected.model_fields_set
+
+
+@pytest.mark.parametrize("end", [b",]", b",,5]", b"", b"] ]", b"5 5]", b",01]"])
+def test_long_lists_that_are_not_json(end: bytes) -> None:
+    with pytest.raises(ApiError, match="not valid JSON"):
+        parse(CompletionRequest, b'{"prompt": [' + b"5," * MANY + b"6" + end + b"}")
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------
