@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install serve test test-fast test-ui lint test-cuda golden clean
+.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden clean
 
 install: .venv/.test-installed
 
@@ -67,6 +67,28 @@ test-cuda: .venv-cuda/.base-installed
 	  echo "test-cuda skipped: the CUDA wheels cannot be installed, for the reason above"; \
 	fi
 
+# Client packages against the demo server. openai, langchain-openai, litellm, openai-agents and lm-eval need 1.3 GB;
+# guidellm, which needs torch, is run where `make .venv-guidellm/.installed` was run before.
+test-clients: .venv/.test-installed .venv-clients/.installed
+	$(BIN)/python -m pytest -n 0 -rs tests/clients/live
+
+.venv-clients/.installed: tests/clients/requirements.txt
+	@$(call venv,.venv-clients)
+	.venv-clients/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+.venv-guidellm/.installed:
+	@$(call venv,.venv-guidellm)
+	.venv-guidellm/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0
+	.venv-guidellm/bin/python -m pip install --disable-pip-version-check --quiet guidellm==0.8.1
+	@touch $@
+
+# Only to record what it sends.
+.venv-aider/.installed:
+	@$(call venv,.venv-aider)
+	.venv-aider/bin/python -m pip install --disable-pip-version-check --quiet aider-chat==0.86.2
+	@touch $@
+
 .venv/.base-installed: $(PINS)
 	@$(call venv,.venv)
 	$(call install,.venv,-e .)
@@ -108,5 +130,5 @@ golden: .venv-golden/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-cuda .venv-golden .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-cuda .venv-golden .venv-clients .venv-guidellm .venv-aider .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
