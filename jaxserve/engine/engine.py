@@ -41,7 +41,7 @@ from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.models import param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
-from jaxserve.types.metrics import Counters, EngineMetrics
+from jaxserve.types.metrics import Counters, EngineMetrics, StepClock
 from jaxserve.types.outputs import FinishReason, Update
 from jaxserve.types.request import Request
 
@@ -101,7 +101,7 @@ class Engine:
         self._batcher = Batcher(limits, capacity.buckets, self.runner.available)
         self._in_flight: deque[tuple[StepPlan, Handle]] = deque()
         self._depth = 2 if config.async_scheduling else 1
-        self._counters = Counters()
+        self._counters, self._times = Counters(), StepClock()
         self.profiler = Profiler()
         self.asleep = False
         self._asleep_weights: Params | None = None
@@ -246,6 +246,7 @@ class Engine:
     def _launch(self, plan: StepPlan, message: StepMessage) -> list[Update] | None:
         """Launch a step. If its head waits for masks, the step before is read meanwhile; returns its updates."""
         runner, recorder, updates = self.runner, self._recorder, None
+        self._times.launch(time.monotonic())
         if recorder is not None:
             recorder.launched(message)
         if plan.masked:
@@ -265,6 +266,7 @@ class Engine:
         """Wait for the oldest step in flight."""
         plan, handle = self._in_flight.popleft()
         result = self.runner.read(handle)
+        self._times.read(plan.tokens, time.monotonic())
         if self._recorder is not None:
             self._recorder.read(result)
         return self.scheduler.commit(plan, result)
@@ -465,6 +467,7 @@ class Engine:
             computed_tokens=counters.computed_tokens,
             programs_compiled=self.runner.num_compiled + ready,
             programs_pending=pending,
+            step_seconds=list(self._times.seconds),
         )
 
 

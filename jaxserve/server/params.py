@@ -51,10 +51,12 @@ async def read[B: RequestBody](request: web.Request, kind: type[B]) -> B:
     return body
 
 
-async def parsed[B: BaseModel](request: web.Request, kind: type[B], raw: bytes) -> B:
-    """The body, with its unknown fields noted. A large one is parsed in a thread."""
+async def parsed[B: BaseModel](
+    request: web.Request, kind: type[B], raw: bytes, *, policy: UnknownFields | None = None
+) -> B:
+    """The body, with its unknown fields noted, or refused if that is the policy. A large one is parsed in a thread."""
     serving = request.app[SERVING]
-    work = partial(_parsed, kind, raw, serving.ignored.policy)
+    work = partial(_parsed, kind, raw, policy or serving.ignored.policy)
     body, unknown = work() if len(raw) <= SMALL else await serving.workers.run(len(raw), work)
     serving.ignored.note_fields(request, unknown)
     return body

@@ -18,7 +18,7 @@ from jaxserve.frontend.streams import Stream
 from jaxserve.server.errors import ApiError, sentence
 from jaxserve.server.observe.prometheus import Finished
 from jaxserve.server.observe.request_record import RequestRecord
-from jaxserve.server.state import GRANT, RECORD, SERVING, Serving
+from jaxserve.server.state import GRANT, RECORD, SERVING, Serving, unavailable
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import RequestOutputKind
@@ -35,6 +35,7 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
     """
     serving, record = request.app[SERVING], request[RECORD]
     client = serving.check_ready()
+    serving.check_in_time(client, prepared)
     prompt_tokens = sum(len(each.prompt_token_ids) for each in prepared)
     request[GRANT].take_prompt(prompt_tokens)
     record.prepared = [*record.prepared, *prepared]
@@ -51,11 +52,13 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
                 yield place, output
     except OverloadedError as error:
         serving.metrics.rejections["queue_full"] += 1
-        headers = {"Retry-After": str(serving.retry_after())}
-        raise ApiError(503, sentence(error.problem, error.hint), headers=headers) from None
+        wait = serving.estimator.retry_after(serving.engine.stats, client.preparer.limits)
+        raise unavailable(sentence(error.problem, error.hint), wait=wait) from None
     except EngineError as error:
         raise serving.lost(error) from None
     finally:
+        for tally in tallies:
+            tally.release()
         for stream, tally in zip(streams, tallies, strict=False):
             client.close(stream)
             request[GRANT].take_generated(tally.end(stream))
@@ -114,6 +117,13 @@ class _Tally:
         self._counted = request.params.output_kind is RequestOutputKind.DELTA
         self._ended = False  # whether the engine has ended it
         self._closed = False
+        self._held = request.params.n  # rows that the estimator counts
+        serving.estimator.open[request.tenant] += self._held
+
+    def release(self) -> None:
+        """The request has no rows any more. Idempotent."""
+        self._serving.estimator.open[self._request.tenant] -= self._held
+        self._held = 0
 
     def add(self, output: RequestOutput, stream: Stream) -> None:
         now = time.monotonic()
@@ -138,6 +148,8 @@ class _Tally:
             seconds = (self._request.deadline or now) - self._record.arrival
             raise ApiError(504, f"The request exceeded its deadline of {seconds:.3g} seconds.")
         self._ended = output.finished
+        if output.finished:
+            self.release()
 
     def _late(self, now: float) -> bool:
         return self._request.deadline is not None and now >= self._request.deadline
@@ -160,7 +172,8 @@ class _Tally:
             record.last_token = max(record.last_token or stream.last_output, stream.last_output)
         if not self._ended:
             return
-        self._serving.note_end()
+        if stream.scheduled is not None and stream.last_output is not None:
+            self._serving.estimator.ended(stream.last_output - stream.scheduled)
         longest = max(self._generated)
         # For tokens that arrived together, or with the whole answer, use the mean gap.
         rest = sum(max(count - 1, 0) for count in self._generated) - self._seen

@@ -6,7 +6,7 @@ For one event loop. lifecycle.py starts and ends engines and updates this state.
 
 import asyncio
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 
 from aiohttp import web
@@ -14,8 +14,10 @@ from aiohttp import web
 from jaxserve.errors import EngineError
 from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.process import EngineProcess
+from jaxserve.server import estimate
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import SHUT_DOWN, ApiError
+from jaxserve.server.estimate import Estimator
 from jaxserve.server.http.api_keys import KeyRing
 from jaxserve.server.http.auth import Access
 from jaxserve.server.http.guard import Held
@@ -25,8 +27,7 @@ from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.server.unknown_fields import IgnoredNames
 from jaxserve.server.workers import Workers
 from jaxserve.text.tokenizer import Tokenizer
-
-LONGEST_WAIT = 60  # the largest Retry-After
+from jaxserve.types.request import Request
 
 
 class Serving:
@@ -47,7 +48,7 @@ class Serving:
         self.workers = Workers(config.tokenizer_workers)
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ended: list[float] = []  # when the last requests ended, for Retry-After
+        self.estimator = Estimator()
 
     def check_ready(self) -> EngineClient:
         """The engine's client. Raises a 503 if it cannot accept requests."""
@@ -102,18 +103,24 @@ class Serving:
         ended = self.draining and self.engine.state.phase != "failed"
         return unavailable(SHUT_DOWN, wait=5) if ended else error
 
-    def note_end(self) -> None:
-        self._ended = [*self._ended[-63:], time.monotonic()]
-
-    def retry_after(self) -> int:
-        """Estimated seconds until the queue has room, from the recent rate of finished requests."""
-        stats = self.engine.stats
-        now = time.monotonic()
-        recent = [moment for moment in self._ended if now - moment < LONGEST_WAIT]
-        if stats is None or len(recent) < 2:
-            return 1
-        pace = len(recent) / max(now - recent[0], 0.1)
-        return min(max(round(stats.waiting / pace), 1), LONGEST_WAIT)
+    def check_in_time(self, client: EngineClient, requests: Sequence[Request]) -> None:
+        """Raise a 503 for requests that cannot meet their deadline."""
+        deadline = min((each.deadline for each in requests if each.deadline is not None), default=None)
+        if deadline is None:
+            return
+        left = deadline - time.monotonic()
+        found = self.estimator.of(requests, self.engine.stats, client.preparer.limits)
+        if left <= 0 or found.total <= left:  # what is late already, the engine ends
+            return
+        self.metrics.rejections["deadline"] += 1
+        message = f"This request cannot be done within its timeout: {left:.3g} s are left, and it is estimated to take "
+        message += f"at least {found.total:.3g} s"
+        if found.queue:
+            message += f" ({found.queue:.3g} s of them in the queue)"
+        if found.compute > left:  # retrying does not help
+            raise ApiError(503, f"{message}. Raise the timeout, or lower max_tokens.")
+        wait = estimate.whole(found.total - left)
+        raise unavailable(f"{message}. Retry later, or raise the timeout.", wait=wait)
 
 
 SERVING = web.AppKey("serving", Serving)

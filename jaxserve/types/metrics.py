@@ -2,6 +2,7 @@
 """An engine's counters and gauges as plain numbers, independent of how they are exposed."""
 
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
 
 # Histogram bounds for tokens per step; one more bucket counts larger steps.
@@ -25,6 +26,28 @@ class Counters:
         self.steps += 1
         self.step_tokens[bisect_left(STEP_TOKENS, tokens)] += 1
         self.computed_tokens += tokens
+
+
+class StepClock:
+    """How long steps take, by their number of tokens: from the launch, or the end of the step before, to the result."""
+
+    RISE, FALL = 0.1, 0.5  # weights of a new value: a step may have waited for a compiler, none is too fast
+
+    def __init__(self) -> None:
+        self.seconds = [0.0] * (len(STEP_TOKENS) + 1)  # per bucket; 0: not measured
+        self._launched: deque[float] = deque()  # of steps in flight
+        self._last = 0.0  # when the last result was read
+
+    def launch(self, now: float) -> None:
+        self._launched.append(now)
+
+    def read(self, tokens: int, now: float) -> None:
+        seconds = now - max(self._launched.popleft(), self._last)
+        self._last = now
+        bucket = bisect_left(STEP_TOKENS, tokens)
+        known = self.seconds[bucket]
+        weight = 1 if not known else self.RISE if seconds > known else self.FALL
+        self.seconds[bucket] += weight * (seconds - known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +75,6 @@ class EngineMetrics:
     computed_tokens: int  # tokens computed by all steps
     programs_compiled: int = 0
     programs_pending: int = 0  # still to be compiled in the background
+    step_seconds: list[float] = field(
+        default_factory=list[float]
+    )  # duration of a step, by the same buckets; 0: unknown

@@ -147,7 +147,8 @@ def test_an_unreadable_request_fails_alone(fields: dict[str, Any]) -> None:
     assert wire.request_of(second).id == "good"
 
 
-COUNTS = {name: 1 for name in EngineMetrics.__slots__} | {"kv_usage": 0.5, "finished": {"stop": 1}, "step_tokens": [1]}
+LISTS = {"finished": {"stop": 1}, "step_tokens": [1], "step_seconds": [0.25]}
+COUNTS = {name: 1 for name in EngineMetrics.__slots__} | {"kv_usage": 0.5} | LISTS
 METRICS = EngineMetrics(**COUNTS)  # pyright: ignore[reportArgumentType]
 
 

@@ -21,7 +21,7 @@ from jaxserve.engine.capacity import Limits
 from jaxserve.errors import CheckpointError, JaxserveError
 from jaxserve.frontend import wire
 from jaxserve.host import child
-from jaxserve.types.metrics import Counters, EngineMetrics
+from jaxserve.types.metrics import Counters, EngineMetrics, StepClock
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Request
 
@@ -40,7 +40,7 @@ class FakeEngine:
     compiling = False  # nothing in the background
 
     def __init__(self, faults: dict[str, float]) -> None:
-        self._faults, self._counters = faults, Counters()
+        self._faults, self._counters, self._times = faults, Counters(), StepClock()
         self._left: dict[str, list[int]] = {}  # tokens still to come, of each sample
         self._ended: list[Update] = []
         self._folder: str | None = None
@@ -74,7 +74,9 @@ class FakeEngine:
         return folder
 
     def step(self) -> list[Update]:
+        self._times.launch(time.monotonic())
         time.sleep(self._faults.get("slow", 0.0))
+        self._times.read(len(self._left), time.monotonic())
         self._counters.count_step(len(self._left))
         if self._counters.steps == self._faults.get("raise"):
             raise ValueError("the device at 0x7f00deadbeef, see /tmp/dump")
@@ -113,6 +115,7 @@ class FakeEngine:
             prefix_hits=0,
             step_tokens=counters.step_tokens,
             computed_tokens=counters.computed_tokens,
+            step_seconds=self._times.seconds,
             programs_compiled=9,
             programs_pending=int(self._faults.get("pending", 0)),
         )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys take turns in the queue of a real engine: one with many waiting requests does not delay another's first."""
+"""Keys take turns in the queue of a real engine: one with many waiting requests does not delay another's first. A
+request that would wait too long for its deadline is refused at once."""
 
+import re
 import threading
 import time
 from collections import Counter
@@ -35,6 +37,10 @@ def test_a_flood_of_one_key_does_not_delay_another(model: Path) -> None:
         for thread in threads:
             thread.start()
         wait(lambda: waiting() > QUEUED - 6 and any(reply.status == 503 for _, _, reply in ends), 30)
+        hurried = server.post("/v1/completions", body, Authorization="Bearer flooding", X_Request_Timeout="0.3")
+        assert hurried.status == 503 and "in the queue" in hurried.error["message"]
+        told = float(re.findall(r"at least ([\d.]+) s", hurried.error["message"])[0])
+        assert told > 0.3 and 1 <= int(hurried.headers["retry-after"]) <= min(told + 1, 60)
         begun = time.monotonic()
         assert ask("patient").status == 200  # though the queue is nearly full, or full
         for thread in threads:

@@ -85,8 +85,8 @@ def request_line(
     if not LOG.isEnabledFor(level):
         return
     now = time.monotonic()
-    shown: dict[str, Any] = {"id": record.id, "key": record.key, "status": status, "seconds": now - record.arrival}
-    shown["error"] = record.error
+    shown: dict[str, Any] = {"id": record.id, "status": status, "seconds": now - record.arrival, "error": record.error}
+    shown["key"] = record.key
     if record.prepared:
         shown |= {
             "prompt_tokens": record.prompt_tokens,

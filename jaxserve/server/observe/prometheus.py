@@ -156,7 +156,7 @@ class Metrics:
             states,
             "sleep_state",
         )
-        reasons = {**dict.fromkeys(("queue_full", "rate_limited", "unavailable"), 0), **self.rejections}
+        reasons = {**dict.fromkeys(("deadline", "queue_full", "rate_limited", "unavailable"), 0), **self.rejections}
         rows = [((reason,), count) for reason, count in reasons.items()]
         yield self._counter("admission_rejections", "Requests rejected at admission, by reason.", rows, "reason")
         labels = ("method", "handler", "status")

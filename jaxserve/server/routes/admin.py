@@ -46,8 +46,8 @@ class AbortRequest(Strict):
 
 
 async def _body[B: BaseModel](request: web.Request, kind: type[B]) -> B:
-    """Parse the body; an empty body means {}."""
-    return await params.parsed(request, kind, (await request.read()).strip() or b"{}")
+    """Parse the body; an empty body means {}. Unknown fields are errors: {"ids": [...]} would abort everything."""
+    return await params.parsed(request, kind, (await request.read()).strip() or b"{}", policy="refuse")
 
 
 async def _ask(serving: Serving, name: str, **arguments: object) -> object:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates against a simulated queue, and refusals of what cannot be done in time by a server with a fake engine."""
+
+import heapq
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.server.estimate import Estimator
+from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics, StepClock
+from jaxserve.types.request import Request
+from jaxserve.types.sampling_params import SamplingParams
+from tests.server import live as living
+from tests.server.fake_engine import LIMITS, FakeEngine
+from tests.server.live import Live
+
+STEP = 0.05
+
+
+def request(tenant: str = "", prompt: int = 4, **params: Any) -> Request:
+    return Request(id="x", tenant=tenant, prompt_token_ids=[1] * prompt, params=SamplingParams(**params))
+
+
+def metrics(seconds: dict[int, float], *, waiting: int = 0) -> EngineMetrics:
+    """With these durations of steps, by their number of tokens."""
+    times = [seconds.get(bound, 0.0) for bound in (*STEP_TOKENS, 10**9)]
+    return replace(FakeEngine({}).metrics(), step_seconds=times, waiting=waiting)
+
+
+@given(st.integers(1, 8), st.integers(0, 60), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_the_wait_is_that_of_a_simulated_queue(rows: int, waiting: int, own: int, draws: Any) -> None:
+    """Sequences keep their rows for 2 s, and those that run have been running for any part of it."""
+    estimator = Estimator()
+    for _ in range(100):
+        estimator.ended(2.0)
+    estimator.open["a"] = rows + waiting
+    found = estimator.of([request("a", n=own)], metrics({}), replace(LIMITS, max_num_seqs=rows))
+    free = [draws.random() * 2 for _ in range(rows)]
+    heapq.heapify(free)
+    for _ in range(waiting + own):
+        begun = heapq.heappop(free)
+        heapq.heappush(free, begun + 2)
+    assert abs(found.queue - begun) <= 2 and found.compute == 0
+
+
+@given(st.integers(0, 8), st.integers(1, 3))
+def test_nobody_waits_for_a_free_row(running: int, n: int) -> None:
+    estimator = Estimator()
+    estimator.ended(5.0)
+    estimator.open["a"] = running
+    wait = estimator.of([request(n=n)], metrics({}), LIMITS).queue
+    assert (wait == 0) == (running + n <= LIMITS.max_num_seqs)
+
+
+def test_tenants_take_turns() -> None:
+    estimator = Estimator()
+    estimator.ended(1.0)
+    estimator.open.update({"flood": 1000, "other": 4})
+    limits = replace(LIMITS, max_num_seqs=4)
+    waits = [estimator.of([request(tenant)], None, limits).queue for tenant in ("flood", "new")]
+    assert waits[0] > 240 and waits[1] <= 3 / 4
+    assert estimator.of([request("flood")], None, replace(limits, priority=True)).queue == 0
+
+
+def test_blocks_may_be_short_though_rows_are_free() -> None:
+    estimator = Estimator()
+    estimator.ended(1.0)
+    estimator.open["a"] = 6
+    assert estimator.of([request()], metrics({}, waiting=4), LIMITS).queue > 0
+    assert estimator.retry_after(metrics({}, waiting=4), LIMITS) == 2  # two run, and end after a second
+    assert estimator.retry_after(metrics({}), LIMITS) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "prompt", "steps"),
+    [
+        (dict(max_tokens=100), 4, 1),  # it may end with its first token
+        (dict(max_tokens=100, ignore_eos=True), 4, 100),
+        (dict(max_tokens=100, ignore_eos=True, stop="a"), 4, 1),
+        (dict(max_tokens=100, ignore_eos=True, stop_token_ids=[5]), 4, 1),
+        (dict(max_tokens=100, min_tokens=30), 4, 30),
+        (dict(max_tokens=None, ignore_eos=True), 2000, 48),  # to the end of the context
+        (dict(max_tokens=1), 2000, 1),  # its prompt may be cached
+    ],
+)
+def test_what_a_request_computes_at_least(params: dict[str, Any], prompt: int, steps: int) -> None:
+    for known in ({1: STEP}, {8: STEP, 64: 4 * STEP}):
+        found = Estimator().of([request(prompt=prompt, **params)], metrics(known), LIMITS)
+        assert found.compute == pytest.approx(steps * STEP) and found.queue == 0
+
+
+def test_prompts_that_cannot_be_cached() -> None:
+    stats = metrics({1: STEP, 64: 4 * STEP})
+    for limits, skip in ((replace(LIMITS, enable_prefix_caching=False), None), (LIMITS, True)):
+        one = request(prompt=300, max_tokens=3, min_tokens=3, skip_reading_prefix_cache=skip)
+        found = Estimator().of([one], stats, limits)
+        assert found.compute == pytest.approx(5 * 4 * STEP + 2 * STEP)
+
+
+def test_nothing_is_known_at_first() -> None:
+    for stats in (None, metrics({})):
+        assert Estimator().of([request(max_tokens=2000, ignore_eos=True)], stats, LIMITS).total == 0
+
+
+def test_times_of_steps() -> None:
+    """Two steps are in flight: the second takes the time after the first. One late step is soon forgotten."""
+    times = StepClock()
+    times.launch(10.0)
+    times.launch(10.1)
+    times.read(1, 14.0)
+    times.read(5, 14.5)
+    assert (times.seconds[0], times.seconds[1]) == (4.0, 0.5)
+    for number in range(8):
+        times.launch(20.0 + number)
+        times.read(1, 20.5 + number)
+    assert times.seconds[0] == pytest.approx(0.5, rel=0.1)
+
+
+# --- a server -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder: Path = tmp_path_factory.mktemp("estimates")
+    with living.live(folder, fake=f"slow={STEP}", server={"request_timeout": 60}) as one:
+        one.post("/v1/completions", {"prompt": [5], "max_tokens": 5})
+        yield one
+
+
+def test_a_request_that_cannot_be_done_in_time_is_refused_at_once(server: Live) -> None:
+    before = server.metrics()
+    body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True}
+    begun = time.monotonic()
+    for stream in (False, True):
+        reply = server.post("/v1/completions", body | {"stream": stream}, X_Request_Timeout="2")
+        assert (reply.status, reply.error["type"]) == (503, "ServiceUnavailableError")
+        found = re.search(r"([\d.]+) s are left, .* at least ([\d.]+) s\. Raise", reply.error["message"])
+        assert found is not None and 1 < float(found[1]) <= 2 and 200 * STEP <= float(found[2]) < 60
+        assert "retry-after" not in reply.headers  # it would not be faster later
+    assert time.monotonic() - begun < 2 * 200 * STEP / 2
+    name = 'jaxserve:admission_rejections_total{reason="deadline"}'
+    assert server.metrics()[name] == before[name] + 2
+    assert server.metrics()["jaxserve:engine_steps_total"] == before["jaxserve:engine_steps_total"]
+
+
+def test_a_request_that_may_be_done_in_time_is_served(server: Live) -> None:
+    body = {"prompt": [5], "max_tokens": 3, "ignore_eos": True}
+    assert server.post("/v1/completions", body, X_Request_Timeout="30").status == 200
+    # It could end at any time.
+    assert server.post("/v1/completions", {"prompt": [5], "max_tokens": 60}, X_Request_Timeout="2").status == 200
+
+
+def test_the_server_s_own_timeout_counts_too(server: Live) -> None:
+    body = {"prompt": [5], "max_tokens": 2000, "ignore_eos": True}
+    reply = server.post("/v1/completions", body)
+    assert reply.status == 503 and "s are left" in reply.error["message"]
