@@ -36,7 +36,7 @@ class BenchServe:
     url: Annotated[str, Setting("URL of the server, with or without /v1.", spellings=("--base-url",))] = DEFAULT_URL
     model: Annotated[str | None, Setting("Model name (default: the first model of the server).")] = None
     api_key: Annotated[str | None, Setting(KEY_HELP)] = field(default=None, repr=False)
-    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP)] = None
+    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, metavar="FILE")] = None
     endpoint: Annotated[
         Literal["/v1/completions", "/v1/chat/completions"], Setting("Endpoint to send requests to.")
     ] = "/v1/completions"

@@ -32,7 +32,7 @@ class Talk(ABC):
         str | None, Setting("Model name (default: the first model of the server).", spellings=("--model",))
     ] = None
     api_key: Annotated[str | None, Setting(KEY_HELP)] = field(default=None, repr=False)
-    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP)] = None
+    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, metavar="FILE")] = None
     quick: Annotated[str | None, Setting("Answer this text and exit.", spellings=("-q",), empty=True)] = None
     stats: Annotated[bool, Setting("After each answer, print time to first token, tokens and tokens per second.")] = (
         False

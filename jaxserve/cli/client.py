@@ -31,7 +31,7 @@ HINTS = {
     403: "set --api-key, or allow this host on the server",
     404: "check --url and --model-name",
     413: "send a smaller request",
-    429: "the server is overloaded; try again later",
+    429: "a rate limit is reached; try again later",
     503: "the server is starting, stopping or overloaded; try again later",
 }
 

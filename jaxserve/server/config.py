@@ -143,6 +143,7 @@ class ServerConfig:
             "File of accepted API keys, one per line: KEY [name=NAME] [scope=metrics|api|admin] [rpm=N] [tpm=N] "
             "[concurrent=N]. SIGHUP reloads it.",
             "Security",
+            metavar="FILE",
             common=True,
         ),
     ] = None
@@ -155,7 +156,10 @@ class ServerConfig:
         ),
     ] = field(default=(), repr=False)
     admin_api_key_file: Annotated[
-        str | None, Setting("File of API keys for administration, like api_key_file. SIGHUP reloads it.", "Security")
+        str | None,
+        Setting(
+            "File of API keys for administration, like api_key_file. SIGHUP reloads it.", "Security", metavar="FILE"
+        ),
     ] = None
     enable_admin_routes: Annotated[
         bool,

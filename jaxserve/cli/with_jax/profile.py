@@ -31,7 +31,7 @@ class Profile:
         str | None, Setting(f"URL of the server, with or without /v1 (default without a model: {DEFAULT_URL}).", GROUP)
     ] = None
     api_key: Annotated[str | None, Setting(KEY_HELP, GROUP)] = field(default=None, repr=False)
-    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, GROUP)] = None
+    api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, GROUP, metavar="FILE")] = None
     seconds: Annotated[float, Setting("How long to trace a server.", GROUP, above=0, high=10**6, unit="seconds")] = 5.0
     num_prompts: Annotated[int, Setting("Number of prompts of an offline run.", GROUP, low=1, high=10**6)] = 8
     input_len: Annotated[int, Setting("Tokens per prompt of an offline run.", GROUP, low=1, high=10**6)] = 128

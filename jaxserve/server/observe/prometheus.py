@@ -138,6 +138,8 @@ class Metrics:
         stats = self.stats()
         if stats is not None:
             yield from self._of_engine(stats)
+            if self.prefix == "vllm":
+                yield from self._older_names(stats)
 
     def _of_requests(self) -> Iterator[Metric]:
         for name, shown in self._seconds.items():
@@ -234,6 +236,15 @@ class Metrics:
         steps = Histogram(STEP_TOKENS)
         steps.counts, steps.sum = stats.step_tokens, float(stats.computed_tokens)
         yield self._histogram("iteration_tokens_total", "Tokens computed per engine step.", [((), steps)])
+
+    def _older_names(self, stats: EngineMetrics) -> Iterator[Metric]:
+        """The names that vLLM had before, which some routers still read."""
+        yield self._gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", [((), stats.kv_usage)])
+        rate = stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0
+        yield self._gauge("gpu_prefix_cache_hit_rate", "Prompt tokens found in the prefix cache, of 1.", [((), rate)])
+        text = "Older name of prefix_cache_{}."
+        yield self._counter("gpu_prefix_cache_queries", text.format("queries"), [((), stats.prefix_queries)])
+        yield self._counter("gpu_prefix_cache_hits", text.format("hits"), [((), stats.prefix_hits)])
 
     def _gauge(self, name: str, text: str, rows: "Rows", *labels: str) -> Metric:
         family = GaugeMetricFamily(f"{self.prefix}:{name}", text, labels=("model_name", "engine", *labels))

@@ -7,6 +7,7 @@ import re
 import socket
 import string
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.server import observe
+from jaxserve.server.observe.prometheus import Metrics
 from tests.server import live as living
+from tests.server.fake_engine import FakeEngine
 from tests.server.live import Live
 
 # What vLLM's own dashboards and the usual autoscalers ask for, without its prefix.
@@ -141,12 +144,30 @@ def test_the_scrape_configuration() -> None:
     assert job["static_configs"][0]["targets"] == ["127.0.0.1:8000"]
 
 
+# What routers ask for: by the names of the Gateway API's inference extension, and of the production stack's router.
+ROUTERS = (
+    *("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "cache_config_info"),
+    *("gpu_cache_usage_perc", "gpu_prefix_cache_hit_rate"),
+    *("gpu_prefix_cache_hits_total", "gpu_prefix_cache_queries_total"),
+)
+
+
+def test_older_names_have_the_same_values() -> None:
+    metrics = Metrics("vllm", "tiny")
+    metrics.stats = lambda: replace(FakeEngine({}).metrics(), kv_usage=0.25, prefix_queries=40, prefix_hits=30)
+    found = dict(re.findall(r"^vllm:(\w+)\{\S*\} (\S+)$", metrics.text().decode(), re.MULTILINE))
+    assert float(found["gpu_cache_usage_perc"]) == float(found["kv_cache_usage_perc"]) == 0.25
+    assert float(found["gpu_prefix_cache_hit_rate"]) == 0.75
+    for name in ("hits_total", "queries_total"):
+        assert found[f"gpu_prefix_cache_{name}"] == found[f"prefix_cache_{name}"]
+
+
 def test_names_for_dashboards_of_vllm(tmp_path: Path) -> None:
     with living.live(tmp_path, fake="slow=0", server={"metrics_prefix": "vllm"}) as server:
         server.post("/v1/completions", {"prompt": [1, 2], "max_tokens": 3})
         text = server.get("/metrics").body.decode()
         names = {name.split("{")[0] for name in server.metrics()}
-    for name in VLLM:
+    for name in (*VLLM, *ROUTERS):
         assert f"vllm:{name}" in names, name
     assert "jaxserve:" not in text
     assert 'vllm:num_requests_running{engine="0",model_name="tiny"}' in text
