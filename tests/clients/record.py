@@ -35,15 +35,18 @@ def shapes(name: str, url: str, model: str) -> Generator[dict[str, Any]]:
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "OPENAI_", "JAXSERVE_"))}
     with subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         env={**plain, "TOKENIZER": str(demo.FOLDER), "NO_PROXY": "*"},
     ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith('{"'):
-                yield json.loads(line)
+        assert process.stdout is not None and process.stdin is not None
+        for place, line in enumerate(line for line in process.stdout if line.startswith('{"')):
+            yield json.loads(line)
+            if place:  # the script waits after each shape, but not after its version
+                process.stdin.write("\n")
+                process.stdin.flush()
 
 
 def record(name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     preparer = serving.check_ready().preparer
     body = await params.read(request, ChatRequest)
     order = params.order(request, body, kind="chatcmpl", add_special_tokens=False)
-    prepared = await serving.workers.run(request[RECORD].body_size, _prepared, serving, preparer, body, order)
+    prepared = await serving.workers.run(request[RECORD].body_size, prepared_chat, serving, preparer, body, order)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     answer = Answer(request, body, prepared, id=order.name, object=kind)
     choices = _ChatChoices(answer)
@@ -55,7 +55,7 @@ def prompt_text(serving: Serving, body: Conversation) -> str:
     )
 
 
-def _prepared(serving: Serving, preparer: Preparer, body: ChatRequest, order: Order) -> list[Request]:
+def prepared_chat(serving: Serving, preparer: Preparer, body: ChatRequest, order: Order) -> list[Request]:
     text = prompt_text(serving, body)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted: int | None = getattr(body, field)

@@ -28,7 +28,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     preparer = serving.check_ready().preparer
     body = await params.read(request, CompletionRequest)
     order = params.order(request, body, kind="cmpl", add_special_tokens=True)
-    prepared = await serving.workers.run(request[RECORD].body_size, _prepared, preparer, body, order)
+    prepared = await serving.workers.run(request[RECORD].body_size, prepared_completions, preparer, body, order)
     answer = Answer(request, body, prepared, id=order.name, object="text_completion")
     choices = _CompletionChoices(answer)
     if body.stream:
@@ -36,7 +36,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     return await generation.whole(answer, choices.reply)
 
 
-def _prepared(preparer: Preparer, body: CompletionRequest, order: Order) -> list[Request]:
+def prepared_completions(preparer: Preparer, body: CompletionRequest, order: Order) -> list[Request]:
     prompts = as_list(body.prompt)
     if not prompts:
         raise bad_request("prompt", "the prompt is an empty list", "send at least one prompt")

@@ -45,7 +45,7 @@ STATUSES = {
 }
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 STREAMING = ("/v1/completions", "/v1/chat/completions")
-ANSWERS = {"/metrics": "text/plain", "/": "text/html"}
+ANSWERS = {"/metrics": "text/plain", "/": "text/html", "/docs": "text/html"}
 
 
 async def page(request: web.Request) -> web.Response:
@@ -57,8 +57,13 @@ async def page(request: web.Request) -> web.Response:
 
 @functools.cache
 def _document(*, ui: bool, admin: bool, root: str) -> bytes:
+    return encode(shown_document(ui=ui, admin=admin, root=root))
+
+
+def shown_document(*, ui: bool, admin: bool, root: str) -> dict[str, Any]:
+    """The document of a server with or without its page, the routes for administration and a proxy's prefix."""
     shown = document(route for route in all_routes(ui=ui) if admin or route.scope != "admin")
-    return encode(shown | ({"servers": [{"url": root}]} if root else {}))
+    return shown | ({"servers": [{"url": root}]} if root else {})
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:

@@ -36,3 +36,4 @@ def run(package: str, shapes: Mapping[str, Shape]) -> None:
         except Exception as error:
             line = {"shape": name, "error": f"{type(error).__name__}: {error}"[:1000]}
         print(json.dumps(line), flush=True)
+        sys.stdin.readline()  # until the requests of this shape have been recorded

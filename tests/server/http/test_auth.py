@@ -15,7 +15,7 @@ from tests.server.shell import Shell
 
 KEY = "correct horse"
 ROUTES = all_routes(ui=True)
-PUBLIC = {"/health", "/live", "/ping", "/"}
+PUBLIC = {"/health", "/live", "/ping", "/", "/docs"}
 
 
 @pytest.fixture(scope="module")
