@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from jaxserve.cli import results_file
+from jaxserve.cli import bench_datasets, results_file
+from jaxserve.cli.bench_datasets import Length, Prompt, TokenSource
 from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, ServerError, key_for
-from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.errors import JaxserveError, UsageError, one_line
 from jaxserve.flags.setting import Setting
 
 if TYPE_CHECKING:  # it imports aiohttp, which --help does not need
@@ -41,8 +43,14 @@ class BenchServe:
         Literal["/v1/completions", "/v1/chat/completions"], Setting("Endpoint to send requests to.")
     ] = "/v1/completions"
     dataset_name: Annotated[
-        Literal["random"], Setting("Source of prompts: random tokens, so that no two share a prefix.")
+        Literal["random", "sharegpt", "prefix_repetition", "custom"],
+        Setting(
+            "Source of prompts: random tokens; conversations of the ShareGPT file at --dataset-path, or without one "
+            "random tokens with lengths like theirs; random tokens with shared prefixes; or the JSONL file at "
+            '--dataset-path, with {"prompt": "..."} on each line.'
+        ),
     ] = "random"
+    dataset_path: Annotated[Path | None, Setting("File of prompts, for sharegpt and custom.")] = None
     num_prompts: Annotated[int, Setting("Number of requests.", low=1)] = 1000
     random_input_len: Annotated[int, Setting("Tokens per prompt.", low=1)] = 1024
     random_output_len: Annotated[int, Setting("Maximum number of tokens to generate per request.", low=1)] = 128
@@ -50,6 +58,19 @@ class BenchServe:
     random_range_ratio: Annotated[
         float, Setting("Vary lengths by up to this fraction in both directions.", low=0, below=1)
     ] = 0.0
+    sharegpt_output_len: Annotated[
+        int | None, Setting("Maximum number of tokens to generate (default: the length of each answer).", low=1)
+    ] = None
+    prefix_repetition_num_prefixes: Annotated[int, Setting("Number of shared prefixes.", low=1)] = 10
+    prefix_repetition_prefix_len: Annotated[int, Setting("Tokens of each shared prefix.", low=1)] = 256
+    prefix_repetition_suffix_len: Annotated[int, Setting("Tokens after the shared prefix.", low=1)] = 256
+    prefix_repetition_output_len: Annotated[
+        int, Setting("Maximum number of tokens to generate per prompt with a shared prefix.", low=1)
+    ] = 128
+    custom_output_len: Annotated[
+        int,
+        Setting("Maximum number of tokens to generate per line of the file; -1: the line's output_tokens.", low=-1),
+    ] = 256
     max_concurrency: Annotated[
         int | None, Setting("Maximum number of concurrent requests (default: no limit).", low=1)
     ] = None
@@ -61,6 +82,21 @@ class BenchServe:
             high=math.inf,
         ),
     ] = math.inf
+    burstiness: Annotated[
+        float,
+        Setting(
+            "With --request-rate: 1 sends at the times of a Poisson process, less in bursts, more at even intervals.",
+            above=0,
+        ),
+    ] = 1.0
+    goodput: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Also report requests per second that keep these limits in milliseconds, such as ttft:200 tpot:50; "
+            "e2el is the whole request.",
+            metavar="NAME:MS",
+        ),
+    ] = ()
     ignore_eos: Annotated[bool, Setting("Ignore EOS; always generate the full length.")] = False
     temperature: Annotated[float, Setting("Sampling temperature.", low=0)] = 0.0
     seed: Annotated[int, Setting("Seed for prompts and request times.")] = 0
@@ -80,6 +116,15 @@ class BenchServe:
         results_file.check(self.json)
         if self.save_result and not self.result_dir.is_dir():
             raise UsageError(f"no such folder: {self.result_dir}", "create it, or name another with --result-dir")
+        limits(self.goodput)
+        if self.dataset_name == "custom" and self.dataset_path is None:
+            raise UsageError("--dataset-name custom needs --dataset-path", "name a JSONL file of prompts")
+        if self.dataset_name in ("random", "prefix_repetition") and self.dataset_path is not None:
+            raise UsageError(f"--dataset-name {self.dataset_name} reads no file", "remove --dataset-path")
+        if self.burstiness not in (0, 1) and self.request_rate == math.inf:
+            raise UsageError("--burstiness has no effect without --request-rate", "set --request-rate")
+        if self.custom_output_len == 0:
+            raise UsageError("--custom-output-len is 0", "use a whole number of at least 1, or -1")
 
     def run(self) -> int:
         from jaxserve.cli import load
@@ -87,7 +132,7 @@ class BenchServe:
         key = key_for(self.url, key=self.api_key, file=self.api_key_file)
         client = Client(self.url, api_key=key)
         model = self.model or client.model()
-        jobs = self.jobs(model, _pool(client, model, self.seed))
+        jobs = self.jobs(model, _pool(client, model), _length(client, model))
         shown = _Bar(self.num_prompts)
 
         async def measured() -> load.Outcome:
@@ -100,6 +145,7 @@ class BenchServe:
                 jobs[: self.num_prompts],
                 concurrency=self.max_concurrency,
                 rate=self.request_rate,
+                burstiness=self.burstiness,
                 seed=self.seed,
                 api_key=key,
                 timeout=self.timeout,
@@ -108,38 +154,66 @@ class BenchServe:
 
         outcome = asyncio.run(measured())
         shown.close()
-        results = load.summary(outcome)
+        results = load.summary(outcome, limits(self.goodput))
         self._report(model, results, [sample.error for sample in outcome.samples if sample.error])
         return 0 if results["completed"] else 1
 
-    def jobs(self, model: str, pool: "Sequence[int] | None") -> "list[Job]":
+    def jobs(self, model: str, pool: Sequence[int] | None, length: Length | None = None) -> "list[Job]":
         """The requests, warmup last; the same seed gives the same requests. Prompts are drawn from the token ids in
-        `pool`, or from words if it is None."""
+        `pool`, or from words if it is None. `length`: how many tokens a text of a file has."""
         from jaxserve.cli.load import Job
 
-        draw, words = random.Random(self.seed), WORDS.split()
         chat = self.endpoint == "/v1/chat/completions"
+        jobs = list[Job]()
+        for prompt in self._prompts(None if chat else pool, length or _words):
+            asked = {"prompt": prompt.content}
+            if chat:
+                asked = {"messages": [{"role": "user", "content": prompt.content}]}
+            body: dict[str, Any] = {**asked, "model": model, "max_tokens": prompt.output}
+            body |= {"temperature": self.temperature, **({"ignore_eos": True} if self.ignore_eos else {})}
+            jobs.append(Job(self.endpoint, body, prompt.tokens))
+        return jobs
 
-        def tokens(count: int) -> list[Any]:
-            return draw.choices(words if pool is None or chat else pool, k=count)
+    def _prompts(self, pool: Sequence[int] | None, length: Length) -> list[Prompt]:
+        count, draw = self.num_prompts + self.num_warmups, random.Random(self.seed)
+        source = bench_datasets.TokenSource(draw, pool, WORDS.split())
+        output = self.sharegpt_output_len
+        match self.dataset_name:
+            case "random":
+                return self._random(source, count)
+            case "sharegpt" if self.dataset_path is None:
+                return list(islice(bench_datasets.sharegpt_like(source, output=output), count))
+            case "sharegpt":
+                path = cast(Path, self.dataset_path)
+                return bench_datasets.sharegpt(path, draw, count, output=output, length=length)
+            case "prefix_repetition":
+                return bench_datasets.prefix_repetition(
+                    source,
+                    count,
+                    prefixes=self.prefix_repetition_num_prefixes,
+                    prefix=self.prefix_repetition_prefix_len,
+                    suffix=self.prefix_repetition_suffix_len,
+                    output=self.prefix_repetition_output_len,
+                )
+            case "custom":
+                path = cast(Path, self.dataset_path)
+                return bench_datasets.custom(path, draw, count, output=self.custom_output_len, length=length)
 
+    def _random(self, source: TokenSource, count: int) -> list[Prompt]:
         def length(usual: int) -> int:
             low, high = usual * (1 - self.random_range_ratio), usual * (1 + self.random_range_ratio)
-            return max(1, draw.randint(int(low), -int(-high // 1)))
+            return max(1, source.draw.randint(int(low), -int(-high // 1)))
 
-        prefix, jobs = tokens(self.random_prefix_len), list[Job]()
-        for _ in range(self.num_prompts + self.num_warmups):
-            prompt = [*prefix, *tokens(length(self.random_input_len))]
-            text = prompt if pool is not None and not chat else " ".join(prompt)
-            asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-            body: dict[str, Any] = {**asked, "model": model, "max_tokens": length(self.random_output_len)}
-            body |= {"temperature": self.temperature, **({"ignore_eos": True} if self.ignore_eos else {})}
-            jobs.append(Job(self.endpoint, body, len(prompt)))
-        return jobs
+        prefix, made = source.tokens(self.random_prefix_len), list[Prompt]()
+        for _ in range(count):
+            tokens = [*prefix, *source.tokens(length(self.random_input_len))]
+            made.append(source.prompt(tokens, length(self.random_output_len)))
+        return made
 
     def _report(self, model: str, results: dict[str, float], errors: Sequence[str]) -> None:
         asked = {name: value for name, value in asdict(self).items() if name not in ("api_key", "api_key_file", "json")}
         asked |= {"request_rate": str(self.request_rate) if self.request_rate == math.inf else self.request_rate}
+        asked |= {"dataset_path": None if self.dataset_path is None else str(self.dataset_path)}
         asked |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
         result = json_module.dumps({**asked, **results, "errors": list(errors)})
         if str(self.json) == "-":
@@ -156,7 +230,40 @@ class BenchServe:
             file.write_text(result + "\n")
 
 
-def _pool(client: Client, model: str, seed: int) -> list[int] | None:
+def limits(goodput: Sequence[str]) -> dict[str, float]:
+    """The limits of --goodput in seconds, by name of the time."""
+    found: dict[str, float] = {}
+    for text in goodput:
+        name, _, value = text.partition(":")
+        if name not in ("ttft", "tpot", "e2el"):
+            raise UsageError(f"--goodput has {one_line(text)!r}", "use ttft:MS, tpot:MS or e2el:MS, such as ttft:200")
+        try:
+            found[name] = float(value) / 1000
+        except ValueError:
+            found[name] = math.nan
+        if not found[name] >= 0:
+            raise UsageError(f"--goodput has {one_line(text)!r}", f"give {name} a number of milliseconds")
+    return found
+
+
+def _words(text: str) -> int:
+    """Roughly the number of tokens."""
+    return max(1, round(1.3 * len(text.split())))
+
+
+def _length(client: Client, model: str) -> Length:
+    """The number of tokens of a text, by the server's tokenizer, or else roughly."""
+
+    def length(text: str) -> int:
+        try:
+            return int(client.post("/tokenize", {"model": model, "prompt": text})["count"])
+        except (ServerError, KeyError, TypeError, ValueError):
+            return _words(text)
+
+    return length
+
+
+def _pool(client: Client, model: str) -> list[int] | None:
     """Ids of plain tokens, from the server's tokenizer; None if it has no /tokenize."""
     try:
         found = client.post("/tokenize", {"model": model, "prompt": WORDS, "add_special_tokens": False})
@@ -177,6 +284,7 @@ _ROWS = (
     ("Total input tokens:", "total_input_tokens", "d"),
     ("Total generated tokens:", "total_output_tokens", "d"),
     ("Request throughput (req/s):", "request_throughput", ".2f"),
+    ("Request goodput (req/s):", "request_goodput", ".2f"),
     ("Output token throughput (tok/s):", "output_throughput", ".2f"),
     ("Peak concurrent requests:", "max_concurrent_requests", "d"),
     ("Total token throughput (tok/s):", "total_token_throughput", ".2f"),
@@ -203,7 +311,9 @@ def table(figures: dict[str, float], *, rate: float, concurrency: int | None) ->
         lines.append(row("Maximum request concurrency:", concurrency))
     if rate != math.inf:
         lines.append(row("Request rate configured (RPS):", f"{rate:.2f}"))
-    lines += [row(name, number(key, form)) for name, key, form in _ROWS[2:]]
+    for name, key, form in _ROWS[2:]:
+        if key in figures:
+            lines.append(row(name, number(key, form)))
     for title, name in _TIMES:
         lines.append(f"{title:-^50}")
         for label, part in (("Mean", "mean"), ("Median", "median"), ("P99", "p99")):

@@ -12,7 +12,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,13 +73,15 @@ async def run(
     *,
     concurrency: int | None = None,
     rate: float = float("inf"),
+    burstiness: float = 1.0,
     seed: int = 0,
     api_key: str | None = None,
     timeout: float = NEVER,
     keep_alive: bool = True,
     done: Callable[[Sample], None] | None = None,
 ) -> Outcome:
-    """Send all jobs, `rate` per second at random times (all at once if infinite), at most `concurrency` at a time.
+    """Send all jobs, `rate` per second at random times (all at once if infinite), at most `concurrency` at a time. The
+    time between two jobs has a gamma distribution of shape `burstiness`: 1 makes a Poisson process, less makes bursts.
     Without `keep_alive` each job opens a new connection: some servers close theirs without notice after a stream."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     slots = asyncio.Semaphore(concurrency or len(jobs) or 1)
@@ -109,9 +111,16 @@ async def run(
             for job in jobs:
                 tasks.append(group.create_task(one(job)))
                 if rate != float("inf"):
-                    due += draw.expovariate(rate)
+                    due += pause(draw, rate, burstiness)
                     await asyncio.sleep(max(due - time.perf_counter(), 0))
         return Outcome([task.result() for task in tasks], time.perf_counter() - began, most)
+
+
+def pause(draw: random.Random, rate: float, burstiness: float) -> float:
+    """Seconds until the next job, 1 / `rate` on average."""
+    if burstiness == 1:
+        return draw.expovariate(rate)
+    return draw.gammavariate(burstiness, 1 / (rate * burstiness))
 
 
 async def _send(session: aiohttp.ClientSession, root: str, job: Job) -> Sample:
@@ -174,8 +183,9 @@ def _message(said: str) -> str:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def summary(outcome: Outcome) -> dict[str, float]:
-    """The results that vLLM's benchmark reports, under its names. Failed requests only count as failed."""
+def summary(outcome: Outcome, limits: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The results that vLLM's benchmark reports, under its names. Failed requests only count as failed. `limits`:
+    seconds that a request must keep to count for the goodput, by name of the time: ttft, tpot, e2el."""
     good = [sample for sample in outcome.samples if sample.error is None and sample.stamps]
     read, written = sum(s.prompt_tokens for s in good), sum(s.output_tokens for s in good)
     seconds = max(outcome.seconds, 1e-9)
@@ -190,10 +200,17 @@ def summary(outcome: Outcome) -> dict[str, float]:
         "total_token_throughput": (read + written) / seconds,
         "max_concurrent_requests": outcome.most_at_once,
     }
+    if limits:
+        found["request_goodput"] = sum(_keeps(sample, limits) for sample in good) / seconds
     found |= spread("ttft", [sample.ttft for sample in good])
     found |= spread("tpot", [sample.tpot for sample in good if sample.output_tokens > 1])
     found |= spread("itl", [gap for sample in good for gap in sample.gaps])
     return found | spread("e2el", [sample.latency for sample in good])
+
+
+def _keeps(sample: Sample, limits: Mapping[str, float]) -> bool:
+    times = {"ttft": sample.ttft, "e2el": sample.latency, "tpot": sample.tpot if sample.output_tokens > 1 else 0.0}
+    return all(times[name] <= limit for name, limit in limits.items())
 
 
 def spread(name: str, seconds: Sequence[float]) -> dict[str, float]:

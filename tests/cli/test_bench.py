@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import random
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.cli import load
-from jaxserve.cli.bench_serve import BenchServe
+from jaxserve.cli.bench_serve import BenchServe, limits
 from tests.cli.conftest import Command, one_error
 from tests.cli.fake_server import KEY, FakeServer
 from tests.golden import load as golden
@@ -134,6 +135,131 @@ def test_figures_by_hand() -> None:
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.integers(0, 100))
 def test_percentiles_are_numpys(values: list[float], share: int) -> None:
     assert load.percentile(sorted(values), share) == pytest.approx(np.percentile(values, share), rel=1e-9, abs=1e-9)
+
+
+# --- data sets and goodput ------------------------------------------------------------------------------------------
+
+
+def lines_of(folder: Path, *entries: object) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return file
+
+
+def test_prompts_of_a_file(command: Command, server: FakeServer, tmp_path: Path) -> None:
+    file = lines_of(tmp_path, *({"prompt": f"question {place}", "output_tokens": place} for place in (1, 2, 3)))
+    words = ("bench", "serve", "--url", server.url, "--dataset-name", "custom", "--dataset-path", file)
+    assert command(*words, "--num-prompts", "5", "--custom-output-len", "-1").code == 0
+    bodies = server.bodies(COMPLETIONS)
+    assert len(bodies) == 6 and {body["prompt"] for body in bodies} == {"question 1", "question 2", "question 3"}
+    assert all(body["max_tokens"] == int(body["prompt"][-1]) for body in bodies)  # repeated: there are too few
+    assert command(*words, "--num-prompts", "1", "--endpoint", CHAT).code == 0
+    [body, _] = server.bodies(CHAT)
+    assert body["messages"][0]["content"].startswith("question ") and body["max_tokens"] == 256
+
+
+def test_files_that_are_no_data_sets(command: Command, server: FakeServer, tmp_path: Path) -> None:
+    words = ("bench", "serve", "--url", server.url, "--dataset-name")
+    one_error(command(*words, "custom"), 2, "needs --dataset-path")
+    one_error(command(*words, "random", "--dataset-path", tmp_path), 2, "reads no file")
+    one_error(command(*words, "custom", "--dataset-path", tmp_path / "absent"), 2, "cannot read", "No such file")
+    for entry in ({"text": "x"}, {"prompt": ""}, [], "x"):
+        file = lines_of(tmp_path, {"prompt": "x"}, entry)
+        one_error(command(*words, "custom", "--dataset-path", file), 2, "line 2", '{"prompt": "..."}')
+    file = lines_of(tmp_path, {"prompt": "x"})
+    one_error(command(*words, "custom", "--dataset-path", file, "--custom-output-len", "-1"), 2, "output_tokens")
+    one_error(command(*words, "sharegpt", "--dataset-path", file), 2, "has no prompts")
+
+
+def test_conversations_of_sharegpt(tmp_path: Path) -> None:
+    talk = [("a " * 50, "b " * 30), ("short", "b " * 30), ("a " * 50, "x"), ("a " * 5000, "b " * 30)]
+    turns = [[{"from": "human", "value": ask}, {"from": "gpt", "value": answer}] for ask, answer in talk]
+    file = tmp_path / "sharegpt.json"
+    file.write_text(json.dumps([{"conversations": each} for each in (*turns, [], turns[0][:1])]))
+    bench = BenchServe(dataset_name="sharegpt", dataset_path=file, num_prompts=3, num_warmups=0)
+    jobs = bench.jobs("m", None, lambda text: len(text.split()))
+    assert [(job.body["prompt"], job.body["max_tokens"], job.prompt_tokens) for job in jobs] == [
+        ("a " * 50, 30, 50)
+    ] * 3
+    fixed = BenchServe(dataset_name="sharegpt", dataset_path=file, num_prompts=9, sharegpt_output_len=7)
+    assert {job.body["max_tokens"] for job in fixed.jobs("m", None, lambda text: len(text.split()))} == {7}
+
+
+def test_lengths_like_sharegpts() -> None:
+    bench = BenchServe(dataset_name="sharegpt", num_prompts=2000, num_warmups=0)
+    jobs = bench.jobs("m", range(1000))
+    assert jobs == bench.jobs("m", range(1000))
+    prompts, outputs = [job.prompt_tokens for job in jobs], [job.body["max_tokens"] for job in jobs]
+    assert min(prompts) >= 4 and max(prompts) <= 1024 and max(map(sum, zip(prompts, outputs, strict=True))) <= 2048
+    assert 190 < np.mean(prompts) < 230 and 180 < np.mean(outputs) < 220 and np.median(prompts) < 0.7 * np.mean(prompts)
+    assert all(len(job.body["prompt"]) == job.prompt_tokens for job in jobs)
+
+
+def test_shared_prefixes() -> None:
+    bench = BenchServe(
+        dataset_name="prefix_repetition",
+        num_prompts=40,
+        num_warmups=0,
+        prefix_repetition_num_prefixes=4,
+        prefix_repetition_prefix_len=30,
+        prefix_repetition_suffix_len=10,
+        prefix_repetition_output_len=5,
+    )
+    jobs = bench.jobs("m", range(1000))
+    prompts = [tuple(job.body["prompt"]) for job in jobs]
+    starts = [prompt[:30] for prompt in prompts]
+    assert [len(prompt) for prompt in prompts] == [40] * 40 and len(set(prompts)) == 40
+    assert {start: starts.count(start) for start in starts} == dict.fromkeys(set(starts), 10) and len(set(starts)) == 4
+    assert starts[:10] != [starts[0]] * 10  # in random order
+    assert {job.body["max_tokens"] for job in jobs} == {5}
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_bursts(burstiness: float) -> None:
+    """The mean stays, and the squared coefficient of variation of a gamma distribution is 1 / shape."""
+    draw = random.Random(1)
+    pauses = np.asarray([load.pause(draw, 50, burstiness) for _ in range(20_000)])
+    assert pauses.mean() == pytest.approx(1 / 50, rel=0.05)
+    assert pauses.var() / pauses.mean() ** 2 == pytest.approx(1 / burstiness, rel=0.1)
+
+
+def test_bursts_need_a_rate(command: Command) -> None:
+    one_error(command("bench", "serve", "--burstiness", "0.5"), 2, "no effect without --request-rate")
+    one_error(command("bench", "serve", "--burstiness", "0"), 2, "--burstiness is 0.0, not above 0")
+
+
+def test_goodput_by_hand() -> None:
+    samples = [
+        load.Sample(began=0.0, stamps=[0.1, 0.3], output_tokens=3),  # TTFT 100 ms, TPOT 100 ms, 300 ms in all
+        load.Sample(began=0.0, stamps=[0.4], output_tokens=1),  # no TPOT
+        load.Sample(began=0.0, stamps=[0.1, 0.11], output_tokens=2),
+        load.Sample(began=0.0, error="no"),
+    ]
+    outcome = load.Outcome(samples, 2.0, 4)
+    for texts, good in (
+        (["ttft:200"], 2),
+        (["ttft:200", "tpot:50"], 1),
+        (["tpot:50"], 2),
+        (["e2el:300.5", "ttft:1e3"], 2),
+        (["ttft:0"], 0),
+    ):
+        assert load.summary(outcome, limits(texts))["request_goodput"] == good / 2, texts
+    assert "request_goodput" not in load.summary(outcome)
+
+
+def test_goodput_is_reported(command: Command, server: FakeServer) -> None:
+    words = ("bench", "serve", "--url", server.url, "--num-prompts", "4", "--random-input-len", "3")
+    said = command(*words, "--goodput", "ttft:100000", "tpot:100000")
+    [rate] = re.findall(r"Request throughput \(req/s\): +([\d.]+)", said.out)
+    assert re.findall(r"Request goodput \(req/s\): +([\d.]+)", said.out) == [rate]
+    assert "goodput" not in command(*words).out
+    for wrong, part in (
+        ("ttft", "number of milliseconds"),
+        ("itl:5", "ttft:MS"),
+        ("tpot:x", "tpot"),
+        ("ttft:-1", "ttft"),
+    ):
+        one_error(command(*words, "--goodput", wrong), 2, f"--goodput has '{wrong}'", part)
 
 
 # Few shapes, each compiled when it is needed.

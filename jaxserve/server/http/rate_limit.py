@@ -15,7 +15,6 @@ from typing import Self
 
 from jaxserve.config import ConfigError
 from jaxserve.flags import values
-from jaxserve.server.errors import ApiError
 
 ANONYMOUS = "anonymous"  # shares one account: requests without a key
 FORM = "write for example rpm=600,tpm=200k,concurrent=32; none lifts a limit"
@@ -160,6 +159,8 @@ class Limiter:
         message = f"Rate limit of {whose} reached: {limit}. Try again in {duration(wait)}."
         headers = {"Retry-After": str(max(1, math.ceil(wait))), **account.headers(self.clock())}
         kind = _KINDS.get(which, "requests")
+        from jaxserve.server.errors import ApiError  # it imports aiohttp, for which --help would wait
+
         raise ApiError(429, message, type=kind, code="rate_limit_exceeded", headers=headers)
 
 
