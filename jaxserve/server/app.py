@@ -144,8 +144,9 @@ def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Or
             return preflight
         route, key = _route(table, request), None
         if not (route is not None and route.public):
-            key = serving.access.check(request, "api" if route is None else route.scope)
+            key = serving.access.key_of(request)
             request[RECORD].key = None if key is None else key.name
+            serving.access.check(key, "api" if route is None else route.scope)
         if route is not None and not route.public:
             _check_query(serving, request, route)
         if route is None or not route.work:

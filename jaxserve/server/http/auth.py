@@ -33,11 +33,14 @@ class Access:
         """Whether the routes for administration exist: not if any client of another machine could use them."""
         return self._keys.admins or self._config.enable_admin_routes or is_loopback(self._config.host)
 
-    def check(self, request: web.Request, scope: Scope) -> ApiKey | None:
-        """The request's key, if it has a known one. Raises a 401 or 403 unless it may use a route of this scope."""
+    def key_of(self, request: web.Request) -> ApiKey | None:
+        """The key that a request sends, if it is a known one."""
         scheme, _, bearer = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         given = [bearer.strip() if scheme.lower() == "bearer" else "", request.headers.get(KEY_HEADER, "").strip()]
-        key = self._keys.find([each for each in given if each])
+        return self._keys.find([each for each in given if each])
+
+    def check(self, key: ApiKey | None, scope: Scope) -> None:
+        """Raise a 401, 403 or 404 unless a request with this key may use a route of this scope."""
         protected = self._config.keyed or (scope == "admin" and self._keys.admins)
         if key is None and protected:
             message = "Missing or invalid API key. Send it as: Authorization: Bearer KEY"
@@ -48,7 +51,6 @@ class Access:
         if key is not None and protected and not key.may(self._needed(scope)):
             message = f"This API key has the scope {key.scope}. Use a key with the scope {scope}."
             raise ApiError(403, message, code="insufficient_permissions")
-        return key
 
     def _needed(self, scope: Scope) -> Scope:
         """Without keys for administration, any key that may use the model may administer too."""

@@ -199,7 +199,8 @@ def duration(seconds: float) -> str:
     """Such as 20ms, 1.5s or 6m0s, as in OpenAI's headers."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
-    if seconds < 60:
-        return f"{math.ceil(seconds * 10) / 10:g}s"
+    tenths = math.ceil(seconds * 10)
+    if tenths < 600:
+        return f"{tenths / 10:g}s"
     whole = math.ceil(seconds)
     return f"{whole // 60}m{whole % 60}s"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Access control: every route with and without keys, foreign hosts and pages, and attempts to bypass it."""
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,6 +332,17 @@ def test_keys_for_administration_do_not_close_the_api() -> None:
         assert server.post("/sleep", {}).status == server.post("/sleep", {}, Authorization="Bearer x").status == 401
         assert server.post("/sleep", {}, Authorization="Bearer root").status == 503  # there is no engine
         assert server.get("/version", Origin="http://attacker.example").status == 403
+
+
+def test_refusals_are_logged_with_the_key_s_name(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("jaxserve.server")
+    logger.propagate = True
+    with Shell(api_key=("sk-app",), admin_api_key=("root",)) as server, caplog.at_level(logging.INFO, logger.name):
+        assert server.post("/abort_requests", {}, Authorization="Bearer sk-app").status == 403
+        assert server.post("/abort_requests", {}, Authorization="Bearer sk-other").status == 401
+        assert server.post("/v1/completions", {}, Authorization="Bearer root").status == 503
+    lines = [vars(entry)["fields"] for entry in caplog.records if "fields" in vars(entry)]
+    assert [(line["status"], line["key"]) for line in lines] == [(403, "key-1"), (401, None), (503, "admin-1")]
 
 
 def test_names_of_keys_are_counted(tmp_path: Path) -> None:

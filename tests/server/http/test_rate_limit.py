@@ -117,7 +117,7 @@ def test_a_changed_limit_keeps_what_was_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0ms"), (0.0201, "21ms"), (1, "1s"), (1.44, "1.5s"), (59.99, "60s"), (360, "6m0s")]
+    ("seconds", "text"), [(0, "0ms"), (0.0201, "21ms"), (1, "1s"), (1.44, "1.5s"), (59.99, "1m0s"), (360, "6m0s")]
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
