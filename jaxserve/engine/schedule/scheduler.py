@@ -81,7 +81,7 @@ class Scheduler:
         if request.id in self.requests:
             raise RequestError("request_id", f"request {request.id!r} is already in flight", "use another id")
         priority = request.priority if limits.priority else 0
-        self._waiting.check_room(request, priority)
+        self._waiting.check_room(request)
         self._arrivals += 1
         turn = self._waiting.turns.take(request.tenant, priority, hold or params.n)
         seed = self._random.getrandbits(32) if params.seed is None else params.seed

@@ -7,6 +7,7 @@ waiting, and gains nothing from the time in which it had nothing. A new request'
 one: the order of running sequences does not change, and no request is overtaken for ever.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from jaxserve.engine.schedule.sequence import Sequence
@@ -28,11 +29,11 @@ class Turns:
         self._now = 0  # the latest turn of a sequence that has got a row
         self._shares: dict[tuple[int, str], _Share] = {}
         self._most = FEW
+        self._waiting: Counter[str] = Counter()  # sequences of each tenant, of any priority
 
-    def waits(self, tenant: str, priority: int) -> bool:
+    def waits(self, tenant: str) -> bool:
         """Whether a sequence of this tenant is waiting."""
-        share = self._shares.get((priority, tenant))
-        return share is not None and share.waiting > 0
+        return tenant in self._waiting
 
     def take(self, tenant: str, priority: int, rows: int) -> int:
         """The turn of a new request that will take so many rows."""
@@ -45,6 +46,7 @@ class Turns:
     def join(self, sequence: Sequence) -> None:
         """The sequence waits from now on."""
         self._share(sequence).waiting += 1
+        self._waiting[sequence.request.tenant] += 1
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence waits no longer. Turns of requests that ended while they were waiting are given back."""
@@ -52,6 +54,9 @@ class Turns:
         share.waiting -= 1
         if not share.waiting:
             share.next = share.served
+        self._waiting[sequence.request.tenant] -= 1
+        if not self._waiting[sequence.request.tenant]:
+            del self._waiting[sequence.request.tenant]
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence gets its first row."""

@@ -119,18 +119,24 @@ def test_requests_that_end_before_their_turn_take_none() -> None:
     engine.check_over()
 
 
-def test_a_full_queue_has_room_for_the_first_of_each_other_tenant() -> None:
-    engine = FakeEngine(limits(max_num_seqs=1, max_num_queued_reqs=3))
+@pytest.mark.parametrize("most", [dict(max_num_queued_reqs=3), dict(max_num_queued_tokens=22)])
+def test_a_full_queue_has_room_for_the_first_of_each_other_tenant(most: dict[str, int]) -> None:
+    """Of any priority: another priority does not make a tenant another one."""
+    engine = FakeEngine(limits(max_num_seqs=1, priority=True, **most))
     for number in range(3):
-        add(engine, f"a {number}", "a")
+        add(engine, f"a {number}", "a", priority=number)
     for name in ("b", "c"):
         add(engine, f"{name} 0", name)
+        for priority in (0, 1, -5):
+            with pytest.raises(OverloadedError, match="queue full"):
+                add(engine, f"{name} 1", name, priority=priority)
+    for priority in range(-9, 9):
         with pytest.raises(OverloadedError, match="queue full"):
-            add(engine, f"{name} 1", name)
-    with pytest.raises(OverloadedError, match="queue full"):
-        add(engine, "a 3", "a")
+            add(engine, "a 3", "a", priority=priority)
     engine.drain()
     engine.check_over()
+    add(engine, "a 4", "a")
+    engine.drain()
 
 
 def test_the_memory_of_turns_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
