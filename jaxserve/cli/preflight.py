@@ -34,7 +34,6 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 def check(engine: EngineConfig, server: ServerConfig) -> None:
     listening.tls(server)
     server.template()
-    server.keys().read()
     # Another process may still take the port before the server binds it.
     listening.close(server, listening.bind(server))
     check_machine(engine)

@@ -2,6 +2,7 @@
 """`jaxserve run`: settings from flags and files, and the errors that are found before anything heavy is imported."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -23,6 +24,7 @@ from jaxserve.models import registry
 from jaxserve.models.spec_json import to_json
 from jaxserve.server import lifecycle
 from jaxserve.server.config import ServerConfig
+from jaxserve.server.http.api_keys import KeyRing
 from tests.cli.conftest import Command, Said, one_error
 from tests.golden import load as golden
 
@@ -181,6 +183,19 @@ def test_the_demo_is_the_default(command: Command, served: Served, monkeypatch: 
     assert command("run", "--port", "0").err.startswith("jaxserve 0.1.0  model demo\n")
     assert served.engine.model == str(demo.FOLDER)
     assert served.server.served_model_name == ("demo",)
+
+
+def test_a_key_file_may_be_a_pipe(command: Command, served: Served, model: Path) -> None:
+    """As a shell's <(command) is: it can be read once, which the server does."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"sk-piped name=me\n")
+        os.close(writer)
+        assert command("run", model, "--port", "0", "--api-key-file", f"/dev/fd/{reader}").code == 7
+        assert served.server.api_key_file == f"/dev/fd/{reader}"
+        assert [key.name for key in KeyRing(served.server.keys()).keys] == ["me"]
+    finally:
+        os.close(reader)
 
 
 # --- the configuration file -----------------------------------------------------------------------------------------
