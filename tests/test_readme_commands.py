@@ -45,6 +45,7 @@ ELSEWHERE = {
     "make": "test_targets_are_there",
     "pip install": ".ci/run installs the wheel",
     "docker build": "tests/deploy",
+    "docker run": "tests/deploy, which runs what the image would",
     ".ci/run": "CI itself",
     "python -m pytest": "the suite itself, and test_paths_of_tests_are_there",
     "python -m benchmarks": "tests/benchmarks",
