@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden clean
+.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled clean
 
 install: .venv/.test-installed
 
@@ -119,6 +119,11 @@ test-clients: .venv/.test-installed .venv-clients/.installed
 GOLDEN_PIP = .venv-golden/bin/python -m pip install --disable-pip-version-check --quiet
 golden: .venv-golden/.installed
 	.venv-golden/bin/python -m tests.golden.make $(CASES) $(FLAGS)
+
+# What sentence-transformers makes of texts with tiny models: tests/golden/data/pooled.json.
+golden-pooled: .venv-golden/.installed
+	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt sentence-transformers
+	.venv-golden/bin/python -m tests.golden.make_pooled
 
 # torch without CUDA, a tenth of the size, where PyTorch's own index can be reached; else the usual one.
 # The newest numpy is not for 3.11; any will do, as only its raw random bits are used.

@@ -135,6 +135,10 @@ class LoadPlan:
             yield TensorCopy(piece.info, piece.dtype, partial(look, piece, place), place)
 
 
+PREFIX = "model."
+CLASSIFIERS = (r"^score\.weight$",)  # heads of classification models, which frontend/pooling.py reads
+
+
 def _within_32_bits(dtype: Any) -> Any:
     return np.dtype(np.float32) if dtype == np.float64 else dtype
 
@@ -146,12 +150,30 @@ def layer_of(spec: ModelSpec, path: param_layout.Path) -> Layer | None:
 def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
     """The plan of a Hugging Face folder, by the family's WEIGHTS."""
     tensors = read_checkpoint(folder)
+    bare = _with_prefix(family.WEIGHTS, tensors)
+    if bare is not None:
+        tensors = bare
+        if not any(rule.path == "head" and rule.source in tensors for rule in family.WEIGHTS) and not spec.tied:
+            spec = spec.without_head()
     if spec.tied and _heads_differ(family.WEIGHTS, tensors):
         spec = replace(spec, tied=False)
     planner = _Planner(folder, spec, family.WEIGHTS, tensors)
     pieces = {path: planner.find(path, leaf) for path, leaf in param_layout.leaves(param_layout.abstract_public(spec))}
-    planner.check_used(getattr(family, "IGNORED", ()))
+    planner.check_used((*getattr(family, "IGNORED", ()), *(() if spec.generates else CLASSIFIERS)))
     return LoadPlan.of(spec, pieces)
+
+
+def _with_prefix(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo] | None:
+    """The tensors under the names that they have in a language model, if the checkpoint is of one saved without its
+    head, as embedding models are: its names lack the prefix `model.`"""
+    embed = next((rule.source for rule in weights if rule.path == "embed.weight"), "")
+    if not embed.startswith(PREFIX) or embed in tensors or embed.removeprefix(PREFIX) not in tensors:
+        return None
+    heads = {rule.source for rule in weights if not rule.source.startswith(PREFIX)}
+    return {
+        name if name in heads or any(re.search(each, name) for each in CLASSIFIERS) else PREFIX + name: info
+        for name, info in tensors.items()
+    }
 
 
 def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> bool:

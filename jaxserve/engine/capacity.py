@@ -48,6 +48,8 @@ class Limits:
     states: bool = False  # whether layers keep a state for each row
     priority: bool = False
     rope_length: int = 0  # the length that length-dependent RoPE assumes for every sequence
+    hidden_size: int = 0  # of the hidden states that embeddings are made of
+    generates: bool = True  # whether the model has a language model's head
 
     @property
     def width(self) -> int:
@@ -273,6 +275,8 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         states=groups.states,
         priority=config.scheduling_policy == "priority",
         rope_length=longest if spec.needs_rope_length else 0,
+        hidden_size=spec.embed_dim or spec.hidden,
+        generates=spec.generates,
     )
     buckets = Buckets.of(rows, tokens)
     found = Capacity(

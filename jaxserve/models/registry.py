@@ -85,11 +85,30 @@ FAMILIES: dict[str, tuple[str, Family]] = cast(
 )
 
 
-def family_of(raw: Mapping[str, Any]) -> Family:
+# Endings of architectures that have the layers of a language model, but not its head.
+HEADLESS = ("ForSequenceClassification", "Model")
+
+
+def generates(raw: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a language model's head."""
+    return _architecture(raw) in FAMILIES
+
+
+def _architecture(raw: Mapping[str, Any]) -> object:
     names = raw.get("architectures")
-    name = cast(list[object], names)[0] if isinstance(names, list) and names else None
-    if isinstance(name, str) and name in FAMILIES:
-        kind, family = FAMILIES[name]
+    return cast(list[object], names)[0] if isinstance(names, list) and names else None
+
+
+def _with_head(name: str) -> str:
+    """The architecture with the same layers and a language model's head."""
+    ending = next((ending for ending in HEADLESS if name.endswith(ending)), "")
+    return name.removesuffix(ending) + "ForCausalLM" if ending and name not in FAMILIES else name
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    name = _architecture(raw)
+    if isinstance(name, str) and _with_head(name) in FAMILIES:
+        kind, family = FAMILIES[_with_head(name)]
         if raw.get("model_type") != kind:
             found = one_line(repr(raw.get("model_type")))
             raise CheckpointError(f"config.json has model_type {found} for {name}", f"expected model_type {kind!r}")
@@ -114,6 +133,8 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
     config = as_config(raw)
     try:
         spec = family.spec(config)
+        if not generates(raw):
+            spec = spec.without_head()
         return replace(spec, quantized=_quantized(raw, family, len(spec.layers)))
     except CheckpointError:
         raise
@@ -168,6 +189,9 @@ def _check_raw(part: Mapping[str, Any]) -> None:
     """Check what transformers relies on: it makes lists of as many items as there are layers."""
     if "per_layer_config" in part:
         raise CheckpointError("config.json sets per_layer_config, which is not supported", "remove it")
+    if part.get("is_causal") is False or part.get("use_bidirectional_attention"):
+        problem = "config.json asks for attention to later tokens, which is not supported"
+        raise CheckpointError(problem, "use a model with causal attention")
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         count = part.get(name, 1)
         if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:

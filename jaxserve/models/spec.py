@@ -5,7 +5,7 @@ after that. Specs are hashable: jit takes them as static arguments, and equal sp
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
 from types import UnionType
@@ -224,9 +224,14 @@ class ModelSpec:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+    generates: bool = True  # whether it has a language model's head; if not, it is `tied`, to need no other weights
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def without_head(self) -> "ModelSpec":
+        """The same layers in a model whose hidden states are its output."""
+        return replace(self, tied=True, head_bias=False, generates=False)
 
     def scheme_of(self, path: Sequence[str | int]) -> Scheme | None:
         """How the public tensor at this path is stored; None: as one array."""

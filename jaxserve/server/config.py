@@ -102,6 +102,14 @@ class ServerConfig:
         str | None,
         Setting("Chat template, or a file that contains one, to use instead of the model's.", "Requests", common=True),
     ] = None
+    classifier_from_token: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Two tokens, such as no yes: /score and /rerank return the probability of the second. For rerankers that "
+            "answer with a word.",
+            "Requests",
+        ),
+    ] = ()
     trust_request_chat_template: Annotated[
         bool,
         Setting(

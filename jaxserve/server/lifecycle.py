@@ -31,6 +31,7 @@ from aiohttp import web
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
 from jaxserve.frontend.client import connect
+from jaxserve.frontend.pooling import pooling_of
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.config import MAX_QUEUED, ServerConfig
@@ -210,8 +211,11 @@ class Life:
             client = await _in_thread(partial(connect, engine, self._engine_config))
         except EngineError:
             return  # the engine has failed
+        folder = engine.opened.folder if engine.opened else None
+        words = self._config.classifier_from_token
+        pooling = await _in_thread(partial(pooling_of, folder, client.preparer.tokenizer, words))
         await self._when(lambda: engine.state.phase == "ready")
-        serving.take_engine(client)
+        serving.take_engine(client, pooling)
         gc.collect()
         gc.freeze()  # exclude imported modules from later collections, which delay requests
         # Generating tokens creates no cycles; Python's default thresholds would take 6 % of the time.

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from jaxserve.errors import EngineError
 from jaxserve.frontend.client import EngineClient
+from jaxserve.frontend.pooling import Pooling
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.server import estimate
 from jaxserve.server.config import ServerConfig
@@ -35,6 +36,7 @@ class Serving:
         self.config, self.engine, self.metrics = config, engine, metrics
         self.client: EngineClient | None = None  # None until requests can be accepted
         self.tokenizer: Tokenizer | None = None
+        self.pooling = Pooling()
         self.model_names: tuple[str, ...] = config.served_model_name
         self.chat_template = config.template()
         self.ignored = IgnoredNames(config.unknown_fields)
@@ -66,8 +68,9 @@ class Serving:
             raise unavailable("The engine has failed." if failed else "The model is still loading.", wait=5)
         return self.client
 
-    def take_engine(self, client: EngineClient) -> None:
+    def take_engine(self, client: EngineClient, pooling: Pooling) -> None:
         """Accept requests from now on."""
+        self.pooling = pooling
         self.client, self.tokenizer, self.asleep = client, client.preparer.tokenizer, False
         self.metrics.set_limits(client.preparer.limits)
         self.metrics.engine_up, self.metrics.sleep_level = True, 0

@@ -92,6 +92,18 @@ class Tokenizer:
             ) from None
         return encoded
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """The ids of two texts in one prompt, joined as the tokenizer does."""
+        try:
+            return self._backend.encode_batch([(first, second)])[0].ids
+        except TypeError:
+            raise RequestError("prompt", "a text is not a valid Unicode string", "send valid Unicode") from None
+
+    def template_has_role(self, role: str, chat_template: str | None = None) -> bool:
+        """Whether the chat template, or the one given, names this role."""
+        template = chat_template or self._loaded.chat_template
+        return isinstance(template, str) and (f'"{role}"' in template or f"'{role}'" in template)
+
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:

@@ -29,6 +29,9 @@ def check(request: Request, limits: Limits) -> None:
     _check_kinds(request)
     if request.embed:
         _check_embeds(request)
+    elif not limits.generates:
+        problem = "this model has no language-model head: it cannot generate text or score tokens"
+        raise RequestError("model", problem, "use it for embeddings, classification or reranking")
     _check_prompt(request, limits)
     if request.beam_search is not None:
         _check_beams(request.beam_search, limits)

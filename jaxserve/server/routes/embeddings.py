@@ -1,81 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/embeddings: the final hidden state of each input's last token, normalized to unit length."""
+"""POST /v1/embeddings, /pooling and /classify: what the model makes of each input's last hidden state.
 
-import base64
-from contextlib import aclosing
+An embedding is pooled and normalized as the model's folder says; without `modules.json` it is the last token's hidden
+state, normalized to unit length. A sequence-classification model gives probabilities of its labels.
+"""
+
+import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 from aiohttp import web
 
+from jaxserve.frontend.pooling import Classifier, Pooling
 from jaxserve.frontend.prepare import Preparer
-from jaxserve.server import params, requests
-from jaxserve.server.answers.replies import check_sound, json_response
-from jaxserve.server.errors import ApiError, bad_request
+from jaxserve.server import params
+from jaxserve.server.answers import vectors
+from jaxserve.server.answers.replies import json_response
+from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.completion import as_list
-from jaxserve.server.protocol.embeddings import EmbeddingRequest
+from jaxserve.server.protocol.embeddings import ClassifyRequest, EmbeddingRequest, PoolingRequest
 from jaxserve.server.routes.table import Route
-from jaxserve.server.state import RECORD, SERVING
+from jaxserve.server.state import RECORD, SERVING, Serving
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
-from jaxserve.types.sampling_params import SamplingParams
 
 
 async def create(request: web.Request) -> web.Response:
+    return await _answered(request, EmbeddingRequest, kind="embd", name="embedding")
+
+
+async def pool(request: web.Request) -> web.Response:
+    return await _answered(request, PoolingRequest, kind="pool", name="pooling")
+
+
+async def classify(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
     preparer = serving.check_ready().preparer
-    body = await params.read(request, EmbeddingRequest)
-    order = params.order(request, body, kind="embd", add_special_tokens=True)
-    prepared = await serving.workers.run(
-        request[RECORD].body_size, _prepared, preparer, body, replace(order, embed=True)
-    )
-    last: dict[int, RequestOutput] = {}
-    at_once = preparer.limits.max_num_queued_reqs or len(prepared)  # never more than the queue holds
-    for begin in range(0, len(prepared), at_once):
-        async with aclosing(requests.run(request, prepared[begin : begin + at_once])) as outputs:
-            async for place, output in outputs:
-                check_sound(output)
-                last[begin + place] = output
-    name = params.model_name(serving, body)
-    outputs = [last[place] for place in range(len(prepared))]
-    return await serving.workers.run(request[RECORD].body_size, _reply, body, outputs, id=order.name, model=name)
+    body = await params.read(request, ClassifyRequest)
+    classifier = classifier_of(serving)
+    order = replace(params.order(request, body, kind="classify", add_special_tokens=True), embed=True)
+    work = partial(serving.workers.run, request[RECORD].body_size)
+    outputs = await vectors.run(request, await work(_prepared, preparer, body.input, order))
+
+    def reply() -> web.Response:
+        data = _classes(serving.pooling, classifier, outputs)
+        return json_response(_listed(serving, body, order, data, outputs))
+
+    return await work(reply)
 
 
-def _prepared(preparer: Preparer, body: EmbeddingRequest, order: Order) -> list[Request]:
-    prompts = as_list(body.input)
+async def _answered(
+    request: web.Request, body_type: type[EmbeddingRequest | PoolingRequest], *, kind: str, name: str
+) -> web.Response:
+    """An answer with a vector for each input."""
+    serving = request.app[SERVING]
+    preparer = serving.check_ready().preparer
+    body = await params.read(request, body_type)
+    order = replace(params.order(request, body, kind=kind, add_special_tokens=True), embed=True)
+    pools = name == "pooling" and serving.pooling.classifier is not None
+    if not pools:
+        check_embeds(serving)
+    dimensions = _dimensions(serving.pooling, preparer, body)
+    work = partial(serving.workers.run, request[RECORD].body_size)
+    outputs = await vectors.run(request, await work(_prepared, preparer, body.input, order))
+
+    def reply() -> web.Response:
+        pooling, found = serving.pooling, list[dict[str, Any]]()
+        for index, output in enumerate(outputs):
+            hidden = vectors.hidden_of(output)
+            vector = pooling.probabilities(hidden) if pools else pooling.embedding(hidden, dimensions=dimensions)
+            content = "embedding" if name == "embedding" else "data"
+            found.append({"object": name, "index": index, content: vectors.shown(vector, body.encoding_format)})
+        return json_response(_listed(serving, body, order, found, outputs))
+
+    return await work(reply)
+
+
+def _listed(
+    serving: Serving,
+    body: EmbeddingRequest | PoolingRequest | ClassifyRequest,
+    order: Order,
+    data: list[dict[str, Any]],
+    outputs: list[RequestOutput],
+) -> dict[str, Any]:
+    return {
+        "id": order.name,
+        "object": "list",
+        "created": int(time.time()),
+        "model": params.model_name(serving, body),
+        "data": data,
+        "usage": vectors.usage(outputs),
+    }
+
+
+def check_embeds(serving: Serving) -> None:
+    if serving.pooling.unsupported is not None:
+        problem = f"this model's embeddings cannot be computed: {serving.pooling.unsupported}"
+        raise bad_request(None, problem, "use another model")
+
+
+def classifier_of(serving: Serving) -> Classifier:
+    found = serving.pooling.classifier
+    if found is None:
+        problem = "this model has no classification head"
+        raise bad_request(None, problem, "serve a sequence-classification model, or use /v1/embeddings")
+    return found
+
+
+def _dimensions(pooling: Pooling, preparer: Preparer, body: EmbeddingRequest | PoolingRequest) -> int | None:
+    """The dimensions to keep of each embedding; None: all. Checked before anything is computed."""
+    asked, size = body.dimensions, pooling.size(preparer.limits.hidden_size)
+    if asked is None or asked == size:
+        return None
+    if asked > size:
+        raise bad_request("dimensions", f"dimensions is {asked}, but this model's embeddings have {size}", "lower it")
+    if pooling.dimensions is not None and asked not in pooling.dimensions:
+        known = ", ".join(map(str, pooling.dimensions))
+        problem = f"dimensions is {asked}, but this model's embeddings have {size}"
+        raise bad_request(
+            "dimensions",
+            problem,
+            f"use one of {known}" if known else "remove it, because embeddings cannot be shortened",
+        )
+    return asked
+
+
+def _prepared(preparer: Preparer, inputs: str | list[str] | list[int] | list[list[int]], order: Order) -> list[Request]:
+    prompts = as_list(inputs)
     if not prompts:
         raise bad_request("input", "input is an empty list", "send at least one item")
-    sampling = SamplingParams(max_tokens=1, detokenize=False)
-    return params.prepare(preparer, prompts, sampling, order, field="input")
+    return vectors.prepared(preparer, prompts, order, field="input")
 
 
-def _reply(body: EmbeddingRequest, outputs: list[RequestOutput], *, id: str, model: str) -> web.Response:
-    data: list[dict[str, Any]] = []
+def _classes(pooling: Pooling, classifier: Classifier, outputs: list[RequestOutput]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
-        if output.embedding is None:
-            raise ApiError(503, "The request was aborted.", headers={"Retry-After": "1"})
-        size = output.embedding.shape[0]
-        if body.dimensions not in (None, size):
-            problem = f"dimensions is {body.dimensions}, but this model's embeddings have {size}"
-            raise bad_request("dimensions", problem, "remove it, because embeddings cannot be shortened")
-        vector = normalized(output.embedding)
-        if body.encoding_format == "base64":
-            shape: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        else:
-            shape = vector.tolist()
-        data.append({"object": "embedding", "index": index, "embedding": shape})
-    tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    cached = sum(output.num_cached_tokens for output in outputs)
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
-    return json_response({"id": id, "model": model, "object": "list", "data": data, "usage": usage})
+        probabilities = pooling.probabilities(vectors.hidden_of(output))
+        label = classifier.labels[int(probabilities.argmax())]
+        count = len(classifier.labels)
+        found.append({"index": index, "label": label, "probs": probabilities.tolist(), "num_classes": count})
+    return found
 
 
-def normalized(vector: np.ndarray) -> np.ndarray:
-    """The vector scaled to unit length, in float32."""
-    length = np.sqrt(np.sum(np.square(vector.astype(np.float64))))
-    return (vector / max(float(length), 1e-12)).astype(np.float32)
-
-
-ROUTES = (Route("POST", "/v1/embeddings", create, body=EmbeddingRequest, summary="Create embeddings."),)
+ROUTES = (
+    Route("POST", "/v1/embeddings", create, body=EmbeddingRequest, summary="Create embeddings."),
+    Route("POST", "/pooling", pool, body=PoolingRequest, summary="Create embeddings, or probabilities of labels."),
+    Route("POST", "/classify", classify, body=ClassifyRequest, summary="Probabilities of a classifier's labels."),
+)
