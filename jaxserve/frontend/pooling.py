@@ -111,6 +111,15 @@ def activated(values: Vector, activation: Activation) -> Vector:
             return values
 
 
+def pair_prompt(tokenizer: Tokenizer, query: str, document: str, *, chat_template: str | None = None) -> list[int]:
+    """Both texts in one prompt: by the chat template if it has the roles for them, else as the tokenizer joins them."""
+    if not tokenizer.template_has_role("query", chat_template):
+        return tokenizer.encode_pair(query, document)
+    messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+    text = tokenizer.chat_text(messages, chat_template=chat_template, add_generation_prompt=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 
 

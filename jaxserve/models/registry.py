@@ -189,8 +189,8 @@ def _check_raw(part: Mapping[str, Any]) -> None:
     """Check what transformers relies on: it makes lists of as many items as there are layers."""
     if "per_layer_config" in part:
         raise CheckpointError("config.json sets per_layer_config, which is not supported", "remove it")
-    if part.get("is_causal") is False or part.get("use_bidirectional_attention"):
-        problem = "config.json asks for attention to later tokens, which is not supported"
+    if part.get("is_causal") is False:
+        problem = "config.json has is_causal = false: attention to later tokens is not supported"
         raise CheckpointError(problem, "use a model with causal attention")
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
         count = part.get(name, 1)

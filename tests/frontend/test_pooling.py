@@ -31,7 +31,7 @@ def test_outputs_are_those_of_sentence_transformers(case: str, tmp_path: Path) -
     llm = LLM(model=str(folder), compilation_cache_dir=programs(), **OPTIONS)
     if CASES[case].labels == 1:
         tokenizer = tokenizers.load(folder)
-        prompts: list[Any] = [tokenizer.encode_pair(*pair) for pair in PAIRS]
+        prompts: list[Any] = [pooling.pair_prompt(tokenizer, *pair) for pair in PAIRS]
     else:
         prompts = list(TEXTS)
     states = llm.embed(prompts, use_tqdm=False)
@@ -122,5 +122,5 @@ def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
     folder = write("embed", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
-    with pytest.raises(JaxserveError, match="attention to later tokens, which is not supported"):
+    with pytest.raises(JaxserveError, match="is_causal = false: attention to later tokens is not supported"):
         open_model(folder)

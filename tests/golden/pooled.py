@@ -4,7 +4,7 @@ sentence-transformers and transformers make of some texts with them. Python 3.11
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -25,7 +25,7 @@ class Pooled:
     bare: bool = False  # names of tensors lack `model.`
     labels: int = 0  # rows of the classification head
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # type -> config.json
-    dense: tuple[int, ...] = ()  # outputs of Dense modules
+    template: str | None = None  # for pairs of texts
 
 
 POOLING = {"word_embedding_dimension": 64, "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
@@ -50,7 +50,6 @@ CASES = {
                 "activation_function": "torch.nn.modules.activation.Tanh",
             },
         },
-        dense=(24,),
     ),
     "classify": Pooled(
         "llama-gqa-tied",
@@ -81,6 +80,11 @@ CASES = {
         labels=1,
     ),
 }
+CASES["rerank-template"] = replace(
+    CASES["rerank"],
+    template="{% for m in messages %}{{ 'Q: ' if m.role == 'query' else ' D: ' if m.role == 'document' else '?' }}"
+    "{{ m.content }}{% endfor %} match?",
+)
 
 
 def write(case: str, folder: Path) -> Path:
@@ -98,6 +102,10 @@ def write(case: str, folder: Path) -> Path:
     load.write_folder(folder, config, tensors, "float32", 1)
     for file in (TOKENIZERS / "byte-level").iterdir():
         copyfile(file, folder / file.name)
+    if pooled.labels == 1:  # sentence-transformers uses any template
+        (folder / "chat_template.jinja").unlink()
+    if pooled.template is not None:
+        (folder / "chat_template.jinja").write_text(pooled.template)
     modules: list[dict[str, Any]] = []
     for index, (kind, content) in enumerate(pooled.modules.items()):
         place = "" if kind == "Transformer" else f"{index}_{kind}"

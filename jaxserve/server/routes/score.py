@@ -15,7 +15,7 @@ import numpy as np
 from aiohttp import web
 
 from jaxserve.errors import RequestError
-from jaxserve.frontend.pooling import normalized
+from jaxserve.frontend.pooling import normalized, pair_prompt
 from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers import vectors
@@ -117,18 +117,8 @@ def _of_pairs(serving: Serving, preparer: Preparer, pairs: Pairs, order: Order, 
     if tokenizer is None:
         raise bad_request(None, "this server has no tokenizer", "start the server with --tokenizer")
     template = serving.chat_template
-    if tokenizer.template_has_role("query", template):
-        texts = [
-            tokenizer.chat_text(
-                [{"role": "query", "content": query}, {"role": "document", "content": document}],
-                chat_template=template,
-                add_generation_prompt=True,
-            )
-            for query, document in pairs
-        ]
-        return vectors.prepared(preparer, texts, replace(order, add_special_tokens=False), field=field)
     try:
-        ids = [tokenizer.encode_pair(query, document) for query, document in pairs]
+        ids = [pair_prompt(tokenizer, query, document, chat_template=template) for query, document in pairs]
     except RequestError as error:
         raise RequestError(field, error.problem, error.hint) from None
     return vectors.prepared(preparer, ids, order, field=field)
