@@ -20,7 +20,7 @@ from jaxserve.server.errors import ApiError, as_api_error, bad_request
 from jaxserve.server.http.api_keys import ApiKey
 from jaxserve.server.http.auth import Origins
 from jaxserve.server.http.guard import Bodies
-from jaxserve.server.http.rate_limit import UNSET
+from jaxserve.server.http.limits import UNSET
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.prometheus import UNKNOWN
 from jaxserve.server.observe.request_record import RequestRecord

@@ -15,7 +15,7 @@ from jaxserve.flags.setting import Setting
 from jaxserve.flags.values import check
 from jaxserve.server.http.addresses import is_loopback
 from jaxserve.server.http.api_keys import KeySources
-from jaxserve.server.http.rate_limit import UNSET, RateLimit
+from jaxserve.server.http.limits import UNSET, RateLimit
 from jaxserve.types.checks import check_names
 
 type LogFormat = Literal["text", "json"]

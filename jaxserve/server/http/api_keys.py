@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxserve.config import ConfigError
-from jaxserve.server.http.rate_limit import LIMITS, UNSET, RateLimit
+from jaxserve.server.http.limits import LIMITS, UNSET, RateLimit
 
 type Scope = Literal["metrics", "api", "admin"]
 

@@ -9,59 +9,14 @@ time, whatever lengths clients ask for.
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Callable
 
-from jaxserve.config import ConfigError
-from jaxserve.flags import values
+from jaxserve.server.errors import ApiError
+from jaxserve.server.http.limits import RateLimit
 
 ANONYMOUS = "anonymous"  # shares one account: requests without a key
-FORM = "write for example rpm=600,tpm=200k,concurrent=32; none lifts a limit"
 EPSILON = 1e-6  # of a request or token: rounding
 WEIGHT = 0.1  # of a request's duration in the mean
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RateLimit:
-    """None: not set; infinity: no limit."""
-
-    rpm: float | None = None  # requests per minute
-    tpm: float | None = None  # prompt and generated tokens per minute
-    concurrent: float | None = None  # requests at once
-
-    @classmethod
-    def of(cls, options: Mapping[str, str], *, where: str) -> Self:
-        """`where` names the source in errors."""
-        return cls(**{name: _number(text, f"{where}: {name}") for name, text in options.items()})
-
-    @classmethod
-    def parse(cls, text: str, *, where: str) -> Self:
-        options: dict[str, str] = {}
-        for part in text.split(","):
-            name, equals, value = part.strip().partition("=")
-            if not equals or name not in LIMITS or name in options:
-                raise ConfigError(f"{where} is {text!r}", FORM)
-            options[name] = value
-        return cls.of(options, where=where)
-
-    def over(self, default: "RateLimit") -> "RateLimit":
-        """These limits, and where they are not set the defaults."""
-        pairs = {name: (getattr(self, name), getattr(default, name)) for name in LIMITS}
-        return RateLimit(**{name: usual if own is None else own for name, (own, usual) in pairs.items()})
-
-
-UNSET = RateLimit()
-LIMITS = tuple(field.name for field in fields(RateLimit))
-
-
-def _number(text: str, what: str) -> float:
-    if text == "none":
-        return math.inf
-    found = values.whole_number(text)
-    if found is None or found < 1:
-        raise ConfigError(f"{what} is {text!r}, expected a whole number of at least 1", FORM)
-    return found
 
 
 class Bucket:
@@ -159,7 +114,6 @@ class Limiter:
         message = f"Rate limit of {whose} reached: {limit}. Try again in {duration(wait)}."
         headers = {"Retry-After": str(max(1, math.ceil(wait))), **account.headers(self.clock())}
         kind = _KINDS.get(which, "requests")
-        from jaxserve.server.errors import ApiError  # it imports aiohttp, for which --help would wait
 
         raise ApiError(429, message, type=kind, code="rate_limit_exceeded", headers=headers)
 

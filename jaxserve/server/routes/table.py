@@ -13,7 +13,19 @@ from jaxserve.server.http.api_keys import Scope
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Each has a tuple ROUTES. Imported lazily because they import Route from here.
-MODULES = ("completions", "chat", "render", "embeddings", "score", "tokens", "models", "status", "admin", "openapi", "docs")
+MODULES = (
+    "completions",
+    "chat",
+    "render",
+    "embeddings",
+    "score",
+    "tokens",
+    "models",
+    "status",
+    "admin",
+    "openapi",
+    "docs",
+)
 PAGE = "playground"  # left out by --no-ui
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxserve.config import ConfigError
 from jaxserve.server.http.api_keys import SCOPES, KeyRing, KeySources
-from jaxserve.server.http.rate_limit import RateLimit
+from jaxserve.server.http.limits import RateLimit
 
 FILE = """# Keys of this server.
 sk-plain

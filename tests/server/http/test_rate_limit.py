@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from openai import OpenAI, RateLimitError
 
 from jaxserve.server.errors import ApiError
-from jaxserve.server.http.rate_limit import UNSET, Limiter, RateLimit, duration
+from jaxserve.server.http.limits import UNSET, RateLimit
+from jaxserve.server.http.rate_limit import Limiter, duration
 from tests.server import live as living
 from tests.server.live import Live, Reply, wait
 

@@ -272,8 +272,8 @@ def test_unlikely_numbers_are_json(served: Served) -> None:
         assert all(math.isfinite(value) and value >= -9999.0 for value in top.values())
 
 
-def test_errors_raised_by_the_client(served: Served) -> None:
-    create = served.client().completions.create
+def test_errors_raised_by_the_client(strict: Served) -> None:
+    create = strict.client().completions.create
     with pytest.raises(openai.BadRequestError) as caught:
         create(model="tiny", prompt="x", temperature=3)
     assert caught.value.param == "temperature" and caught.value.type == "BadRequestError"
