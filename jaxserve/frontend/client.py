@@ -7,6 +7,7 @@ AsyncLLM and the server use it. It opens a stream for each request, and aborts a
 import asyncio
 import itertools
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -110,6 +111,15 @@ class EngineClient:
         """The names of the requests in flight."""
         with self._lock:
             return list(self._streams)
+
+    def open_sequences(self) -> Counter[str]:
+        """How many sequences the engine has not finished, by tenant; whether consumers took the outputs or not."""
+        with self._lock:
+            streams = [stream for stream in self._streams.values() if not stream.builder.finished]
+        counts: Counter[str] = Counter()
+        for stream in streams:
+            counts[stream.request.tenant] += stream.request.params.n
+        return counts
 
     async def abort(self, *names: str) -> int:
         """End these requests, or all; each consumer gets a last output. Returns how many were still in flight; unknown

@@ -7,7 +7,6 @@ and only tokens that it must generate. What is not known yet counts as nothing: 
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +32,6 @@ class Estimate:
 
 class Estimator:
     def __init__(self) -> None:
-        self.open: Counter[str] = Counter()  # sequences that run or wait, by tenant
         self._row_seconds = 0.0  # how long a sequence keeps its row; 0: not known
         self._ended = 0
 
@@ -42,34 +40,43 @@ class Estimator:
         self._ended += 1
         self._row_seconds += max(WEIGHT, 1 / self._ended) * (seconds - self._row_seconds)
 
-    def of(self, requests: Sequence[Request], stats: EngineMetrics | None, limits: Limits) -> Estimate:
+    def of(self, requests: Sequence[Request], load: "Load") -> Estimate:
         """The estimate for new requests of one tenant, until all of them are done."""
-        rows = sum(each.params.n for each in requests)
+        rows, stats, limits = sum(each.params.n for each in requests), load.stats, load.limits
         # With priorities, nobody knows how many will come first.
-        queue = 0.0 if limits.priority else self._queue(requests[0].tenant, rows, stats, limits)
+        queue = 0.0 if limits.priority else self._queue(requests[0].tenant, rows, load)
         compute = 0.0 if stats is None else max(_compute(each, stats, limits) for each in requests)
         return Estimate(queue=queue, compute=compute)
 
-    def _queue(self, tenant: str, rows: int, stats: EngineMetrics | None, limits: Limits) -> float:
+    def _queue(self, tenant: str, rows: int, load: "Load") -> float:
         """Seconds until the last of so many new sequences has a row."""
-        running, waiting = self._split(stats, limits)
-        free = 0 if waiting else limits.max_num_seqs - running
-        first = _ahead(tenant, self.open, waiting)
+        running, waiting = load.split()
+        free = 0 if waiting else load.limits.max_num_seqs - running
+        first = _ahead(tenant, load.open, waiting)
         return max(0.0, first + rows - free) * self._row_seconds / max(running, 1)
 
-    def _split(self, stats: EngineMetrics | None, limits: Limits) -> tuple[int, int]:
+    def retry_after(self, load: "Load") -> int:
+        """Seconds until the sequences that wait now have begun."""
+        running, waiting = load.split()
+        return whole(waiting * self._row_seconds / max(running, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What an engine has to do."""
+
+    open: Mapping[str, int]  # sequences that run or wait, by tenant
+    stats: EngineMetrics | None
+    limits: Limits
+
+    def split(self) -> tuple[int, int]:
         """How many of the open sequences run and wait: by their number, or as the engine has reported, which may be
         fewer than have rows if blocks are short."""
-        count = self.open.total()
-        waiting = max(0, count - limits.max_num_seqs)
-        if stats is not None and stats.waiting > waiting:
-            waiting = min(stats.waiting, count)
+        count = sum(self.open.values())
+        waiting = max(0, count - self.limits.max_num_seqs)
+        if self.stats is not None and self.stats.waiting > waiting:
+            waiting = min(self.stats.waiting, count)
         return count - waiting, waiting
-
-    def retry_after(self, stats: EngineMetrics | None, limits: Limits) -> int:
-        """Seconds until the sequences that wait now have begun."""
-        running, waiting = self._split(stats, limits)
-        return whole(waiting * self._row_seconds / max(running, 1))
 
 
 def whole(seconds: float) -> int:

@@ -52,13 +52,11 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
                 yield place, output
     except OverloadedError as error:
         serving.metrics.rejections["queue_full"] += 1
-        wait = serving.estimator.retry_after(serving.engine.stats, client.preparer.limits)
+        wait = serving.estimator.retry_after(serving.load(client))
         raise unavailable(sentence(error.problem, error.hint), wait=wait) from None
     except EngineError as error:
         raise serving.lost(error) from None
     finally:
-        for tally in tallies:
-            tally.release()
         for stream, tally in zip(streams, tallies, strict=False):
             client.close(stream)
             request[GRANT].take_generated(tally.end(stream))
@@ -117,13 +115,6 @@ class _Tally:
         self._counted = request.params.output_kind is RequestOutputKind.DELTA
         self._ended = False  # whether the engine has ended it
         self._closed = False
-        self._held = request.params.n  # rows that the estimator counts
-        serving.estimator.open[request.tenant] += self._held
-
-    def release(self) -> None:
-        """The request has no rows any more. Idempotent."""
-        self._serving.estimator.open[self._request.tenant] -= self._held
-        self._held = 0
 
     def add(self, output: RequestOutput, stream: Stream) -> None:
         now = time.monotonic()
@@ -148,8 +139,6 @@ class _Tally:
             seconds = (self._request.deadline or now) - self._record.arrival
             raise ApiError(504, f"The request exceeded its deadline of {seconds:.3g} seconds.")
         self._ended = output.finished
-        if output.finished:
-            self.release()
 
     def _late(self, now: float) -> bool:
         return self._request.deadline is not None and now >= self._request.deadline

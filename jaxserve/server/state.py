@@ -18,7 +18,7 @@ from jaxserve.frontend.process import EngineProcess
 from jaxserve.server import estimate
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.errors import SHUT_DOWN, ApiError
-from jaxserve.server.estimate import Estimator
+from jaxserve.server.estimate import Estimator, Load
 from jaxserve.server.http.api_keys import KeyRing
 from jaxserve.server.http.auth import Access
 from jaxserve.server.http.guard import Held
@@ -106,13 +106,16 @@ class Serving:
         ended = self.draining and self.engine.state.phase != "failed"
         return unavailable(SHUT_DOWN, wait=5) if ended else error
 
+    def load(self, client: EngineClient) -> Load:
+        return Load(open=client.open_sequences(), stats=self.engine.stats, limits=client.preparer.limits)
+
     def check_in_time(self, client: EngineClient, requests: Sequence[Request]) -> None:
         """Raise a 503 for requests that cannot meet their deadline."""
         deadline = min((each.deadline for each in requests if each.deadline is not None), default=None)
         if deadline is None:
             return
         left = deadline - time.monotonic()
-        found = self.estimator.of(requests, self.engine.stats, client.preparer.limits)
+        found = self.estimator.of(requests, self.load(client))
         if left <= 0 or found.total <= left:  # what is late already, the engine ends
             return
         self.metrics.rejections["deadline"] += 1

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.server.estimate import Estimator
+from jaxserve.engine.capacity import Limits
+from jaxserve.server.estimate import Estimator, Load
 from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics, StepClock
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -34,14 +35,18 @@ def metrics(seconds: dict[int, float], *, waiting: int = 0) -> EngineMetrics:
     return replace(FakeEngine({}).metrics(), step_seconds=times, waiting=waiting)
 
 
+def idle(stats: EngineMetrics | None, limits: Limits = LIMITS) -> Load:
+    return Load(open={}, stats=stats, limits=limits)
+
+
 @given(st.integers(1, 8), st.integers(0, 60), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_wait_is_that_of_a_simulated_queue(rows: int, waiting: int, own: int, draws: Any) -> None:
     """Sequences keep their rows for 2 s, and those that run have been running for any part of it."""
     estimator = Estimator()
     for _ in range(100):
         estimator.ended(2.0)
-    estimator.open["a"] = rows + waiting
-    found = estimator.of([request("a", n=own)], metrics({}), replace(LIMITS, max_num_seqs=rows))
+    load = Load(open={"a": rows + waiting}, stats=metrics({}), limits=replace(LIMITS, max_num_seqs=rows))
+    found = estimator.of([request("a", n=own)], load)
     free = [draws.random() * 2 for _ in range(rows)]
     heapq.heapify(free)
     for _ in range(waiting + own):
@@ -54,28 +59,27 @@ def test_the_wait_is_that_of_a_simulated_queue(rows: int, waiting: int, own: int
 def test_nobody_waits_for_a_free_row(running: int, n: int) -> None:
     estimator = Estimator()
     estimator.ended(5.0)
-    estimator.open["a"] = running
-    wait = estimator.of([request(n=n)], metrics({}), LIMITS).queue
+    wait = estimator.of([request(n=n)], Load(open={"a": running}, stats=metrics({}), limits=LIMITS)).queue
     assert (wait == 0) == (running + n <= LIMITS.max_num_seqs)
 
 
 def test_tenants_take_turns() -> None:
     estimator = Estimator()
     estimator.ended(1.0)
-    estimator.open.update({"flood": 1000, "other": 4})
-    limits = replace(LIMITS, max_num_seqs=4)
-    waits = [estimator.of([request(tenant)], None, limits).queue for tenant in ("flood", "new")]
+    load = Load(open={"flood": 1000, "other": 4}, stats=None, limits=replace(LIMITS, max_num_seqs=4))
+    waits = [estimator.of([request(tenant)], load).queue for tenant in ("flood", "new")]
     assert waits[0] > 240 and waits[1] <= 3 / 4
-    assert estimator.of([request("flood")], None, replace(limits, priority=True)).queue == 0
+    load = replace(load, limits=replace(load.limits, priority=True))
+    assert estimator.of([request("flood")], load).queue == 0
 
 
 def test_blocks_may_be_short_though_rows_are_free() -> None:
     estimator = Estimator()
     estimator.ended(1.0)
-    estimator.open["a"] = 6
-    assert estimator.of([request()], metrics({}, waiting=4), LIMITS).queue > 0
-    assert estimator.retry_after(metrics({}, waiting=4), LIMITS) == 2  # two run, and end after a second
-    assert estimator.retry_after(metrics({}), LIMITS) == 1
+    load = Load(open={"a": 6}, stats=metrics({}, waiting=4), limits=LIMITS)
+    assert estimator.of([request()], load).queue > 0
+    assert estimator.retry_after(load) == 2  # two run, and end after a second
+    assert estimator.retry_after(replace(load, stats=metrics({}))) == 1
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_blocks_may_be_short_though_rows_are_free() -> None:
 )
 def test_what_a_request_computes_at_least(params: dict[str, Any], prompt: int, steps: int) -> None:
     for known in ({1: STEP}, {8: STEP, 64: 4 * STEP}):
-        found = Estimator().of([request(prompt=prompt, **params)], metrics(known), LIMITS)
+        found = Estimator().of([request(prompt=prompt, **params)], idle(metrics(known)))
         assert found.compute == pytest.approx(steps * STEP) and found.queue == 0
 
 
@@ -100,13 +104,13 @@ def test_prompts_that_cannot_be_cached() -> None:
     stats = metrics({1: STEP, 64: 4 * STEP})
     for limits, skip in ((replace(LIMITS, enable_prefix_caching=False), None), (LIMITS, True)):
         one = request(prompt=300, max_tokens=3, min_tokens=3, skip_reading_prefix_cache=skip)
-        found = Estimator().of([one], stats, limits)
+        found = Estimator().of([one], idle(stats, limits))
         assert found.compute == pytest.approx(5 * 4 * STEP + 2 * STEP)
 
 
 def test_nothing_is_known_at_first() -> None:
     for stats in (None, metrics({})):
-        assert Estimator().of([request(max_tokens=2000, ignore_eos=True)], stats, LIMITS).total == 0
+        assert Estimator().of([request(max_tokens=2000, ignore_eos=True)], idle(stats)).total == 0
 
 
 def test_times_of_steps() -> None:
