@@ -147,7 +147,8 @@ class EngineConfig:
     max_num_queued_reqs: Annotated[
         int | None,
         Setting(
-            "Maximum number of waiting requests; more are rejected (default: 1024 in the server, else no limit).",
+            "Maximum number of requests that wait because no row is free; more are rejected (default: 1024 in the "
+            "server, else no limit).",
             "Scheduling",
             low=1,
             high=2**31 - 1,

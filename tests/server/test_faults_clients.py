@@ -67,6 +67,14 @@ def until(sock: socket.socket, mark: bytes, times: int = 1) -> bytes:
     return data
 
 
+def test_a_body_with_more_prompts_than_the_queue_holds(slow: Live, canary: Future[Reply]) -> None:
+    """It is served while there are rows for them: only what waits counts."""
+    canary.result()
+    reply = slow.post("/v1/completions", {"prompt": ["a", "b", "c"] * 2, "max_tokens": 2})
+    assert (reply.status, len(reply.json["choices"])) == (200, 6)
+    assert slow.post("/v1/completions", {"prompt": "a", "n": 8, "temperature": 1, "max_tokens": 2}).status == 200
+
+
 def test_clients_that_disconnect_before_the_first_token(slow: Live) -> None:
     for stream in (True, False):
         with slow.open_stream(stream=stream):

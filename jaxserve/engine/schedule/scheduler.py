@@ -53,6 +53,7 @@ class Scheduler:
         self._waiting, self._deadlines = Waiting(self.limits), Deadlines()
         self._tables = BlockTables(self.limits, hash_seed=self._hash_seed)
         self._arrived: list[Sequence] = []  # sequences that took a row since the last plan
+        self._short_of_blocks = False  # whether the last plan had no blocks for the first in the queue
         self._drafters = 0  # the number of running sequences with a drafter
         self._states: dict[int, int] = {}  # rows to give the state of another row before the next step
 
@@ -81,7 +82,7 @@ class Scheduler:
         if request.id in self.requests:
             raise RequestError("request_id", f"request {request.id!r} is already in flight", "use another id")
         priority = request.priority if limits.priority else 0
-        self._waiting.check_room(request)
+        self._waiting.check_room(request, rows=self._rows_to_come())
         self._arrivals += 1
         turn = self._waiting.turns.take(request.tenant, priority, hold or params.n)
         seed = self._random.getrandbits(32) if params.seed is None else params.seed
@@ -110,6 +111,12 @@ class Scheduler:
             self._enqueue(leader)
         if request.deadline is not None:
             self._deadlines.put(request.deadline, self._arrivals, request.id)
+
+    def _rows_to_come(self) -> int:
+        """The number of free rows that waiting sequences will get at once."""
+        if self._waiting and self._short_of_blocks:  # the first waits for blocks, and the others for it
+            return 0
+        return len(self._free_rows) - sum(len(sequence.siblings) for sequence in self.running)
 
     def abort(self, request_id: str, *, index: int | None = None, reason: FinishReason = "abort") -> None:
         """End a request, or one of its samples, in any state. Unknown ids are ignored: they have ended already."""
@@ -296,11 +303,13 @@ class Scheduler:
         those: one more block each in each group, and all blocks for prompts in progress.
         """
         tables, waiting = self._tables, self._waiting
+        self._short_of_blocks = False
         each = self.limits.groups
         reserve = each * len(self.running) + sum(map(tables.wanted, chunked))
         while waiting and plan.tokens < self.limits.max_num_batched_tokens and self._free_rows:
             sequence = waiting.first
             if not tables.begin(sequence, reserve=reserve):
+                self._short_of_blocks = True
                 break
             waiting.remove(sequence)
             self._take_row(sequence)

@@ -36,16 +36,26 @@ class Waiting:
     def first(self) -> Sequence:
         return self._queue[0]
 
-    def check_room(self, request: Request) -> None:
-        """Raise OverloadedError unless the queue has room for a request. A full queue has room for one request of each
-        tenant that has none in it, so that nobody can shut others out."""
+    def beyond(self, rows: int) -> int:
+        """The number of waiting sequences that do not get one of so many free rows."""
+        count = self.count
+        for sequence in self._queue:
+            rows -= 1 + len(sequence.siblings)
+            if rows < 0:
+                break
+            count -= 1
+        return count
+
+    def check_room(self, request: Request, *, rows: int) -> None:
+        """Raise OverloadedError unless the queue has room for a request; what gets one of the free rows does not count.
+        A full queue has room for one request of each tenant that has none in it, so that nobody can shut others out."""
         tokens, first = len(request.prompt_token_ids), not self.turns.waits(request.tenant)
-        count, most = self.count, self._limits.max_num_queued_reqs
+        count, most = self.beyond(rows), self._limits.max_num_queued_reqs
         if most is not None and count >= most and not (first and count):
             problem = f"queue full ({count} of {most} waiting)"
             raise OverloadedError("prompt", problem, "retry later, or raise max_num_queued_reqs")
         most = self._limits.max_num_queued_tokens
-        if most is not None and count and self.tokens + tokens > most and not first:
+        if most is not None and self.count and self.tokens + tokens > most and not first:
             problem = f"queue full ({self.tokens} of {most} prompt tokens waiting, {tokens} more do not fit)"
             raise OverloadedError("prompt", problem, "retry later, or raise max_num_queued_tokens")
 

@@ -90,7 +90,7 @@ def test_equal_ids_with_other_content_share_no_blocks() -> None:
 
 
 def test_queue_limits() -> None:
-    engine = FakeEngine(limits(max_num_queued_reqs=3, max_num_queued_tokens=20))
+    engine = FakeEngine(limits(max_num_seqs=1, max_num_queued_reqs=3, max_num_queued_tokens=20))
     scheduler = engine.scheduler
     engine.add(request("long", [1] * 30))  # into an empty queue any may go that fits at all
     with pytest.raises(OverloadedError, match=r"queue full \(30 of 20 prompt tokens waiting") as refused:
@@ -107,6 +107,44 @@ def test_queue_limits() -> None:
     engine.check_over()
     assert {name: answer.reason for (name, _), answer in engine.answers.items()}["b"] == "abort"
     assert scheduler.queued == 0 and "more" not in scheduler.requests
+
+
+def test_only_what_gets_no_free_row_counts_as_waiting() -> None:
+    engine = FakeEngine(limits(max_num_seqs=4, max_num_queued_reqs=2))
+    for name in "abcdef":  # before any step: 4 get a row, 2 wait
+        engine.add(request(name, [1, 2], max_tokens=3))
+    with pytest.raises(OverloadedError, match=r"queue full \(2 of 2 waiting\)"):
+        engine.scheduler.add(request("g", [1]))
+    engine.turn()
+    with pytest.raises(OverloadedError, match=r"queue full \(2 of 2 waiting\)"):
+        engine.scheduler.add(request("g", [1]))
+    engine.drain()
+    engine.check_over()
+
+
+def test_samples_that_will_need_a_row_count_as_if_they_had_it() -> None:
+    engine = FakeEngine(limits(max_num_seqs=4, max_num_queued_reqs=1, max_num_batched_tokens=4))
+    engine.add(request("three", [1] * 9, n=3, max_tokens=3))
+    engine.turn()  # one of them has a row until the prompt is complete
+    engine.add(request("a", [1]))
+    engine.add(request("waits", [1]))
+    with pytest.raises(OverloadedError, match=r"1 of 1 waiting"):
+        engine.scheduler.add(request("b", [1]))
+    engine.drain()
+    engine.check_over()
+
+
+def test_rows_are_not_free_for_requests_that_wait_for_blocks() -> None:
+    engine = FakeEngine(limits(max_num_seqs=8, num_blocks=5, max_num_queued_reqs=1))
+    engine.add(request("long", list(range(1, 12)), max_tokens=4))
+    engine.turn()
+    engine.add(request("a", list(range(20, 31)), max_tokens=4))
+    engine.turn()
+    assert engine.scheduler.queued == 1
+    with pytest.raises(OverloadedError, match=r"1 of 1 waiting"):
+        engine.scheduler.add(request("b", [1]))
+    engine.drain()
+    engine.check_over()
 
 
 def test_an_id_in_flight_is_rejected_and_free_after_its_end() -> None:
