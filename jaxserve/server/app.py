@@ -138,11 +138,11 @@ async def _faults(request: web.Request, handler: Handler) -> web.StreamResponse:
 def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Origins, bodies: Bodies) -> Middleware:
     @web.middleware
     async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
-        origins.check(request)
+        route, key = _route(table, request), None
+        origins.check(request, host_optional=route is not None and route.probe and request.version < (1, 1))
         preflight = origins.preflight(request)
         if preflight is not None:
             return preflight
-        route, key = _route(table, request), None
         if not (route is not None and route.public):
             key = serving.access.key_of(request)
             request[RECORD].key = None if key is None else key.name

@@ -247,6 +247,15 @@ class ServerConfig:
             unit="seconds",
         ),
     ] = 60.0
+    sse_keep_alive: Annotated[
+        float,
+        Setting(
+            "Time without news after which a stream gets a comment, so that proxies do not close it; 0 sends none.",
+            "Timeouts",
+            low=0,
+            unit="seconds",
+        ),
+    ] = 15.0
     keep_alive_timeout: Annotated[
         float, Setting("Time that an idle connection stays open.", "Timeouts", above=0, unit="seconds")
     ] = 75.0

@@ -41,6 +41,7 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
     record.prepared = [*record.prepared, *prepared]
     record.prompt_tokens += prompt_tokens
     streams: list[Stream] = []
+    refused = False  # or lost with the engine
     tallies = [_Tally(serving, record, each) for each in prepared]
     try:
         merged = _single(client, streams, prepared[0]) if len(prepared) == 1 else _merged(client, streams, prepared)
@@ -51,15 +52,17 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
                     tallies[place].end(streams[place])
                 yield place, output
     except OverloadedError as error:
+        refused = True
         serving.metrics.rejections["queue_full"] += 1
         wait = serving.estimator.retry_after(serving.load(client))
         raise unavailable(sentence(error.problem, error.hint), wait=wait) from None
     except EngineError as error:
+        refused = True
         raise serving.lost(error) from None
     finally:
         for stream, tally in zip(streams, tallies, strict=False):
             client.close(stream)
-            request[GRANT].take_generated(tally.end(stream))
+            request[GRANT].take_generated(tally.end(stream, refused=refused))
 
 
 async def _single(
@@ -143,12 +146,12 @@ class _Tally:
     def _late(self, now: float) -> bool:
         return self._request.deadline is not None and now >= self._request.deadline
 
-    def end(self, stream: Stream) -> int:
-        """After its stream is closed, at its end or before. Returns how many tokens were generated."""
-        self._finish(stream)
+    def end(self, stream: Stream, *, refused: bool = False) -> int:
+        """At its end, or when its stream is closed before. Returns how many tokens were generated."""
+        self._finish(stream, refused=refused)
         return sum(self._generated)
 
-    def _finish(self, stream: Stream) -> None:
+    def _finish(self, stream: Stream, *, refused: bool) -> None:
         if self._closed:
             return
         self._closed = True
@@ -160,6 +163,8 @@ class _Tally:
             record.first_token = min(record.first_token or stream.first_output, stream.first_output)
             record.last_token = max(record.last_token or stream.last_output, stream.last_output)
         if not self._ended:
+            if not refused:
+                metrics.left(stream.arrival, first_token=stream.first_output)
             return
         if stream.scheduled is not None and stream.last_output is not None:
             self._serving.estimator.ended(stream.last_output - stream.scheduled)

@@ -56,6 +56,7 @@ class Serving:
         """The engine's client. Raises a 503 if it cannot accept requests."""
         client = self.check_engine()
         if self.asleep:
+            self.metrics.rejections["asleep"] += 1
             raise unavailable("The engine is asleep. Wake it with POST /wake_up.", wait=10)
         return client
 

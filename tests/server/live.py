@@ -75,7 +75,8 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        data = [item.removeprefix("data: ") for item in self.body.decode().split("\n\n") if item]
+        items = self.body.decode().split("\n\n")
+        data = [item.removeprefix("data: ") for item in items if item and not item.startswith(":")]
         return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 

@@ -16,6 +16,8 @@ import pytest
 from tests.server import live as living
 from tests.server.live import PATIENCE, Live, Reply, answer, closed, post, wait
 
+ASLEEP = 'jaxserve:admission_rejections_total{reason="asleep"}'
+LATENCIES = ("jaxserve:time_to_first_token_seconds_count", "jaxserve:e2e_request_latency_seconds_count")
 RUNNING = "jaxserve:num_requests_running"
 CANARY = {"prompt": "one two three", "temperature": 0, "max_tokens": 40, "ignore_eos": True}
 
@@ -109,6 +111,25 @@ def test_many_disconnect_at_once(slow: Live) -> None:
     time.sleep(0.3)
     for sock in socks:
         sock.close()
+
+
+def test_latencies_count_clients_that_leave(slow: Live, canary: Future[Reply]) -> None:
+    """Those that waited longest leave first: without them the histograms look good under overload."""
+    canary.result()
+    slow.wait_idle()
+
+    def counts() -> tuple[float, ...]:
+        metrics = slow.metrics()
+        return tuple(metrics[name] for name in LATENCIES)
+
+    first, whole = counts()
+    with slow.open_stream() as sock:
+        until(sock, b"data: ", 3)
+    wait(lambda: counts() == (first + 1, whole + 1))
+    with slow.open_stream(stream=False):
+        wait(lambda: running(slow) == 1)
+    wait(lambda: counts() == (first + 2, whole + 2) or counts() == (first + 1, whole + 2))
+    slow.wait_idle()
 
 
 def test_a_client_that_does_not_read_is_disconnected(slow: Live) -> None:
@@ -235,8 +256,12 @@ def test_sleeping(slow: Live, canary: Future[Reply]) -> None:
     assert slow.post("/sleep?level=1").json == asleep
     try:
         assert slow.get("/is_sleeping").json == {"is_sleeping": True}
-        assert slow.get("/health").json == {"status": "asleep"}
+        health = slow.get("/health")
+        assert (health.status, health.json["status"]) == (503, "asleep") and "/wake_up" in health.json["detail"]
+        assert slow.get("/live").status == 200
+        counted = slow.metrics().get(ASLEEP, 0)
         refused = slow.complete()
+        assert slow.metrics()[ASLEEP] == counted + 1
         assert (refused.status, int(refused.headers["retry-after"])) == (503, 10)
         assert slow.metrics()['jaxserve:engine_sleep_state{sleep_state="weights_offloaded"}'] == 1
         assert slow.post("/sleep").status == 409

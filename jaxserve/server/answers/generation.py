@@ -64,8 +64,9 @@ def _logprobs(outputs: list[RequestOutput]) -> int:
 
 
 async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
-    """Stream an answer. Headers are sent with the first output: an error before that is a status, later an event."""
-    to_client = EventStream(answer.request)
+    """Stream an answer. Headers are sent with the first output or comment: an error before that is a status, later an
+    event."""
+    to_client = EventStream(answer.request, keep_alive=answer.serving.config.sse_keep_alive)
     try:
         usage = await _chunks(answer, events, to_client)
         await to_client.send((answer.chunks.usage(usage) if answer.include_usage else b"") + DONE)
@@ -79,6 +80,8 @@ async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
             LOG.error("an answer failed after it had started", exc_info=error)
         answer.request[RECORD].error = shown.message
         await to_client.fail(shown)
+    finally:
+        to_client.stop()
     return await to_client.close()
 
 

@@ -67,12 +67,16 @@ class Origins:
         # A page whose name was rebound to this machine sends that name: addresses are safe, wherever they lead.
         self._addresses = not is_loopback(config.host)
 
-    def check(self, request: web.Request) -> None:
-        """Raise if the Host header is malformed or not allowed, or if the Origin is not allowed."""
-        host = request.headers.get(hdrs.HOST, "")
-        if request.headers.getall(hdrs.HOST, []) != [host] or (host and not HOST.fullmatch(host)):
-            raise ApiError(400, "Malformed Host header.")
-        if not self._names_us(_name(host)):
+    def check(self, request: web.Request, *, host_optional: bool = False) -> None:
+        """Raise if the Host header is malformed or not allowed, or if the Origin is not allowed.
+
+        A request without a Host does not come from a browser.
+        """
+        hosts, host = request.headers.getall(hdrs.HOST, []), request.headers.get(hdrs.HOST, "")
+        absent = host_optional and not hosts
+        if not absent and (hosts != [host] or (host and not HOST.fullmatch(host))):
+            raise ApiError(400, "Malformed Host header." if hosts else "The Host header is missing.")
+        if not absent and not self._names_us(_name(host)):
             message = "Host header not allowed. Start the server with --allowed-hosts to allow it, or with an API key."
             raise ApiError(403, message)
         origin = request.headers.get(hdrs.ORIGIN)

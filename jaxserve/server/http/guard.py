@@ -22,6 +22,7 @@ LOG = logging.getLogger("jaxserve.server")
 SPARE_FILES = 64  # file descriptors reserved for other uses
 MAX_BODIES = 2**29  # bytes of all request bodies in memory; above it only small bodies are accepted
 SMALL_BODY = 2**16
+ENCODINGS = ("identity", "gzip", "deflate")
 SLOWEST = 1024  # minimum average bytes/s of a body after header_timeout
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -191,6 +192,7 @@ class Bodies:
     async def _size(self, request: web.Request) -> int:
         if not request.body_exists:
             return 0
+        _check_encoding(request)
         if (request.content_length or 0) > self._config.max_body_bytes:
             raise _too_large(self._config)
         begin = asyncio.get_running_loop().time()
@@ -232,6 +234,15 @@ class Bodies:
             raise
         request._read_bytes = bytes(body)  # pyright: ignore[reportPrivateUsage]
         return len(body)
+
+
+def _check_encoding(request: web.Request) -> None:
+    """Encodings that aiohttp does not know would be taken for none."""
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+    if encoding not in ENCODINGS:
+        shown = one_line(encoding, limit=40)
+        message = f"Unsupported Content-Encoding {shown}. Send the body as it is, or with gzip or deflate."
+        raise ApiError(415, message, headers={hdrs.ACCEPT_ENCODING: "gzip, deflate", hdrs.CONNECTION: "close"})
 
 
 class Held:

@@ -5,6 +5,7 @@ Requests are counted here when they finish; the engine's counters are read on ea
 one event loop.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ class Metrics:
     def token_gap(self, seconds: float, tokens: int) -> None:
         """Record `tokens` gaps of `seconds` each."""
         self._seconds["inter_token_latency_seconds"].observe(seconds, tokens)
+
+    def left(self, arrival: float, *, first_token: float | None) -> None:
+        """Record a request whose client left before its end, or whose deadline passed. Under overload these are the
+        slowest ones."""
+        self._seconds["e2e_request_latency_seconds"].observe(time.monotonic() - arrival)
+        if first_token is not None:
+            self._seconds["time_to_first_token_seconds"].observe(first_token - arrival)
 
     def request(self, done: Finished) -> None:
         seconds, tokens = self._seconds, self._tokens
@@ -158,7 +166,10 @@ class Metrics:
             states,
             "sleep_state",
         )
-        reasons = {**dict.fromkeys(("deadline", "queue_full", "rate_limited", "unavailable"), 0), **self.rejections}
+        reasons = {
+            **dict.fromkeys(("asleep", "deadline", "queue_full", "rate_limited", "unavailable"), 0),
+            **self.rejections,
+        }
         rows = [((reason,), count) for reason, count in reasons.items()]
         yield self._counter("admission_rejections", "Requests rejected at admission, by reason.", rows, "reason")
         labels = ("method", "handler", "status")

@@ -29,8 +29,10 @@ async def health(request: web.Request) -> web.StreamResponse:
         body = {"status": "draining", "detail": f"{serving.in_flight} requests in flight"}
     elif serving.client is None:
         body = {"status": "starting", "detail": state.detail, "done": state.done, "total": state.total}
+    elif serving.asleep:
+        body = {"status": "asleep", "detail": "wake the engine with POST /wake_up"}
     else:
-        return reply({"status": "asleep" if serving.asleep else "ok", **_compiling(serving.engine.stats)})
+        return reply({"status": "ok", **_compiling(serving.engine.stats)})
     return reply(body, status=503, headers={"Retry-After": "1"})
 
 
@@ -70,14 +72,20 @@ ROUTES = (
         "/health",
         health,
         public=True,
+        probe=True,
         summary="Readiness: 200 if requests are accepted, otherwise 503 with the reason.",
     ),
     Route(
-        "GET", "/live", live, public=True, summary="Liveness: 503 once the engine is gone and will not be restarted."
+        "GET",
+        "/live",
+        live,
+        public=True,
+        probe=True,
+        summary="Liveness: 503 once the engine is gone and will not be restarted.",
     ),
-    Route("GET", "/ping", health, public=True, summary="Same as /health."),
-    Route("POST", "/ping", health, public=True, summary="Same as /health."),
+    Route("GET", "/ping", health, public=True, probe=True, summary="Same as /health."),
+    Route("POST", "/ping", health, public=True, probe=True, summary="Same as /health."),
     Route("GET", "/load", load, scope="metrics", summary="Number of requests in flight."),
     Route("GET", "/version", version, scope="metrics", summary="Server version."),
-    Route("GET", "/metrics", metrics, scope="metrics", summary="Prometheus metrics."),
+    Route("GET", "/metrics", metrics, probe=True, scope="metrics", summary="Prometheus metrics."),
 )

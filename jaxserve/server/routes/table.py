@@ -48,6 +48,7 @@ class Route:
     query: tuple[Query, ...] = ()
     summary: str = ""
     public: bool = False  # needs no API key
+    probe: bool = False  # answers HTTP/1.0 without a Host header, which load balancers and monitors send
     scope: Scope = "api"  # that an API key must have
 
     @property

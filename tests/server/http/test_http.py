@@ -122,6 +122,16 @@ def test_invalid_http(shell: Shell, data: bytes, status: int) -> None:
     assert shell.get("/version").status == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/live", "/ping", "/metrics"])
+def test_probes_over_http_1_0_need_no_host(shell: Shell, path: str) -> None:
+    """Load balancers send such; only HTTP/1.1 requires the header."""
+    with_host = shell.get(path).status
+    assert shell.raw(f"GET {path} HTTP/1.0\r\n\r\n".encode()).status == with_host
+    assert shell.raw(f"GET {path} HTTP/1.1\r\n\r\n".encode()).status == 400
+    assert shell.raw(f"GET {path} HTTP/1.0\r\nHost: elsewhere.example\r\n\r\n".encode()).status == 403
+    assert shell.raw(b"GET /version HTTP/1.0\r\n\r\n").status == 400
+
+
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +150,15 @@ def test_bodies_that_are_too_large(ready: Shell) -> None:
         assert (reply.status, reply.error["type"]) == (413, "RequestTooLargeError")
         assert time.monotonic() - begin < 3
     assert ready.send("POST", "/sleep?level=7", b" " * 2**20).status == 400  # exactly as much as may be
+
+
+@pytest.mark.parametrize("encoding", ["compress", "x-gzip2", "gzip, gzip", "utf-8"])
+def test_unknown_encodings_of_bodies_are_refused(ready: Shell, encoding: str) -> None:
+    reply = ready.send("POST", "/sleep?level=7", b"{}", {"Content-Encoding": encoding})
+    assert reply.status == 415 and encoding in reply.error["message"]
+    assert reply.headers["accept-encoding"] == "gzip, deflate"
+    for known, body in (("gzip", gzip.compress(b"{}")), ("GZIP", gzip.compress(b"{}")), ("identity", b"{}")):
+        assert ready.send("POST", "/sleep?level=7", body, {"Content-Encoding": known}).status == 400  # for its level
 
 
 def test_bodies_that_are_broken(ready: Shell, caplog: pytest.LogCaptureFixture) -> None:

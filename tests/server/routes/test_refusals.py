@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jaxserve.server import requests
 from tests.server.routes.checks import Canary, check_error
 from tests.server.routes.served import Served
 
@@ -393,6 +394,11 @@ def test_impossible_embeddings(served: Served) -> None:
     ]
     for more, param in fields:
         refused(served, EMBEDDINGS, {"input": "x", **more}, param)
+
+
+def test_dimensions_are_checked_before_anything_is_computed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "run", None)
+    refused(served, EMBEDDINGS, {"input": "x", "dimensions": 5}, "dimensions")
 
 
 def test_a_body_in_many_pieces(served: Served) -> None:

@@ -4,6 +4,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,44 @@ def _says(output: RequestOutput | None, end: Exception | None) -> Any:
 def _output(text: str, **more: Any) -> RequestOutput:
     sample = CompletionOutput(0, text, [5], **more)
     return RequestOutput("1", "x", [5], [sample], finished=sample.finished)
+
+
+async def _silence(request: Any, *_: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    await asyncio.sleep(0.4)
+    yield 0, _output("begun")
+    await asyncio.sleep(0.4)
+    yield 0, _output("ended", finish_reason="length")
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.0])
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), ("/v1/chat/completions", CHAT)])
+def test_comments_keep_a_silent_stream_alive(
+    served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, body: Any, seconds: float
+) -> None:
+    """Before the first token, while a request is queued, and between tokens; not on a stream that has news."""
+    assert b": keep-alive" not in served.post(path, body).body
+    monkeypatch.setattr(served.serving, "config", replace(served.serving.config, sse_keep_alive=seconds))
+    monkeypatch.setattr(requests, "run", _silence)
+    reply = served.post(path, body)
+    before, begun, rest = reply.body.partition(b"begun")
+    after = rest.partition(b"ended")[0]
+    assert begun and reply.status == 200 and reply.events[-1] == "[DONE]"
+    for silence in (before, after):
+        comments = silence.count(b": keep-alive\n\n")
+        assert 1 <= comments <= 8 if seconds else comments == 0
+
+
+def test_a_fault_after_a_comment_is_an_event(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(*_: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        await asyncio.sleep(0.3)
+        raise ApiError(504, "too late")
+        yield
+
+    monkeypatch.setattr(served.serving, "config", replace(served.serving.config, sse_keep_alive=0.05))
+    monkeypatch.setattr(requests, "run", run)
+    reply = served.post("/v1/completions", BODY)
+    assert reply.status == 200 and reply.body.startswith(b": keep-alive\n\n")
+    assert reply.events[0]["error"]["code"] == 504 and reply.events[-1] == "[DONE]"
 
 
 FAULTS: list[tuple[Exception, int]] = [
