@@ -24,8 +24,9 @@ from jaxserve.server.http.limits import UNSET
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.prometheus import UNKNOWN
 from jaxserve.server.observe.request_record import RequestRecord
+from jaxserve.server.observe.traces import PARENT
 from jaxserve.server.routes.table import Handler, Route, all_routes
-from jaxserve.server.state import GRANT, HELD, RECORD, SERVING, Serving
+from jaxserve.server.state import GRANT, HELD, RECORD, SERVING, TRACE, Serving
 
 LEFT = 499  # status in logs and metrics when the client disconnects before the response
 MAX_ID = 128
@@ -58,6 +59,8 @@ def make_app(serving: Serving) -> web.Application:
         record = request.get(RECORD)
         if config.enable_request_id_headers and record is not None:
             response.headers[ID_HEADER] = record.id
+        if (trace := request.get(TRACE)) is not None:
+            response.headers[PARENT] = trace.header
         if (grant := request.get(GRANT)) is not None:
             response.headers.update(grant.headers())
         if ignored := unknown_fields.header(request):
@@ -89,11 +92,15 @@ def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middlewar
         record = request[RECORD] = RequestRecord(_request_id(request), time.monotonic())
         route = _route(table, request)
         status = LEFT
+        if serving.tracer is not None and route is not None and route.work:
+            request[TRACE] = serving.tracer.begin(request.headers, record)
         try:
             response = await handler(request)
             status = response.status
             return response
         finally:
+            if (trace := request.get(TRACE)) is not None:
+                trace.end(record, model=next(iter(serving.model_names), ""), status=status)
             name = UNKNOWN if route is None else route.path
             serving.metrics.answered(request.method, name, status, time.monotonic() - record.arrival)
             if record.key is not None and route is not None and route.work:

@@ -16,6 +16,7 @@ from jaxserve.flags.values import check
 from jaxserve.server.http.addresses import is_loopback
 from jaxserve.server.http.api_keys import KeySources
 from jaxserve.server.http.limits import UNSET, RateLimit
+from jaxserve.server.observe.traces import check_endpoint
 from jaxserve.types.checks import check_names
 
 type LogFormat = Literal["text", "json"]
@@ -294,6 +295,14 @@ class ServerConfig:
     max_log_len: Annotated[
         int, Setting("Maximum number of characters of a prompt or an output to log.", "Logging", low=0, high=2**20)
     ] = 200
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Setting(
+            "Send OpenTelemetry traces of requests to this OTLP/HTTP address, such as http://localhost:4318; requires "
+            "jaxserve[traces].",
+            "Logging",
+        ),
+    ] = None
     disable_access_log_for: Annotated[
         tuple[str, ...],
         Setting(
@@ -323,6 +332,8 @@ class ServerConfig:
         if not prefix.isascii() or not prefix.replace("_", "a").isalnum() or prefix[0].isdigit():
             raise ConfigError(f"metrics_prefix is {prefix!r}", "use letters, digits and _, not starting with a digit")
         self.default_limit()
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ConfigError("ssl_keyfile requires ssl_certfile", "set both")
         if self.enable_log_outputs and not self.enable_log_requests:

@@ -268,6 +268,8 @@ class Life:
             listener.close()
         await runner.cleanup()
         serving.workers.shutdown()
+        if serving.tracer is not None:
+            await asyncio.to_thread(serving.tracer.shutdown)
 
 
 def _in_thread[T](function: Callable[[], T]) -> "asyncio.Future[T]":

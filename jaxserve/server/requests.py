@@ -159,6 +159,8 @@ class _Tally:
         record.generated_tokens += sum(self._generated)
         record.all_counted &= self._counted
         record.cached_tokens += self._cached
+        if stream.scheduled is not None:
+            record.scheduled = min(record.scheduled or stream.scheduled, stream.scheduled)
         if stream.first_output is not None and stream.last_output is not None:
             record.first_token = min(record.first_token or stream.first_output, stream.first_output)
             record.last_token = max(record.last_token or stream.last_output, stream.last_output)

@@ -25,6 +25,7 @@ from jaxserve.server.http.guard import Held
 from jaxserve.server.http.rate_limit import Grant, Limiter
 from jaxserve.server.observe.prometheus import Metrics
 from jaxserve.server.observe.request_record import RequestRecord
+from jaxserve.server.observe.traces import RequestTrace, Tracer
 from jaxserve.server.unknown_fields import IgnoredNames
 from jaxserve.server.workers import Workers
 from jaxserve.text.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class Serving:
         self.keys = KeyRing(config.keys())
         self.access = Access(config, self.keys)
         self.limiter = Limiter(config.default_limit(), metrics.rate_limited)
+        self.tracer = None if config.otlp_traces_endpoint is None else Tracer(config.otlp_traces_endpoint)
         self.created = int(time.time())
         self.draining = False
         self.asleep = False
@@ -132,6 +134,7 @@ class Serving:
 
 SERVING = web.AppKey("serving", Serving)
 RECORD = web.RequestKey("record", RequestRecord)
+TRACE = web.RequestKey("trace", RequestTrace)
 GRANT = web.RequestKey("grant", Grant)
 HELD = web.RequestKey("held", Held)
 
