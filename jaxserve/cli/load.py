@@ -136,6 +136,8 @@ async def _send(session: aiohttp.ClientSession, root: str, job: Job) -> Sample:
                 await _read(response, sample)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
         sample.error = one_line(str(error) or type(error).__name__)
+    if sample.error is None and not sample.stamps:
+        sample.error = "the response has no text: set --ignore-eos to make all answers equally long"
     if sample.error is None and not sample.output_tokens:
         sample.output_tokens = len(sample.stamps)
     return sample

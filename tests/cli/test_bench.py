@@ -96,6 +96,8 @@ def test_failures_are_reported(command: Command, server: FakeServer) -> None:
     for fault, text in (("cut", "the response ended early"), ("late", "the engine failed")):
         server.faults[COMPLETIONS] = fault
         assert command(*words, "--num-warmups", "0").err == f"failed: {text}\n"
+    server.faults, server.pieces = {}, ()
+    assert "failed: the response has no text: set --ignore-eos" in command(*words, "--num-warmups", "0").err
 
 
 def test_keys_and_wrong_flags(command: Command, server: FakeServer) -> None:
