@@ -250,6 +250,16 @@ def test_lines_cannot_be_forged(form: str) -> None:
         assert all(line.startswith("    ") for line in lines[1:])
 
 
+@pytest.mark.parametrize("value", ["x status=200 error=none", 'x" status=200 "', "a=b"])
+def test_values_cannot_forge_other_fields(value: str) -> None:
+    """Such as those of X-Request-Id in text format."""
+    line = logged("text", "GET /", fields={"id": value, "status": 400}).splitlines()[0]
+    assert line.endswith(" status=400")
+    _, _, rest = line.partition(" GET / id=")
+    shown, end = json.JSONDecoder().raw_decode(rest)
+    assert (shown, rest[end:]) == (value, " status=400")
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_keys_are_masked_in_every_log_line(form: str) -> None:
     secrets = ("sk-1", "sk-1-longer", 'quo"te')

@@ -75,6 +75,9 @@ class Lines(logging.Formatter):
 
 
 def _shown(value: object) -> str:
+    """A value as text; quoted if it could be taken for several fields."""
+    if isinstance(value, str) and any(c in value for c in ' ="'):  # other spaces are escaped in the whole line
+        return json.dumps(value, ensure_ascii=False)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
