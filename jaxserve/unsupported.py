@@ -60,7 +60,7 @@ SETTINGS = {
     **_planned("prefill_schedule_interval", "disable_sliding_window", "disable_hybrid_kv_cache_manager"),
     **_planned("middleware", "disable_fastapi_docs", "grpc", "ssl_ca_certs", "ssl_cert_reqs"),
     **_planned("chat_template_content_format", "default_chat_template_kwargs", "enable_tokenizer_info_endpoint"),
-    **_planned("enable_per_request_metrics", "otlp_traces_endpoint", "collect_detailed_traces", "kv_cache_metrics"),
+    **_planned("enable_per_request_metrics", "collect_detailed_traces", "kv_cache_metrics"),
     **_planned("enable_mfu_metrics", "cudagraph_metrics", "enable_logging_iteration_details"),
     **_planned("fail_on_environ_validation", "enable_fault_tolerance", "limit_mm_per_prompt", "mm_processor_kwargs"),
     **_instead(

@@ -6,17 +6,19 @@ state, normalized to unit length. A sequence-classification model gives probabil
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from jaxserve.frontend.pooling import Classifier, Pooling
 from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers import vectors
-from jaxserve.server.answers.replies import json_response
+from jaxserve.server.answers.replies import encode, json_response
 from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.completion import as_list
@@ -67,12 +69,13 @@ async def _answered(
     outputs = await vectors.run(request, await work(_prepared, preparer, body.input, order))
 
     def reply() -> web.Response:
-        pooling, found = serving.pooling, list[dict[str, Any]]()
+        pooling, found = serving.pooling, list[msgspec.Raw]()  # encoded one by one: other threads run in between
         for index, output in enumerate(outputs):
             hidden = vectors.hidden_of(output)
             vector = pooling.probabilities(hidden) if pools else pooling.embedding(hidden, dimensions=dimensions)
             content = "embedding" if name == "embedding" else "data"
-            found.append({"object": name, "index": index, content: vectors.shown(vector, body.encoding_format)})
+            item = {"object": name, "index": index, content: vectors.shown(vector, body.encoding_format)}
+            found.append(msgspec.Raw(encode(item)))
         return json_response(_listed(serving, body, order, found, outputs))
 
     return await work(reply)
@@ -82,7 +85,7 @@ def _listed(
     serving: Serving,
     body: EmbeddingRequest | PoolingRequest | ClassifyRequest,
     order: Order,
-    data: list[dict[str, Any]],
+    data: Sequence[dict[str, Any] | msgspec.Raw],
     outputs: list[RequestOutput],
 ) -> dict[str, Any]:
     return {
