@@ -75,7 +75,7 @@ SETTINGS = {
     ),
     **_needless(
         enable_chunked_prefill="prompts are always processed in chunks",
-        disable_log_requests="requests are logged only with --enable-log-requests",
+        disable_log_requests="their parameters are logged only with --enable-log-requests",
         disable_uvicorn_access_log="there is no access log",
         enable_prompt_tokens_details="usage always includes the number of cached tokens",
         enable_server_load_tracking="/load is always available",
@@ -95,7 +95,7 @@ class NoEffect(NamedTuple):
 # By setting. Its other values are refused, for the reason above.
 NO_EFFECT = {
     "enable_chunked_prefill": NoEffect(YES, "prompts are always processed in chunks"),
-    "disable_log_requests": NoEffect(YES, "requests are logged only with --enable-log-requests"),
+    "disable_log_requests": NoEffect(YES, "their parameters are logged only with --enable-log-requests"),
     "disable_uvicorn_access_log": NoEffect(YES, "there is no access log"),
     "enable_prompt_tokens_details": NoEffect(YES, "usage always includes the number of cached tokens"),
     "enable_server_load_tracking": NoEffect(YES, "/load is always available"),

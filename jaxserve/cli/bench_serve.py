@@ -120,7 +120,8 @@ class BenchServe:
         if self.dataset_name == "custom" and self.dataset_path is None:
             raise UsageError("--dataset-name custom needs --dataset-path", "name a JSONL file of prompts")
         if self.dataset_name in ("random", "prefix_repetition") and self.dataset_path is not None:
-            raise UsageError(f"--dataset-name {self.dataset_name} reads no file", "remove --dataset-path")
+            hint = "add --dataset-name custom for a JSONL file of prompts, or remove --dataset-path"
+            raise UsageError(f"--dataset-name {self.dataset_name} reads no file", hint)
         if self.burstiness not in (0, 1) and self.request_rate == math.inf:
             raise UsageError("--burstiness has no effect without --request-rate", "set --request-rate")
         if self.custom_output_len == 0:

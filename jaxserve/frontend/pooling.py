@@ -134,7 +134,7 @@ def pooling_of(folder: str | None, tokenizer: Tokenizer | None, words: Sequence[
         ids = [] if tokenizer is None else tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1:
             problem = f"classifier_from_token has {word!r}, which is {len(ids)} tokens of this model"
-            raise ConfigError(problem, "name two words that are one token each, such as no yes")
+            raise ConfigError(problem, "name two that are one token each: /tokenize shows the tokens of a text")
         tokens += ids
     return load(Path(folder), tokens=tokens)
 

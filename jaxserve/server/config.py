@@ -343,14 +343,14 @@ class ServerConfig:
             raise ConfigError(problem, "list the origins in allowed_origins")
 
     def with_environment(self, environment: Mapping[str, str]) -> "ServerConfig":
-        """With the API keys of the environment, unless keys of their kind are set. JAXSERVE_ALLOW_NO_KEY=0 requires a
-        key where other machines can reach the server."""
+        """With the API keys of the environment, unless keys of their kind are set. If JAXSERVE_ALLOW_NO_KEY is set to
+        anything but 1, a key is required where other machines can reach the server."""
         config = self
         if not self.keyed:
             config = replace(config, api_key=_keys(environment.get(KEYS_VARIABLE)))
         if not (self.admin_api_key or self.admin_api_key_file):
             config = replace(config, admin_api_key=_keys(environment.get(ADMIN_KEYS_VARIABLE)))
-        allowed = environment.get(NO_KEY_VARIABLE, "").lower() not in ("0", "false", "no", "off")
+        allowed = environment.get(NO_KEY_VARIABLE, "1").lower() in ("1", "true", "yes", "on")
         if not (allowed or config.keyed or is_loopback(config.host)):
             problem = f"no API key is set, and other machines may reach this server ({config.host})"
             raise ConfigError(problem, f"set {KEYS_VARIABLE} or --api-key-file, or allow it with {NO_KEY_VARIABLE}=1")

@@ -245,7 +245,7 @@ class Life:
             logs.LOG.info("shutting down")
         else:
             logs.LOG.info(
-                "shutting down: waiting up to %g s for %d requests in flight; signal again to end now",
+                "shutting down: waiting up to %g s for requests in flight (%d); signal again to end now",
                 timeout,
                 serving.in_flight,
             )

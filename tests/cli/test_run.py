@@ -112,7 +112,7 @@ def test_the_first_lines_of_output(command: Command, served: Served, model: Path
     [
         (["--enable-chunked-prefill"], ["--enable-chunked-prefill has no effect: prompts are always processed in"]),
         (["--enable_chunked_prefill=True"], ["--enable_chunked_prefill has no effect: prompts are always"]),
-        (["--disable-log-requests"], ["--disable-log-requests has no effect: requests are logged only with"]),
+        (["--disable-log-requests"], ["--disable-log-requests has no effect: their parameters are logged only with"]),
         (["-pp", "1", "--data-parallel-size=1"], ["-pp has no effect: this is", "--data-parallel-size has no effect"]),
         (
             ["--kv-cache-dtype", "auto", "--load-format", "auto", "--tokenizer-mode", "auto"],

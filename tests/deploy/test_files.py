@@ -157,6 +157,9 @@ def test_the_image_asks_for_a_key(monkeypatch: pytest.MonkeyPatch, words: list[s
     given = flags_of([*json.loads(dict(instructions())["CMD"]), *words])
     with pytest.raises(ConfigError, match=r"no API key is set.*0\.0\.0\.0.*JAXSERVE_ALLOW_NO_KEY=1"):
         Run.of(parser_of("run"), given)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no API key is set"):
+        patch.setenv("JAXSERVE_ALLOW_NO_KEY", "")  # as Compose passes an unset variable
+        Run.of(parser_of("run"), given)
     for name, value in (("JAXSERVE_ALLOW_NO_KEY", "1"), ("JAXSERVE_API_KEY", "sk-1")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

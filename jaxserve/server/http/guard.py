@@ -159,7 +159,7 @@ class Connection(RequestHandler):
             answer = ApiError(status, MESSAGES[500]).response()
         else:
             # Only the first line: the rest repeats the client's input.
-            reason = one_line((message or "").split("\n", 1)[0].strip(" :"), limit=100)
+            reason = one_line((message or "").split("\n", 1)[0].strip(" :."), limit=100)
             LOG.debug("invalid HTTP request: %s", reason)
             answer = ApiError(status, f"Invalid HTTP request: {reason or 'malformed'}.").response()
         answer.headers[hdrs.SERVER] = "jaxserve"

@@ -19,7 +19,7 @@ from jaxserve.types.metrics import EngineMetrics
 from jaxserve.types.sampling_params import SamplingParams
 
 LOG = logging.getLogger("jaxserve.server")
-OTHERS = ("aiohttp", "asyncio")  # libraries whose warnings and errors are logged too
+OTHERS = ("aiohttp", "asyncio", "opentelemetry")  # libraries whose warnings and errors are logged too
 LONGEST_LINE = 100_000
 STATS_SECONDS = 10.0
 

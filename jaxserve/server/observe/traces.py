@@ -11,6 +11,7 @@ A `traceparent` header of the request makes it part of the client's trace; the r
 OpenTelemetry is imported unless an endpoint is set. The usual OTEL_* environment variables apply.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -23,7 +24,7 @@ from jaxserve.server.observe.request_record import RequestRecord
 PARENT = "traceparent"
 PATH = "/v1/traces"
 SERVICE = "jaxserve"
-SHUTDOWN_MILLIS = 2000
+SHUTDOWN = 2.0  # seconds
 
 
 class Tracer:
@@ -76,9 +77,11 @@ class Tracer:
         span.end(self._nanoseconds(now))
 
     def shutdown(self) -> None:
-        """Send what is left."""
-        self._provider.force_flush(SHUTDOWN_MILLIS)
-        self._provider.shutdown()
+        """Send what is left. A collector that does not answer delays this no longer than SHUTDOWN seconds."""
+        # A daemon: the exporter retries for longer.
+        ending = threading.Thread(target=self._provider.shutdown, name="jaxserve-traces", daemon=True)
+        ending.start()
+        ending.join(SHUTDOWN)
 
     def _nanoseconds(self, moment: float) -> int:
         return int((moment + self._offset) * 1e9)

@@ -26,7 +26,7 @@ async def health(request: web.Request) -> web.StreamResponse:
     if state.phase == "failed":
         body: dict[str, Any] = {"status": "failed", "detail": "the engine failed; see the server log"}
     elif serving.draining:
-        body = {"status": "draining", "detail": f"{serving.in_flight} requests in flight"}
+        body = {"status": "draining", "detail": f"requests in flight: {serving.in_flight}"}
     elif serving.client is None:
         body = {"status": "starting", "detail": state.detail, "done": state.done, "total": state.total}
     elif serving.asleep:
