@@ -120,7 +120,7 @@ GOLDEN_PIP = .venv-golden/bin/python -m pip install --disable-pip-version-check 
 golden: .venv-golden/.installed
 	.venv-golden/bin/python -m tests.golden.make $(CASES) $(FLAGS)
 
-# What sentence-transformers makes of texts with tiny models: tests/golden/data/pooled.json.
+# What sentence-transformers makes of texts with tiny models: tests/golden/data/pooled.
 golden-pooled: .venv-golden/.installed
 	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt sentence-transformers
 	.venv-golden/bin/python -m tests.golden.make_pooled

@@ -147,7 +147,7 @@ REFUSED = (
     _refused(max_tokens=2**30),
     _refused(logit_bias={str(2**30): 1}),
     _refused(allowed_token_ids=[]),
-    _refused(no_such_field=1),
+    _refused(suffix="x"),
     _refused(stream=True, seed="x"),
     _refused(404, model="another"),
     _refused(404, path="/v1/nothing"),

@@ -13,7 +13,7 @@ from tests.golden import load, weights
 from tests.golden.load import DATA, TOKENIZERS
 
 VOCABULARY = 426  # of the byte-level tokenizer
-EXPECTED = DATA / "pooled.json"
+EXPECTED = DATA / "pooled" / "expected.json"
 TEXTS = ["The model reads the prompt.", "def fibonacci(n):", "Le café", "x"]
 PAIRS = [("Which text has a number?", "1 22 333"), ("Which text has a number?", "none here"), ("a", "b")]
 

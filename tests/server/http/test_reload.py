@@ -81,6 +81,10 @@ def test_keys_and_certificates_are_replaced(tmp_path: Path) -> None:
 
 def test_without_a_file_a_hangup_ends_the_server(tmp_path: Path) -> None:
     """As it ends any process when its terminal is closed."""
-    with living.live(tmp_path, fake="slow=0.01") as server:
-        server.signal(signal.SIGHUP)
-        assert server.wait_exit(20) == -signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and child processes inherit that
+    try:
+        with living.live(tmp_path, fake="slow=0.01") as server:
+            server.signal(signal.SIGHUP)
+            assert server.wait_exit(20) == -signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
