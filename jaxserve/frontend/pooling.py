@@ -182,7 +182,7 @@ def _pooled(config: Mapping[str, Any]) -> str | None:
         modes = [given]
     if modes in ([LAST], ["last_token"], ["last"]):
         return None
-    return f"its pooling mode is {one_line(' and '.join(modes) or 'none')}, and only {LAST} is supported"
+    return f"its pooling mode is {one_line(' and '.join(modes) or 'not set')}, and only {LAST} is supported"
 
 
 def _dense(folder: Path) -> DenseLayer:

@@ -43,7 +43,7 @@ class Estimator:
     def of(self, requests: Sequence[Request], load: "Load") -> Estimate:
         """The estimate for new requests of one tenant, until all of them are done."""
         rows, stats, limits = sum(each.params.n for each in requests), load.stats, load.limits
-        # With priorities, nobody knows how many will come first.
+        # With priorities, later requests may be served first, and how many is not known.
         queue = 0.0 if limits.priority else self._queue(requests[0].tenant, rows, load)
         compute = 0.0 if stats is None else max(_compute(each, stats, limits) for each in requests)
         return Estimate(queue=queue, compute=compute)

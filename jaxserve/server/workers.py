@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads for slow work: parsing large bodies, chat templates, tokenizing, checks, large answers.
 
-Work on long texts has threads of its own, so that short requests never wait for it.
+Long texts are handled by separate threads, so that short requests never wait for them.
 """
 
 import asyncio

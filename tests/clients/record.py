@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records what the packages send: `python -m tests.clients.record [NAME ...]` writes recorded/NAME.json.
 
-Each runs in an environment of its own kind: `make .venv-clients/.installed`, and for some `make .venv-NAME/.installed`.
+Each runs in a venv for such packages: `make .venv-clients/.installed`, and for some `make .venv-NAME/.installed`.
 A package that is not installed is left out, and its file stays.
 """
 

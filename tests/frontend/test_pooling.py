@@ -63,7 +63,7 @@ def test_dimensions_of_matryoshka_models(tmp_path: Path) -> None:
     [
         (["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True}, "pooling mode is mean_tokens"),
         (["Transformer", "Pooling"], {"pooling_mode": "cls"}, "pooling mode is cls"),
-        (["Transformer", "Pooling"], {}, "pooling mode is none"),
+        (["Transformer", "Pooling"], {}, "pooling mode is not set"),
         (["Transformer", "Pooling", "LSTM"], POOLING, "a module LSTM"),
         (["Transformer", "Pooling", "Normalize", "Dense"], POOLING, "a Dense module after normalization"),
     ],

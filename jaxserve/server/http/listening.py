@@ -110,7 +110,7 @@ def tls(config: ServerConfig) -> ssl.SSLContext | None:
 
 def renew(context: ssl.SSLContext, config: ServerConfig) -> None:
     """Use the certificate as it is on disk now for new connections. If it cannot be used, the old one stays."""
-    tls(config)  # in a context of its own: a key of another certificate would leave this one with half of each
+    tls(config)  # tried in a separate context: a key that does not match would leave the one in use half changed
     _load_certificate(context, config)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""aider, asked once about a file, streamed and whole. Its dependencies are old, so it has an environment of its own."""
+"""aider, asked once about a file, streamed and whole. Its dependencies are old, so it needs a separate environment."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""guidellm's benchmark of four requests, as text and as chat. It needs torch, so it has an environment of its own."""
+"""guidellm's benchmark of four requests, as text and as chat. It needs torch, so it has a separate environment."""
 
 import json
 import os

@@ -27,7 +27,7 @@ def chat_stream(url: str, model: str) -> str:
 
 
 def history(url: str, model: str) -> str:
-    """The answer of a stream is sent back as the package rebuilds it, with fields of its own."""
+    """The answer of a stream is sent back as the package rebuilds it, with fields that it adds."""
     built = litellm.stream_chunk_builder(list(ask(url, model, stream=True)), messages=MESSAGES)
     talk = [*MESSAGES, built.choices[0].message.model_dump(), {"role": "user", "content": QUESTION}]
     return ask(url, model, talk).choices[0].message.content

@@ -294,7 +294,7 @@ def test_what_a_scope_allows(tmp_path: Path, source: str) -> None:
 
 
 def test_administration_exists_only_where_no_stranger_can_reach_it(keyless: Shell) -> None:
-    """Or where the operator wants it: with a key of its own, or with a flag."""
+    """Or where the operator wants it: with an admin key, or with a flag."""
     exist = dict[str, bool]()
     for name, settings in {
         "loopback": {},

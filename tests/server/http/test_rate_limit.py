@@ -48,9 +48,9 @@ def test_no_minute_has_more_requests_than_twice_the_limit_and_a_patient_client_w
             try:
                 limits.begin("a", UNSET).end()
             except ApiError as error:
-                told = int(error.headers["Retry-After"])
+                wait = int(error.headers["Retry-After"])
                 assert error.status == 429 and error.headers["x-ratelimit-remaining-requests"] == "0"
-                clock.now += told
+                clock.now += wait
                 limits.begin("a", UNSET).end()  # does not raise
             begun.append(clock.now)
     for place, moment in enumerate(begun):
