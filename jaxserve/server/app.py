@@ -163,6 +163,8 @@ def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Or
         except ApiError:
             serving.metrics.rejections["unavailable"] += 1
             raise
+        if route.scope != "admin":
+            serving.check_awake()  # before the request counts against a rate limit
         with _granted(serving, request, route, key), serving.working():
             held = request[HELD] = await bodies.read(request)
             try:

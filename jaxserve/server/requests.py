@@ -12,10 +12,12 @@ from functools import partial
 
 from aiohttp import web
 
+from jaxserve.engine.capacity import Limits
 from jaxserve.errors import EngineError, OverloadedError
 from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.streams import Stream
 from jaxserve.server.errors import ApiError, sentence
+from jaxserve.server.http.rate_limit import Grant, Need
 from jaxserve.server.observe.prometheus import Finished
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.server.state import GRANT, RECORD, SERVING, Serving, unavailable
@@ -36,10 +38,31 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
     serving, record = request.app[SERVING], request[RECORD]
     client = serving.check_ready()
     serving.check_in_time(client, prepared)
-    prompt_tokens = sum(len(each.prompt_token_ids) for each in prepared)
-    request[GRANT].take_prompt(prompt_tokens)
-    record.prepared = [*record.prepared, *prepared]
-    record.prompt_tokens += prompt_tokens
+    grant = request[GRANT]
+    with grant.reserving(need(prepared, client.preparer.limits)):
+        record.prepared = [*record.prepared, *prepared]
+        record.prompt_tokens += sum(len(each.prompt_token_ids) for each in prepared)
+        async with aclosing(_run(serving, client, record, grant, prepared)) as outputs:
+            async for place, output in outputs:
+                yield place, output
+
+
+def need(prepared: Sequence[Request], limits: Limits) -> Need:
+    """The tokens that these requests may use."""
+    prompt = generated = unlimited = 0
+    for each in prepared:
+        length, most = len(each.prompt_token_ids), each.params.max_tokens
+        prompt += length
+        if each.generates and most is not None:
+            generated += each.params.n * min(most, limits.max_model_len - length)
+        elif each.generates:
+            unlimited += each.params.n
+    return Need(prompt=prompt, generated=generated, unlimited=unlimited)
+
+
+async def _run(
+    serving: Serving, client: EngineClient, record: RequestRecord, grant: Grant, prepared: Sequence[Request]
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
     streams: list[Stream] = []
     refused = False  # or lost with the engine
     tallies = [_Tally(serving, record, each) for each in prepared]
@@ -60,9 +83,14 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
         refused = True
         raise serving.lost(error) from None
     finally:
-        for stream, tally in zip(streams, tallies, strict=False):
+        for stream, tally, each in zip(streams, tallies, prepared, strict=False):
             client.close(stream)
-            request[GRANT].take_generated(tally.end(stream, refused=refused))
+            generated = tally.end(stream, refused=refused)
+            if not refused:
+                grant.use(len(each.prompt_token_ids), sum(generated))
+            if each.generates and each.params.max_tokens is None and tally.ended:
+                for tokens in generated:
+                    grant.note_length(tokens)
 
 
 async def _single(
@@ -116,7 +144,7 @@ class _Tally:
         self._last: list[float | None] = [None] * request.params.n  # when each sample's last tokens arrived
         # The counts come with the outputs, so they are unknown for a non-streamed answer without an output.
         self._counted = request.params.output_kind is RequestOutputKind.DELTA
-        self._ended = False  # whether the engine has ended it
+        self.ended = False  # whether the engine has ended it
         self._closed = False
 
     def add(self, output: RequestOutput, stream: Stream) -> None:
@@ -141,15 +169,15 @@ class _Tally:
         if self._late(now) and any(sample.finish_reason == "abort" for sample in output.outputs):
             seconds = (self._request.deadline or now) - self._record.arrival
             raise ApiError(504, f"The request exceeded its deadline of {seconds:.3g} seconds.")
-        self._ended = output.finished
+        self.ended = output.finished
 
     def _late(self, now: float) -> bool:
         return self._request.deadline is not None and now >= self._request.deadline
 
-    def end(self, stream: Stream, *, refused: bool = False) -> int:
-        """At its end, or when its stream is closed before. Returns how many tokens were generated."""
+    def end(self, stream: Stream, *, refused: bool = False) -> list[int]:
+        """At its end, or when its stream is closed before. Returns how many tokens each sample has."""
         self._finish(stream, refused=refused)
-        return sum(self._generated)
+        return self._generated
 
     def _finish(self, stream: Stream, *, refused: bool) -> None:
         if self._closed:
@@ -164,7 +192,7 @@ class _Tally:
         if stream.first_output is not None and stream.last_output is not None:
             record.first_token = min(record.first_token or stream.first_output, stream.first_output)
             record.last_token = max(record.last_token or stream.last_output, stream.last_output)
-        if not self._ended:
+        if not self.ended:
             if not refused:
                 metrics.left(stream.arrival, first_token=stream.first_output)
             return

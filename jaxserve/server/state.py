@@ -57,10 +57,13 @@ class Serving:
     def check_ready(self) -> EngineClient:
         """The engine's client. Raises a 503 if it cannot accept requests."""
         client = self.check_engine()
+        self.check_awake()
+        return client
+
+    def check_awake(self) -> None:
         if self.asleep:
             self.metrics.rejections["asleep"] += 1
             raise unavailable("The engine is asleep. Wake it with POST /wake_up.", wait=10)
-        return client
 
     def check_engine(self) -> EngineClient:
         """Like check_ready, but accepts a sleeping engine, which /wake_up must reach."""

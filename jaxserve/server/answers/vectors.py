@@ -14,7 +14,7 @@ from jaxserve.server import params, requests
 from jaxserve.server.answers.replies import check_sound
 from jaxserve.server.errors import ApiError
 from jaxserve.server.params import Order
-from jaxserve.server.state import SERVING
+from jaxserve.server.state import GRANT, SERVING
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -35,11 +35,12 @@ async def run(request: web.Request, asked: list[Request]) -> list[RequestOutput]
     client = request.app[SERVING].check_ready()
     last: dict[int, RequestOutput] = {}
     at_once = client.preparer.limits.max_num_queued_reqs or len(asked)  # never more than the queue holds
-    for begin in range(0, len(asked), at_once):
-        async with aclosing(requests.run(request, asked[begin : begin + at_once])) as outputs:
-            async for place, output in outputs:
-                check_sound(output)
-                last[begin + place] = output
+    with request[GRANT].reserving(requests.need(asked, client.preparer.limits)):
+        for begin in range(0, len(asked), at_once):
+            async with aclosing(requests.run(request, asked[begin : begin + at_once])) as outputs:
+                async for place, output in outputs:
+                    check_sound(output)
+                    last[begin + place] = output
     return [last[place] for place in range(len(asked))]
 
 

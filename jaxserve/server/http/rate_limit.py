@@ -2,21 +2,23 @@
 """Rate limits of API keys: requests and tokens per minute, as token buckets, and concurrent requests.
 
 A bucket holds what a minute allows, and refills at a constant rate. A request takes 1 from the bucket of requests when
-it begins, and its prompt's tokens from the bucket of tokens when they are known. Generated tokens are taken when it
-ends: they may leave the bucket below zero, and the next request waits until it is refilled. So the rate is kept over
-time, whatever lengths clients ask for.
+it begins. From the bucket of tokens it takes its prompt and the most that it may generate before it runs, and what it
+did not use goes back at its end. So requests that run at once keep the limit too.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from jaxserve.server.errors import ApiError
 from jaxserve.server.http.limits import RateLimit
 
 ANONYMOUS = "anonymous"  # shares one account: requests without a key
 EPSILON = 1e-6  # of a request or token: rounding
-WEIGHT = 0.1  # of a request's duration in the mean
+WEIGHT = 0.1  # of a request's duration, or an answer's length, in the mean
+FIRST_LENGTH = 256.0  # expected tokens of the first answer without max_tokens
 
 
 class Bucket:
@@ -36,8 +38,8 @@ class Bucket:
         self._balance = self.balance(now) - amount
 
     def wait(self, amount: float, now: float) -> float:
-        """Seconds until it holds this amount; a full bucket is enough for any."""
-        missing = min(amount, self.capacity) - self.balance(now)
+        """Seconds until it holds this amount, which must not exceed the capacity."""
+        missing = amount - self.balance(now)
         return 0.0 if missing < EPSILON else missing * 60 / self.capacity
 
 
@@ -48,6 +50,7 @@ class Account:
         self.name = name
         self.running = 0
         self.mean_seconds = 1.0  # duration of a request
+        self.mean_length = FIRST_LENGTH  # tokens of an answer whose length the client did not limit
         self.buckets: dict[str, Bucket] = {}  # "rpm", "tpm"
         self.set(limit, now)
 
@@ -70,6 +73,10 @@ class Account:
             found[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.balance(now))))
             found[f"x-ratelimit-reset-{kind}"] = duration(bucket.wait(bucket.capacity, now))
         return found
+
+    @property
+    def title(self) -> str:
+        return f"key {self.name}" if self.name != ANONYMOUS else "this server"
 
 
 _KINDS = {"rpm": "requests", "tpm": "tokens"}
@@ -108,14 +115,32 @@ class Limiter:
         return Grant(self, account, now)
 
     def refuse(self, account: Account, which: str, wait: float) -> None:
-        self.refused(account.name, which)
         limit = f"{int(getattr(account.limit, which))} {_UNITS[which]}"
-        whose = f"key {account.name}" if account.name != ANONYMOUS else "this server"
-        message = f"Rate limit of {whose} reached: {limit}. Try again in {duration(wait)}."
-        headers = {"Retry-After": str(max(1, math.ceil(wait))), **account.headers(self.clock())}
-        kind = _KINDS.get(which, "requests")
+        message = f"Rate limit of {account.title} reached: {limit}. Try again in {duration(wait)}."
+        raise self._error(account, which, message, {"Retry-After": str(max(1, math.ceil(wait)))})
 
-        raise ApiError(429, message, type=kind, code="rate_limit_exceeded", headers=headers)
+    def refuse_size(self, account: Account, bucket: Bucket, tokens: int, prompt: int) -> None:
+        """For a request that no waiting helps."""
+        remedy = "Shorten the prompt." if prompt > bucket.capacity else "Lower max_tokens or n, or shorten the prompt."
+        message = f"Request too large for {account.title}: limit {int(bucket.capacity)} tokens per minute, "
+        message += f"requested {tokens} (prompt and max_tokens). {remedy}"
+        raise self._error(
+            account, "tpm", message, {"x-should-retry": "false"}
+        )  # OpenAI's clients retry a 429 otherwise
+
+    def _error(self, account: Account, which: str, message: str, headers: dict[str, str]) -> ApiError:
+        self.refused(account.name, which)
+        headers |= account.headers(self.clock())
+        return ApiError(429, message, type=_KINDS.get(which, "requests"), code="rate_limit_exceeded", headers=headers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """The tokens that a request may use."""
+
+    prompt: int
+    generated: int = 0  # at most, by answers with max_tokens
+    unlimited: int = 0  # the number of answers without max_tokens
 
 
 class Grant:
@@ -123,25 +148,46 @@ class Grant:
 
     def __init__(self, limiter: Limiter, account: Account, begun: float) -> None:
         self._limiter, self._account, self._begun = limiter, account, begun
-        self._checked = False
+        self._reserved: float | None = None
+        self._used = 0
 
     def headers(self) -> dict[str, str]:
         return self._account.headers(self._limiter.clock())
 
-    def take_prompt(self, tokens: int) -> None:
-        """Count the tokens of prompts. Raises a 429 if there are too few left, unless it has taken some before."""
-        bucket = self._account.buckets.get("tpm")
-        if bucket is None:
+    @contextmanager
+    def reserving(self, need: Need) -> Generator[None]:
+        """Reserve tokens, and at the end give back what `use` has not counted. Within another reservation it reserves
+        nothing. Raises a 429 if too few are left."""
+        if self._reserved is not None:
+            yield
             return
-        now = self._limiter.clock()
-        if not self._checked and (wait := bucket.wait(tokens, now)):
-            self._limiter.refuse(self._account, "tpm", wait)
-        self._checked = True
-        bucket.take(tokens, now)
+        self._reserved = self._reserve(need)
+        try:
+            yield
+        finally:
+            if (bucket := self._account.buckets.get("tpm")) is not None:
+                bucket.take(self._used - self._reserved, self._limiter.clock())
 
-    def take_generated(self, tokens: int) -> None:
-        if "tpm" in self._account.buckets:
-            self._account.buckets["tpm"].take(tokens, self._limiter.clock())
+    def _reserve(self, need: Need) -> float:
+        account, now = self._account, self._limiter.clock()
+        bucket = account.buckets.get("tpm")
+        if bucket is None:
+            return 0.0
+        least = need.prompt + need.generated
+        if least > bucket.capacity:
+            self._limiter.refuse_size(account, bucket, least, need.prompt)
+        amount = min(least + need.unlimited * account.mean_length, bucket.capacity)
+        if wait := bucket.wait(amount, now):
+            self._limiter.refuse(account, "tpm", wait)
+        bucket.take(amount, now)
+        return amount
+
+    def use(self, prompt: int, generated: int) -> None:
+        self._used += prompt + generated
+
+    def note_length(self, tokens: int) -> None:
+        """An answer without max_tokens has ended after so many tokens."""
+        self._account.mean_length += WEIGHT * (tokens - self._account.mean_length)
 
     def end(self) -> None:
         account = self._account

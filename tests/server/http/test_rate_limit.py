@@ -4,6 +4,9 @@
 import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -12,9 +15,10 @@ from openai import OpenAI, RateLimitError
 
 from jaxserve.server.errors import ApiError
 from jaxserve.server.http.limits import UNSET, RateLimit
-from jaxserve.server.http.rate_limit import Limiter, duration
+from jaxserve.server.http.rate_limit import Grant, Limiter, Need, duration
 from tests.server import live as living
 from tests.server.live import Live, Reply, wait
+from tests.server.shell import Shell
 
 PROMPT = [5] * 40
 
@@ -59,39 +63,116 @@ def test_no_minute_has_more_requests_than_twice_the_limit_and_a_patient_client_w
         assert sum(moment <= other < moment + 60 for other in begun) <= 2 * rpm + 1
 
 
-@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 3000)), min_size=2, max_size=40))
-def test_tokens_are_limited_on_average_and_no_request_is_too_large(requests: list[tuple[int, int]]) -> None:
-    clock, tpm, used = Clock(), 1000, 0
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 20), st.integers(1, 1500), st.integers(0, 1500), st.floats(0, 1), st.integers(0, 3)),
+        min_size=2,
+        max_size=40,
+    )
+)
+def test_tokens_never_exceed_the_limit_even_with_requests_that_run_at_once(
+    requests: list[tuple[float, int, int, float, int]],
+) -> None:
+    """Each waits as long as it is asked to, and ends when `later` further requests have begun."""
+    clock, tpm = Clock(), 1000
     limits = limiter(clock, f"tpm={tpm}")
-    start = clock.now
-    for prompt, generated in requests:
-        while True:
-            try:
-                grant = limits.begin("a", UNSET)
-            except ApiError as error:
-                clock.now += int(error.headers["Retry-After"])
-                continue
-            try:
-                grant.take_prompt(prompt)
-                break
-            except ApiError as error:
-                assert error.type == "tokens"
-                clock.now += int(error.headers["Retry-After"])
-            finally:
-                grant.end()
-        # What was used before this request, but for the last one, fits into the time.
-        assert used - max(map(sum, requests)) <= tpm + (clock.now - start) * tpm / 60 + 1e-6
-        grant.take_generated(generated)
-        used += prompt + generated
-    assert clock.now - start <= used * 60 / tpm + len(requests) * 3  # nor does anyone wait for long without need
+    start, used = clock.now, 0
+    running: list[tuple[int, ExitStack]] = []
+    for place, (pause, prompt, most, share, later) in enumerate(requests):
+        clock.now += pause
+        for _, ending in [each for each in running if each[0] <= place]:
+            ending.close()
+        running = [each for each in running if each[0] > place]
+        need, fits = Need(prompt=prompt, generated=most), prompt + most <= tpm
+        with ExitStack() as opened:
+            for _ in range(3):  # one wait for any tokens at all, one for as many as are needed
+                try:
+                    grant = limits.begin("a", UNSET)
+                    opened.callback(grant.end)
+                    opened.enter_context(grant.reserving(need))
+                    break
+                except ApiError as error:
+                    assert error.type == "tokens"
+                    if "Retry-After" not in error.headers:
+                        assert not fits and error.headers["x-should-retry"] == "false"
+                        break
+                    clock.now += int(error.headers["Retry-After"])
+            else:
+                raise AssertionError("refused after it had waited")
+            if fits:
+                grant.use(prompt, round(share * most))
+                used += prompt + round(share * most)
+                running.append((place + 1 + later, opened.pop_all()))
+        assert used <= tpm + (clock.now - start) * tpm / 60 + 1e-6
+    for _, ending in running:
+        ending.close()
+    clock.now += 120
+    assert limits.begin("a", UNSET).headers()["x-ratelimit-remaining-tokens"] == str(tpm)
 
 
-def test_later_prompts_of_an_accepted_request_are_never_refused() -> None:
-    limits = limiter(Clock(), "tpm=10")
+def test_unused_tokens_go_back_and_a_refused_request_uses_none() -> None:
+    limits = limiter(Clock(), "tpm=100")
     grant = limits.begin("a", UNSET)
-    for _ in range(3):
-        grant.take_prompt(9)
-    assert grant.headers()["x-ratelimit-remaining-tokens"] == "0"
+    with grant.reserving(Need(prompt=10, generated=60)):
+        assert left(grant) == 30
+        with pytest.raises(ApiError, match="Rate limit of key a reached: 100 tokens per minute"):
+            limits.begin("a", UNSET).reserving(Need(prompt=10, generated=21)).__enter__()
+        grant.use(10, 5)
+    assert left(grant) == 85
+    with pytest.raises(ZeroDivisionError), limits.begin("a", UNSET).reserving(Need(prompt=10, generated=60)):
+        raise ZeroDivisionError
+    assert left(grant) == 85
+
+
+def test_parts_of_a_request_share_its_reservation() -> None:
+    limits = limiter(Clock(), "tpm=100")
+    grant = limits.begin("a", UNSET)
+    with grant.reserving(Need(prompt=90)):
+        for _ in range(3):
+            with grant.reserving(Need(prompt=30)):
+                grant.use(30, 0)
+    assert left(grant) == 10
+
+
+@pytest.mark.parametrize(
+    ("need", "remedy"),
+    [
+        (Need(prompt=40, generated=61), r"requested 101 \(prompt and max_tokens\)\. Lower max_tokens or n, or shorten"),
+        (Need(prompt=101, unlimited=1), r"requested 101 .* Shorten the prompt\."),
+    ],
+)
+def test_a_request_that_can_never_fit_is_refused_with_the_remedy(need: Need, remedy: str) -> None:
+    grant = limiter(Clock(), "tpm=100").begin("a", UNSET)
+    with pytest.raises(
+        ApiError, match=f"^Request too large for key a: limit 100 tokens per minute, {remedy}"
+    ) as caught:
+        grant.reserving(need).__enter__()
+    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+    assert left(grant) == 100
+
+
+def test_an_answer_without_max_tokens_reserves_what_others_have_needed() -> None:
+    clock = Clock()
+    limits = limiter(clock, "tpm=1000")
+    grant = limits.begin("a", UNSET)
+    with grant.reserving(Need(prompt=10, unlimited=2)):
+        assert left(grant) == 1000 - 10 - 2 * 256
+    for _ in range(200):
+        grant.note_length(20)
+    grant = limits.begin("a", UNSET)
+    with grant.reserving(Need(prompt=10, unlimited=2)):
+        assert left(grant) == pytest.approx(1000 - 10 - 2 * 20, abs=1)
+    grant = limits.begin("a", UNSET)
+    with grant.reserving(Need(prompt=10, unlimited=100)):  # never too large because of a guess
+        assert left(grant) == 0
+        grant.use(10, 1000)
+    assert left(grant) == 0  # the excess of a wrong guess is paid later
+    clock.now += 60
+    assert left(grant) == 990
+
+
+def left(grant: Grant) -> int:
+    return int(grant.headers()["x-ratelimit-remaining-tokens"])
 
 
 def test_concurrent_requests_and_names_are_separate() -> None:
@@ -132,7 +213,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("limits")
     (folder / "keys").write_text(
         "free concurrent=none\nslow name=slow rpm=2\nlong name=long tpm=100\nwide name=wide concurrent=1\n"
-        "scrape scope=metrics"
+        "pair name=pair tpm=100\nvectors name=vectors tpm=100\nscrape scope=metrics"
     )
     settings = {"api_key_file": str(folder / "keys"), "rate_limit": "concurrent=50", "admin_api_key": ["root"]}
     with living.started(folder, fake="slow=0.02", server=settings) as one:
@@ -167,10 +248,38 @@ def test_tokens_per_minute(server: Live) -> None:
     first = complete(server, "long")  # 40 of the prompt, then 5
     assert (first.status, first.headers["x-ratelimit-limit-tokens"]) == (200, "100")
     assert first.headers["x-ratelimit-remaining-tokens"] in ("55", "56", "57")
-    assert complete(server, "long", max_tokens=50).status == 200
-    refused = complete(server, "long")
+    refused = complete(server, "long", max_tokens=50)  # 90, of which 55 to 60 are left
     assert (refused.status, refused.error["type"]) == (429, "tokens")
-    assert 20 <= int(refused.headers["retry-after"]) <= 24  # 35 to 40 tokens are missing
+    assert 16 <= int(refused.headers["retry-after"]) <= 21
+    large = complete(server, "long", max_tokens=61)
+    assert (large.status, large.error["code"]) == (429, "rate_limit_exceeded")
+    assert large.error["message"].startswith("Request too large for key long: limit 100 tokens per minute, requested")
+    assert "retry-after" not in large.headers
+
+
+def test_parallel_requests_do_not_exceed_the_tokens_of_a_minute(server: Live) -> None:
+    """Each may use 48 of 100 tokens, and uses all of them."""
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda _: complete(server, "pair", max_tokens=8), range(6)))
+    assert sorted(reply.status for reply in replies) == [200, 200, 429, 429, 429, 429]
+    assert sum(reply.json["usage"]["total_tokens"] for reply in replies if reply.status == 200) == 96
+
+
+def test_embeddings_of_one_body_are_counted_at_once(server: Live) -> None:
+    def embed(count: int) -> Reply:
+        return server.post("/v1/embeddings", {"input": [PROMPT] * count}, Authorization="Bearer vectors")
+
+    assert "requested 120" in embed(3).error["message"]
+
+
+def test_refusals_while_loading_or_asleep_cost_no_requests() -> None:
+    body = {"prompt": PROMPT, "max_tokens": 5}
+    with Shell(rate_limit="rpm=2") as shell:
+        loading = [shell.post("/v1/completions", body).status for _ in range(3)]
+        shell.serving.client, shell.serving.asleep = cast(Any, object()), True
+        asleep = [shell.post("/v1/completions", body) for _ in range(3)]
+    assert loading == [503] * 3
+    assert {(reply.status, reply.error["message"][:20]) for reply in asleep} == {(503, "The engine is asleep")}
 
 
 def test_concurrent_requests(server: Live) -> None:
