@@ -16,7 +16,14 @@ PACKAGES = ("jaxserve", "pallas_kernels", "convert")
 # its own, and itself; units of one line do not know each other.
 ORDER = (
     ("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "pallas_kernels"),
-    ("jaxserve.exit_codes", "jaxserve.types", "jaxserve.flags", "jaxserve.demo", "jaxserve.deploy"),
+    (
+        "jaxserve.exit_codes",
+        "jaxserve.log_lines",
+        "jaxserve.types",
+        "jaxserve.flags",
+        "jaxserve.demo",
+        "jaxserve.deploy",
+    ),
     ("jaxserve.config", "jaxserve.text"),
     ("jaxserve.parallel", "jaxserve.quant"),
     ("jaxserve.models",),
@@ -40,7 +47,14 @@ OPEN = "jaxserve"
 # for it. Modules elsewhere that they import, such as jaxserve.engine.capacity, are thereby free of it too.
 JAX_FREE = (
     *("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "jaxserve.exit_codes", "jaxserve.config"),
-    *("jaxserve.types", "jaxserve.flags", "jaxserve.text", "jaxserve.demo", "jaxserve.models.families"),
+    *(
+        "jaxserve.log_lines",
+        "jaxserve.types",
+        "jaxserve.flags",
+        "jaxserve.text",
+        "jaxserve.demo",
+        "jaxserve.models.families",
+    ),
     *("jaxserve.engine.schedule", "jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "convert.files"),
 )
 # Folders inside those, for what starts jax on purpose.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxserve import __version__, demo
+from jaxserve import __version__, demo, log_lines
 from jaxserve.config import EngineConfig
 from jaxserve.errors import one_line
 from jaxserve.flags import config_file, values
@@ -57,6 +57,8 @@ class Run:
     def run(self) -> int:
         from jaxserve.cli import preflight
 
+        if self.server.log_format == "json":
+            log_lines.write_json(self.server.api_key)
         preflight.check(self.engine, self.server)
         name = next(iter(self.server.served_model_name), self.engine.model)
         print(f"jaxserve {__version__}  model {one_line(name)}", file=sys.stderr)

@@ -58,17 +58,19 @@ class EngineProcess:
         *,
         watchdog: float | None = 300.0,
         command: Sequence[str] | None = None,
+        json_log: bool = False,
         on_change: Callable[[EngineState], object] | None = None,
     ) -> None:
         """
         watchdog: seconds without a completed turn while there is work, or without a heartbeat, that count as a hang.
+        json_log: the child writes JSON to standard error.
         on_change: called with each new state, in order, from any thread; it must not block.
         """
         self.state = EngineState()
         self.stats: EngineMetrics | None = None  # as of the last turn
         self.opened: wire.ModelOpened | None = None  # once the model is opened
         self._config, self._watchdog, self._on_change = config, watchdog, on_change
-        self._command = [*(command or _command())]
+        self._command = [*(command or _command()), *["--json-log"] * json_log]
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
         self._streams = Streams()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from jaxserve import log_lines
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.exit_codes import DEBUG
@@ -251,7 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     faulthandler.register(signal.SIGUSR1)  # the parent sends it to a hung process, to print the stacks
     parser = argparse.ArgumentParser(prog="jaxserve.host.child")
     parser.add_argument("--fd", type=int, required=True)
-    number = parser.parse_args(arguments).fd
+    parser.add_argument("--json-log", action="store_true", help="write JSON to standard error")
+    given = parser.parse_args(arguments)
+    if given.json_log:
+        log_lines.write_json()
+    number = given.fd
     os.set_inheritable(number, False)
     _exit(serve(socket.socket(fileno=number)))
 

@@ -149,7 +149,10 @@ class Life:
                 loop.call_soon_threadsafe(self._changed.set)
 
         watchdog = self._config.watchdog_timeout or None
-        return EngineProcess(self._engine_config, watchdog=watchdog, command=self._command, on_change=changed)
+        json_log = self._config.log_format == "json"
+        return EngineProcess(
+            self._engine_config, watchdog=watchdog, command=self._command, json_log=json_log, on_change=changed
+        )
 
     def _signalled(self, number: int) -> None:
         self._signals.append(number)

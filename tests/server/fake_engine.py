@@ -9,10 +9,14 @@ hang=N          the Nth step never ends
 load=S          opening the model takes S seconds
 refuse          the model cannot be opened
 pending=N       N programs are still to be compiled
+noise           opening the model warns, logs and prints a traceback
 """
 
+import logging
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -121,6 +125,15 @@ class FakeEngine:
         )
 
 
+def _make_noise() -> None:
+    warnings.warn("of the engine's process", UserWarning, stacklevel=1)
+    logging.getLogger("a.library").warning("a library's log of the engine's process")
+    try:
+        raise ValueError("caught")
+    except ValueError:
+        traceback.print_exc()
+
+
 def main() -> NoReturn:
     faults: dict[str, float] = {}
     for fault in sys.argv.pop(1).split(","):
@@ -133,6 +146,8 @@ def serve(faults: dict[str, float]) -> NoReturn:
     def load(start: wire.Start, outbox: Any) -> Any:
         outbox.send(wire.Progress("loading", 7, 18))
         time.sleep(faults.get("load", 0.0))
+        if "noise" in faults:
+            _make_noise()
         if "refuse" in faults:
             raise CheckpointError("there is no model here", "give another")
         opened = wire.ModelOpened(

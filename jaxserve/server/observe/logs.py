@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's log: one line per event, as text or JSON.
+"""The server's log: one line per event, as text or JSON."""
 
-Control characters in clients' text are escaped, so that clients cannot forge lines. API keys are masked.
-"""
-
-import json
 import logging
-import sys
 import time
 from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+from jaxserve import log_lines
 from jaxserve.errors import one_line
+from jaxserve.log_lines import Lines
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.types.metrics import EngineMetrics
@@ -20,13 +17,13 @@ from jaxserve.types.sampling_params import SamplingParams
 
 LOG = logging.getLogger("jaxserve.server")
 OTHERS = ("aiohttp", "asyncio", "opentelemetry")  # libraries whose warnings and errors are logged too
-LONGEST_LINE = 100_000
 STATS_SECONDS = 10.0
 
 
 def configure(config: ServerConfig) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(config.log_format, config.api_key))
+    if config.log_format == "json":
+        log_lines.write_json(config.api_key)
+    handler = log_lines.handler(config.log_format, config.api_key)
     for name, level in (("jaxserve", config.log_level.upper()), *((name, "WARNING") for name in OTHERS)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -38,47 +35,6 @@ def mask(secrets: Collection[str]) -> None:
     for handler in LOG.parent.handlers if LOG.parent is not None else ():
         if isinstance(handler.formatter, Lines):
             handler.formatter.mask(secrets)
-
-
-class Lines(logging.Formatter):
-    """Formats a record as one line. In text format a traceback follows, indented."""
-
-    def __init__(self, form: str, secrets: Collection[str] = ()) -> None:
-        super().__init__()
-        self._json = form == "json"
-        self.mask(secrets)
-
-    def mask(self, secrets: Collection[str]) -> None:
-        written = {form for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
-        self._secrets = sorted(written, key=len, reverse=True)  # longest first: one may contain another
-
-    def format(self, record: logging.LogRecord) -> str:
-        given: dict[str, Any] = getattr(record, "fields", {})
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        message = self._masked(record.getMessage())
-        if self._json:
-            line = {"time": moment, "level": record.levelname.lower(), "message": message, **given}
-            if trace:
-                line["exception"] = trace
-            # json.dumps escapes non-ASCII characters, so that none can act as a line break or a control code.
-            return self._masked(json.dumps(line, default=str))
-        text = " ".join((message, *(f"{key}={_shown(value)}" for key, value in given.items() if value is not None)))
-        lines = [f"{moment} {record.levelname:<7} {one_line(self._masked(text), limit=LONGEST_LINE)}"]
-        lines += [f"    {one_line(self._masked(line), limit=2000)}" for line in trace.splitlines()]
-        return "\n".join(lines)
-
-    def _masked(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
-
-
-def _shown(value: object) -> str:
-    """A value as text; quoted if it could be taken for several fields."""
-    if isinstance(value, str) and any(c in value for c in ' ="'):  # other spaces are escaped in the whole line
-        return json.dumps(value, ensure_ascii=False)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def request_line(
