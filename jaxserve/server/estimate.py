@@ -84,6 +84,12 @@ def whole(seconds: float) -> int:
     return min(max(math.ceil(seconds), 1), LONGEST_WAIT)
 
 
+def shown(seconds: float) -> str:
+    """In a sentence: 0.05, 2.5, 30."""
+    digits = 0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2
+    return f"{seconds:.{digits}f}".removesuffix(".0")
+
+
 def _ahead(tenant: str, counts: Mapping[str, int], waiting: int) -> float:
     """How many waiting sequences come before a new one of this tenant: tenants take turns. How many of a tenant's
     sequences wait is not known here; each has the same part."""

@@ -5,7 +5,7 @@
 of the model's generation_config.json, then OpenAI's.
 """
 
-import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 MAX_TRUNCATED = 2**20  # tokens of a prompt before truncation
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
 
@@ -89,14 +90,10 @@ def deadline(request: web.Request) -> float | None:
     sent = request.headers.get(TIMEOUT_HEADER)
     if sent is None:
         return server
-    try:
-        seconds = float(sent)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds <= 0:
-        raise bad_request(
-            TIMEOUT_HEADER, f"{TIMEOUT_HEADER} is not a positive number of seconds", "send a number above 0"
-        )
+    seconds = float(sent) if SECONDS.fullmatch(sent) else 0.0
+    if seconds <= 0:
+        problem = f"{TIMEOUT_HEADER} is not a positive number of seconds"
+        raise bad_request(TIMEOUT_HEADER, problem, "send a decimal number, such as 30 or 2.5")
     client = time.monotonic() + seconds
     return client if server is None else min(client, server)
 

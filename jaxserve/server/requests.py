@@ -16,6 +16,7 @@ from jaxserve.engine.capacity import Limits
 from jaxserve.errors import EngineError, OverloadedError
 from jaxserve.frontend.client import EngineClient
 from jaxserve.frontend.streams import Stream
+from jaxserve.server import estimate
 from jaxserve.server.errors import ApiError, sentence
 from jaxserve.server.http.rate_limit import Grant, Need
 from jaxserve.server.observe.prometheus import Finished
@@ -168,7 +169,7 @@ class _Tally:
         self._counted = True
         if self._late(now) and any(sample.finish_reason == "abort" for sample in output.outputs):
             seconds = (self._request.deadline or now) - self._record.arrival
-            raise ApiError(504, f"The request exceeded its deadline of {seconds:.3g} seconds.")
+            raise ApiError(504, f"The request exceeded its deadline of {estimate.shown(seconds)} seconds.")
         self.ended = output.finished
 
     def _late(self, now: float) -> bool:

@@ -125,10 +125,10 @@ class Serving:
         if left <= 0 or found.total <= left:  # what is late already, the engine ends
             return
         self.metrics.rejections["deadline"] += 1
-        message = f"This request cannot be done within its timeout: {left:.3g} s are left, and it is estimated to take "
-        message += f"at least {found.total:.3g} s"
+        message = f"This request cannot be done within its timeout: {estimate.shown(left)} s are left, "
+        message += f"and it is estimated to take at least {estimate.shown(found.total)} s"
         if found.queue:
-            message += f" ({found.queue:.3g} s of them in the queue)"
+            message += f" ({estimate.shown(found.queue)} s of them in the queue)"
         if found.compute > left:  # retrying does not help
             raise ApiError(503, f"{message}. Raise the timeout, or lower max_tokens.")
         wait = estimate.whole(found.total - left)

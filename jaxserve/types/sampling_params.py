@@ -112,7 +112,7 @@ class SamplingParams:
     )
     seed: int | None = parameter(
         None,
-        Integer(-(2**63), 2**64 - 1),
+        Integer(-(2**63), 2**63 - 1),
         "Makes sampling repeatable; without it, or with -1, the engine picks one.",
         optional=True,
         then=lambda seed: None if seed == -1 else seed,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.engine.capacity import Limits
-from jaxserve.server.estimate import Estimator, Load
+from jaxserve.server.estimate import Estimator, Load, shown
 from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics, StepClock
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import SamplingParams
@@ -159,6 +159,22 @@ def test_a_request_that_may_be_done_in_time_is_served(server: Live) -> None:
     assert server.post("/v1/completions", body, X_Request_Timeout="30").status == 200
     # It could end at any time.
     assert server.post("/v1/completions", {"prompt": [5], "max_tokens": 60}, X_Request_Timeout="2").status == 200
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "1_0", "+5", "1e3", "0", "-1", "", "5s", "1" * 13, ".5", "5."])
+def test_a_timeout_that_is_no_decimal_number_is_refused(server: Live, text: str) -> None:
+    data = living.post("/v1/completions", b'{"prompt": [5]}', f"X-Request-Timeout: {text}")
+    error = server.raw(data).error
+    assert (error["code"], error["param"]) == (400, "X-Request-Timeout")
+    assert error["message"].endswith("Send a decimal number, such as 30 or 2.5.")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0512, "0.05"), (0.947, "0.95"), (0.96, "1"), (2.4999, "2.5"), (9.96, "10"), (59.7, "60"), (1234.5, "1234")],
+)
+def test_seconds_in_sentences_are_rounded(seconds: float, text: str) -> None:
+    assert shown(seconds) == text
 
 
 def test_the_server_s_own_timeout_counts_too(server: Live) -> None:

@@ -80,7 +80,11 @@ class Origins:
             message = "Host header not allowed. Start the server with --allowed-hosts to allow it, or with an API key."
             raise ApiError(403, message)
         origin = request.headers.get(hdrs.ORIGIN)
-        if origin is None or self._config.keyed or self.allows(origin) or _own(origin, host):
+        if self._config.keyed or (
+            not _embedded(request) if origin is None else self.allows(origin) or _own(origin, host)
+        ):
+            return
+        if origin is None and "*" in self._config.allowed_origins:
             return
         raise ApiError(403, "Origin not allowed. Start the server with --allowed-origins to allow this origin.")
 
@@ -123,6 +127,13 @@ class Origins:
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in self._config.allowed_origins else origin
         if self._config.allow_credentials:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS] = "true"
+
+
+def _embedded(request: web.Request) -> bool:
+    """Whether a page of another site loads this as an image, a script or the like, for which browsers send no Origin.
+    Following a link is not that."""
+    site, mode = (request.headers.get(f"Sec-Fetch-{name}", "") for name in ("Site", "Mode"))
+    return site == "cross-site" and mode != "navigate"
 
 
 def _bare(address: str) -> str:

@@ -7,11 +7,12 @@ every wait has a timeout.
 
 import asyncio
 import logging
+import re
 import resource
 from typing import Any, cast
 
 from aiohttp import hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from jaxserve.errors import one_line
@@ -23,6 +24,7 @@ SPARE_FILES = 64  # file descriptors reserved for other uses
 MAX_BODIES = 2**29  # bytes of all request bodies in memory; above it only small bodies are accepted
 SMALL_BODY = 2**16
 ENCODINGS = ("identity", "gzip", "deflate")
+LONGEST_LINE = 8190  # bytes of the URL or a header: aiohttp's limit
 SLOWEST = 1024  # minimum average bytes/s of a body after header_timeout
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -158,10 +160,9 @@ class Connection(RequestHandler):
             LOG.error("request failed outside its handler", exc_info=exc)
             answer = ApiError(status, MESSAGES[500]).response()
         else:
-            # Only the first line: the rest repeats the client's input.
-            reason = one_line((message or "").split("\n", 1)[0].strip(" :."), limit=100)
-            LOG.debug("invalid HTTP request: %s", reason)
-            answer = ApiError(status, f"Invalid HTTP request: {reason or 'malformed'}.").response()
+            fault = _malformed(status, exc, message or "")
+            LOG.debug("%s", fault.message)
+            answer = fault.response()
         answer.headers[hdrs.SERVER] = "jaxserve"
         answer.force_close()
         return answer
@@ -173,6 +174,20 @@ class Connection(RequestHandler):
             LOG.debug("malformed request body after the response: %s", one_line(str(fault), limit=100))
         else:
             super().log_exception(*args, **kw)
+
+
+def _malformed(status: int, error: BaseException | None, message: str) -> ApiError:
+    """The response to a request that aiohttp could not parse."""
+    if isinstance(error, LineTooLong):  # its message repeats what the client sent
+        limit = f"Invalid HTTP request: its URL or one of its headers is longer than {LONGEST_LINE} bytes."
+        return ApiError(status, f"{limit} Shorten it, or send the data in the body.")
+    if isinstance(error, ContentEncodingError) and (name := re.search(r"content-encoding: .*\((\w+)\)", message)):
+        return _unsupported_encoding(name[1])  # known to aiohttp, but its library is not installed
+    if isinstance(error, ContentEncodingError):
+        return ApiError(status, "The request body does not match its Content-Encoding.")
+    # Only the first line: the rest repeats the client's input.
+    reason = one_line(message.split("\n", 1)[0].strip(" :."), limit=100)
+    return ApiError(status, f"Invalid HTTP request: {reason or 'malformed'}.")
 
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
@@ -240,9 +255,12 @@ def _check_encoding(request: web.Request) -> None:
     """Encodings that aiohttp does not know would be taken for none."""
     encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
     if encoding not in ENCODINGS:
-        shown = one_line(encoding, limit=40)
-        message = f"Unsupported Content-Encoding {shown}. Send the body as it is, or with gzip or deflate."
-        raise ApiError(415, message, headers={hdrs.ACCEPT_ENCODING: "gzip, deflate", hdrs.CONNECTION: "close"})
+        raise _unsupported_encoding(one_line(encoding, limit=40))
+
+
+def _unsupported_encoding(name: str) -> ApiError:
+    message = f"Unsupported Content-Encoding {name}. Send the body as it is, or with gzip or deflate."
+    return ApiError(415, message, headers={hdrs.ACCEPT_ENCODING: "gzip, deflate", hdrs.CONNECTION: "close"})
 
 
 class Held:
@@ -259,5 +277,6 @@ class Held:
 
 
 def _too_large(config: ServerConfig) -> ApiError:
-    message = f"Request body larger than {config.max_body_bytes} bytes (--max-body-bytes)."
+    message = f"The request body is larger than {config.max_body_bytes} bytes. "
+    message += "Send less per request, or start the server with a higher --max-body-bytes."
     return ApiError(413, message, headers={hdrs.CONNECTION: "close"})

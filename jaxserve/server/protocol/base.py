@@ -5,6 +5,7 @@ Fields of other servers that this one does not support are declared too: a value
 with an error that names the field, never ignored. What happens to names that are not declared is the server's setting.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -102,8 +103,11 @@ def as_api_error(error: ValidationError, kind: type[BaseModel], raw: bytes | Non
         return bad_request(None, "the body is not a JSON object", 'send an object: {"model": …}')
     if fault["type"] == "value_error":  # from a body's validator; its text is "problem; hint"
         problem, _, hint = str(fault.get("ctx", {}).get("error", "")).partition("; ")
+        _, inside, _ = _place(kind, fault)
+        problem = f"{inside}.{problem}" if inside else problem
         name = problem.split(" ", 1)[0]
-        return bad_request(name if name.split(".")[0] in kind.model_fields else None, problem, hint)
+        known = re.split(r"[.\[]", name, maxsplit=1)[0] in kind.model_fields
+        return bad_request(name if known else None, problem, hint)
     model, path, field = _place(kind, fault)
     if fault["type"] == "extra_forbidden":
         return _unknown(path, str(fault["loc"][-1]), model)
@@ -115,6 +119,8 @@ def as_api_error(error: ValidationError, kind: type[BaseModel], raw: bytes | Non
     expected = next((note.words for note in notes if isinstance(note, Expected)), None)
     # For an element of a list, pydantic's fault is more specific than what is expected of the field.
     wanted = _wanted(fault) if expected is None or path.endswith("]") else f"be {expected}"
+    if wanted == "be a whole number" and not path.endswith("]"):
+        wanted += _range(notes)
     return ApiError(400, f"{path} must {wanted}.", param=path)
 
 
@@ -171,6 +177,12 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models(part)
+
+
+def _range(notes: list[Any]) -> str:
+    """Of a whole number, from a field's metadata."""
+    low, high = (next((getattr(note, end) for note in notes if hasattr(note, end)), None) for end in ("ge", "le"))
+    return "" if low is None or high is None else f" from {low} to {high}"
 
 
 def _wanted(fault: ErrorDetails) -> str:

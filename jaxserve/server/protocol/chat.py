@@ -44,7 +44,7 @@ class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
     @model_validator(mode="after")
     def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
-            raise ValueError(f"messages require content, but one of {self.role!r} has none; give a string")
+            raise ValueError(f"content is missing, which a message of role {self.role!r} requires; add it, as a string")
         return self
 
     def plain(self) -> dict[str, Any]:

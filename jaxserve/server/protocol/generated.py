@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fields of request bodies that are generated from tables: the sampling parameters, and unsupported fields.
 
-Ranges are those of the parameters. A body has additional limits: the length of lists and strings, and 64-bit integers.
+Ranges are those of the parameters. A body has additional limits on the length of lists and strings.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -60,7 +59,6 @@ def _annotation(kind: ValueKind) -> tuple[Any, str]:
     """The type of a field, and a description of valid values."""
     match kind:
         case Integer():
-            kind = replace(kind, low=max(kind.low, -(2**63)), high=min(kind.high, 2**63 - 1))
             return Annotated[int, Field(ge=kind.low, le=kind.high), AS_WHOLE], kind.words
         case Number():
             bounds = {"ge": kind.low, "gt": kind.above, "le": kind.high}

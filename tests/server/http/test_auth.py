@@ -193,6 +193,18 @@ def test_foreign_pages_are_rejected(keyless: Shell, origin: str) -> None:
         assert "access-control-allow-origin" not in reply.headers
 
 
+def test_pages_of_other_sites_cannot_embed_what_the_server_has(keyless: Shell) -> None:
+    """Browsers send no Origin for images and scripts. A link to the server may be followed."""
+    for mode in ("no-cors", "same-origin", ""):
+        headers = {"Sec-Fetch-Site": "cross-site", **({"Sec-Fetch-Mode": mode} if mode else {})}
+        assert keyless.send("GET", "/v1/models", headers=headers).status == 403
+    for site, mode in (("cross-site", "navigate"), ("same-origin", "no-cors"), ("none", "navigate")):
+        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+        assert keyless.send("GET", "/version", headers=headers).status == 200
+    with Shell(allowed_origins=("*",)) as server:
+        assert server.send("GET", "/version", headers={"Sec-Fetch-Site": "cross-site"}).status == 200
+
+
 def test_our_own_page_is_allowed(keyless: Shell) -> None:
     for origin, host in (
         (f"http://127.0.0.1:{keyless.port}", f"127.0.0.1:{keyless.port}"),

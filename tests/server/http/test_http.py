@@ -152,13 +152,26 @@ def test_bodies_that_are_too_large(ready: Shell) -> None:
     assert ready.send("POST", "/sleep?level=7", b" " * 2**20).status == 400  # exactly as much as may be
 
 
-@pytest.mark.parametrize("encoding", ["compress", "x-gzip2", "gzip, gzip", "utf-8"])
+@pytest.mark.parametrize("encoding", ["compress", "x-gzip2", "gzip, gzip", "utf-8", "br", "zstd"])
 def test_unknown_encodings_of_bodies_are_refused(ready: Shell, encoding: str) -> None:
     reply = ready.send("POST", "/sleep?level=7", b"{}", {"Content-Encoding": encoding})
     assert reply.status == 415 and encoding in reply.error["message"]
     assert reply.headers["accept-encoding"] == "gzip, deflate"
     for known, body in (("gzip", gzip.compress(b"{}")), ("GZIP", gzip.compress(b"{}")), ("identity", b"{}")):
         assert ready.send("POST", "/sleep?level=7", body, {"Content-Encoding": known}).status == 400  # for its level
+
+
+@pytest.mark.parametrize(
+    "head", ["GET /" + "a" * 100_000 + " HTTP/1.1", "GET /version HTTP/1.1\r\nX-Request-Id: " + "a" * 9000]
+)
+def test_a_line_that_is_too_long_is_not_repeated(shell: Shell, head: str) -> None:
+    error = shell.raw(f"{head}\r\nHost: localhost\r\n\r\n".encode()).error
+    assert "longer than 8190 bytes" in error["message"] and "aaa" not in error["message"]
+
+
+def test_a_body_that_is_too_large_names_the_remedy(ready: Shell) -> None:
+    message = ready.send("POST", "/sleep", b" " * (2**20 + 1)).error["message"]
+    assert message.startswith("The request body is larger than 1048576 bytes.") and "--max-body-bytes" in message
 
 
 def test_bodies_that_are_broken(ready: Shell, caplog: pytest.LogCaptureFixture) -> None:

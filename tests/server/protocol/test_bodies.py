@@ -109,6 +109,31 @@ def test_endless_numbers_are_not_repeated(field: str) -> None:
     assert refused.value.status == 400 and refused.value.param == field and len(refused.value.message) < 500
 
 
+@pytest.mark.parametrize("value", ["1e400", "-1e400", "NaN", "Infinity", "1.5", '"5"', "[5]"])
+def test_what_is_no_whole_number_gets_the_range(value: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, f'{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": {value}}}'.encode())
+    assert refused.value.message == "max_tokens must be a whole number from 1 to 2147483647."
+
+
+def test_a_message_without_content_is_named() -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, b'{"messages": [{"role": "user", "content": "x"}, {"role": "user"}]}')
+    assert refused.value.message.startswith("messages[1].content is missing, which a message of role 'user' requires.")
+    assert refused.value.param == "messages[1].content"
+
+
+@pytest.mark.parametrize("padding", [0, 2**17])
+def test_of_equal_keys_the_last_counts(padding: int) -> None:
+    """As in other servers. A large body is parsed in parts, with the same result."""
+    raw = b'{"max_tokens": 1, "prompt": "a", "prompt": "b%s", "max_tokens": 2}' % (b"b" * padding)
+    body = parse(CompletionRequest, raw)
+    assert isinstance(body.prompt, str)
+    assert (body.max_tokens, set(body.prompt)) == (2, {"b"})
+    ids = ",".join(["7"] * (padding or 1))
+    assert parse(CompletionRequest, f'{{"prompt": [1], "prompt": [{ids}]}}'.encode()).prompt == [7] * (padding or 1)
+
+
 def test_errors_within_a_field_name_the_path() -> None:
     cases: list[tuple[type[Any], dict[str, Any], str]] = [
         (ChatRequest, {"messages": [{"role": "user", "content": "x"}, {"role": 5}]}, "messages[1].role"),
