@@ -38,7 +38,8 @@ class Lines(logging.Formatter):
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         message = self._masked(record.getMessage())
         if self._json:
-            line = {"time": moment, "level": record.levelname.lower(), "message": message, **given}
+            line = {"time": moment, "level": record.levelname.lower(), "message": message}
+            line |= {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in given.items()}
             if trace:
                 line["exception"] = trace
             # json.dumps escapes non-ASCII characters, so that none can act as a line break or a control code.

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from jaxserve.cli import bench_datasets, results_file
 from jaxserve.cli.bench_datasets import Length, Prompt, TokenSource
-from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, ServerError, key_for
+from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, URL_HELP, Client, ServerError, key_for
 from jaxserve.errors import JaxserveError, UsageError, one_line
 from jaxserve.flags.setting import Setting
 
 if TYPE_CHECKING:  # it imports aiohttp, which --help does not need
     from jaxserve.cli.load import Job, Sample
 
+CHAT = "/v1/chat/completions"
+LIMITED = (
+    "the server limits the rate of this API key: lower --request-rate or --max-concurrency, or use a key with higher "
+    "limits"
+)
 # Common words, mostly one token each: prompts for servers without /tokenize.
 WORDS = (
     "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all "
@@ -35,13 +40,20 @@ WORDS = (
 class BenchServe:
     """Load-test a running server."""
 
-    url: Annotated[str, Setting("URL of the server, with or without /v1.", spellings=("--base-url",))] = DEFAULT_URL
+    url: Annotated[str, Setting(URL_HELP, spellings=("--base-url",))] = DEFAULT_URL
+    host: Annotated[str | None, Setting("Host of the server, instead of --url.")] = None
+    port: Annotated[int | None, Setting("Port of the server, instead of --url.", low=1, high=65535)] = None
+    backend: Annotated[
+        Literal["openai", "vllm", "openai-chat"] | None,
+        Setting("Kind of server, as vLLM's benchmark names it: openai and vllm send completions, openai-chat chats."),
+    ] = None
     model: Annotated[str | None, Setting("Model name (default: the first model of the server).")] = None
     api_key: Annotated[str | None, Setting(KEY_HELP)] = field(default=None, repr=False)
     api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, metavar="FILE")] = None
     endpoint: Annotated[
-        Literal["/v1/completions", "/v1/chat/completions"], Setting("Endpoint to send requests to.")
-    ] = "/v1/completions"
+        Literal["/v1/completions", "/v1/chat/completions"] | None,
+        Setting("Endpoint to send requests to (default: that of --backend, or /v1/completions)."),
+    ] = None
     dataset_name: Annotated[
         Literal["random", "sharegpt", "prefix_repetition", "custom"],
         Setting(
@@ -114,6 +126,7 @@ class BenchServe:
 
     def __post_init__(self) -> None:
         results_file.check(self.json)
+        self._check_server()
         if self.save_result and not self.result_dir.is_dir():
             raise UsageError(f"no such folder: {self.result_dir}", "create it, or name another with --result-dir")
         limits(self.goodput)
@@ -127,19 +140,42 @@ class BenchServe:
         if self.custom_output_len == 0:
             raise UsageError("--custom-output-len is 0", "use a whole number of at least 1, or -1")
 
+    def _check_server(self) -> None:
+        if (self.host is not None or self.port is not None) and self.url != DEFAULT_URL:
+            raise UsageError("--host or --port is set together with --url", "set --url alone, or remove it")
+        if None not in (self.backend, self.endpoint) and (self.endpoint == CHAT) != (self.backend == "openai-chat"):
+            raise UsageError(f"--backend {self.backend} does not use {self.endpoint}", "remove one of them")
+
+    @property
+    def address(self) -> str:
+        """The server's URL."""
+        if self.host is None and self.port is None:
+            return self.url
+        host = self.host or "127.0.0.1"
+        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.port or 8000}"
+
+    @property
+    def path(self) -> str:
+        """The endpoint."""
+        return self.endpoint or (CHAT if self.backend == "openai-chat" else "/v1/completions")
+
     def run(self) -> int:
         from jaxserve.cli import load
 
-        key = key_for(self.url, key=self.api_key, file=self.api_key_file)
-        client = Client(self.url, api_key=key)
+        key = key_for(self.address, key=self.api_key, file=self.api_key_file)
+        client = Client(self.address, api_key=key)
         model = self.model or client.model()
         jobs = self.jobs(model, _pool(client, model), _length(client, model))
         shown = _Bar(self.num_prompts)
 
         async def measured() -> load.Outcome:
-            warm = await load.run(client.root, jobs[self.num_prompts :], api_key=key, timeout=self.timeout)
+            warm = await load.run(
+                client.root, jobs[self.num_prompts :], api_key=key, socket=client.socket, timeout=self.timeout
+            )
             if warm.samples and all(sample.error for sample in warm.samples):
-                hint = "see the server log; prompts that are too long are shortened by --random-input-len"
+                limited = _limited([sample.error or "" for sample in warm.samples])
+                usual = "see the server log; prompts that are too long are shortened by --random-input-len"
+                hint = LIMITED if limited else usual
                 raise JaxserveError(f"the first request failed: {warm.samples[0].error}", hint)
             return await load.run(
                 client.root,
@@ -149,6 +185,7 @@ class BenchServe:
                 burstiness=self.burstiness,
                 seed=self.seed,
                 api_key=key,
+                socket=client.socket,
                 timeout=self.timeout,
                 done=shown.add,
             )
@@ -164,7 +201,7 @@ class BenchServe:
         `pool`, or from words if it is None. `length`: how many tokens a text of a file has."""
         from jaxserve.cli.load import Job
 
-        chat = self.endpoint == "/v1/chat/completions"
+        chat = self.path == CHAT
         jobs = list[Job]()
         for prompt in self._prompts(None if chat else pool, length or _words):
             asked = {"prompt": prompt.content}
@@ -172,7 +209,7 @@ class BenchServe:
                 asked = {"messages": [{"role": "user", "content": prompt.content}]}
             body: dict[str, Any] = {**asked, "model": model, "max_tokens": prompt.output}
             body |= {"temperature": self.temperature, **({"ignore_eos": True} if self.ignore_eos else {})}
-            jobs.append(Job(self.endpoint, body, prompt.tokens))
+            jobs.append(Job(self.path, body, prompt.tokens))
         return jobs
 
     def _prompts(self, pool: Sequence[int] | None, length: Length) -> list[Prompt]:
@@ -215,17 +252,21 @@ class BenchServe:
         asked = {name: value for name, value in asdict(self).items() if name not in ("api_key", "api_key_file", "json")}
         asked |= {"request_rate": str(self.request_rate) if self.request_rate == math.inf else self.request_rate}
         asked |= {"dataset_path": None if self.dataset_path is None else str(self.dataset_path)}
+        asked |= {"url": self.address, "endpoint": self.path, "backend": self.backend or "openai"}
         asked |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
-        result = json_module.dumps({**asked, **results, "errors": list(errors)})
+        rounded = {name: _rounded(value) for name, value in results.items()}
+        result = json_module.dumps({**asked, **rounded, "errors": list(errors)})
         if str(self.json) == "-":
             print(result)
         else:
             print(table(results, rate=self.request_rate, concurrency=self.max_concurrency))
         for error in list(dict.fromkeys(errors))[:3]:
             print(f"failed: {error}", file=sys.stderr)
+        if _limited(errors):
+            print(f"hint: {LIMITED}", file=sys.stderr)
         files = [self.json] if self.json is not None and str(self.json) != "-" else list[Path]()
         if self.save_result:
-            name = f"openai-{self.request_rate}qps-{model.rpartition('/')[2]}-{asked['date']}.json"
+            name = f"{asked['backend']}-{self.request_rate}qps-{model.rpartition('/')[2]}-{asked['date']}.json"
             files.append(self.result_dir / name)
         for file in files:
             file.write_text(result + "\n")
@@ -245,6 +286,16 @@ def limits(goodput: Sequence[str]) -> dict[str, float]:
         if not found[name] >= 0:
             raise UsageError(f"--goodput has {one_line(text)!r}", f"give {name} a number of milliseconds")
     return found
+
+
+def _limited(errors: Sequence[str]) -> bool:
+    """Whether the server refused requests because of a rate limit."""
+    return any(error.startswith("429") for error in errors)
+
+
+def _rounded(value: float) -> float:
+    """Without digits that no clock measures."""
+    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 def _words(text: str) -> int:

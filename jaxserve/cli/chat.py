@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from jaxserve import exit_codes
-from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, key_for
+from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, URL_HELP, Client, key_for
 from jaxserve.cli.terminal import safe
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.flags.setting import Setting, flags_of
 
+SHORTEST = 0.02  # seconds between the first and the last text, for a rate
 SAMPLING = "Sampling"  # group of the flags that are sent as fields of the same name
 HELP = "/reset clears the conversation, /system TEXT starts a new one, /retry answers again, /exit or Ctrl-D quits"
 
@@ -27,7 +28,7 @@ type Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Talk(ABC):
-    url: Annotated[str, Setting("URL of the server, with or without /v1.")] = DEFAULT_URL
+    url: Annotated[str, Setting(URL_HELP)] = DEFAULT_URL
     model_name: Annotated[
         str | None, Setting("Model name (default: the first model of the server).", spellings=("--model",))
     ] = None
@@ -65,7 +66,7 @@ class Talk(ABC):
     def loop(self, session: "Session") -> None:
         with suppress(ImportError):
             importlib.import_module("readline")  # with it input() edits lines and remembers them
-        print(f"{safe(session.model)} at {session.client.root}. {self.help_line()}", file=sys.stderr)
+        print(f"{safe(session.model)} at {session.client.name}. {self.help_line()}", file=sys.stderr)
         while True:
             try:
                 text = input("> ")
@@ -196,5 +197,5 @@ def _stats(began: float, times: list[float], usage: dict[str, Any]) -> str:
     if not times:
         return f"{tokens} tokens, no text"
     took = times[-1] - times[0]
-    rate = f", {(tokens - 1) / took:.1f} tokens/s" if took > 0 and tokens > 1 else ""
+    rate = f", {(tokens - 1) / took:.1f} tokens/s" if took >= SHORTEST and tokens > 1 else ""
     return f"first token after {times[0] - began:.3f} s, {tokens} tokens{rate}"

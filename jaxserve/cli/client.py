@@ -7,9 +7,11 @@ It uses only the standard library, so that commands that talk to a server start 
 import http.client
 import json
 import os
+import socket
 import ssl
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -19,6 +21,8 @@ from jaxserve.server.http import api_keys
 from jaxserve.server.http.addresses import is_loopback
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
+LOCAL = "http://localhost"  # the URL that requests over a Unix socket have
+URL_HELP = "URL of the server, with or without /v1; unix:PATH for a Unix socket."
 OPENAI = "api.openai.com"
 KEY_HELP = (
     "API key of the server (default: JAXSERVE_API_KEY, or OPENAI_API_KEY for OpenAI and servers on this machine)."
@@ -50,11 +54,22 @@ def key_for(url: str, *, key: str | None, file: str | None) -> str | None:
         return lines[0][1][0]
     if own := os.environ.get("JAXSERVE_API_KEY", "").partition(",")[0].strip():
         return own
-    parts = _split(url)
+    parts = _split(LOCAL if unix_socket(url) else url)
     trusted = parts.hostname is not None and is_loopback(parts.hostname)
     if trusted or (parts.hostname == OPENAI and parts.scheme == "https"):
         return os.environ.get("OPENAI_API_KEY") or None
     return None
+
+
+def unix_socket(url: str) -> str | None:
+    """The path of a URL such as unix:/run/jaxserve.sock, or None for any other."""
+    scheme, colon, path = url.partition(":")
+    if scheme != "unix" or not colon:
+        return None
+    path = path.removeprefix("//")
+    if not path:
+        raise UsageError(f"{url!r} has no path", "use a URL such as unix:/run/jaxserve.sock")
+    return str(Path(path).expanduser())
 
 
 def _split(url: str) -> SplitResult:
@@ -64,7 +79,7 @@ def _split(url: str) -> SplitResult:
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url!r} is not a server URL", f"use a URL such as {DEFAULT_URL}")
+        raise UsageError(f"{url!r} is not a server URL", f"use a URL such as {DEFAULT_URL} or unix:/run/jaxserve.sock")
     return parts
 
 
@@ -85,12 +100,14 @@ class ServerError(JaxserveError):
 
 class Client:
     def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None, timeout: float = 600) -> None:
-        """`url` may end in /v1. A request fails after `timeout` seconds without data."""
-        parts = _split(url)
+        """`url` may end in /v1, or name a Unix socket. A request fails after `timeout` seconds without data."""
+        self.socket = unix_socket(url)
+        parts = _split(LOCAL if self.socket else url)
         self._host, self._port = parts.hostname or "", parts.port
         self._secure, self._timeout = parts.scheme == "https", timeout
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self.root = f"{parts.scheme}://{parts.netloc}{self._path}"
+        self.name = f"unix:{self.socket}" if self.socket else self.root  # for messages
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             problem = "the API key contains characters that an HTTP header cannot"
             raise UsageError(problem, "check --api-key and --api-key-file")
@@ -127,12 +144,11 @@ class Client:
         try:
             return str(found["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise ServerError(f"{self.root} lists no models", "set --model-name") from None
+            raise ServerError(f"{self.name} lists no models", "set --model-name") from None
 
     @contextmanager
     def _asked(self, method: str, path: str, body: Any) -> Generator[http.client.HTTPResponse]:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._timeout)
+        connection = self._connection()
         data = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, **({"Content-Type": "application/json"} if data is not None else {})}
         try:
@@ -146,21 +162,27 @@ class Client:
         finally:
             connection.close()
 
+    def _connection(self) -> http.client.HTTPConnection:
+        if self.socket is not None:
+            return _UnixConnection(self.socket, timeout=self._timeout)
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        return kind(self._host, self._port, timeout=self._timeout)
+
     def _read[T](self, read: Any) -> Any:
         try:
             return read()
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):  # of a Unix socket
             hint = "start a server with `jaxserve run`, or set --url"
-            raise ServerError(f"cannot connect to {self.root}", hint) from None
+            raise ServerError(f"cannot connect to {self.name}", hint) from None
         except TimeoutError:
-            raise ServerError(f"no data from {self.root} for {self._timeout:g} s", LOG) from None
+            raise ServerError(f"no data from {self.name} for {self._timeout:g} s", LOG) from None
         except ssl.SSLError as error:
             raise ServerError(
-                f"the TLS connection to {self.root} failed: {error.reason or error}", "check --url"
+                f"the TLS connection to {self.name} failed: {error.reason or error}", "check --url"
             ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = str(error) or type(error).__name__
-            raise ServerError(f"the connection to {self.root} failed: {why}", "check --url") from None
+            raise ServerError(f"the connection to {self.name} failed: {why}", "check --url") from None
 
     def _content(self, response: http.client.HTTPResponse) -> Any:
         data = self._read(response.read)
@@ -172,7 +194,18 @@ class Client:
         except (ValueError, RecursionError):
             if not strict:
                 return None
-            raise ServerError(f"the response from {self.root} is not JSON", "check --url") from None
+            raise ServerError(f"the response from {self.name} is not JSON", "check --url") from None
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, *, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def _answer(connection: http.client.HTTPConnection, method: str, path: str, data: bytes | None, headers: Any) -> Any:

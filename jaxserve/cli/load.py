@@ -76,18 +76,22 @@ async def run(
     burstiness: float = 1.0,
     seed: int = 0,
     api_key: str | None = None,
+    socket: str | None = None,
     timeout: float = NEVER,
     keep_alive: bool = True,
     done: Callable[[Sample], None] | None = None,
 ) -> Outcome:
     """Send all jobs, `rate` per second at random times (all at once if infinite), at most `concurrency` at a time. The
     time between two jobs has a gamma distribution of shape `burstiness`: 1 makes a Poisson process, less makes bursts.
+    `socket`: the path of the server's Unix socket.
     Without `keep_alive` each job opens a new connection: some servers close theirs without notice after a stream."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     slots = asyncio.Semaphore(concurrency or len(jobs) or 1)
     draw, going, most = random.Random(seed), 0, 0
     kept: dict[str, Any] = {"keepalive_timeout": 60} if keep_alive else {"force_close": True}
-    connector = aiohttp.TCPConnector(limit=0, **kept)
+    connector = (
+        aiohttp.TCPConnector(limit=0, **kept) if socket is None else aiohttp.UnixConnector(socket, limit=0, **kept)
+    )
     limits = aiohttp.ClientTimeout(total=timeout)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limits) as session:
 

@@ -109,17 +109,19 @@ def _error(status: int, message: str) -> web.Response:
 
 
 @contextmanager
-def running(fake: FakeServer) -> Generator[FakeServer]:
-    """Serve in a thread, on a free port."""
+def running(fake: FakeServer, *, path: str | None = None) -> Generator[FakeServer]:
+    """Serve in a thread, on a free port or on the Unix socket at `path`."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     stop = asyncio.Event()
 
     async def live() -> None:
         runner = web.AppRunner(fake.app(), shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        fake.port = runner.addresses[0][1]
+        if path is None:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            fake.port = runner.addresses[0][1]
+        else:
+            await web.UnixSite(runner, path).start()
         ready.set()
         await stop.wait()
         await runner.cleanup()

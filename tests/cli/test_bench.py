@@ -100,6 +100,35 @@ def test_failures_are_reported(command: Command, server: FakeServer) -> None:
     assert "failed: the response has no text: set --ignore-eos" in command(*words, "--num-warmups", "0").err
 
 
+def test_flags_of_vllm_s_benchmark(command: Command, server: FakeServer, tmp_path: Path) -> None:
+    words = ("bench", "serve", "--num-prompts", "1", "--random-input-len", "3", "--json", "-")
+    here = ("--host", "127.0.0.1", "--port", str(server.port))
+    for backend, path in (("openai", COMPLETIONS), ("vllm", COMPLETIONS), ("openai-chat", CHAT)):
+        before = len(server.bodies(path))
+        said = command(*words, *here, "--backend", backend)
+        result = json.loads(said.out)
+        assert (said.code, result["backend"], result["endpoint"]) == (0, backend, path)
+        assert len(server.bodies(path)) == before + 2
+    assert command(*words, *here, "--backend", "openai-chat", "--endpoint", CHAT).code == 0
+    one_error(command(*words, *here, "--backend", "tgi"), 2, "--backend is 'tgi'", "openai, vllm, openai-chat")
+    one_error(command(*words, "--backend", "vllm", "--endpoint", CHAT), 2, f"--backend vllm does not use {CHAT}")
+    one_error(command(*words, *here, "--url", server.url), 2, "--host or --port is set together with --url")
+
+
+def test_a_rate_limit_gets_a_hint(command: Command, server: FakeServer) -> None:
+    words = ("bench", "serve", "--url", server.url, "--num-prompts", "2")
+    server.faults[COMPLETIONS], server.message = 429, "Rate limit reached."
+    one_error(command(*words), 1, "the first request failed: 429 Rate limit reached.", "--request-rate")
+    said = command(*words, "--num-warmups", "0")
+    assert said.err.startswith("failed: 429 Rate limit reached.\nhint: the server limits the rate of this API key")
+
+
+def test_numbers_in_json_have_no_meaningless_digits(command: Command, server: FakeServer) -> None:
+    said = command("bench", "serve", "--url", server.url, "--num-prompts", "2", "--json", "-")
+    numbers = re.findall(r": (\d+\.\d+)[,}]", said.out)
+    assert len(numbers) > 15 and all(len(number.replace(".", "").strip("0")) <= 8 for number in numbers)
+
+
 def test_keys_and_wrong_flags(command: Command, server: FakeServer) -> None:
     server.needs_key = True
     words = ("bench", "serve", "--url", server.url, "--num-prompts", "1")

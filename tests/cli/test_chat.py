@@ -16,7 +16,7 @@ import pytest
 from jaxserve.cli.client import key_for
 from jaxserve.cli.terminal import safe
 from tests.cli.conftest import Command, one_error
-from tests.cli.fake_server import KEY, FakeServer
+from tests.cli.fake_server import KEY, FakeServer, running
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 JAXSERVE = str(Path(sysconfig.get_path("scripts")) / "jaxserve")
@@ -68,6 +68,7 @@ def test_keys(
         ("http://192.0.2.1:8000", False),
         ("https://api.openai.com@models.example/v1", False),
         ("http://127.0.0.1.attacker.example", False),
+        ("unix:/run/a.sock", True),
     ],
 )
 def test_openai_s_key_is_sent_to_openai_and_to_this_machine_alone(
@@ -129,6 +130,20 @@ def test_the_hint_of_the_server_is_shown(
     server.faults[CHAT], server.message = status, message
     said = command("chat", "--url", server.url, "-q", "Hi")
     one_error(said, 1, f"error: the server replied: {problem}  hint: {hint}")
+
+
+@pytest.mark.parametrize("form", ["unix:{}", "unix://{}"])
+def test_a_server_on_a_unix_socket(command: Command, tmp_path: Path, form: str) -> None:
+    path, fake = tmp_path / "a.sock", FakeServer()
+    with running(fake, path=str(path)):
+        for name in ("chat", "complete"):
+            said = command(name, "--url", form.format(path), "-q", "hello")
+            assert (said.code, said.out) == (0, "Hello wörld!\n")
+        words = ("bench", "serve", "--url", form.format(path), "--num-prompts", "2", "--random-input-len", "3")
+        assert command(*words).code == 0
+    assert len(fake.bodies("/v1/completions")) == 4
+    one_error(command("chat", "--url", f"unix:{tmp_path}/b.sock", "-q", "x"), 1, f"cannot connect to unix:{tmp_path}/b")
+    one_error(command("chat", "--url", "unix:", "-q", "x"), 2, "has no path", "unix:/run")
 
 
 def test_no_server(command: Command) -> None:

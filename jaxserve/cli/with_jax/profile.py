@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, Client, key_for
+from jaxserve.cli.client import DEFAULT_URL, KEY_FILE_HELP, KEY_HELP, URL_HELP, Client, key_for
 from jaxserve.cli.with_jax.bench_offline import opened, random_prompts
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError, UsageError
@@ -27,9 +27,9 @@ class Profile:
             "Folder for the trace. For a server, its --profile-dir, which this machine must be able to read.", GROUP
         ),
     ]
-    url: Annotated[
-        str | None, Setting(f"URL of the server, with or without /v1 (default without a model: {DEFAULT_URL}).", GROUP)
-    ] = None
+    url: Annotated[str | None, Setting(f"{URL_HELP.rstrip('.')} (default without a model: {DEFAULT_URL}).", GROUP)] = (
+        None
+    )
     api_key: Annotated[str | None, Setting(KEY_HELP, GROUP)] = field(default=None, repr=False)
     api_key_file: Annotated[str | None, Setting(KEY_FILE_HELP, GROUP, metavar="FILE")] = None
     seconds: Annotated[float, Setting("How long to trace a server.", GROUP, above=0, high=10**6, unit="seconds")] = 5.0

@@ -18,6 +18,7 @@ from jaxserve.types.sampling_params import SamplingParams
 LOG = logging.getLogger("jaxserve.server")
 OTHERS = ("aiohttp", "asyncio", "opentelemetry")  # libraries whose warnings and errors are logged too
 STATS_SECONDS = 10.0
+SHORTEST = 0.02  # seconds from the first to the last token, for a rate
 
 
 def configure(config: ServerConfig) -> None:
@@ -65,7 +66,7 @@ def request_line(
 
 def _pace(record: RequestRecord) -> float | None:
     """Tokens per second after the first."""
-    if record.first_token is None or record.last_token is None or record.last_token <= record.first_token:
+    if record.first_token is None or record.last_token is None or record.last_token - record.first_token < SHORTEST:
         return None
     if not record.all_counted:
         return None

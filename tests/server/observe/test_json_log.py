@@ -73,6 +73,14 @@ def test_warnings_and_logs_of_libraries() -> None:
         assert (second["level"], second["message"]) == ("warning", "hot")
 
 
+def test_numbers_have_no_meaningless_digits() -> None:
+    with written() as stream:
+        record = logging.LogRecord("x", logging.INFO, "", 0, "m", None, None)
+        record.fields = {"seconds": 0.12345678901234, "count": 12345678}
+        logging.getLogger().handle(record)
+    assert '"seconds": 0.123457, "count": 12345678' in stream.getvalue()
+
+
 def test_what_is_left_at_the_end_is_flushed() -> None:
     with written() as stream:
         sys.stderr.write("Traceback (most recent call last):\n  File x\nno newline")
