@@ -126,10 +126,10 @@ golden-pooled: .venv-golden/.installed
 	.venv-golden/bin/python -m tests.golden.make_pooled
 
 # torch without CUDA, a tenth of the size, where PyTorch's own index can be reached; else the usual one.
-# The newest numpy is not for 3.11; any will do, as only its raw random bits are used.
+# The newest numpy and scipy are not for 3.11; any will do, as only numpy's raw random bits are used.
 .venv-golden/.installed: Makefile constraints.txt
 	@$(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.11 .venv-golden,python3.11 -m venv .venv-golden)
-	grep -v '^numpy==' constraints.txt > .venv-golden/constraints.txt
+	grep -vE '^(numpy|scipy)==' constraints.txt > .venv-golden/constraints.txt
 	$(GOLDEN_PIP) --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 || true
 	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt torch==2.13.0 transformers numpy safetensors jinja2
 	@touch $@

@@ -136,7 +136,7 @@ class LoadPlan:
 
 
 PREFIX = "model."
-CLASSIFIERS = (r"^score\.weight$",)  # heads of classification models, which frontend/pooling.py reads
+CLASSIFIERS = (r"^score\.weight$",)  # heads of classification models, which frontend/pooling_files.py reads
 
 
 def _within_32_bits(dtype: Any) -> Any:

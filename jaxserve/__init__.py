@@ -16,7 +16,7 @@ _HOMES = {
     "EngineMetrics": "types.metrics",
     **dict.fromkeys(("EngineError", "JaxserveError", "OverloadedError", "RequestError"), "errors"),
     **dict.fromkeys(("BeamSearchOutput", "BeamSearchSequence", "CompletionOutput"), "types.outputs"),
-    **dict.fromkeys(("Logprob", "RequestOutput"), "types.outputs"),
+    **dict.fromkeys(("ClassificationOutput", "Logprob", "RequestOutput"), "types.outputs"),
     **dict.fromkeys(("BeamSearchParams", "RequestOutputKind", "SamplingParams"), "types.sampling_params"),
 }
 

@@ -10,6 +10,7 @@ from jaxserve.llm import LLM as LLM
 from jaxserve.types.metrics import EngineMetrics as EngineMetrics
 from jaxserve.types.outputs import BeamSearchOutput as BeamSearchOutput
 from jaxserve.types.outputs import BeamSearchSequence as BeamSearchSequence
+from jaxserve.types.outputs import ClassificationOutput as ClassificationOutput
 from jaxserve.types.outputs import CompletionOutput as CompletionOutput
 from jaxserve.types.outputs import Logprob as Logprob
 from jaxserve.types.outputs import RequestOutput as RequestOutput

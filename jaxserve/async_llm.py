@@ -12,19 +12,24 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxserve.errors import JaxserveError
+from jaxserve.frontend import pooled_calls
 from jaxserve.frontend.beam_search import beam_search_output
 from jaxserve.frontend.client import EngineClient
+from jaxserve.frontend.pooled_calls import PooledCall
 from jaxserve.frontend.prepare import Prompt
-from jaxserve.host.open import open_engine
+from jaxserve.host.open import open_engine, pooling_for
 from jaxserve.host.thread import EngineThread
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.checks import Number
 from jaxserve.types.metrics import EngineMetrics
-from jaxserve.types.outputs import BeamSearchOutput, RequestOutput
-from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
+from jaxserve.types.outputs import BeamSearchOutput, ClassificationOutput, RequestOutput
+from jaxserve.types.request import Pool
+from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
 class AsyncLLM:
@@ -37,9 +42,11 @@ class AsyncLLM:
         params: Params | None = None,
         spec: ModelSpec | None = None,
         mesh: Any = None,
+        classifier_from_token: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         self._engine, self._preparer = open_engine(model, settings, params=params, spec=spec, mesh=mesh)
+        self._pooling = pooling_for(self._engine, self._preparer, classifier_from_token)
         self._thread = EngineThread(self._engine)
         self._client = EngineClient(self._thread, self._preparer)
         self._end = weakref.finalize(self, self._thread.stop)  # on garbage collection, or when Python exits
@@ -119,6 +126,56 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request; its consumer gets a last output. Unknown ids are ignored."""
         await self._client.abort(request_id)
+
+    # --- embeddings, classes and scores -----------------------------------------------------------------------------
+
+    async def encode(
+        self,
+        prompt: Prompt,
+        request_id: str | None = None,
+        *,
+        pool: Pool | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> np.ndarray:
+        """Like LLM.encode, for one prompt. Cancelling the call aborts the request; one that is aborted raises."""
+        self._thread.check_alive()
+        request = self._preparer.prepare(
+            prompt,
+            SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY),
+            request_id=request_id,
+            priority=priority,
+            deadline=_deadline(timeout),
+            embed=True,
+            pool=self._pooling.pool if pool is None else pool,
+        )
+        async with aclosing(self._client.outputs(request)) as outputs:
+            output = await anext(outputs)
+        if output.embedding is None:
+            raise JaxserveError(output.outputs[0].error or "the request was aborted", "send it again")
+        return output.embedding
+
+    async def embed(self, prompt: Prompt, *, dimensions: int | None = None, **options: Any) -> np.ndarray:
+        """Like LLM.embed, for one prompt. `options`: request_id, priority, timeout."""
+        hidden = self._preparer.limits.hidden_size
+        [found] = await self._pooled(pooled_calls.embedding(self._pooling, [prompt], dimensions, hidden), options)
+        return found
+
+    async def classify(self, prompt: Prompt, **options: Any) -> ClassificationOutput:
+        """Like LLM.classify, for one prompt."""
+        [found] = await self._pooled(pooled_calls.classification(self._pooling, [prompt]), options)
+        return found
+
+    async def score(self, text_1: str, text_2: str, *, chat_template: str | None = None, **options: Any) -> float:
+        """Like LLM.score, for one pair of texts."""
+        pairs, tokenizer = [(text_1, text_2)], self.get_tokenizer()
+        call = pooled_calls.score(self._pooling, pairs, tokenizer, chat_template=chat_template)
+        [found] = await self._pooled(call, options)
+        return found
+
+    async def _pooled[Result](self, call: PooledCall[Result], options: Mapping[str, Any]) -> list[Result]:
+        states = [self.encode(prompt, pool=call.pool, **options) for prompt in call.prompts]
+        return call.results(await asyncio.gather(*states))
 
     # --- between steps ----------------------------------------------------------------------------------------------
 

@@ -21,20 +21,23 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from jaxserve.errors import JaxserveError, OverloadedError, RequestError
+from jaxserve.frontend import pooled_calls
 from jaxserve.frontend.beam_search import beam_search_output
 from jaxserve.frontend.outputs import OutputBuilder
+from jaxserve.frontend.pooled_calls import PooledCall
+from jaxserve.frontend.pooling import paired
 from jaxserve.frontend.prepare import Prompt, by_prompt, each_named, is_one, listed
 from jaxserve.host import token_arrays
 from jaxserve.host.driver import Driver
 from jaxserve.host.interrupts import Deferred
-from jaxserve.host.open import open_engine
+from jaxserve.host.open import open_engine, pooling_for
 from jaxserve.host.token_arrays import GeneratedArrays
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types.metrics import EngineMetrics
-from jaxserve.types.outputs import BeamSearchOutput, RequestOutput, Update
-from jaxserve.types.request import Abort, Request
+from jaxserve.types.outputs import BeamSearchOutput, ClassificationOutput, RequestOutput, Update
+from jaxserve.types.request import Abort, Pool, Request
 from jaxserve.types.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 type MessageDict = Mapping[str, Any]
@@ -48,15 +51,18 @@ class LLM:
         params: Params | None = None,
         spec: ModelSpec | None = None,
         mesh: Any = None,
+        classifier_from_token: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         """`settings` are the fields of EngineConfig: max_model_len, max_num_seqs, dtype, tensor_parallel_size, ...
 
         `params`: parameters that the program already holds, in public or engine layout, with their spec and mesh. Do
-        not donate or delete them while this LLM uses them.
+        not donate or delete them while this LLM uses them. `classifier_from_token`: two tokens; `score` returns the
+        probability of the second against the first.
         """
         with _usual_jax():
             self._engine, self._preparer = open_engine(model, settings, params=params, spec=spec, mesh=mesh)
+        self._pooling = pooling_for(self._engine, self._preparer, classifier_from_token)
         self._driver = Driver(self._engine)
         self._lock = threading.Lock()
 
@@ -176,7 +182,7 @@ class LLM:
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
-    def score(self, tokens: Any) -> list[np.ndarray]:
+    def logprobs(self, tokens: Any) -> list[np.ndarray]:
         """The log probability of each token given those before it: one value fewer than tokens, for each sequence.
 
         `tokens` is a list of ids or a list of such lists.
@@ -203,18 +209,6 @@ class LLM:
             self._run([request for request in requests if len(request.prompt_token_ids) > 1], take, interrupts)
             _check_all("sequence", [errors.get(request.id) for request in requests])
             return list(scores.values())
-
-    def embed(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[np.ndarray]:
-        """The embedding of each prompt, in order: float32 [hidden], the output of the model's last norm for the last
-        token, the only one that attends to all others.
-
-        A prompt may be as long as max_model_len. Embeddings are not normalized; `e / np.linalg.norm(e)` has length 1.
-        """
-        with self._alone() as interrupts:
-            requests = self._prepared(listed(prompts), SamplingParams(detokenize=False), embed=True)
-            outputs = self._outputs(requests, use_tqdm, interrupts)
-            _check_all("prompt", [output.outputs[0].error for output in outputs])
-            return [output.embedding for output in outputs if output.embedding is not None]
 
     def generate_arrays(
         self,
@@ -254,6 +248,55 @@ class LLM:
     def _place(self) -> Any:
         runner = self._engine.runner
         return NamedSharding(runner.mesh, P()) if runner.mesh is not None else runner.device
+
+    # --- embeddings, classes and scores -----------------------------------------------------------------------------
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], *, pool: Pool | None = None, use_tqdm: bool = True
+    ) -> list[np.ndarray]:
+        """The hidden state of each prompt, in order: float32 [hidden], the output of the model's last norm.
+
+        `pool`: of the "last" token, which is the only one that attends to all others, of the "first", or the "mean" or
+        "weighted_mean" of all; default: what embeddings of this model are made of. A prompt may be as long as
+        max_model_len.
+        """
+        pool = self._pooling.pool if pool is None else pool
+        with self._alone() as interrupts:
+            requests = self._prepared(listed(prompts), SamplingParams(detokenize=False), embed=True, pool=pool)
+            outputs = self._outputs(requests, use_tqdm, interrupts)
+            _check_all("prompt", [output.outputs[0].error for output in outputs])
+            return [output.embedding for output in outputs if output.embedding is not None]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, use_tqdm: bool = True
+    ) -> list[np.ndarray]:
+        """The embedding of each prompt, in order, as the model's folder says; without modules.json it is the last
+        token's hidden state, scaled to length 1. `dimensions` shortens embeddings of models that allow it."""
+        hidden = self._engine.limits.hidden_size
+        return self._pooled(pooled_calls.embedding(self._pooling, listed(prompts), dimensions, hidden), use_tqdm)
+
+    def classify(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[ClassificationOutput]:
+        """The probabilities of a sequence-classification model's labels for each prompt."""
+        return self._pooled(pooled_calls.classification(self._pooling, listed(prompts)), use_tqdm)
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        chat_template: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[float]:
+        """How well texts belong together: one text with each of many, or as many with as many.
+
+        A model with one score reads both texts in one prompt; any other embeds them, and the score is the cosine.
+        """
+        pairs = paired(*([text] if isinstance(text, str) else list(text) for text in (text_1, text_2)))
+        tokenizer = self.get_tokenizer()
+        return self._pooled(pooled_calls.score(self._pooling, pairs, tokenizer, chat_template=chat_template), use_tqdm)
+
+    def _pooled[Result](self, call: PooledCall[Result], use_tqdm: bool) -> list[Result]:
+        return call.results(self.encode(call.prompts, pool=call.pool, use_tqdm=use_tqdm))
 
     # --- weights and state ------------------------------------------------------------------------------------------
 

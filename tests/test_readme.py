@@ -14,6 +14,7 @@ from jaxserve import LLM, SamplingParams, demo
 from jaxserve.engine.execute import program_store
 from tests import readmes
 from tests.golden import load as golden
+from tests.golden import pooled
 
 ROOT = Path(__file__).parents[1]
 CODE = ("jaxserve", "pallas_kernels", "convert", "benchmarks")
@@ -104,7 +105,11 @@ def run_example(readme: str, *, mentions: str) -> dict[str, Any]:
 def test_every_example_is_run() -> None:
     elsewhere = "pallas_kernels/README.md"  # tests/pallas_kernels/test_readme.py runs them all
     counts = {name: len(readmes.examples(name)) for name in readmes.READMES if name != elsewhere}
-    assert {name: count for name, count in counts.items() if count} == {"README.md": 4, "convert/README.md": 1}
+    assert {name: count for name, count in counts.items() if count} == {
+        "README.md": 4,
+        "jaxserve/README.md": 1,
+        "convert/README.md": 1,
+    }
 
 
 @pytest.fixture
@@ -126,7 +131,7 @@ def test_the_example_of_a_pipeline_runs(my_model: Path) -> None:
     names = run_example("README.md", mentions="generate_arrays")
     llm, rollout = names["llm"], names["rollout"]
     assert rollout.tokens.shape == rollout.logprobs.shape == (2, 2, 8)
-    assert len(names["scores"]) == 4
+    assert len(names["logprobs"]) == 4
     [output] = llm.generate([[1, 5, 9]], SamplingParams(temperature=0, max_tokens=4, detokenize=False))
     assert output.outputs[0].policy_version == 2
     # The gradient went to every weight, and what the engine now scores with is what the trainer holds.
@@ -134,10 +139,18 @@ def test_the_example_of_a_pipeline_runs(my_model: Path) -> None:
     params = names["to_engine_layout"](names["spec"], names["weights"])
     dense = jax.nn.log_softmax(names["forward"](names["spec"], params, np.array([ids], np.int32)))
     expected = np.take_along_axis(np.asarray(dense)[0, :-1], np.array(ids)[1:, None], axis=-1)[:, 0]
-    np.testing.assert_allclose(llm.score([ids])[0], expected, atol=1e-4)
+    np.testing.assert_allclose(llm.logprobs([ids])[0], expected, atol=1e-4)
 
 
-def test_arrays_are_what_generate_and_score_give(my_model: Path) -> None:
+def test_the_example_of_embeddings_runs(my_model: Path) -> None:
+    pooled.write("embed-mean", my_model)
+    names = run_example("jaxserve/README.md", mentions="llm.embed")
+    means = [mean / np.linalg.norm(mean) for mean in names["means"]]
+    np.testing.assert_allclose(names["embeddings"], means, atol=1e-5)
+    assert all(-1 < score < 1 for score in names["scores"]) and len(names["scores"]) == 2
+
+
+def test_arrays_are_what_generate_and_logprobs_give(my_model: Path) -> None:
     golden.write_checkpoint("qwen3", my_model)
     llm = LLM("my-model", skip_tokenizer_init=True, max_num_seqs=4, max_num_batched_tokens=64, warmup=False)
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=8)
@@ -146,8 +159,8 @@ def test_arrays_are_what_generate_and_score_give(my_model: Path) -> None:
     for row, output in enumerate(llm.generate([[1, 5, 9], [2, 7]], params)):
         made = output.outputs[0].token_ids
         assert np.asarray(batch.tokens)[row, 0, : len(made)].tolist() == made
-        [scores] = llm.score([*output.prompt_token_ids, *made])
-        np.testing.assert_allclose(np.asarray(batch.logprobs)[row, 0, : len(made)], scores[-len(made) :], atol=1e-4)
+        [logprobs] = llm.logprobs([*output.prompt_token_ids, *made])
+        np.testing.assert_allclose(np.asarray(batch.logprobs)[row, 0, : len(made)], logprobs[-len(made) :], atol=1e-4)
 
 
 def test_the_example_of_a_model_runs(my_model: Path) -> None:

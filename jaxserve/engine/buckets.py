@@ -28,7 +28,8 @@ def fitting(steps: tuple[int, ...], size: int) -> int:
 
 
 def default_score_rows(tokens: int) -> int:
-    """How many prompt tokens a step can score. Few, since the last layer computes only the KV of all other tokens."""
+    """How many prompt tokens a step can score, or add to means. Few, since the last layer computes only the KV of all
+    other tokens."""
     return min(tokens, max(64, min(tokens // 8, 256)))
 
 

@@ -1,41 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a prompt's last hidden state: an embedding, the probabilities of classes, or a score.
+"""What becomes of a prompt's hidden states: an embedding, the probabilities of classes, or a score.
 
-The engine returns the hidden state; this applies what the model's folder asks for, as sentence-transformers does for
-`modules.json` (pooling, dense layers, normalization) and transformers for a sequence-classification head. These weights
-are small: they are read and applied here, in float32, so that the engine knows nothing of them.
+The engine returns one hidden state: of the last token, of the first, or the mean of all. This applies what comes after
+it, as sentence-transformers does for `modules.json` (dense layers, normalization) and transformers for a
+sequence-classification head. These weights are small: pooling_files.py reads them from the model's folder, and they are
+applied here, in float32, so that the engine knows nothing of them.
 """
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 
-from convert.files.safetensors import TensorInfo, read_checkpoint
-from jaxserve.config import ConfigError
-from jaxserve.errors import CheckpointError, one_line
+from jaxserve.errors import RequestError
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types.request import Pool
 
 type Vector = np.ndarray
 type Activation = Literal["identity", "sigmoid", "softmax", "tanh", "relu", "silu"]
-
-MAX_JSON = 10_000_000  # bytes
-MAX_VALUES = 2**28  # of one weight
-LAST = "lasttoken"
-CLASSIFICATION = "ForSequenceClassification"  # what the names of such architectures end with
-# Of torch's classes, by the last part of their names.
-ACTIVATIONS: dict[str, Activation] = {
-    "identity": "identity",
-    "sigmoid": "sigmoid",
-    "softmax": "softmax",
-    "tanh": "tanh",
-    "relu": "relu",
-    "silu": "silu",
-}
+type Pairs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -61,9 +45,14 @@ class Classifier:
         """Whether it gives one number, as models for reranking do."""
         return len(self.labels) == 1
 
+    def label(self, probabilities: Vector) -> str:
+        """The most probable label."""
+        return self.labels[int(probabilities.argmax())]
+
 
 @dataclass(frozen=True)
 class Pooling:
+    pool: Pool = "last"  # the hidden states that embeddings are made of
     dense: tuple[DenseLayer, ...] = ()
     normalizes: bool = True
     classifier: Classifier | None = None
@@ -82,8 +71,31 @@ class Pooling:
         """The length of embeddings of hidden states of this length."""
         return len(self.dense[-1].weight) if self.dense else hidden
 
+    def dimensions_of(self, asked: int | None, hidden: int) -> int | None:
+        """How many dimensions to keep of each embedding; None: all. Checked before anything is computed."""
+        size = self.size(hidden)
+        if asked is None or asked == size:
+            return None
+        if asked > size:
+            problem = f"dimensions is {asked}, but this model's embeddings have {size}"
+            raise RequestError("dimensions", problem, "lower it")
+        if asked < 1:
+            raise RequestError("dimensions", f"dimensions is {asked}", "use at least 1")
+        if self.dimensions is not None and asked not in self.dimensions:
+            known = ", ".join(map(str, self.dimensions))
+            problem = f"dimensions is {asked}, but this model's embeddings have {size}"
+            hint = f"use one of {known}" if known else "remove it, because embeddings cannot be shortened"
+            raise RequestError("dimensions", problem, hint)
+        return asked
+
+    def check_embeds(self) -> None:
+        """Raises a RequestError if there are no embeddings."""
+        if self.unsupported is not None:
+            problem = f"this model's embeddings cannot be computed: {self.unsupported}"
+            raise RequestError("model", problem, "use another model")
+
     def probabilities(self, hidden: Vector) -> Vector:
-        """The probabilities of the classes, or the score."""
+        """The probabilities of the classes, or the score, from the last token's hidden state."""
         assert self.classifier is not None
         return self.classifier.layer(hidden.astype(np.float32))
 
@@ -120,212 +132,20 @@ def pair_prompt(tokenizer: Tokenizer, query: str, document: str, *, chat_templat
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+def paired(first: Sequence[str], second: Sequence[str]) -> Pairs:
+    """The pairs to score: one text with each of many, or as many with as many."""
+    if len(first) not in (1, len(second)):
+        problem = f"text_1 has {len(first)} texts and text_2 has {len(second)}"
+        raise RequestError("text_1", problem, "send one text_1 for all, or as many as text_2 has")
+    return list(zip(list(first) * len(second) if len(first) == 1 else first, second, strict=True))
 
 
-def pooling_of(folder: str | None, tokenizer: Tokenizer | None, words: Sequence[str] = ()) -> Pooling:
-    """The pooling of an engine's model. `words`: of its head, the tokens that a score is made of."""
-    if not folder:
-        return Pooling()
-    if len(words) not in (0, 2):
-        raise ConfigError(f"classifier_from_token has {len(words)} tokens", "name two, such as no yes")
-    tokens: list[int] = []
-    for word in words:
-        ids = [] if tokenizer is None else tokenizer.encode(word, add_special_tokens=False)
-        if len(ids) != 1:
-            problem = f"classifier_from_token has {word!r}, which is {len(ids)} tokens of this model"
-            raise ConfigError(problem, "name two that are one token each: /tokenize shows the tokens of a text")
-        tokens += ids
-    return load(Path(folder), tokens=tokens)
+def texts_of(pairs: Pairs) -> list[str]:
+    """The texts to embed, each once."""
+    return list(dict.fromkeys(text for pair in pairs for text in pair))
 
 
-def load(folder: Path, *, tokens: Sequence[int] = ()) -> Pooling:
-    """What the folder's files ask for. `tokens`: the score is the probability of the second against the first, by the
-    rows that they have in the language model's head, instead of a classification head."""
-    config = _object(folder / "config.json")
-    classifier = None
-    if tokens:
-        classifier = _by_tokens(folder, config, tokens)
-    elif _is_classifier(config):
-        classifier = _classifier(folder, config)
-    modules = _listed(folder / "modules.json")
-    pooling = _by_modules(folder, modules) if modules else Pooling()
-    return Pooling(pooling.dense, pooling.normalizes, classifier, _dimensions(config), unsupported=pooling.unsupported)
-
-
-def _by_modules(folder: Path, modules: Sequence[Mapping[str, Any]]) -> Pooling:
-    """sentence-transformers' modules, which run one after another."""
-    dense: list[DenseLayer] = []
-    normalizes, unsupported = False, None
-    for module in modules:
-        kind, place = str(module.get("type")).rsplit(".", 1)[-1], str(module.get("path") or "")
-        if kind in ("Normalize", "Dense") and unsupported is None and normalizes:
-            unsupported = f"modules.json has a {kind} module after normalization"
-        match kind:
-            case "Transformer":
-                pass
-            case "Pooling":
-                unsupported = unsupported or _pooled(_object(_inside(folder, place) / "config.json"))
-            case "Dense":
-                dense.append(_dense(_inside(folder, place)))
-            case "Normalize":
-                normalizes = True
-            case _:
-                unsupported = unsupported or f"modules.json has a module {one_line(kind)}"
-    return Pooling(tuple(dense), normalizes, unsupported=unsupported)
-
-
-def _pooled(config: Mapping[str, Any]) -> str | None:
-    """What is not supported of this pooling."""
-    modes = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True and "mode" in name]
-    if isinstance(given := config.get("pooling_mode"), str):
-        modes = [given]
-    if modes in ([LAST], ["last_token"], ["last"]):
-        return None
-    return f"its pooling mode is {one_line(' and '.join(modes) or 'not set')}, and only {LAST} is supported"
-
-
-def _dense(folder: Path) -> DenseLayer:
-    config, tensors = _object(folder / "config.json"), read_checkpoint(folder)
-    weight = _matrix(tensors, "linear.weight", folder)
-    bias = _values(tensors["linear.bias"]) if "linear.bias" in tensors else None
-    name = str(config.get("activation_function", "identity")).rsplit(".", 1)[-1]
-    return DenseLayer(weight, bias, _activation(name, folder))
-
-
-def _is_classifier(config: Mapping[str, Any]) -> bool:
-    names: Any = config.get("architectures")
-    return isinstance(names, list) and str(next(iter(cast("list[object]", names)), "")).endswith(CLASSIFICATION)
-
-
-def _classifier(folder: Path, config: Mapping[str, Any]) -> Classifier:
-    weight = _matrix(read_checkpoint(folder), "score.weight", folder)
-    count = len(weight)
-    names: Any = config.get("id2label")
-    given: Mapping[str, object] = cast("Any", names) if isinstance(names, dict) else {}
-    labels = tuple(str(given.get(str(i), f"LABEL_{i}")) for i in range(count))
-    return Classifier(DenseLayer(weight, None, _of_classes(config, count, folder)), labels)
-
-
-def _of_classes(config: Mapping[str, Any], count: int, folder: Path) -> Activation:
-    """What makes probabilities of the last layer's outputs."""
-    own = config.get("sentence_transformers")
-    stated = config.get("sbert_ce_default_activation_function") or (
-        cast("Mapping[str, object]", own).get("activation_fn") if isinstance(own, dict) else None
-    )
-    if stated:
-        return _activation(str(stated).rsplit(".", 1)[-1], folder)
-    match config.get("problem_type"):
-        case "regression":
-            return "identity"
-        case "multi_label_classification":
-            return "sigmoid"
-        case "single_label_classification" if count > 1:
-            return "softmax"
-        case _:
-            return "softmax" if count > 1 else "sigmoid"
-
-
-def _by_tokens(folder: Path, config: Mapping[str, Any], tokens: Sequence[int]) -> Classifier:
-    """Two classes as one score: a softmax of two logits is a sigmoid of their difference."""
-    tensors = read_checkpoint(folder)
-    heads = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight")
-    if config.get("tie_word_embeddings"):
-        heads = heads[1:]
-    name = next((name for name in heads if name in tensors), None)
-    if name is None:
-        raise CheckpointError(f"{folder} has no {heads[0]}", "choose a model with a language model's head")
-    rows = _rows(tensors[name], tokens)
-    return Classifier(DenseLayer((rows[1] - rows[0])[None], None, "sigmoid"), ("LABEL_0",))
-
-
-def _dimensions(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    sizes = config.get("matryoshka_dimensions")
-    if isinstance(sizes, list):
-        return tuple(size for size in cast("list[object]", sizes) if isinstance(size, int))
-    return None if config.get("is_matryoshka") is True else ()
-
-
-def _activation(name: str, folder: Path) -> Activation:
-    if name.lower() not in ACTIVATIONS:
-        problem = f"{folder} asks for the activation {one_line(name)}"
-        raise CheckpointError(problem, f"supported: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name.lower()]
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _inside(folder: Path, place: str) -> Path:
-    if not re.fullmatch(r"[\w.-]*", place) or place in ("..",):
-        raise CheckpointError(f"modules.json of {folder} has the path {one_line(place)}", "name a folder beside it")
-    return folder / place
-
-
-def _object(file: Path) -> dict[str, Any]:
-    found = _json(file)
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-
-
-def _listed(file: Path) -> list[Mapping[str, Any]]:
-    found = _json(file)
-    each = cast("list[object]", found) if isinstance(found, list) else []
-    return [cast("Mapping[str, Any]", module) for module in each if isinstance(module, dict)]
-
-
-def _json(file: Path) -> object:
-    """The file's content; None if there is no such file."""
-    if not file.is_file():
-        return None
-    if file.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{file} is larger than {MAX_JSON:,} bytes", "check the file")
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file} is not valid JSON", "download it again") from None
-
-
-def _matrix(tensors: Mapping[str, TensorInfo], name: str, folder: Path) -> np.ndarray:
-    if name not in tensors:
-        raise CheckpointError(f"{folder} has no tensor {name}", "download it again, or save it as safetensors")
-    values = _values(tensors[name])
-    if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
-        problem = f"{folder} has the tensor {name} of shape {list(values.shape)}, expected a finite matrix"
-        raise CheckpointError(problem, "check the file")
-    return values
-
-
-def _values(info: TensorInfo) -> np.ndarray:
-    return _read(info, info.start, info.stop).reshape(info.shape)
-
-
-def _rows(info: TensorInfo, rows: Sequence[int]) -> np.ndarray:
-    if len(info.shape) != 2 or not all(0 <= row < info.shape[0] for row in rows):
-        raise CheckpointError(f"{info.file} has no rows {list(rows)} of its head", "name tokens of this model")
-    size = (info.stop - info.start) // info.shape[0]
-    return np.stack([_read(info, info.start + row * size, info.start + (row + 1) * size) for row in rows])
-
-
-def _read(info: TensorInfo, start: int, stop: int) -> np.ndarray:
-    """The values in these bytes of the file, in float32."""
-    if info.dtype not in _DECODE or stop - start > 8 * MAX_VALUES:
-        raise CheckpointError(f"{info.file} has a tensor of dtype {info.dtype}", f"use {', '.join(_DECODE)}")
-    with info.file.open("rb") as file:
-        file.seek(start)
-        return _DECODE[info.dtype](file.read(stop - start))
-
-
-def _bfloat16(data: bytes) -> np.ndarray:
-    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-def _as_float32(dtype: str) -> Callable[[bytes], np.ndarray]:
-    return lambda data: np.frombuffer(data, dtype).astype(np.float32)
-
-
-_DECODE: dict[str, Callable[[bytes], np.ndarray]] = {
-    "F32": _as_float32("<f4"),
-    "BF16": _bfloat16,
-    "F16": _as_float32("<f2"),
-    "F64": _as_float32("<f8"),
-}
+def cosines(pairs: Pairs, embeddings: Mapping[str, Vector]) -> list[float]:
+    """The scores of pairs by the embeddings of their texts."""
+    unit = {text: normalized(embedding) for text, embedding in embeddings.items()}
+    return [float(np.dot(unit[first], unit[second])) for first, second in pairs]

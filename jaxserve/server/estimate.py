@@ -103,10 +103,12 @@ def _compute(request: Request, stats: EngineMetrics, limits: Limits) -> float:
     if not measured:
         return 0.0
     budget, prompt = limits.max_num_batched_tokens, len(request.prompt_token_ids)
+    if request.embed and request.pool == "first":
+        prompt = 1
     # A step of the bucket that a full chunk falls into, if there was one.
     full = stats.step_seconds[sum(bound < min(prompt, budget) for bound in STEP_TOKENS)] or min(measured)
-    reads = request.params.skip_reading_prefix_cache
-    cached = limits.enable_prefix_caching and not reads
+    skips = request.params.skip_reading_prefix_cache or request.averages
+    cached = limits.enable_prefix_caching and not skips
     chunks = 1 if cached else math.ceil(prompt / budget)
     first = min(measured) if cached else full
     return chunks * first + (_least(request, limits) - 1) * min(measured)

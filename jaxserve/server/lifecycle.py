@@ -31,7 +31,7 @@ from aiohttp import web
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError
 from jaxserve.frontend.client import connect
-from jaxserve.frontend.pooling import pooling_of
+from jaxserve.frontend.pooling_files import pooling_of
 from jaxserve.frontend.process import EngineProcess
 from jaxserve.server.app import make_app
 from jaxserve.server.config import MAX_QUEUED, ServerConfig

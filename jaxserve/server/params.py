@@ -27,7 +27,7 @@ from jaxserve.server.protocol.bounds import SMALL
 from jaxserve.server.protocol.sampling import Ordered, Sampling
 from jaxserve.server.state import HELD, RECORD, SERVING, Serving
 from jaxserve.types.parameters import Acts
-from jaxserve.types.request import Request
+from jaxserve.types.request import Pool, Request
 from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -128,6 +128,7 @@ class Order:
     max_tokens_field: str = "max_tokens"  # the field's name in the body
     score_only: bool = False
     embed: bool = False
+    pool: Pool = "last"
     beam_search: BeamSearchParams | None = None
 
     @property
@@ -230,6 +231,7 @@ def _prepared(preparer: Preparer, prompt: str | list[int], sampling: SamplingPar
         deadline=order.deadline,
         score_only=order.score_only,
         embed=order.embed,
+        pool=order.pool,
         beam_search=order.beam_search,
     )
 

@@ -83,6 +83,12 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class ClassificationOutput:
+    label: str  # the most probable
+    probs: "np.ndarray"  # float32 [labels]
+
+
+@dataclass(slots=True)
 class BeamSearchSequence:
     tokens: list[int]  # prompt and generated tokens
     logprobs: list[PositionLogprobs]

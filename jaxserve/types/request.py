@@ -4,11 +4,18 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import msgspec
 
 from jaxserve.types.outputs import FinishReason
 from jaxserve.types.sampling_params import BeamSearchParams, SamplingParams
+
+type Pool = Literal["last", "first", "mean", "weighted_mean"]
+"""The hidden states that an embedding is made of: the last token's, the first token's, or the mean of all; weighted by
+position, later tokens count more."""
+
+POOLS: tuple[Pool, ...] = get_args(Pool.__value__)
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
@@ -38,7 +45,8 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None  # on the monotonic clock
     score_only: bool = False  # generate nothing; return only the prompt's log probabilities
-    embed: bool = False  # generate nothing; return only the last token's hidden state
+    embed: bool = False  # generate nothing; return only a hidden state
+    pool: Pool = "last"  # which one, if `embed`
     # If set, the samples are the best beams of such a search; `params` has their number and what outputs contain.
     beam_search: BeamSearchParams | None = None
     prompt: str | None = None  # the text, for outputs; the engine gets only the ids
@@ -52,6 +60,11 @@ class Request:
     @property
     def generates(self) -> bool:
         return not (self.score_only or self.embed)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the hidden states of all tokens are needed."""
+        return self.embed and self.pool in ("mean", "weighted_mean")
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):

@@ -409,8 +409,14 @@ class Oracle:
             answer.reason = "length"
             return answer
         if request.embed:
-            drawn = draw(*self._seen(prompt, len(prompt) - 1), b"")
-            answer.reason, answer.embedding = "stop", np.array(embedded(drawn), "<f4").tobytes()
+            states = [embedded(draw(*self._seen(prompt, at), b"")) for at in range(len(prompt))]
+            found = {
+                "first": states[0],
+                "last": states[-1],
+                "mean": np.average(states, axis=0),
+                "weighted_mean": np.average(states, axis=0, weights=np.arange(len(prompt)) + 1),
+            }
+            answer.reason, answer.embedding = "stop", np.array(found[request.pool], "<f4").tobytes()
             return answer
         stops = stops_of(request, limits)
         tokens = list(prompt)

@@ -12,14 +12,14 @@ from convert.load import open_model
 from jaxserve import LLM
 from jaxserve.config import ConfigError
 from jaxserve.errors import CheckpointError, JaxserveError, RequestError
-from jaxserve.frontend import pooling
+from jaxserve.frontend import pooling_files
 from jaxserve.frontend.pooling import Pooling
 from jaxserve.text import tokenizer as tokenizers
 from tests.fast import programs
-from tests.golden.pooled import CASES, EXPECTED, PAIRS, POOLING, TEXTS, write
+from tests.golden.pooled import CASES, EXPECTED, MEAN, PAIRS, POOLING, TEXTS, Pooled, write
 
 OPTIONS: dict[str, Any] = dict(
-    max_num_seqs=2, max_num_batched_tokens=32, max_model_len=64, num_blocks=17, block_size=8, warmup="none"
+    max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, num_blocks=17, block_size=8, warmup="none"
 )
 
 
@@ -27,26 +27,31 @@ OPTIONS: dict[str, Any] = dict(
 def test_outputs_are_those_of_sentence_transformers(case: str, tmp_path: Path) -> None:
     folder = write(case, tmp_path / "model")
     wanted = json.loads(EXPECTED.read_text())[case]
-    found = pooling.load(folder)
     llm = LLM(model=str(folder), compilation_cache_dir=programs(), **OPTIONS)
-    if CASES[case].labels == 1:
-        tokenizer = tokenizers.load(folder)
-        prompts: list[Any] = [pooling.pair_prompt(tokenizer, *pair) for pair in PAIRS]
-    else:
-        prompts = list(TEXTS)
-    states = llm.embed(prompts, use_tqdm=False)
     with pytest.raises(RequestError, match="no language-model head: it cannot generate"):
         llm.generate("x", use_tqdm=False)
-    make = found.probabilities if CASES[case].labels else found.embedding
-    for state, right in zip(states, wanted, strict=True):
-        np.testing.assert_allclose(make(state), right, atol=1e-5)
-    if found.classifier is not None:
-        names = CASES[case].config["id2label"]
-        assert found.classifier.labels == tuple(names[str(i)] for i in range(len(names)))
+    for _ in range(2):  # the second time prompts are cached
+        check(llm, CASES[case], wanted)
+
+
+def check(llm: LLM, pooled: Pooled, wanted: list[list[float]]) -> None:
+    if pooled.labels == 1:
+        scores = llm.score(*zip(*PAIRS, strict=True), use_tqdm=False)
+        np.testing.assert_allclose(scores, np.ravel(wanted), atol=1e-5)
+    elif pooled.labels:
+        classes = llm.classify(TEXTS, use_tqdm=False)
+        np.testing.assert_allclose([each.probs for each in classes], wanted, atol=1e-5)
+        names = pooled.config["id2label"]
+        assert [each.label for each in classes] == [names[str(np.argmax(right))] for right in wanted]
+    else:
+        embeddings = llm.embed(TEXTS, use_tqdm=False)
+        np.testing.assert_allclose(embeddings, wanted, atol=1e-5)
+        unit = np.array([np.array(right) / np.linalg.norm(right) for right in wanted])
+        np.testing.assert_allclose(llm.score(TEXTS[0], TEXTS, use_tqdm=False), unit @ unit[0], atol=1e-4)
 
 
 def test_a_folder_without_files_for_embeddings() -> None:
-    assert pooling.pooling_of(None, None) == Pooling()
+    assert pooling_files.pooling_of(None, None) == Pooling()
 
 
 def test_dimensions_of_matryoshka_models(tmp_path: Path) -> None:
@@ -55,14 +60,16 @@ def test_dimensions_of_matryoshka_models(tmp_path: Path) -> None:
     np.testing.assert_allclose(short, [1, 2, 3] / np.sqrt(14), rtol=1e-6)
     for config, dimensions in (({}, ()), ({"is_matryoshka": True}, None), ({"matryoshka_dimensions": [2, 4]}, (2, 4))):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert pooling.load(tmp_path).dimensions == dimensions
+        assert pooling_files.load(tmp_path).dimensions == dimensions
 
 
 @pytest.mark.parametrize(
     ("modules", "config", "problem"),
     [
-        (["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True}, "pooling mode is mean_tokens"),
-        (["Transformer", "Pooling"], {"pooling_mode": "cls"}, "pooling mode is cls"),
+        (["Transformer", "Pooling"], {"pooling_mode_max_tokens": True}, "pooling mode is max_tokens, and only"),
+        (["Transformer", "Pooling"], {"pooling_mode": "max"}, "only lasttoken, cls, mean, weightedmean are supported"),
+        (["Transformer", "Pooling"], {"pooling_mode": ["cls", "mean"]}, "pooling mode is cls and mean, and"),
+        (["Transformer", "Pooling"], MEAN | {"pooling_mode_cls_token": True}, "is cls_token and mean_tokens, and"),
         (["Transformer", "Pooling"], {}, "pooling mode is not set"),
         (["Transformer", "Pooling", "LSTM"], POOLING, "a module LSTM"),
         (["Transformer", "Pooling", "Normalize", "Dense"], POOLING, "a Dense module after normalization"),
@@ -78,7 +85,24 @@ def test_what_is_not_supported_is_named(
         {"type": f"sentence_transformers.models.{kind}", "path": places.get(kind, "1_Pooling")} for kind in modules
     ]
     (folder / "modules.json").write_text(json.dumps(content))
-    assert problem in (pooling.load(folder).unsupported or "")
+    assert problem in (pooling_files.load(folder).unsupported or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "pool"),
+    [
+        (POOLING, "last"),
+        (MEAN, "mean"),
+        ({"pooling_mode": "cls"}, "first"),
+        ({"pooling_mode": ["weightedmean"]}, "weighted_mean"),
+        ({"embedding_dimension": 64}, "mean"),  # sentence-transformers' default
+    ],
+)
+def test_pooling_modes(config: dict[str, Any], pool: str, tmp_path: Path) -> None:
+    folder = write("embed", tmp_path / "model")
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    found = pooling_files.load(folder)
+    assert (found.pool, found.unsupported) == (pool, None)
 
 
 def test_bad_files_are_errors(tmp_path: Path) -> None:
@@ -86,17 +110,17 @@ def test_bad_files_are_errors(tmp_path: Path) -> None:
     config = folder / "2_Dense" / "config.json"
     config.write_text(json.dumps({"activation_function": "torch.nn.modules.activation.Weird"}))
     with pytest.raises(CheckpointError, match=r"asks for the activation Weird; supported: identity, sigmoid"):
-        pooling.load(folder)
+        pooling_files.load(folder)
     config.write_text("[")
     with pytest.raises(CheckpointError, match=r"config.json is not valid JSON"):
-        pooling.load(folder)
+        pooling_files.load(folder)
     (folder / "modules.json").write_text(json.dumps([{"type": "x.Dense", "path": "../elsewhere"}]))
     with pytest.raises(CheckpointError, match=r"has the path ../elsewhere"):
-        pooling.load(folder)
+        pooling_files.load(folder)
     classifier = write("classify", tmp_path / "classifier")
     (classifier / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no safetensors checkpoint"):
-        pooling.load(classifier)
+        pooling_files.load(classifier)
 
 
 def test_a_score_from_two_tokens(tmp_path: Path) -> None:
@@ -106,16 +130,16 @@ def test_a_score_from_two_tokens(tmp_path: Path) -> None:
     config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = tokenizers.load(folder)
-    found = pooling.pooling_of(str(folder), tokenizer, ("a", "b"))
+    found = pooling_files.pooling_of(str(folder), tokenizer, ("a", "b"))
     assert found.classifier is not None and found.classifier.scores
     hidden = np.linspace(-1, 1, config["hidden_size"]).astype(np.float32)
-    rows = pooling._values(pooling.read_checkpoint(folder)["model.embed_tokens.weight"])
+    rows = pooling_files._values(pooling_files.read_checkpoint(folder)["model.embed_tokens.weight"])
     no, yes = (float(rows[tokenizer.encode(word, add_special_tokens=False)[0]] @ hidden) for word in "ab")
     assert found.probabilities(hidden)[0] == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-5)
     with pytest.raises(ConfigError, match=r"classifier_from_token has 'two words', which is \d+ tokens"):
-        pooling.pooling_of(str(folder), tokenizer, ("a", "two words"))
+        pooling_files.pooling_of(str(folder), tokenizer, ("a", "two words"))
     with pytest.raises(ConfigError, match="classifier_from_token has 1 tokens"):
-        pooling.pooling_of(str(folder), tokenizer, ("a",))
+        pooling_files.pooling_of(str(folder), tokenizer, ("a",))
 
 
 def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:

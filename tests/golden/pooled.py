@@ -29,6 +29,13 @@ class Pooled:
 
 
 POOLING = {"word_embedding_dimension": 64, "pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+MEAN = {
+    "word_embedding_dimension": 64,
+    "pooling_mode_cls_token": False,
+    "pooling_mode_mean_tokens": True,
+    "pooling_mode_max_tokens": False,
+    "pooling_mode_mean_sqrt_len_tokens": False,
+}
 CASES = {
     "embed": Pooled(
         "qwen3",
@@ -49,6 +56,47 @@ CASES = {
                 "bias": True,
                 "activation_function": "torch.nn.modules.activation.Tanh",
             },
+        },
+    ),
+    "embed-mean": Pooled(
+        "qwen3",
+        {"architectures": ["Qwen3Model"]},
+        bare=True,
+        modules={"Transformer": {}, "Pooling": MEAN, "Normalize": {}},
+    ),
+    "embed-mean-dense": Pooled(
+        "llama-gqa-tied",
+        {"architectures": ["LlamaModel"]},
+        bare=True,
+        modules={
+            "Transformer": {},
+            "Pooling": {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": True},
+            "Dense": {
+                "in_features": 64,
+                "out_features": 24,
+                "bias": True,
+                "activation_function": "torch.nn.modules.linear.Identity",
+            },
+            "Normalize": {},
+        },
+    ),
+    "embed-weighted": Pooled(
+        "qwen3",
+        {"architectures": ["Qwen3Model"]},
+        bare=True,
+        modules={
+            "Transformer": {},
+            "Pooling": MEAN | {"pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True},
+        },
+    ),
+    "embed-cls": Pooled(
+        "llama-gqa-tied",
+        {"architectures": ["LlamaModel"]},
+        bare=True,
+        modules={
+            "Transformer": {},
+            "Pooling": MEAN | {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True},
+            "Normalize": {},
         },
     ),
     "classify": Pooled(

@@ -143,7 +143,7 @@ def test_embeddings_and_scores(shared: Shared, llm: LLM) -> None:
         params = SamplingParams(prompt_logprobs=0, max_tokens=1, output_kind=FINAL_ONLY)
         [output] = await living.outputs(shared.front, PROMPTS[2], params, score_only=True)
         found = [next(iter(entry.values())).logprob for entry in (output.prompt_logprobs or [])[1:] if entry]
-        assert found == [pytest.approx(value, abs=1e-5) for value in llm.score(PROMPTS[2])[0]]
+        assert found == [pytest.approx(value, abs=1e-5) for value in llm.logprobs(PROMPTS[2])[0]]
 
     run(work())
 

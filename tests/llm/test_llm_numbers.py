@@ -22,15 +22,15 @@ from tests.tiny_llm import END, Reference
 
 def test_scores_are_the_models(llm: LLM, reference: Reference) -> None:
     sequences = [LONG, [5], [7, 8], list(range(60))]
-    found = llm.score(sequences)
+    found = llm.logprobs(sequences)
     assert [(scores.dtype, scores.shape) for scores in found] == [(np.float32, (len(s) - 1,)) for s in sequences]
     for scores, sequence in zip(found, sequences, strict=True):
         np.testing.assert_allclose(scores, reference.scores(sequence), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(llm.score(LONG)[0], found[0])
-    np.testing.assert_array_equal(llm.score(np.array(LONG))[0], found[0])
-    assert len(llm.score([list(range(128))])[0]) == 127  # as long as the model takes
+    np.testing.assert_array_equal(llm.logprobs(LONG)[0], found[0])
+    np.testing.assert_array_equal(llm.logprobs(np.array(LONG))[0], found[0])
+    assert len(llm.logprobs([list(range(128))])[0]) == 127  # as long as the model takes
     with pytest.raises(RequestError, match=r"prompt 1: .*129 tokens.*scored"):
-        llm.score([[1], [1] * 129])
+        llm.logprobs([[1], [1] * 129])
 
 
 def test_arrays_equal_the_outputs_of_generate(llm: LLM, reference: Reference) -> None:
@@ -82,17 +82,17 @@ def test_embeddings_are_the_models_last_hidden_states(llm: LLM, reference: Refer
     text = "The server"
     prompts = [LONG, text, [5], {"prompt_token_ids": LONG[:30], "cache_salt": "mine"}, *([i] for i in range(8))]
     ids = [LONG, TOKENIZER.encode(text), [5], LONG[:30], *([i] for i in range(8))]
-    found = llm.embed(prompts)
+    found = llm.encode(prompts)
     assert [(e.dtype, e.shape) for e in found] == [(np.float32, (tiny_llm.SPEC.hidden,))] * len(prompts)
     for embedding, prompt in zip(found, ids, strict=True):
         np.testing.assert_allclose(embedding, reference.embedding(prompt), rtol=1e-4, atol=1e-4)
-    [alone] = llm.embed(LONG)
+    [alone] = llm.encode(LONG)
     np.testing.assert_allclose(alone, found[0], rtol=1e-5, atol=1e-5)
     alone /= np.linalg.norm(alone)  # it is the caller's own
-    assert llm.embed([]) == []
-    assert len(llm.embed([list(range(128))])) == 1  # as long as the model takes
+    assert llm.encode([]) == []
+    assert len(llm.encode([list(range(128))])) == 1  # as long as the model takes
     with pytest.raises(RequestError, match=r"prompt 1: .*129 tokens.*at most 128 can be embedded"):
-        llm.embed([[1], [1] * 129])
+        llm.encode([[1], [1] * 129])
 
 
 def poisoned(token: int) -> dict[str, Any]:
@@ -105,12 +105,12 @@ def poisoned(token: int) -> dict[str, Any]:
 def test_results_that_are_not_finite_raise_an_error_that_names_the_prompt() -> None:
     llm = tiny_llm.make(params=poisoned(33))
     with pytest.raises(JaxserveError, match=r"sequence 1: .*not finite"):
-        llm.score([[1, 2, 3], [1, 33, 2], [4]])
+        llm.logprobs([[1, 2, 3], [1, 33, 2], [4]])
     with pytest.raises(JaxserveError, match=r"prompt 1: .*not finite"):
-        llm.embed([[1, 2, 3], [1, 33, 2]])
+        llm.encode([[1, 2, 3], [1, 33, 2]])
     [output] = llm.generate([1, 33], GREEDY)
     assert output.outputs[0].finish_reason == "error"
-    assert np.isfinite(llm.score([1, 2, 3])[0]).all() and np.isfinite(llm.embed([1, 2, 3])[0]).all()
+    assert np.isfinite(llm.logprobs([1, 2, 3])[0]).all() and np.isfinite(llm.encode([1, 2, 3])[0]).all()
     found = llm.metrics()
     assert found.used_blocks == 0 and found.finished["error"] == 3
 
@@ -152,6 +152,6 @@ def test_metrics_count_computed_tokens(llm: LLM) -> None:
     assert sum(after.step_tokens) == after.steps
     assert after.computed_tokens - before.computed_tokens == 42
     assert (after.prefix_queries - before.prefix_queries, after.prefix_hits - before.prefix_hits) == (40, 0)
-    llm.embed(LONG)
+    llm.encode(LONG)
     found = llm.metrics()
     assert (found.prefix_queries - after.prefix_queries, found.prefix_hits - after.prefix_hits) == (40, 32)

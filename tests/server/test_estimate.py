@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxserve.engine.capacity import Limits
 from jaxserve.server.estimate import Estimator, Load, shown
 from jaxserve.types.metrics import STEP_TOKENS, EngineMetrics, StepClock
-from jaxserve.types.request import Request
+from jaxserve.types.request import POOLS, Request
 from jaxserve.types.sampling_params import SamplingParams
 from tests.server import live as living
 from tests.server.fake_engine import LIMITS, FakeEngine
@@ -106,6 +106,23 @@ def test_prompts_that_cannot_be_cached() -> None:
         one = request(prompt=300, max_tokens=3, min_tokens=3, skip_reading_prefix_cache=skip)
         found = Estimator().of([one], idle(stats, limits))
         assert found.compute == pytest.approx(5 * 4 * STEP + 2 * STEP)
+
+
+def test_hidden_states_of_all_tokens_and_of_the_first() -> None:
+    """Those of all are not cached; the first token attends to no other."""
+    limits = replace(LIMITS, max_num_batched_tokens=100, max_model_len=1000)
+    stats = metrics({1: 0.01, 128: 0.5})
+    found: dict[str, float] = {}
+    for pool in POOLS:
+        for caching in (True, False):
+            one = replace(request(prompt=300), embed=True, pool=pool)
+            load = idle(stats, replace(limits, enable_prefix_caching=caching))
+            found[f"{pool} {caching}"] = Estimator().of([one], load).compute
+    chunks = pytest.approx(3 * 0.5)
+    assert found == {
+        **{"last True": 0.01, "last False": chunks, "first True": 0.01, "first False": 0.01},
+        **{f"{pool} {caching}": chunks for pool in ("mean", "weighted_mean") for caching in (True, False)},
+    }
 
 
 def test_nothing_is_known_at_first() -> None:

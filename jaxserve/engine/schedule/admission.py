@@ -15,7 +15,7 @@ from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule.sequence import stops_of
 from jaxserve.errors import RequestError, one_line
 from jaxserve.types.checks import Biases, TokenIds, TopTokens
-from jaxserve.types.request import Request
+from jaxserve.types.request import POOLS, Request
 from jaxserve.types.sampling_params import BAD_WORD_TOKENS, FIELDS, MAX_BAD_WORDS, BeamSearchParams
 
 MAX_SALT = 128
@@ -29,6 +29,8 @@ def check(request: Request, limits: Limits) -> None:
     _check_kinds(request)
     if request.embed:
         _check_embeds(request)
+    elif request.pool != "last":
+        raise RequestError("pool", f"pool is {_shown(request.pool)}, but embed is not set", "set embed")
     elif not limits.generates:
         problem = "this model has no language-model head: it cannot generate text or score tokens"
         raise RequestError("model", problem, "use it for embeddings, classification or reranking")
@@ -87,6 +89,8 @@ def _check_embeds(request: Request) -> None:
         if value != each.default and not each.embeds:
             problem = f"{each.name} is {_shown(value)}, but an embedding generates nothing"
             raise RequestError(each.name, problem, "remove it")
+    if request.pool not in POOLS:
+        raise _refused("pool", request.pool, f"one of {', '.join(POOLS)}")
     if request.score_only:
         raise RequestError("embed", "embed and score_only are both set", "ask for one of them")
 

@@ -178,7 +178,7 @@ class BlockTables:
         Groups that keep all tokens need every block of it, the others those in the window of the token after it.
         """
         found: list[list[int]] = [[] for _ in self._limits.windows]
-        if sequence.request.params.skip_reading_prefix_cache or not self._limits.enable_prefix_caching:
+        if not sequence.reads_cache or not self._limits.enable_prefix_caching:
             return 0, found, []
         last = min(sequence.length, sequence.scored) - 1 if sequence.scores else sequence.length - 1
         count = last // self._size

@@ -61,10 +61,18 @@ def scores(slice: Slice, result: StepResult, first: int) -> list[TokenLogprobs]:
     return [token_logprobs(result, first + i, wanted) for i in range(slice.score_to - slice.score_from)]
 
 
-def embedding(result: StepResult, entry: int) -> bytes:
+def embedding(slice: Slice, result: StepResult, last: int) -> bytes | None:
+    """The hidden state to return; None while more tokens are to be computed for a mean."""
     if result.embeddings is None:
         raise RuntimeError("a row needs its hidden state, but the step returned none")
-    return result.embeddings[entry].astype("<f4").tobytes()
+    states = result.embeddings[last + 1 - slice.embeds : last + 1]
+    sequence, mean = slice.sequence, slice.sequence.mean
+    if mean is not None:
+        mean.add(states)
+        if slice.start + slice.count < sequence.prompt_len:
+            return None
+        states = mean.value()[None]
+    return states[-1].astype("<f4").tobytes()
 
 
 def token_logprobs(result: StepResult, entry: int, wanted: int) -> TokenLogprobs:

@@ -256,8 +256,9 @@ class Batcher:
                 table.append((base + i - 1 - s.start, sequence.row, 0, sequence.tokens[i], 0))
             for at, draft in enumerate(s.drafts, start=end - len(s.drafts)):
                 table.append((at, sequence.row, 0, draft, 1))
-            if s.samples or s.embeds:
-                table.append((end, sequence.row, 0, -1, int(s.samples > 0)))
+            if s.samples:
+                table.append((end, sequence.row, 0, -1, 1))
+            table += [(at, sequence.row, 0, -1, 0) for at in range(end + 1 - s.embeds, end + 1)]
         self._check(np.array(rows), np.array(lengths))
         count = len(rows)
         parts["tokens"][: len(tokens)] = tokens

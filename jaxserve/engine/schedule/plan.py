@@ -30,7 +30,7 @@ class Slice:
         self.start, self.count = start, count
         self.samples = samples  # the number of tokens to sample: one, or with drafts one after each and one before
         self.drafts: list[int] | tuple[()] = ()  # guesses; the last of its tokens
-        self.embeds = False  # return the last one's hidden state
+        self.embeds = 0  # return the hidden states of so many tokens, the last ones
         self.score_from = self.score_to = 0  # prompt tokens to score, with the logits of their predecessors
         self.parent: Slice | None = None  # a fork: samples from the parent's logits and computes nothing
 
@@ -74,7 +74,7 @@ class PlanBuilder:
         self.chunks: list[Slice] = []
         self.forks: list[Slice] = []
         self.tokens = self.entries = 0
-        self.extra = 0  # rows of logits beyond one per sequence: for scoring prompt tokens, and for drafts
+        self.extra = 0  # entries beyond one per sequence: for scoring prompt tokens, for means, and for drafts
         self.unsure: list[int] = []
         self.embeds = 0
         self.need = 0
@@ -93,8 +93,9 @@ class PlanBuilder:
             self.extra += slice.samples - 1
             self.need |= sequence.need
         if slice.embeds:
-            self.entries += 1
-            self.embeds += 1
+            self.entries += slice.embeds
+            self.embeds += slice.embeds
+            self.extra += slice.embeds - 1
         if slice.score_to > slice.score_from:
             self.entries += slice.score_to - slice.score_from
             self.extra += slice.score_to - slice.score_from

@@ -225,6 +225,8 @@ class Scheduler:
         self._drafters -= sequence.drafter is not None
         sequence.row, sequence.pending, sequence.unsure = -1, 0, 0
         sequence.scored = sequence.scores_reported
+        if sequence.mean is not None:
+            sequence.mean.restart()
         sequence.epoch += 1
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -321,7 +323,7 @@ class Scheduler:
             reserve += each + tables.wanted(sequence)
 
     def _count_prefix(self, sequence: Sequence) -> None:
-        if self.limits.enable_prefix_caching and not sequence.request.params.skip_reading_prefix_cache:
+        if self.limits.enable_prefix_caching and sequence.reads_cache:
             self.prefix_queries += sequence.prompt_len
             self.prefix_hits += sequence.cached
 
@@ -330,6 +332,8 @@ class Scheduler:
         if sequence.scores:
             free = max(0, sequence.scored - 1 - sequence.computed)  # already scored: these tokens need no row of logits
             count = min(count, free + self._score_rows - plan.extra)
+        if sequence.mean is not None:
+            count = min(count, 1 + self._score_rows - plan.extra)
         if count <= 0 or not self._make_room(sequence, count):
             return 0
         self._promise(plan, sequence, count)
@@ -353,7 +357,10 @@ class Scheduler:
         length = len(sequence.tokens) + sequence.pending
         samples = stop == length < sequence.end
         slice = Slice(sequence, start, count, samples)
-        slice.embeds = stop == length and sequence.request.embed
+        if sequence.mean is not None:
+            slice.embeds = count
+        elif sequence.request.embed:
+            slice.embeds = int(stop == length)
         if sequence.scores:
             slice.score_from = max(sequence.scored, start + 1)
             slice.score_to = max(slice.score_from, min(stop + 1, sequence.prompt_len))
@@ -370,7 +377,7 @@ class Scheduler:
         """Drafts for sequences that decode. They get the tokens, rows of logits and blocks that prompts and the other
         sequences leave. A sequence gets none while drafts of it are in flight: only the devices know its length."""
         found: dict[Sequence, list[int]] = {}
-        if any(sequence.scores for sequence, _ in work):
+        if any(sequence.scores or sequence.mean is not None for sequence, _ in work):
             return found
         chunked, size = [item for item in work if item[1] > 1], self.limits.block_size
         room = min(self._score_rows, spare - sum(left for _, left in chunked))
@@ -498,8 +505,8 @@ class Scheduler:
         if slice.samples:
             return commit.sampled(sequence, result, last, update, self.limits.eos_token_ids)
         if slice.embeds:
-            update.embedding = commit.embedding(result, last)
-            return "stop"
+            update.embedding = commit.embedding(slice, result, last)
+            return None if update.embedding is None else "stop"
         if sequence.request.score_only and slice.start + slice.count == sequence.goal:
             return "length"
         return None

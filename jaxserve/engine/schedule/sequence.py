@@ -14,6 +14,7 @@ from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import need
 from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.masks import Masks
+from jaxserve.engine.schedule.mean import Mean
 from jaxserve.sampling import columns, control_row
 from jaxserve.sampling.control_row import ControlRow
 from jaxserve.types.request import Request
@@ -43,6 +44,7 @@ class Sequence:
         "index",
         "keys",
         "masks",
+        "mean",
         "min_end",
         "need",
         "order",
@@ -81,6 +83,9 @@ class Sequence:
         params = request.params
         self.request, self.index, self.order = request, index, order
         self.tokens: list[int] = request.prompt_ids if leader is None else leader.tokens[: leader.prompt_len]
+        if request.embed and request.pool == "first":
+            del self.tokens[1:]  # it attends to none of the others
+        self.mean = Mean(weighted=request.pool == "weighted_mean") if request.averages else None
         self.prompt_len = len(self.tokens)
         wanted = limits.max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
         self.end = min(wanted, limits.max_model_len) if request.generates else self.prompt_len
@@ -134,6 +139,11 @@ class Sequence:
         self.blocks = [[] for _ in self.blocks]
         self.first_blocks = [0 for _ in self.blocks]
         self.forked = False
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may use cached prefixes. A mean needs the hidden states of all tokens, which are not cached."""
+        return self.mean is None and not self.request.params.skip_reading_prefix_cache
 
     @property
     def scores(self) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""POST /v1/embeddings, /pooling and /classify: what the model makes of each input's last hidden state.
+"""POST /v1/embeddings, /pooling and /classify: what the model makes of each input's hidden states.
 
 An embedding is pooled and normalized as the model's folder says; without `modules.json` it is the last token's hidden
 state, normalized to unit length. A sequence-classification model gives probabilities of its labels.
@@ -60,11 +60,12 @@ async def _answered(
     serving = request.app[SERVING]
     preparer = serving.check_ready().preparer
     body = await params.read(request, body_type)
-    order = replace(params.order(request, body, kind=kind, add_special_tokens=True), embed=True)
-    pools = name == "pooling" and serving.pooling.classifier is not None
-    if not pools:
-        check_embeds(serving)
-    dimensions = _dimensions(serving.pooling, preparer, body)
+    classifies = name == "pooling" and serving.pooling.classifier is not None
+    if not classifies:
+        serving.pooling.check_embeds()
+    order = params.order(request, body, kind=kind, add_special_tokens=True)
+    order = replace(order, embed=True, pool="last" if classifies else serving.pooling.pool)
+    dimensions = serving.pooling.dimensions_of(body.dimensions, preparer.limits.hidden_size)
     work = partial(serving.workers.run, request[RECORD].body_size)
     outputs = await vectors.run(request, await work(_prepared, preparer, body.input, order))
 
@@ -72,7 +73,7 @@ async def _answered(
         pooling, found = serving.pooling, list[msgspec.Raw]()  # encoded one by one: other threads run in between
         for index, output in enumerate(outputs):
             hidden = vectors.hidden_of(output)
-            vector = pooling.probabilities(hidden) if pools else pooling.embedding(hidden, dimensions=dimensions)
+            vector = pooling.probabilities(hidden) if classifies else pooling.embedding(hidden, dimensions=dimensions)
             content = "embedding" if name == "embedding" else "data"
             item = {"object": name, "index": index, content: vectors.shown(vector, body.encoding_format)}
             found.append(msgspec.Raw(encode(item)))
@@ -98,36 +99,12 @@ def _listed(
     }
 
 
-def check_embeds(serving: Serving) -> None:
-    if serving.pooling.unsupported is not None:
-        problem = f"this model's embeddings cannot be computed: {serving.pooling.unsupported}"
-        raise bad_request(None, problem, "use another model")
-
-
 def classifier_of(serving: Serving) -> Classifier:
     found = serving.pooling.classifier
     if found is None:
         problem = "this model has no classification head"
         raise bad_request(None, problem, "serve a sequence-classification model, or use /v1/embeddings")
     return found
-
-
-def _dimensions(pooling: Pooling, preparer: Preparer, body: EmbeddingRequest | PoolingRequest) -> int | None:
-    """The dimensions to keep of each embedding; None: all. Checked before anything is computed."""
-    asked, size = body.dimensions, pooling.size(preparer.limits.hidden_size)
-    if asked is None or asked == size:
-        return None
-    if asked > size:
-        raise bad_request("dimensions", f"dimensions is {asked}, but this model's embeddings have {size}", "lower it")
-    if pooling.dimensions is not None and asked not in pooling.dimensions:
-        known = ", ".join(map(str, pooling.dimensions))
-        problem = f"dimensions is {asked}, but this model's embeddings have {size}"
-        raise bad_request(
-            "dimensions",
-            problem,
-            f"use one of {known}" if known else "remove it, because embeddings cannot be shortened",
-        )
-    return asked
 
 
 def _prepared(preparer: Preparer, inputs: str | list[str] | list[int] | list[list[int]], order: Order) -> list[Request]:
@@ -141,7 +118,7 @@ def _classes(pooling: Pooling, classifier: Classifier, outputs: list[RequestOutp
     found: list[dict[str, Any]] = []
     for index, output in enumerate(outputs):
         probabilities = pooling.probabilities(vectors.hidden_of(output))
-        label = classifier.labels[int(probabilities.argmax())]
+        label = classifier.label(probabilities)
         count = len(classifier.labels)
         found.append({"index": index, "label": label, "probs": probabilities.tolist(), "num_classes": count})
     return found

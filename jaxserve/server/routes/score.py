@@ -6,16 +6,14 @@ A model with one score reads both texts in one prompt, by its chat template if t
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from aiohttp import web
 
 from jaxserve.errors import RequestError
-from jaxserve.frontend.pooling import normalized, pair_prompt
+from jaxserve.frontend.pooling import Pairs, cosines, pair_prompt, paired, texts_of
 from jaxserve.frontend.prepare import Preparer
 from jaxserve.server import params
 from jaxserve.server.answers import vectors
@@ -23,20 +21,17 @@ from jaxserve.server.answers.replies import json_response
 from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.embeddings import Document, RerankRequest, ScoreRequest
-from jaxserve.server.routes.embeddings import check_embeds
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import RECORD, SERVING, Serving
 from jaxserve.types.outputs import RequestOutput
 from jaxserve.types.request import Request
-
-type Pairs = list[tuple[str, str]]
 
 
 async def score(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
     serving.check_ready()
     body = await params.read(request, ScoreRequest)
-    pairs = _pairs(_listed(body.text_1 or body.queries), _listed(body.text_2 or body.documents))
+    pairs = paired(_listed(body.text_1 or body.queries), _listed(body.text_2 or body.documents))
     order = replace(params.order(request, body, kind="score", add_special_tokens=True), embed=True)
     scores, outputs = await _scored(request, pairs, order, names=("text_1", "text_2"))
     return json_response(
@@ -73,13 +68,6 @@ def _listed(texts: str | list[str] | None) -> list[str]:
     return texts if isinstance(texts, list) else [texts or ""]
 
 
-def _pairs(first: list[str], second: list[str]) -> Pairs:
-    if len(first) not in (1, len(second)):
-        problem = f"text_1 has {len(first)} texts and text_2 has {len(second)}"
-        raise bad_request("text_1", problem, "send one text_1 for all, or as many as text_2 has")
-    return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
-
-
 async def _scored(
     request: web.Request, pairs: Pairs, order: Order, *, names: tuple[str, str]
 ) -> tuple[list[float], list[RequestOutput]]:
@@ -94,22 +82,19 @@ async def _scored(
         asked = await work(_of_pairs, serving, preparer, pairs, order, names[1])
         outputs = await vectors.run(request, asked)
         return [float(pooling.probabilities(vectors.hidden_of(output))[0]) for output in outputs], outputs
-    check_embeds(serving)
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair))  # a query is embedded once
-    outputs = await vectors.run(request, await work(_of_texts, preparer, texts, order, pairs, names))
-    unit = [normalized(pooling.embedding(vectors.hidden_of(output))) for output in outputs]
-    at = {text: place for place, text in enumerate(texts)}
-    return [float(np.dot(unit[at[first]], unit[at[second]])) for first, second in pairs], outputs
+    pooling.check_embeds()
+    order = replace(order, pool=pooling.pool)
+    outputs = await vectors.run(request, await work(_of_texts, preparer, pairs, order, names))
+    embeddings = [pooling.embedding(vectors.hidden_of(output)) for output in outputs]
+    return cosines(pairs, dict(zip(texts_of(pairs), embeddings, strict=True))), outputs
 
 
-def _of_texts(
-    preparer: Preparer, texts: Sequence[str], order: Order, pairs: Pairs, names: tuple[str, str]
-) -> list[Request]:
+def _of_texts(preparer: Preparer, pairs: Pairs, order: Order, names: tuple[str, str]) -> list[Request]:
     for first, second in pairs:
         for name, text in zip(names, (first, second), strict=True):
             if not text:
                 raise bad_request(name, f"{name} has an empty text", "remove it")
-    return vectors.prepared(preparer, list(texts), order, field=names[1])
+    return vectors.prepared(preparer, texts_of(pairs), order, field=names[1])
 
 
 def _of_pairs(serving: Serving, preparer: Preparer, pairs: Pairs, order: Order, field: str) -> list[Request]:

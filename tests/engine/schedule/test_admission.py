@@ -70,6 +70,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         ).items()
     ),
     (dict(embed=True, score_only=True), {}, "embed", "embed and score_only are both set"),
+    (dict(embed=True, pool="max"), {}, "pool", "pool is 'max', expected one of last, first, mean, weighted_mean"),
+    (dict(pool="mean"), {}, "pool", "pool is 'mean', but embed is not set; set embed"),
     (dict(prompt_token_ids=range(10**9)), {}, "prompt", "has 1000000000 tokens"),
     (
         {},

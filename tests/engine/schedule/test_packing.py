@@ -109,7 +109,7 @@ def test_embeddings_are_entries_that_sample_nothing() -> None:
     single, chunk = sequence(3, [1, 2]), sequence(1, [4, 5, 6])
     slices = [Slice(single, 1, 1, False), Slice(chunk, 1, 2, False)]
     for each in slices:
-        each.embeds = True
+        each.embeds = 1
     packed = batcher().pack(plan(slices))
     assert (packed.entries, packed.embeds) == (2, 2)
     entries = np.reshape(parts(packed)["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
@@ -117,6 +117,11 @@ def test_embeddings_are_entries_that_sample_nothing() -> None:
     packed = batcher().pack(plan(slices[:1]))
     assert packed.layout == packing.decode_layout(1) and packed.embeds == 1
     assert parts(packed)["entries"][:5] == [0, 3, 0, -1, 0]
+    slices[1].embeds = 2
+    packed = batcher().pack(plan(slices))
+    assert (packed.entries, packed.embeds) == (3, 3)
+    entries = np.reshape(parts(packed)["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
+    assert entries[:4] == [[0, 3, 0, -1, 0], [1, 1, 0, -1, 0], [2, 1, 0, -1, 0], [0, 4, 0, -1, 0]]
 
 
 def test_drafts_and_a_length_that_only_the_devices_know() -> None:

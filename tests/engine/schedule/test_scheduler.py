@@ -211,8 +211,11 @@ def test_prompt_tokens_looked_up_and_found() -> None:
         ("again", 12, [2, 3], {}),
         ("not looking", 12, [4], dict(skip_reading_prefix_cache=True)),
         ("embedded", 12, [5], dict(n=1)),
+        ("mean", 12, [6], dict(n=1)),  # not looked up: all its tokens are computed
     ):
-        engine.add(request(name, STEMS[0][:shared] + tail, request=dict(embed=name == "embedded"), **params))
+        pool = "mean" if name == "mean" else "last"
+        made = dict(embed=name in ("embedded", "mean"), pool=pool)
+        engine.add(request(name, STEMS[0][:shared] + tail, request=made, **params))
         engine.drain()
     assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (13 + 14 + 13, 0 + 12 + 12)
     off = FakeEngine(limits(enable_prefix_caching=False))

@@ -101,7 +101,8 @@ adds = st.builds(
             tenant=st.sampled_from(["", "", "a", "b"]),
             cache_salt=st.sampled_from([None, None, None, "salt"]),
             score_only=st.sampled_from([False] * 7 + [True]),
-            embed=st.sampled_from([False] * 7 + [True]),
+            embed=st.sampled_from([False] * 5 + [True]),
+            pool=st.sampled_from(["last", "first", "mean", "mean", "weighted_mean"]),
             deadline=st.sampled_from([None] * 7 + [2, 6]),
         ),
     ),
@@ -134,6 +135,8 @@ def test_any_walk_gives_the_results_of_each_request_alone(engine: FakeEngine, sc
                 if extra["embed"]:
                     reads = params["skip_reading_prefix_cache"]
                     params, extra, n = dict(skip_reading_prefix_cache=reads), extra | dict(score_only=False), 1
+                else:
+                    extra = extra | dict(pool="last")
                 name = f"request {len(asked)}"
                 made = request(name, STEMS[stem][:shared] + tail, request=extra, **params | dict(n=n))
                 drafter = Guesses(Oracle(engine.limits), made, drafts) if drafts else None

@@ -3,12 +3,14 @@
 
 import base64
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxserve.frontend.pooling import Classifier, DenseLayer, Pooling
+from jaxserve.types.request import Pool
 from tests.server.routes.served import Served
 from tests.tiny_llm import SPEC, Reference
 
@@ -71,6 +73,32 @@ def test_pooling_gives_embeddings(pooled: Served) -> None:
     assert {item["object"] for item in reply["data"]} == {"pooling"}
     refused = pooled.post("/classify", {"input": "a"})
     assert refused.status == 400 and "has no classification head" in refused.json["error"]["message"]
+
+
+@pytest.mark.parametrize("pool", ["mean", "weighted_mean", "first"])
+def test_other_pools(pooled: Served, reference: Reference, pool: Pool) -> None:
+    tokenizer = pooled.serving.tokenizer
+    assert tokenizer is not None
+    texts = ["The sum of two and three", "hello"]
+    wanted: list[np.ndarray] = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        states = [reference.embedding(ids[: end + 1]).astype(np.float64) for end in range(len(ids))]
+        weights = {"mean": [1.0] * len(ids), "weighted_mean": range(1, len(ids) + 1), "first": [1.0, *[0.0] * 99]}
+        wanted.append(unit(np.average(states, axis=0, weights=list(weights[pool])[: len(ids)])))
+    pooled.serving.pooling = Pooling(pool)
+    for path, content in (("/v1/embeddings", "embedding"), ("/pooling", "data")):
+        data = pooled.post(path, {"input": texts}).json["data"]
+        np.testing.assert_allclose([item[content] for item in data], wanted, atol=1e-4)
+    reply = pooled.post("/v1/score", {"text_1": texts[0], "text_2": texts}).json
+    cosine = float(wanted[0] @ wanted[1])
+    np.testing.assert_allclose([item["score"] for item in reply["data"]], [1, cosine], atol=1e-4)
+    again = pooled.post("/v1/embeddings", {"input": texts}).json
+    assert again["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    pooled.serving.pooling = replace(CLASSES, pool=pool)  # the head reads the last token all the same
+    one = pooled.post("/pooling", {"input": texts[:1]}).json["data"][0]["data"]
+    np.testing.assert_allclose(one, softmax(HEAD @ hidden(pooled, reference, texts[0])), atol=1e-4)
 
 
 @pytest.mark.parametrize("path", ["/score", "/v1/score"])
@@ -146,6 +174,6 @@ def test_dimensions(pooled: Served) -> None:
     np.testing.assert_allclose(short, unit(whole[:4]), atol=1e-6)
     refused = pooled.post("/v1/embeddings", {"input": "a", "dimensions": 5})
     assert refused.status == 400 and "Use one of 4, 8" in refused.json["error"]["message"]
-    pooled.serving.pooling = Pooling(unsupported="its pooling mode is cls")
+    pooled.serving.pooling = Pooling(unsupported="its pooling mode is max")
     refused = pooled.post("/v1/embeddings", {"input": "a"})
-    assert refused.status == 400 and "cannot be computed: its pooling mode is cls" in refused.json["error"]["message"]
+    assert refused.status == 400 and "cannot be computed: its pooling mode is max" in refused.json["error"]["message"]
