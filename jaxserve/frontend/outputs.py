@@ -60,7 +60,8 @@ class OutputBuilder:
         sample = self._samples[update.index]
         if sample.finish_reason is not None:
             return None
-        self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
+        if update.num_cached_tokens > self._num_cached_tokens:
+            self._num_cached_tokens = update.num_cached_tokens
         if update.prompt_logprobs and self._prompt_logprobs is not None:
             # Make a new list, since an earlier output may hold the old one.
             self._prompt_logprobs = self._prompt_logprobs + self._prompt_positions(update.prompt_logprobs)
@@ -85,6 +86,8 @@ class OutputBuilder:
     def take_aborts(self, request_id: str) -> list[Abort]:
         """Aborts for the samples that reached a stop string since the last call. `request_id`: the engine's id of this
         request, which may differ from the user's."""
+        if not self._stopped:
+            return []
         stopped, self._stopped = self._stopped, []
         return [Abort(request_id, index, "stop") for index in stopped]
 
@@ -93,15 +96,15 @@ class OutputBuilder:
         return self._unfinished == 0
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
-        return RequestOutput(
-            request_id=self._request.id,
-            prompt=self._prompt,
-            prompt_token_ids=self._prompt_token_ids,
-            outputs=outputs,
-            finished=self.finished,
-            prompt_logprobs=self._prompt_logprobs,
-            num_cached_tokens=self._num_cached_tokens,
-            embedding=self._embedding,
+        return RequestOutput(  # by position, which takes half as long
+            self._request.id,
+            self._prompt,
+            self._prompt_token_ids,
+            outputs,
+            self._unfinished == 0,
+            self._prompt_logprobs,
+            self._num_cached_tokens,
+            self._embedding,
         )
 
     def _prompt_positions(self, tokens: Sequence[TokenLogprobs]) -> list[PositionLogprobs | None]:
@@ -168,15 +171,15 @@ class _Sample:
 
     def _completion(self, text: str, token_ids: list[int], logprobs: list[PositionLogprobs] | None) -> CompletionOutput:
         return CompletionOutput(
-            index=self.index,
-            text=text,
-            token_ids=token_ids,
-            cumulative_logprob=self._cumulative,
-            logprobs=logprobs,
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
-            error=self._error,
-            policy_version=self._policy_version,
+            self.index,
+            text,
+            token_ids,
+            self._cumulative,
+            logprobs,
+            self.finish_reason,
+            self._stop_reason,
+            self._error,
+            self._policy_version,
         )
 
 

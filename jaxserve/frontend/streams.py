@@ -173,9 +173,10 @@ class Streams:
                 continue
             stream.note(update, now)
             item = _output(stream, update, aborts)
-            if item is not None:
-                news.setdefault(stream.mailbox, []).append((stream, item))
-            if stream.builder.finished or isinstance(item, Exception):
+            if item is None:
+                continue
+            news.setdefault(stream.mailbox, []).append((stream, item))
+            if isinstance(item, Exception) or item.finished:
                 self.remove(stream)
         for mailbox, items in news.items():
             if not mailbox.post(items):

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
+from typing import Protocol
 
 from aiohttp import web
 
@@ -30,8 +31,24 @@ AT_ONCE = 16  # requests of one body that are handled before other clients get t
 LONGEST_LOGGED = 2**20  # the most characters of an answer that are kept for the log
 
 
-async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of these requests as they arrive, each with its request's position.
+class Shortcut(Protocol):
+    """Passes outputs on in the callback that delivers them, without waking the task that waits for them: with hundreds
+    of streams, waking a task for every token takes as long as everything else."""
+
+    def ready(self) -> bool:
+        """Whether an output could be passed on without waiting."""
+        ...
+
+    def take(self, place: int, output: RequestOutput) -> None:
+        """Pass on an output that ends no sample."""
+        ...
+
+
+async def run(
+    request: web.Request, prepared: Sequence[Request], *, shortcut: Shortcut | None = None
+) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """The outputs of these requests as they arrive, each with its request's position; except those that go through the
+    shortcut.
 
     Use it with contextlib.aclosing: closing it aborts unfinished requests. Raises a 503 if the queue is full, and a 504
     if the deadline has passed.
@@ -43,7 +60,7 @@ async def run(request: web.Request, prepared: Sequence[Request]) -> AsyncGenerat
     with grant.reserving(need(prepared, client.preparer.limits)):
         record.prepared = [*record.prepared, *prepared]
         record.prompt_tokens += sum(len(each.prompt_token_ids) for each in prepared)
-        async with aclosing(_run(serving, client, record, grant, prepared)) as outputs:
+        async with aclosing(_run(serving, client, record, grant, prepared, shortcut)) as outputs:
             async for place, output in outputs:
                 yield place, output
 
@@ -62,18 +79,22 @@ def need(prepared: Sequence[Request], limits: Limits) -> Need:
 
 
 async def _run(
-    serving: Serving, client: EngineClient, record: RequestRecord, grant: Grant, prepared: Sequence[Request]
+    serving: Serving,
+    client: EngineClient,
+    record: RequestRecord,
+    grant: Grant,
+    prepared: Sequence[Request],
+    shortcut: Shortcut | None,
 ) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    streams: list[Stream] = []
     refused = False  # or lost with the engine
     tallies = [_Tally(serving, record, each) for each in prepared]
+    merged = _Merged(tallies, shortcut)
     try:
-        merged = _single(client, streams, prepared[0]) if len(prepared) == 1 else _merged(client, streams, prepared)
-        async with aclosing(merged) as outputs:
+        async with aclosing(merged.outputs(client, prepared)) as outputs:
             async for place, output in outputs:
-                tallies[place].add(output, streams[place])
+                tallies[place].add(output, merged.streams[place])
                 if output.finished:
-                    tallies[place].end(streams[place])
+                    tallies[place].end(merged.streams[place])
                 yield place, output
     except OverloadedError as error:
         refused = True
@@ -84,7 +105,7 @@ async def _run(
         refused = True
         raise serving.lost(error) from None
     finally:
-        for stream, tally, each in zip(streams, tallies, prepared, strict=False):
+        for stream, tally, each in zip(merged.streams, tallies, prepared, strict=False):
             client.close(stream)
             generated = tally.end(stream, refused=refused)
             if not refused:
@@ -94,44 +115,72 @@ async def _run(
                     grant.note_length(tokens)
 
 
-async def _single(
-    client: EngineClient, streams: list[Stream], request: Request
-) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    stream = client.open(request)
-    streams.append(stream)
-    while not stream.finished:
-        yield 0, await stream.next()
+class _Merged:
+    """The outputs of several streams. What a slow client has not taken stays in the streams."""
 
+    def __init__(self, tallies: Sequence["_Tally"], shortcut: Shortcut | None) -> None:
+        self.streams: list[Stream] = []
+        self._tallies, self._shortcut = tallies, shortcut
+        self._arrived: dict[int, None] = {}  # the places of streams with news for the task
+        self._held: dict[int, RequestOutput] = {}  # taken from their streams, but not by the shortcut
+        self._news = asyncio.Event()
+        self._waiting = False  # whether the task waits, having passed on everything before
+        self._fault: Exception | None = None  # of the shortcut
 
-async def _merged(
-    client: EngineClient, streams: list[Stream], prepared: Sequence[Request]
-) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """Holds no outputs: what a slow client has not taken stays in the streams."""
-    arrived: dict[int, None] = {}  # the places of streams with news
-    news = asyncio.Event()
-
-    def note(place: int) -> None:
-        arrived[place] = None
-        news.set()
-
-    for place, request in enumerate(prepared):
-        streams.append(client.open(request))
-        streams[place].on_wake = partial(note, place)
-        if place % AT_ONCE == AT_ONCE - 1:
-            await asyncio.sleep(0)
-    left = len(streams)
-    while left:
-        await news.wait()
-        news.clear()
-        places = sorted(arrived)
-        arrived.clear()
-        for turn, place in enumerate(places):
-            output = streams[place].take()
-            if output is not None:
-                left -= output.finished
-                yield place, output
-            if turn % AT_ONCE == AT_ONCE - 1:
+    async def outputs(
+        self, client: EngineClient, prepared: Sequence[Request]
+    ) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        for place, request in enumerate(prepared):
+            stream = client.open(request)
+            stream.on_wake = partial(self._note, place)
+            self.streams.append(stream)
+            if place % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
+        left = len(self.streams)
+        while left:
+            await self._wait()
+            places = sorted(self._arrived)
+            self._arrived.clear()
+            for turn, place in enumerate(places):
+                while (output := self._held.pop(place, None) or self.streams[place].take()) is not None:
+                    left -= output.finished
+                    yield place, output
+                if turn % AT_ONCE == AT_ONCE - 1:
+                    await asyncio.sleep(0)
+
+    async def _wait(self) -> None:
+        self._waiting = True
+        try:
+            await self._news.wait()
+        finally:
+            self._waiting = False
+        self._news.clear()
+        if self._fault is not None:
+            raise self._fault
+
+    def _note(self, place: int) -> None:
+        if not self._waiting or place in self._arrived or not self._passed_on(place):
+            self._arrived[place] = None
+            self._news.set()
+
+    def _passed_on(self, place: int) -> bool:
+        """Whether the shortcut took what arrived, so that nothing is left for the task."""
+        if self._shortcut is None or not self._shortcut.ready():
+            return False
+        stream = self.streams[place]
+        try:
+            output = stream.take()
+            if output is None:
+                return True
+            if any(sample.finish_reason is not None for sample in output.outputs):
+                self._held[place] = output
+                return False
+            self._tallies[place].add(output, stream)
+            self._shortcut.take(place, output)
+        except Exception as fault:
+            self._fault = fault  # for the task to raise
+            return False
+        return True
 
 
 class _Tally:

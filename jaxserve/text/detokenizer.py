@@ -82,6 +82,11 @@ class IncrementalDetokenizer:
 
     def ready(self, finished: bool) -> str:
         """New text that is safe to return: it cannot be part of a stop string that may still complete."""
+        if not (self._stops or finished or self._held):  # most texts: nothing is held back
+            text = self._source.feed(self._waiting) if self._waiting else ""
+            self._waiting = []
+            self._shown.write(text)
+            return text
         self._catch_up()
         if finished and not self._ended:
             self._ended = True

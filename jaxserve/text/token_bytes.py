@@ -170,7 +170,13 @@ class _ByteText:
         if len(ids) > PIECE:
             return "".join(self.feed(ids[begin : begin + PIECE]) for begin in range(0, len(ids), PIECE))
         token_bytes, skipped = self._token_bytes, self._skipped
-        return self._decode(b"".join([token_bytes[token] for token in ids if token not in skipped]), final=False)
+        if len(ids) == 1:
+            new = b"" if ids[0] in skipped else token_bytes[ids[0]]
+            if not (self._rest or self._strip) and new.isascii():
+                return new.decode("ascii")
+        else:
+            new = b"".join([token_bytes[token] for token in ids if token not in skipped])
+        return self._decode(new, final=False)
 
     def finish(self) -> str:
         return self._decode(b"", final=True)

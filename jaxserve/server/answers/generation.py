@@ -67,9 +67,10 @@ async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
     """Stream an answer. Headers are sent with the first output or comment: an error before that is a status, later an
     event."""
     to_client = EventStream(answer.request, keep_alive=answer.serving.config.sse_keep_alive)
+    chunks = _Chunks(answer, events, to_client)
     try:
-        usage = await _chunks(answer, events, to_client)
-        await to_client.send((answer.chunks.usage(usage) if answer.include_usage else b"") + DONE)
+        await chunks.run()
+        to_client.hold((answer.chunks.usage(chunks.usage) if answer.include_usage else b"") + DONE)
     except ConnectionError:  # the client has left
         raise
     except Exception as error:
@@ -85,24 +86,58 @@ async def stream(answer: Answer[Any], events: Chunker) -> web.StreamResponse:
     return await to_client.close()
 
 
-async def _chunks(answer: Answer[Any], events: Chunker, to_client: EventStream) -> Usage:
-    usage = Usage(prompt=sum(len(each.prompt_token_ids) for each in answer.prepared))
-    cached = [0] * len(answer.prepared)
-    pace, large = Pace(answer.body.stream_interval or 1), _Large(answer.prepared)
-    async with aclosing(requests.run(answer.request, answer.prepared)) as outputs:
-        async for place, output in outputs:
-            check_sound(output)
-            usage.completion += sum(len(sample.token_ids) for sample in output.outputs)
-            cached[place] = output.num_cached_tokens
-            usage.cached = sum(cached)
-            due = pace.due(place, output)
-            if due is None:
-                continue
-            if large.takes_long(place, due):
-                await to_client.send(await answer.serving.workers.run(0, events, place, due, usage))
-            else:
-                await to_client.send(events(place, due, usage))
-    return usage
+class _Chunks:
+    """Writes the chunks of a streamed answer. A shortcut of its requests, if no chunk takes long to make."""
+
+    def __init__(self, answer: Answer[Any], events: Chunker, to_client: EventStream) -> None:
+        self._answer, self._events, self._to_client = answer, events, to_client
+        self.usage = Usage(prompt=sum(len(each.prompt_token_ids) for each in answer.prepared))
+        self._cached = [0] * len(answer.prepared)
+        self._left = len(answer.prepared)
+        self._pace, self._large = Pace(answer.body.stream_interval or 1), _Large(answer.prepared)
+
+    async def run(self) -> None:
+        answer = self._answer
+        params = [each.params for each in answer.prepared]
+        quick = (answer.body.stream_interval or 1) == 1 and all(
+            each.logprobs is None and each.prompt_logprobs is None for each in params
+        )
+        running = requests.run(answer.request, answer.prepared, shortcut=self if quick else None)
+        async with aclosing(running) as outputs:
+            async for place, output in outputs:
+                await self._send(place, output)
+
+    async def _send(self, place: int, output: RequestOutput) -> None:
+        check_sound(output)
+        self._count(place, output)
+        self._left -= output.finished
+        due = self._pace.due(place, output)
+        if due is None:
+            return
+        if self._large.takes_long(place, due):
+            events = await self._answer.serving.workers.run(0, self._events, place, due, self.usage)
+        else:
+            events = self._events(place, due, self.usage)
+        if self._left:
+            await self._to_client.send(events)
+        else:
+            self._to_client.hold(events)  # the end follows at once
+
+    def _count(self, place: int, output: RequestOutput) -> None:
+        for sample in output.outputs:
+            self.usage.completion += len(sample.token_ids)
+        if output.num_cached_tokens != self._cached[place]:
+            self.usage.cached += output.num_cached_tokens - self._cached[place]
+            self._cached[place] = output.num_cached_tokens
+
+    # --- as a shortcut ----------------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return self._to_client.ready
+
+    def take(self, place: int, output: RequestOutput) -> None:
+        self._count(place, output)
+        self._to_client.write(self._events(place, output, self.usage))
 
 
 class _Large:

@@ -88,6 +88,10 @@ class Chunks:
             more += b',"usage":' + encode(usage.shape())
         return b"%b%b%b%b}\n\n" % (self._begin, choice, self._end, more)
 
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        """What precedes and follows the new part of a chunk, for chunks of which nothing else changes."""
+        return self._begin + before, after + self._end + b"}\n\n"
+
     def usage(self, usage: Usage) -> bytes:
         return b'%b%b,"usage":%b}\n\n' % (self._begin, self._end, encode(usage.shape()))
 

@@ -8,7 +8,7 @@ that a comment is due: proxies cut connections on which nothing is sent.
 import asyncio
 from contextlib import suppress
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from jaxserve.server.errors import ApiError
 
@@ -34,6 +34,13 @@ class EventStream:
     def __init__(self, request: web.Request, *, keep_alive: float) -> None:
         self._request = request
         self._response = web.StreamResponse(headers=HEADERS)
+        # The headers go with the first events, in one packet.
+        self._response._send_headers_immediately = False  # pyright: ignore[reportPrivateUsage]
+        self._chunked = request.version == HttpVersion11  # else the end of the connection ends the answer
+        if self._chunked:
+            self._response.enable_chunked_encoding()
+        self._transport: asyncio.Transport | None = None  # once the headers are written
+        self._held = b""  # to be sent with what comes next
         self._writing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._keep_alive, self._sent = keep_alive, self._loop.time()
@@ -47,13 +54,33 @@ class EventStream:
 
     async def send(self, events: bytes) -> None:
         """Write whole events; wait while too much is unread. Raises ConnectionResetError if the client has left."""
-        if not events:
+        if not (events or self._held):
             return
         async with self._writing:
             if not self._response.prepared:
                 await self._response.prepare(self._request)
+            events, self._held = self._held + events, b""
             await self._response.write(events)
+            self._transport = self._request.transport
         self._sent = self._loop.time()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `write` may be called: the headers are sent, and the system has taken everything written so far."""
+        transport = self._transport
+        if transport is None or self._held or transport.is_closing() or self._writing.locked():
+            return False
+        return not transport.get_write_buffer_size()
+
+    def write(self, events: bytes) -> None:
+        """Write whole events at once. aiohttp would take as long to pass them on as the system takes to send them."""
+        if events and self._transport is not None:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events)
+            self._sent = self._loop.time()
+
+    def hold(self, events: bytes) -> None:
+        """Send these with what comes next, at the latest with the end: each packet costs as much as an event."""
+        self._held += events
 
     def _tick(self) -> None:
         silent = self._loop.time() - self._sent
@@ -79,5 +106,9 @@ class EventStream:
         await self.send(event(error.body()) + DONE)
 
     async def close(self) -> web.StreamResponse:
-        await self._response.write_eof()
+        async with self._writing:
+            if not self._response.prepared:
+                await self._response.prepare(self._request)
+            held, self._held = self._held, b""
+            await self._response.write_eof(held)
         return self._response

@@ -82,6 +82,8 @@ class _ChatChoices:
         last = answer.body.messages[-1]
         self._role = answer.serving.config.response_role if answer.body.generation_prompt else last.role
         self._begun = False
+        only_text = not (self._body.return_token_ids or self._body.logprobs or answer.continuous_usage)
+        self._around: dict[int, tuple[bytes, bytes]] | None = {} if only_text else None
         self._before = ""  # with echo: the final message, which the response repeats and continues
         if answer.body.echo and last.role == self._role:
             plain = last.content or ""
@@ -112,6 +114,8 @@ class _ChatChoices:
 
     def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
         """The chunks of one output. The first call puts a role chunk for each choice before them."""
+        if self._around is not None and self._begun and len(output.outputs) == 1 and not output.outputs[0].finished:
+            return self._text(self._around, output.outputs[0])
         body, chunks = self._body, self._answer.chunks
         always = body.return_token_ids or body.logprobs or self._answer.continuous_usage
         made: list[bytes] = []
@@ -129,6 +133,16 @@ class _ChatChoices:
                 shape += b',"token_ids":' + encode(sample.token_ids)
             made.append(chunks.chunk(shape + finish(sample), usage))
         return b"".join(made)
+
+    def _text(self, around: dict[int, tuple[bytes, bytes]], sample: CompletionOutput) -> bytes:
+        """The chunk of text alone, which almost all chunks are."""
+        if not sample.text:
+            return b""
+        found = around.get(sample.index)
+        if found is None:
+            before, after = b'{"index":%d,"delta":{"content":' % sample.index, b'},"logprobs":null' + finish(sample)
+            found = around[sample.index] = self._answer.chunks.around(before, after)
+        return b"%b%b%b" % (found[0], encode(sample.text), found[1])
 
     def _openings(self, output: RequestOutput, usage: Usage) -> list[bytes]:
         body, chunks, role = self._body, self._answer.chunks, encode(self._role)

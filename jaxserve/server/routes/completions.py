@@ -74,6 +74,9 @@ class _CompletionChoices:
         self._prompts: dict[
             int, list[PositionLogprobs | None]
         ] = {}  # their log probabilities, which come once for all n
+        body = answer.body
+        only_text = not (body.echo or body.return_token_ids or body.logprobs is not None or answer.continuous_usage)
+        self._around: dict[tuple[int, int], tuple[bytes, bytes]] | None = {} if only_text else None
 
     def _news(self, place: int, output: RequestOutput, sample: CompletionOutput) -> tuple[str, dict[str, Any] | None]:
         """The text and log probabilities that this output adds, with the prompt's before them if it is echoed."""
@@ -129,6 +132,8 @@ class _CompletionChoices:
 
     def events(self, place: int, output: RequestOutput, usage: Usage) -> bytes:
         """The chunks of one output."""
+        if self._around is not None and len(output.outputs) == 1 and output.outputs[0].finish_reason is None:
+            return self._text(self._around, place, output.outputs[0])
         body, answer = self._body, self._answer
         always = body.return_token_ids or body.logprobs is not None or answer.continuous_usage
         made: list[bytes] = []
@@ -145,6 +150,17 @@ class _CompletionChoices:
                     shape += b',"prompt_token_ids":' + encode(output.prompt_token_ids)
             made.append(answer.chunks.chunk(shape + finish(sample), usage))
         return b"".join(made)
+
+    def _text(self, around: dict[tuple[int, int], tuple[bytes, bytes]], place: int, sample: CompletionOutput) -> bytes:
+        """The chunk of text alone, which almost all chunks are."""
+        if not sample.text:
+            return b""
+        found = around.get((place, sample.index))
+        if found is None:
+            before = b'{"index":%d,"text":' % self._index(place, sample)
+            after = b',"logprobs":null' + finish(sample)
+            found = around[place, sample.index] = self._answer.chunks.around(before, after)
+        return b"%b%b%b" % (found[0], encode(sample.text), found[1])
 
 
 ROUTES = (Route("POST", "/v1/completions", create, body=CompletionRequest, summary="Create a completion."),)

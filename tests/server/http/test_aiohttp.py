@@ -21,6 +21,7 @@ INTERNALS = {
     "_loop": "http/guard.py",
     "_read_bytes": "http/guard.py",  # Request: what read() has returned and returns again
     "output_size": "app.py",  # StreamWriter: bytes written so far
+    "_send_headers_immediately": "answers/sse.py",  # StreamResponse: else the headers are sent with the first write
 }
 OWN = {"_close_if_silent", "_await_head", "_connections", "_cut", "_timer", "_writing_timer"}
 

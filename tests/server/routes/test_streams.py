@@ -2,6 +2,7 @@
 """Event streams: usage, the number of tokens per chunk, and every way in which a stream may end."""
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -95,7 +96,7 @@ def test_chunks_by_the_number(served: Served, interval: int) -> None:
 
 
 def _says(output: RequestOutput | None, end: Exception | None) -> Any:
-    async def run(*_: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    async def run(*_: object, **__: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
         if output is not None:
             yield 0, output
         await asyncio.sleep(0)
@@ -110,7 +111,7 @@ def _output(text: str, **more: Any) -> RequestOutput:
     return RequestOutput("1", "x", [5], [sample], finished=sample.finished)
 
 
-async def _silence(request: Any, *_: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
+async def _silence(request: Any, *_: object, **__: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
     await asyncio.sleep(0.4)
     yield 0, _output("begun")
     await asyncio.sleep(0.4)
@@ -136,7 +137,7 @@ def test_comments_keep_a_silent_stream_alive(
 
 
 def test_a_fault_after_a_comment_is_an_event(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run(*_: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    async def run(*_: object, **__: object) -> AsyncGenerator[tuple[int, RequestOutput]]:
         await asyncio.sleep(0.3)
         raise ApiError(504, "too late")
         yield
@@ -202,3 +203,77 @@ def test_outputs_of_several_samples_are_one_write(served: Served, monkeypatch: p
     monkeypatch.setattr(requests, "run", _says(both, None))
     events = served.post("/v1/completions", {**BODY, "n": 3, "temperature": 1}).events
     assert [event["choices"][0]["index"] for event in events[:-1]] == [0, 1, 2]
+
+
+# --- how events reach the socket -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_most_events_need_no_task(
+    served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, body: Any, n: int
+) -> None:
+    """Tasks are woken for the begin, for ends of samples and for clients that do not read; not for each token."""
+    woken: list[RequestOutput] = []
+    send = generation._Chunks._send  # pyright: ignore[reportPrivateUsage]
+
+    async def seen(self: Any, place: int, output: RequestOutput) -> None:
+        woken.append(output)
+        await send(self, place, output)
+
+    monkeypatch.setattr(generation._Chunks, "_send", seen)  # pyright: ignore[reportPrivateUsage]
+    body = {**body, "n": n, "temperature": 1, "seed": 5, "max_tokens": 40, "min_tokens": 40}
+    events = served.post(path, body).events
+    whole = served.post(path, {**body, "stream": False}).json["choices"]
+    assert [_text(events, index) for index in range(n)] == [_text([{"choices": whole}], index) for index in range(n)]
+    assert 2 <= len(woken) <= 4 * n + 4 < len(events)
+
+
+def _text(events: list[Any], index: int) -> str:
+    choices = [event["choices"][0] for event in events[:-1] if event != "[DONE]"] if len(events) > 1 else []
+    choices = choices or events[0]["choices"]
+    mine = [choice for choice in choices if choice["index"] == index]
+    shapes = [choice.get("delta") or choice.get("message") or choice for choice in mine]
+    return "".join(shape.get("content") or shape.get("text") or "" for shape in shapes)
+
+
+def test_a_short_answer_is_one_write(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers, events and the end: each write costs a packet, and a wake-up of the client."""
+    writes: list[bytes] = []
+    transport: Any = asyncio.selector_events._SelectorSocketTransport  # pyright: ignore
+    write = transport.write
+
+    def seen(self: Any, data: bytes) -> None:
+        writes.append(bytes(data))
+        write(self, data)
+
+    monkeypatch.setattr(transport, "write", seen)
+    assert len(served.post("/v1/completions", {**BODY, "max_tokens": 1, "logprobs": 1}).events) == 2
+    assert len(writes) == 1 and writes[0].startswith(b"HTTP/1.1 200") and writes[0].endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_the_framing_of_events(served: Served, version: str) -> None:
+    """Chunks in HTTP/1.1; in HTTP/1.0, which has none, the end of the connection ends the answer."""
+    body = json.dumps({**BODY, "max_tokens": 30}).encode()
+    head = f"POST /v1/completions HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    raw = f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with served.connect() as sock:
+        sock.sendall(raw)
+        received = b"".join(iter(lambda: sock.recv(65536), b""))
+    headers, _, rest = received.partition(b"\r\n\r\n")
+    assert (b"transfer-encoding: chunked" in headers.lower()) == (version == "1.1")
+    text, chunks = rest, 0
+    if version == "1.1":
+        text, size = b"", -1
+        while size:
+            length, _, rest = rest.partition(b"\r\n")
+            size = int(length, 16)
+            text, end, rest = text + rest[:size], rest[size : size + 2], rest[size + 2 :]
+            chunks += 1
+            assert end == b"\r\n"
+        assert rest == b"" and chunks > 10
+    events = [event.removeprefix(b"data: ") for event in text.split(b"\n\n") if event]
+    assert events[-1] == b"[DONE]"
+    whole = served.post("/v1/completions", {**BODY, "max_tokens": 30, "stream": False}).json["choices"][0]["text"]
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == whole
