@@ -8,7 +8,7 @@ for every token would cost several times as much.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
@@ -23,8 +23,45 @@ FINGERPRINT = f"jaxserve-{__version__}"
 encode = msgspec.json.Encoder().encode
 
 
+MANY = 64  # elements of a list that are encoded in one call
+
+
+def encode_long(value: Any) -> bytes:
+    """Encodes long lists in parts: other threads run only between two calls of `encode`."""
+    parts: list[bytes] = []
+    _encode(value, parts)
+    return b"".join(parts)
+
+
+def _encode(value: Any, parts: list[bytes]) -> None:
+    if not _long(value):
+        parts.append(encode(value))
+    elif isinstance(value, dict):
+        for place, (name, item) in enumerate(cast("dict[str, Any]", value).items()):
+            parts.append((b"," if place else b"{") + encode(name) + b":")
+            _encode(item, parts)
+        parts.append(b"}")
+    elif _long(value[0]):
+        for place, item in enumerate(value):
+            parts.append(b"," if place else b"[")
+            _encode(item, parts)
+        parts.append(b"]")
+    else:
+        for begin in range(0, len(value), MANY):
+            parts += (b"," if begin else b"[", encode(value[begin : begin + MANY])[1:-1])
+        parts.append(b"]")
+
+
+def _long(value: Any) -> bool:
+    """Whether there is a long list in it. All elements of a list are taken to be like the first."""
+    if isinstance(value, list):
+        listed = cast("list[Any]", value)
+        return len(listed) > MANY or (bool(listed) and _long(listed[0]))
+    return isinstance(value, dict) and any(map(_long, cast("dict[str, Any]", value).values()))
+
+
 def json_response(value: object) -> web.Response:
-    return web.Response(body=encode(value), content_type="application/json", charset="utf-8")
+    return web.Response(body=encode_long(value), content_type="application/json", charset="utf-8")
 
 
 @dataclass(slots=True)

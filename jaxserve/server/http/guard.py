@@ -228,27 +228,28 @@ class Bodies:
         return min(max(self._config.header_timeout, size / SLOWEST), self._config.body_timeout)
 
     async def _read(self, request: web.Request, limit: asyncio.Timeout, begin: float) -> int:
-        body = bytearray()
+        chunks, size = list[bytes](), 0
         until = begin + self._patience(0)
         try:
             while chunk := await request.content.readany():
-                body += chunk
+                chunks.append(chunk)
+                size += len(chunk)
                 self.held += len(chunk)
-                due = begin + self._patience(len(body))
+                due = begin + self._patience(size)
                 if due > until:
                     until = due
                     limit.reschedule(due)
-                if len(body) > self._config.max_body_bytes:
+                if size > self._config.max_body_bytes:
                     raise _too_large(self._config)
-                if self.held > MAX_BODIES and len(body) > SMALL_BODY:
+                if self.held > MAX_BODIES and size > SMALL_BODY:
                     raise ApiError(
                         503, "Too many large request bodies at once. Retry later.", headers={"Retry-After": "5"}
                     )
         except BaseException:
-            self.held -= len(body)
+            self.held -= size
             raise
-        request._read_bytes = bytes(body)  # pyright: ignore[reportPrivateUsage]
-        return len(body)
+        request._read_bytes = b"".join(chunks)  # pyright: ignore[reportPrivateUsage]
+        return size
 
 
 def _check_encoding(request: web.Request) -> None:

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from jaxserve.errors import one_line
 from jaxserve.server.config import UnknownFields
 from jaxserve.server.errors import ApiError, bad_request
-from jaxserve.server.protocol import bounds, long_lists
+from jaxserve.server.protocol import bounds, long_values
 from jaxserve.unsupported import WITHOUT_EFFECT, Reason
 
 MAX_NAME = 1024  # characters
@@ -69,12 +69,12 @@ def parse[B: BaseModel](kind: type[B], raw: bytes, *, unknown: UnknownFields = "
     if first is not None and unknown == "refuse":
         raise _unknown(one_line(first, limit=80), first, kind)
     given = raw
-    raw, taken = long_lists.taken_out(raw, kind.model_fields) if len(raw) > bounds.SMALL else (raw, {})
+    raw, taken = long_values.taken_out(raw, kind.model_fields) if len(raw) > bounds.SMALL else (raw, {})
     try:
         body = kind.model_validate_json(raw, extra=_EXTRA[unknown])
     except ValidationError as error:
         raise as_api_error(error, kind, given if unknown == "warn" else None) from None
-    return body.model_copy(update=taken) if taken else body
+    return long_values.put_back(body, taken)
 
 
 def unknown_fields(body: BaseModel) -> dict[str, type[BaseModel]]:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxserve.server.protocol.base import AS_WHOLE, Expected, Name, NeverTrue, RequestBody, Strict
 from jaxserve.server.protocol.generated import with_unsupported
+from jaxserve.server.protocol.long_values import LONG_MESSAGES
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.unsupported import CHAT_FIELDS, CONVERSATION_FIELDS, MESSAGE_FIELDS
 
@@ -63,7 +64,7 @@ class ChatMessage(with_unsupported(Strict, MESSAGE_FIELDS)):
 class Conversation(with_unsupported(RequestBody, CONVERSATION_FIELDS)):
     """Messages, and the options of the chat template."""
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), LONG_MESSAGES]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Annotated[str | None, Field(description="Requires --trust-request-chat-template.")] = None

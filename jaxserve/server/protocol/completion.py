@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from jaxserve.server.protocol.base import AS_WHOLE, Expected
 from jaxserve.server.protocol.generated import with_unsupported
-from jaxserve.server.protocol.long_lists import LONG_IDS
+from jaxserve.server.protocol.long_values import LONG
 from jaxserve.server.protocol.sampling import Sampling
 from jaxserve.unsupported import COMPLETION_FIELDS
 
@@ -28,7 +28,7 @@ def one_or_many(most: int, what: str) -> Expected:
 
 
 class CompletionRequest(with_unsupported(Sampling, COMPLETION_FIELDS)):
-    prompt: Annotated[Prompts, one_or_many(MAX_PROMPTS, "prompts"), LONG_IDS]
+    prompt: Annotated[Prompts, one_or_many(MAX_PROMPTS, "prompts"), LONG]
     max_tokens: Annotated[
         int | None,
         Field(

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from jaxserve.server.protocol.base import AS_WHOLE, Expected, Strict
 from jaxserve.server.protocol.completion import Ids, one_or_many
 from jaxserve.server.protocol.generated import with_unsupported
-from jaxserve.server.protocol.long_lists import LONG_IDS
+from jaxserve.server.protocol.long_values import LONG
 from jaxserve.server.protocol.sampling import Ordered
 from jaxserve.unsupported import EMBEDDING_FIELDS
 
@@ -24,7 +24,7 @@ Inputs = (
 
 
 class VectorRequest(Ordered):
-    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs"), LONG_IDS]
+    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs"), LONG]
     encoding_format: Annotated[Literal["float", "base64"] | None, Expected('"float" or "base64"')] = None
     dimensions: Annotated[
         int | None,
@@ -42,7 +42,7 @@ class PoolingRequest(with_unsupported(VectorRequest, EMBEDDING_FIELDS)):
 
 
 class ClassifyRequest(with_unsupported(Ordered, EMBEDDING_FIELDS)):
-    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs"), LONG_IDS]
+    input: Annotated[Inputs, one_or_many(MAX_INPUTS, "inputs"), LONG]
 
 
 Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]

@@ -8,14 +8,16 @@ from pydantic import Field, model_validator
 from jaxserve.server.protocol.base import RequestBody
 from jaxserve.server.protocol.bounds import MAX_VALUES
 from jaxserve.server.protocol.chat import MAX_MESSAGES, ChatMessage, Conversation
-from jaxserve.server.protocol.long_lists import LONG_IDS
+from jaxserve.server.protocol.long_values import LONG, LONG_MESSAGES
 
 
 class TokenizeRequest(Conversation):
     """Has either a prompt or messages."""
 
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage] | None, Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    prompt: Annotated[str | None, LONG] = None
+    messages: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+        list[ChatMessage] | None, Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), LONG_MESSAGES
+    ] = None
     add_special_tokens: Annotated[
         bool | None, Field(description="Defaults to true for a prompt and false for messages.")
     ] = None
@@ -29,4 +31,4 @@ class TokenizeRequest(Conversation):
 
 
 class DetokenizeRequest(RequestBody):
-    tokens: Annotated[list[int], Field(fail_fast=True, max_length=MAX_VALUES), LONG_IDS]
+    tokens: Annotated[list[int], Field(fail_fast=True, max_length=MAX_VALUES), LONG]

@@ -11,7 +11,7 @@ from jaxserve.server import params
 from jaxserve.server.answers import generation
 from jaxserve.server.answers.generation import Answer
 from jaxserve.server.answers.logprobs import chat_logprobs, prompt_logprobs
-from jaxserve.server.answers.replies import Usage, encode, finish
+from jaxserve.server.answers.replies import Usage, encode, encode_long, finish
 from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.chat import ChatRequest, Conversation
@@ -128,7 +128,7 @@ class _ChatChoices:
             delta = b'{"content":%b}' % encode(sample.text) if sample.text else b"{}"
             logprobs = self._logprobs(sample)
             shape = b'{"index":%d,"delta":%b,"logprobs":' % (sample.index, delta)
-            shape += b"null" if logprobs is None else encode(logprobs)
+            shape += b"null" if logprobs is None else encode_long(logprobs)
             if body.return_token_ids:
                 shape += b',"token_ids":' + encode(sample.token_ids)
             made.append(chunks.chunk(shape + finish(sample), usage))

@@ -11,7 +11,7 @@ from jaxserve.server import params
 from jaxserve.server.answers import generation
 from jaxserve.server.answers.generation import Answer
 from jaxserve.server.answers.logprobs import CompletionLogprobs, prompt_logprobs
-from jaxserve.server.answers.replies import Usage, encode, finish
+from jaxserve.server.answers.replies import Usage, encode, encode_long, finish
 from jaxserve.server.errors import bad_request
 from jaxserve.server.params import Order
 from jaxserve.server.protocol.completion import MAX_CHOICES, CompletionRequest, as_list
@@ -143,7 +143,7 @@ class _CompletionChoices:
             if not (text or always or sample.finished):
                 continue
             shape = b'{"index":%d,"text":%b,"logprobs":' % (self._index(place, sample), encode(text))
-            shape += b"null" if logprobs is None else encode(logprobs)
+            shape += b"null" if logprobs is None else encode_long(logprobs)
             if body.return_token_ids:
                 shape += b',"token_ids":' + encode(sample.token_ids)
                 if first:

@@ -21,6 +21,8 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
     "truncate": ("/v1/completions", {"prompt": TEXT, "truncate_prompt_tokens": 5, "max_tokens": 1}),
     "chat": ("/tokenize", {"messages": [{"role": "user", "content": SENTENCE}] * 4000}),
     "ids": ("/v1/completions", {"prompt": [5] * 2**17, "max_tokens": 1}),
+    "text": ("/v1/completions", {"prompt": "\u4e2d\n" * 2**20, "max_tokens": 1}),
+    "message": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\u4e2d\n" * 2**20}]}),
     "detokenize": ("/detokenize", {"tokens": list(range(20, 148)) * 1024}),
 }
 
