@@ -45,7 +45,7 @@ class Convert:
 
         cast(Any, jax.config).update("jax_platforms", "cpu")  # no computation is needed, and a GPU may be in use
         from convert import load, orbax
-        from convert.files import output, progress
+        from convert.files import output, pooled, progress
 
         plan = load.open_model(folder)
         with output.folder(self.destination, overwrite=self.overwrite, ours=_ours) as made:
@@ -55,6 +55,7 @@ class Convert:
                 orbax.write(plan, made, source=source, dtype=self.dtype, progress=progressed)
             with output.explained(self.destination):
                 _copy_along(folder, made)
+                pooled.copy(folder, made)
             written = orbax.plan(made)  # as a reader will see it
         return written.bytes, len(written.pieces)
 

@@ -4,6 +4,7 @@
     params/      an Orbax checkpoint of the public tree, independent of any mesh, in the dtypes of the source
     spec.json    the ModelSpec, the format version, and the model's origin
     config.json, generation_config.json, tokenizer and chat template, copied from the source
+    modules.json, score/, ...   what makes embeddings, classes and scores of hidden states: see files/pooled.py
 
 Every array is one uncompressed zarr chunk: a file of plain bytes. Orbax restores it like any other checkpoint,
 and this module reads it like a safetensors tensor. Orbax itself is needed only to write.

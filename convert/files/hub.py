@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from convert.files.header import quote
 from convert.files.hub_faults import HINT_AGAIN, HINT_ENDPOINT, HINT_ROOM, HubModel, explained, few, reason, shown
+from convert.files.pooled import MODULE, MODULES
 from convert.files.safetensors import read_index
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError
@@ -42,6 +43,7 @@ SMALL = {
         "vocab.txt",
     ),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    MODULES,
 }
 TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
 _SINGLE = "model.safetensors"
@@ -183,7 +185,7 @@ def _from_hub(model: HubModel, *, weights: bool, progress: bool | None, check: C
         label = f"{model.id} {what}" if progress else None
         _download(api, model, commit, {name: sizes[name] for name in names}, label=label)
 
-    small = sorted(name for name in sizes if name in SMALL or TEMPLATE.fullmatch(name))
+    small = sorted(name for name in sizes if name in SMALL or TEMPLATE.fullmatch(name) or MODULE.fullmatch(name))
     download([*small, _CONFIG], "config and tokenizer")
     folder = model.folder(commit)
     if check:
@@ -221,7 +223,7 @@ def _listing(api: "HfApi", model: HubModel) -> tuple[str, dict[str, int | None]]
 def _refuse_for_weights(model: HubModel, names: Iterable[str]) -> NoReturn:
     found: dict[str, str] = {}
     for name in names:
-        if (suffix := Path(name).suffix.lower()) in _FOREIGN:
+        if (suffix := Path(name).suffix.lower()) in _FOREIGN and not MODULE.fullmatch(name):
             found.setdefault(suffix, name)
     problem = f"{model} has no {_SINGLE} and no {_INDEX}"
     problem += f", only {few(list(found.values()))}" if found else ", and no other weights"

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from convert.files.pooled import HEAD, head_folder, is_converted
 from convert.files.safetensors import TensorInfo, read_checkpoint
 from jaxserve.config import ConfigError
 from jaxserve.errors import CheckpointError, one_line
@@ -27,6 +28,8 @@ MAX_VALUES = 2**28  # of one weight
 # sentence-transformers' pooling modes, by their names without `_token` and `_tokens`.
 POOLS: dict[str, Pool] = {"lasttoken": "last", "cls": "first", "mean": "mean", "weightedmean": "weighted_mean"}
 CLASSIFICATION = "ForSequenceClassification"  # what the names of such architectures end with
+# Of the files of converted parameters.
+ZARR_DTYPES = {"<f4": "F32", "bfloat16": "BF16", "<f2": "F16"}
 # Of torch's classes, by the last part of their names.
 ACTIVATIONS: dict[str, Activation] = {
     "identity": "identity",
@@ -127,7 +130,7 @@ def _is_classifier(config: Mapping[str, Any]) -> bool:
 
 
 def _classifier(folder: Path, config: Mapping[str, Any]) -> Classifier:
-    weight = _matrix(read_checkpoint(folder), "score.weight", folder)
+    weight = _matrix(read_checkpoint(head_folder(folder)), HEAD, folder)
     count = len(weight)
     names: Any = config.get("id2label")
     given: Mapping[str, object] = cast("Any", names) if isinstance(names, dict) else {}
@@ -156,10 +159,12 @@ def _of_classes(config: Mapping[str, Any], count: int, folder: Path) -> Activati
 
 def _by_tokens(folder: Path, config: Mapping[str, Any], tokens: Sequence[int]) -> Classifier:
     """Two classes as one score: a softmax of two logits is a sigmoid of their difference."""
-    tensors = read_checkpoint(folder)
     heads = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight")
-    if config.get("tie_word_embeddings"):
-        heads = heads[1:]
+    if is_converted(folder):
+        tensors, heads = _converted(folder, ("head", "embed.weight")), ("head", "embed.weight")
+    else:
+        tensors = read_checkpoint(folder)
+        heads = heads[1:] if config.get("tie_word_embeddings") else heads
     name = next((name for name in heads if name in tensors), None)
     if name is None:
         raise CheckpointError(f"{folder} has no {heads[0]}", "choose a model with a language model's head")
@@ -211,6 +216,19 @@ def _json(file: Path) -> object:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError):
         raise CheckpointError(f"{file} is not valid JSON", "download it again") from None
+
+
+def _converted(folder: Path, names: Sequence[str]) -> dict[str, TensorInfo]:
+    """Those of these parameters that a converted model has. Each is one file of plain values."""
+    found: dict[str, TensorInfo] = {}
+    for name in names:
+        place = folder / "params" / name
+        array = _object(place / ".zarray")
+        file = place / "0.0"
+        dtype = ZARR_DTYPES.get(str(array.get("dtype")))
+        if dtype is not None and file.is_file():
+            found[name] = TensorInfo(dtype, tuple(array["shape"]), 0, file.stat().st_size, file)
+    return found
 
 
 def _matrix(tensors: Mapping[str, TensorInfo], name: str, folder: Path) -> np.ndarray:

@@ -21,6 +21,12 @@ SMALL = {
     "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
 }
 WEIGHTS = one()
+MODULES = {  # of sentence-transformers
+    "modules.json": b"[]",
+    "1_Pooling/config.json": b'{"pooling_mode": "mean"}',
+    "2_Dense/config.json": b"{}",
+    "2_Dense/model.safetensors": one(dtype="I8"),
+}
 SINGLE = {**SMALL, "model.safetensors": WEIGHTS}
 SHARDS = {f"model-0000{n}-of-00002.safetensors": one(dtype=kind) for n, kind in ((1, "U8"), (2, "I8"))}
 MAP = dict(zip("ab", SHARDS, strict=True))
@@ -31,7 +37,13 @@ JUNK = {
     **{name: b"PK" for name in ("original/params.json", "consolidated.safetensors", "onnx/model.safetensors")},
     **{
         name: b""
-        for name in ("additional_chat_templates/x/y.jinja", "sub/config.json", "tokenizer.py", "../config.json")
+        for name in (
+            "additional_chat_templates/x/y.jinja",
+            "sub/config.json",
+            "tokenizer.py",
+            "../config.json",
+            "2_Dense/pytorch_model.bin",
+        )
     },
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.command import Convert
 from convert.load import open_model
 from jaxserve import LLM
 from jaxserve.config import ConfigError
@@ -16,6 +17,7 @@ from jaxserve.frontend import pooling_files
 from jaxserve.frontend.pooling import Pooling
 from jaxserve.text import tokenizer as tokenizers
 from tests.fast import programs
+from tests.golden import load as golden
 from tests.golden.pooled import CASES, EXPECTED, MEAN, PAIRS, POOLING, TEXTS, Pooled, write
 
 OPTIONS: dict[str, Any] = dict(
@@ -32,6 +34,17 @@ def test_outputs_are_those_of_sentence_transformers(case: str, tmp_path: Path) -
         llm.generate("x", use_tqdm=False)
     for _ in range(2):  # the second time prompts are cached
         check(llm, CASES[case], wanted)
+
+
+@pytest.mark.parametrize("case", ["embed-mean-dense", "classify", "rerank", "embed-cls"])
+def test_converted_models_give_the_same(case: str, tmp_path: Path) -> None:
+    """Also after a second conversion."""
+    folder, once, twice = write(case, tmp_path / "model"), tmp_path / "once", tmp_path / "twice"
+    Convert(str(folder), once).run()
+    Convert(str(once), twice).run()
+    assert not list(twice.glob("*.safetensors"))
+    llm = LLM(model=str(twice), compilation_cache_dir=programs(), **OPTIONS)
+    check(llm, CASES[case], json.loads(EXPECTED.read_text())[case])
 
 
 def check(llm: LLM, pooled: Pooled, wanted: list[list[float]]) -> None:
@@ -118,6 +131,10 @@ def test_bad_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has the path ../elsewhere"):
         pooling_files.load(folder)
     classifier = write("classify", tmp_path / "classifier")
+    Convert(str(classifier), tmp_path / "converted").run()
+    (tmp_path / "converted" / "score" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="score: contains no safetensors checkpoint"):
+        pooling_files.load(tmp_path / "converted")
     (classifier / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no safetensors checkpoint"):
         pooling_files.load(classifier)
@@ -140,6 +157,18 @@ def test_a_score_from_two_tokens(tmp_path: Path) -> None:
         pooling_files.pooling_of(str(folder), tokenizer, ("a", "two words"))
     with pytest.raises(ConfigError, match="classifier_from_token has 1 tokens"):
         pooling_files.pooling_of(str(folder), tokenizer, ("a",))
+
+
+@pytest.mark.parametrize("case", ["qwen3", "llama-gqa-tied"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_score_from_two_tokens_of_a_converted_model(case: str, dtype: Any, tmp_path: Path) -> None:
+    folder, converted = tmp_path / "model", tmp_path / "converted"
+    golden.write_checkpoint(case, folder)
+    Convert(str(folder), converted, dtype=dtype).run()
+    wanted, found = (pooling_files.load(place, tokens=(5, 7)).classifier for place in (folder, converted))
+    assert wanted is not None and found is not None
+    np.testing.assert_allclose(found.layer.weight, wanted.layer.weight, atol=0.01 if dtype else 0)
+    assert np.abs(wanted.layer.weight).max() > 0.05
 
 
 def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from convert.files.hub import fetch
 from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError
 from tests.convert.hub_server import Hub
-from tests.convert.repositories import ID, INDEX, JUNK, SHARDS, SINGLE, SMALL, WEIGHTS, contents, refused
+from tests.convert.repositories import ID, INDEX, JUNK, MODULES, SHARDS, SINGLE, SMALL, WEIGHTS, contents, refused
 
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -146,6 +146,14 @@ def test_downloads_the_shards_that_the_index_names(hub: Hub, cache: Path) -> Non
 def test_a_single_file_takes_precedence_over_an_index(hub: Hub, cache: Path) -> None:
     hub.commit(ID, SINGLE | INDEX | SHARDS)
     assert contents(fetch(ID, cache_dir=cache)) == SINGLE
+
+
+def test_downloads_what_makes_embeddings_of_hidden_states(hub: Hub, cache: Path) -> None:
+    hub.commit(ID, JUNK | SINGLE | MODULES)
+    assert contents(fetch(ID, cache_dir=cache)) == SINGLE | MODULES
+    assert hub.bodies()[-2:] == ["config.json", "model.safetensors"]
+    hub.commit("org/foreign", SMALL | MODULES | {"pytorch_model.bin": b""})
+    refused("org/foreign", "has no model.safetensors", "only 'pytorch_model.bin'", cache_dir=cache)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
