@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for commands: the command in this process, and a fake server."""
+"""Fixtures for commands: the command in this process, a tiny model, what `run` would serve, and a fake server."""
 
 import io
+import shutil
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from jaxserve import cli
+from jaxserve.config import EngineConfig
+from jaxserve.server import lifecycle
+from jaxserve.server.config import ServerConfig
 from tests.cli.fake_server import FakeServer, running
+from tests.golden import load as golden
 
 
 class Said(NamedTuple):
@@ -39,6 +44,31 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Said(code, said.out, said.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = golden.write_checkpoint("llama-gqa-tied", tmp_path_factory.mktemp("models") / "tiny")
+    shutil.copytree(golden.TOKENIZERS / "byte-level", folder, dirs_exist_ok=True)
+    return folder
+
+
+class Served:
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.server: Any = None
+
+    def __call__(self, engine: EngineConfig, server: ServerConfig) -> int:
+        self.engine, self.server = engine, server
+        return 7
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    """What `run` would serve."""
+    served = Served()
+    monkeypatch.setattr(lifecycle, "serve", served)
+    return served
 
 
 @pytest.fixture

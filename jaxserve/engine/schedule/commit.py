@@ -8,6 +8,26 @@ from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.types.outputs import FinishReason, TokenLogprobs, Update
 
 
+def applied(
+    slice: Slice, result: StepResult, update: Update, *, first: int, last: int, ends_of_text: Set[int]
+) -> FinishReason | None:
+    """Apply the result of one slice, which has the entries from `first` to `last`; return whether it ends."""
+    sequence = slice.sequence
+    if slice.score_to > slice.score_from:
+        update.prompt_logprobs = scores(slice, result, first)
+        sequence.scores_reported = slice.score_to
+    if slice.drafts:
+        return checked(slice, result, first, update, ends_of_text)
+    if slice.samples:
+        return sampled(sequence, result, last, update, ends_of_text)
+    if slice.embeds:
+        update.embedding = embedding(slice, result, last)
+        return None if update.embedding is None else "stop"
+    if sequence.request.score_only and slice.start + slice.count == sequence.goal:
+        return "length"
+    return None
+
+
 def sampled(
     sequence: Sequence, result: StepResult, entry: int, update: Update, ends_of_text: Set[int]
 ) -> FinishReason | None:

@@ -19,13 +19,13 @@ import traceback
 from bisect import bisect_left, insort
 
 from jaxserve.engine.capacity import Limits
-from jaxserve.engine.schedule import admission, commit, drafts, masks
+from jaxserve.engine.schedule import admission, commit, guessing, masks
 from jaxserve.engine.schedule.block_pool import BlockPool
 from jaxserve.engine.schedule.block_tables import BlockTables
 from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.masks import Masks, Words
 from jaxserve.engine.schedule.plan import PlanBuilder, Slice, StepPlan, StepResult
-from jaxserve.engine.schedule.sequence import Sequence, Status, order_of
+from jaxserve.engine.schedule.sequence import Sequence, Status, order_of, samples_of, twin_of
 from jaxserve.engine.schedule.waiting import Deadlines, Waiting
 from jaxserve.errors import RequestError
 from jaxserve.types.outputs import FinishReason, Update
@@ -86,23 +86,15 @@ class Scheduler:
         self._arrivals += 1
         turn = self._waiting.turns.take(request.tenant, priority, hold or params.n)
         seed = self._random.getrandbits(32) if params.seed is None else params.seed
-        seed ^= (seed >> 32) & 0xFFFF_FFFF
-        group: list[Sequence] = []
-        for index in range(params.n):
-            order, first = (priority, turn, self._arrivals, index), group[0] if group else None
-            sequence = Sequence(
-                request,
-                index=index,
-                order=order,
-                limits=limits,
-                seed=seed + index,
-                leader=first,
-                masks=masked_by,
-                drafter=None if hold or limits.states else drafted_by,  # wrong drafts would change the states
-            )
-            group.append(sequence)
+        group = self.requests[request.id] = samples_of(
+            request,
+            order=(priority, turn, self._arrivals),
+            limits=limits,
+            seed=seed ^ (seed >> 32) & 0xFFFF_FFFF,
+            masks=masked_by,
+            drafter=None if hold or limits.states else drafted_by,  # wrong drafts would change the states
+        )
         leader, *leader.siblings = group
-        self.requests[request.id] = group
         if hold:
             leader.held = hold
             self._waiting.put_search(leader)
@@ -246,7 +238,7 @@ class Scheduler:
         plan = PlanBuilder()
         states, self._states = self._states, {}  # those of forks that this plan makes follow it
         self._admit(plan, self._go_on(plan))
-        while not plan.tokens and self._waiting and self.running and all(map(_idles, self.running)):
+        while not plan.tokens and self._waiting and self.running and all(sequence.idles for sequence in self.running):
             # Held beams wait for one that has no room: without a preemption no blocks would ever be freed.
             self._preempt(self.running[-1])
             self._admit(plan, [])
@@ -256,19 +248,8 @@ class Scheduler:
         copies, edits = self._tables.take_changes()
         arrivals = [sequence for sequence in self._arrived if sequence.status == Status.RUNNING]
         self._arrived = []
-        return StepPlan(
-            plan.slices,
-            plan.tokens,
-            plan.entries,
-            plan.need,
-            plan.embeds,
-            self.policy_version,
-            plan.unsure,
-            copies,
-            edits,
-            states,
-            arrivals,
-        )
+        step = plan.slices, plan.tokens, plan.entries, plan.need, plan.embeds, self.policy_version, plan.unsure
+        return StepPlan(*step, copies, edits, states, arrivals)
 
     def _go_on(self, plan: PlanBuilder) -> list[Sequence]:
         """Plan the running sequences. Returns those with prompts in progress."""
@@ -376,32 +357,16 @@ class Scheduler:
     def _guesses(self, work: list[tuple[Sequence, int]], spare: int) -> dict[Sequence, list[int]]:
         """Drafts for sequences that decode. They get the tokens, rows of logits and blocks that prompts and the other
         sequences leave. A sequence gets none while drafts of it are in flight: only the devices know its length."""
-        found: dict[Sequence, list[int]] = {}
         if any(sequence.scores or sequence.mean is not None for sequence, _ in work):
-            return found
-        chunked, size = [item for item in work if item[1] > 1], self.limits.block_size
+            return {}
+        chunked = [item for item in work if item[1] > 1]
         room = min(self._score_rows, spare - sum(left for _, left in chunked))
         if self._free_rows and self._waiting and self._waiting.first.refused is None:  # else it waits for blocks
             room -= self._waiting.tokens
         groups, wanted = self.limits.groups, sum(self._tables.wanted(sequence) for sequence, _ in chunked)
         blocks = (self.pool.available - wanted) // groups - len(self.running)  # in each group
-        for sequence, left in work:
-            most = min(room, drafts.MOST, blocks * size, sequence.goal - sequence.computed - 1)
-            if sequence.drafter is None or left > 1 or most <= 0 or sequence.unsure or sequence.siblings:
-                continue
-            skip = sequence.pending
-            try:
-                guess = drafts.of(
-                    sequence.drafter, sequence.tokens, skip=skip, most=most, vocab_size=self.limits.vocab_size
-                )
-            except Exception:  # the request needs no drafts: it goes on without
-                traceback.print_exc()
-                sequence.drafter, self._drafters = None, self._drafters - 1
-                continue
-            if guess:
-                found[sequence] = guess
-                room -= len(guess)
-                blocks -= -(-len(guess) // size)
+        found, faulty = guessing.guesses(work, room=room, blocks=blocks, limits=self.limits)
+        self._drafters -= faulty
         return found
 
     def _compute_drafts(self, plan: PlanBuilder, sequence: Sequence, guess: list[int]) -> bool:
@@ -472,17 +437,13 @@ class Scheduler:
             if not sound and not all(result.valid[first : first + commit.counted(slice, result, first)]):
                 updates.append(self._broken(sequence, _NOT_FINITE))
                 continue
-            update = Update(
-                request_id=sequence.request.id,
-                index=sequence.index,
-                num_cached_tokens=sequence.cached,
-                policy_version=plan.policy_version,
-            )
+            update = Update(request_id=sequence.request.id, index=sequence.index)
+            update.num_cached_tokens, update.policy_version = sequence.cached, plan.policy_version
             try:
                 if slice.samples and not slice.drafts and slice.score_to == slice.score_from:
                     reason = commit.sampled(sequence, result, first, update, ends)
                 else:
-                    reason = self._apply(slice, result, update, first=first, last=end - 1)
+                    reason = commit.applied(slice, result, update, first=first, last=end - 1, ends_of_text=ends)
             except Exception as error:
                 traceback.print_exc()
                 updates.append(self._broken(sequence, f"its result cannot be used: {type(error).__name__}: {error}"))
@@ -493,23 +454,6 @@ class Scheduler:
                 update.scheduled, sequence.scheduled = sequence.scheduled, None
                 updates.append(update)
         return updates
-
-    def _apply(self, slice: Slice, result: StepResult, update: Update, *, first: int, last: int) -> FinishReason | None:
-        """Apply the result of one slice, which has the entries from `first` to `last`; return whether it ends."""
-        sequence = slice.sequence
-        if slice.score_to > slice.score_from:
-            update.prompt_logprobs = commit.scores(slice, result, first)
-            sequence.scores_reported = slice.score_to
-        if slice.drafts:
-            return commit.checked(slice, result, first, update, self.limits.eos_token_ids)
-        if slice.samples:
-            return commit.sampled(sequence, result, last, update, self.limits.eos_token_ids)
-        if slice.embeds:
-            update.embedding = commit.embedding(slice, result, last)
-            return None if update.embedding is None else "stop"
-        if sequence.request.score_only and slice.start + slice.count == sequence.goal:
-            return "length"
-        return None
 
     def _broken(self, sequence: Sequence, error: str) -> Update:
         """End a sequence after a fault. Its KV is never reused."""
@@ -544,18 +488,12 @@ class Scheduler:
 
     def branch(self, sequence: Sequence, index: int) -> Sequence:
         """Fork a held sequence, to be extended with another token."""
-        request, group = sequence.request, self.requests[sequence.request.id]
+        request_id = sequence.request.id
+        group = self.requests[request_id]
         if any(other.index == index for other in group):
-            raise RuntimeError(f"request {request.id!r} already has sample {index}")
-        order = (*sequence.order[:-1], index)
-        twin = Sequence(request, index=index, order=order, limits=self.limits, seed=sequence.seed, leader=sequence)
-        twin.held, twin.tokens, twin.reported = sequence.held, list(sequence.tokens), sequence.reported
+            raise RuntimeError(f"request {request_id!r} already has sample {index}")
+        twin = twin_of(sequence, index=index, limits=self.limits)
         group.append(twin)
         if sequence.status == Status.RUNNING and self._free_rows:
             self._fork_row(twin, sequence)
         return twin
-
-
-def _idles(sequence: Sequence) -> bool:
-    """Whether a held sequence has reported its sample and waits for `extend`."""
-    return sequence.reported == len(sequence.tokens)

@@ -146,9 +146,48 @@ class Sequence:
         return self.mean is None and not self.request.params.skip_reading_prefix_cache
 
     @property
+    def idles(self) -> bool:
+        """Whether a held sequence has reported its sample and waits for the scheduler's `extend`."""
+        return self.reported == len(self.tokens)
+
+    @property
     def scores(self) -> bool:
         """Whether log probabilities of its prompt are still wanted."""
         return self.scored < self.prompt_len
+
+
+def samples_of(
+    request: Request,
+    *,
+    order: tuple[int, int, int],
+    limits: Limits,
+    seed: int,
+    masks: Masks | None,
+    drafter: Drafter | None,
+) -> list[Sequence]:
+    """A sequence for each sample of a request."""
+    made: list[Sequence] = []
+    for index in range(request.params.n):
+        sequence = Sequence(
+            request,
+            index=index,
+            order=(*order, index),
+            limits=limits,
+            seed=seed + index,
+            leader=made[0] if made else None,
+            masks=masks,
+            drafter=drafter,
+        )
+        made.append(sequence)
+    return made
+
+
+def twin_of(sequence: Sequence, *, index: int, limits: Limits) -> Sequence:
+    """A held sequence with the same tokens, as another sample of its request."""
+    order, seed = (*sequence.order[:-1], index), sequence.seed
+    twin = Sequence(sequence.request, index=index, order=order, limits=limits, seed=seed, leader=sequence)
+    twin.held, twin.tokens, twin.reported = sequence.held, list(sequence.tokens), sequence.reported
+    return twin
 
 
 def order_of(sequence: Sequence) -> tuple[int, int, int, int]:

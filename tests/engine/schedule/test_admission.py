@@ -11,7 +11,8 @@ from jaxserve.engine.schedule import admission
 from jaxserve.errors import RequestError
 from jaxserve.types.request import Request
 from jaxserve.types.sampling_params import BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
-from tests.engine.fakes import FakeEngine, Oracle
+from tests.engine.fake_oracle import Oracle
+from tests.engine.fakes import FakeEngine
 
 LIMITS = Limits(
     vocab_size=50,

@@ -8,7 +8,9 @@ import pytest
 from jaxserve.engine.schedule import drafts
 from jaxserve.types.outputs import Update
 from jaxserve.types.request import Request
-from tests.engine.fakes import EOS, GUESSES, STEMS, FakeEngine, Guesses, Oracle, check_answers, limits, request
+from tests.engine.fake_oracle import GUESSES, Guesses, Oracle
+from tests.engine.fakes import FakeEngine, check_answers, limits, request
+from tests.engine.made_up_model import EOS, STEMS
 
 LONG: dict[str, Any] = dict(max_tokens=24, ignore_eos=True)
 

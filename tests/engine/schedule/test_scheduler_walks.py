@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.schedule.sequence import Sequence
 from jaxserve.types.request import Request
-from tests.engine.fakes import GUESSES, STEMS, VOCAB, FakeEngine, Guesses, Oracle, check_answers, limits, request
+from tests.engine.fake_oracle import GUESSES, Guesses, Oracle
+from tests.engine.fakes import FakeEngine, check_answers, limits, request
+from tests.engine.made_up_model import STEMS, VOCAB
 
 # --- random walks ---------------------------------------------------------------------------------------------------
 

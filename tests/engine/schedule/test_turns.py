@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.schedule import turns
 from jaxserve.errors import OverloadedError
-from tests.engine.fakes import STEMS, FakeEngine, limits, request
+from tests.engine.fakes import FakeEngine, limits, request
+from tests.engine.made_up_model import STEMS
 
 type Arrival = tuple[str, int]  # tenant, turns of the engine before the next arrival
 
