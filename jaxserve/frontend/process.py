@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
@@ -47,6 +47,8 @@ class EngineState:
     done: int = 0
     total: int = 0
     error: str | None = None  # if it failed: the fault and the remedy
+    what: str = field(default="", compare=False)  # the kind of activity
+    since: float = field(default=0.0, compare=False)  # when that began
 
 
 class EngineProcess:
@@ -224,7 +226,11 @@ class EngineProcess:
             case wire.Beat():
                 self._beat = message
             case wire.Progress():
-                self._become(EngineState("starting", _detail(message), message.done, message.total))
+                what, last = message.what, self.state
+                since = last.since if last.what == what else self._heard
+                self._become(
+                    EngineState("starting", _detail(message), message.done, message.total, what=what, since=since)
+                )
             case wire.ModelOpened():
                 self.opened = message
                 self._become(self.state)

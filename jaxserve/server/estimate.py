@@ -16,6 +16,8 @@ from jaxserve.types.request import Request
 
 WEIGHT = 0.1  # of a new duration in the mean
 LONGEST_WAIT = 60  # the largest Retry-After
+FIRST_WAIT = 5  # the Retry-After while nothing is known
+SHORTEST_WAIT = 2  # while the model is loading, after which programs may be compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,13 @@ class Load:
 def whole(seconds: float) -> int:
     """As a Retry-After."""
     return min(max(math.ceil(seconds), 1), LONGEST_WAIT)
+
+
+def until_loaded(*, done: int, total: int, seconds: float) -> int:
+    """When to ask again for a model of which so much was loaded in so many seconds."""
+    if not (done and total and seconds > 0):
+        return FIRST_WAIT
+    return max(whole(seconds * (total - done) / done), SHORTEST_WAIT)
 
 
 def shown(seconds: float) -> str:

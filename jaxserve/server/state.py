@@ -70,8 +70,12 @@ class Serving:
         if self.draining:
             raise unavailable("The server is shutting down.", wait=5)
         if self.client is None:
-            failed = self.engine.state.phase == "failed"
-            raise unavailable("The engine has failed." if failed else "The model is still loading.", wait=5)
+            state = self.engine.state
+            if state.phase == "failed":
+                raise unavailable("The engine has failed.", wait=5)
+            wait = estimate.until_loaded(done=state.done, total=state.total, seconds=time.monotonic() - state.since)
+            about = f" ({state.detail})" if state.total else ""
+            raise unavailable(f"The model is still loading{about}.", wait=wait)
         return self.client
 
     def take_engine(self, client: EngineClient, pooling: Pooling) -> None:

@@ -86,6 +86,8 @@ def comparable(output: RequestOutput) -> RequestOutput:
 def test_startup_is_reported(shared: Shared) -> None:
     details = [state.detail for state in shared.states if state.phase == "starting"]
     assert "opening the model" in details and "loading 100 %" in details
+    loading = [state.since for state in shared.states if state.what == "loading"]
+    assert len(set(loading)) == 1 and loading[0] > 0  # the time is that of the first report
     assert shared.states[-1] == EngineState("ready", "")
     opened = shared.engine.opened
     assert opened is not None and (opened.family, opened.layers, opened.dtype) == ("llama", 1, "float32")

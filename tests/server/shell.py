@@ -3,6 +3,7 @@
 
 import asyncio
 import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Self, cast
@@ -30,7 +31,9 @@ class Shell(Client):
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.engine = SimpleNamespace(
-            state=SimpleNamespace(phase="starting", detail="compiling 7/18", done=7, total=18), stats=None, pid=None
+            state=SimpleNamespace(phase="starting", detail="compiling 7/18", done=7, total=18, since=time.monotonic()),
+            stats=None,
+            pid=None,
         )
         self.serving = Serving(config, cast(Any, self.engine), metrics=Metrics("jaxserve", MODEL))
         self.connections = Connections(config)

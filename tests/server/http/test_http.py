@@ -59,6 +59,14 @@ def test_statuses_of_the_server_itself(shell: Shell) -> None:
     assert int(shell.post("/v1/completions", {}).headers["retry-after"]) >= 1
 
 
+def test_while_it_loads_a_client_learns_when_to_ask_again(shell: Shell) -> None:
+    state = shell.engine.state
+    for done, seconds, low, high in ((7, 70, 60, 60), (7, 7, 11, 12), (17, 1, 2, 2), (0, 30, 5, 5)):
+        state.done, state.since = done, time.monotonic() - seconds
+        assert low <= int(shell.post("/v1/completions", {}).headers["retry-after"]) <= high
+    state.done = 7
+
+
 def test_while_it_starts(shell: Shell) -> None:
     health = shell.get("/health")
     assert (health.status, health.json) == (
