@@ -2,7 +2,6 @@
 """`jaxserve bench serve`: load-tests a server and prints vLLM's result table."""
 
 import asyncio
-import json as json_module
 import math
 import random
 import sys
@@ -254,8 +253,7 @@ class BenchServe:
         asked |= {"dataset_path": None if self.dataset_path is None else str(self.dataset_path)}
         asked |= {"url": self.address, "endpoint": self.path, "backend": self.backend or "openai"}
         asked |= {"model_id": model, "date": time.strftime("%Y%m%d-%H%M%S"), "result_dir": str(self.result_dir)}
-        rounded = {name: _rounded(value) for name, value in results.items()}
-        result = json_module.dumps({**asked, **rounded, "errors": list(errors)})
+        result = results_file.text_of({**asked, **results, "errors": list(errors)})
         if str(self.json) == "-":
             print(result)
         else:
@@ -291,11 +289,6 @@ def limits(goodput: Sequence[str]) -> dict[str, float]:
 def _limited(errors: Sequence[str]) -> bool:
     """Whether the server refused requests because of a rate limit."""
     return any(error.startswith("429") for error in errors)
-
-
-def _rounded(value: float) -> float:
-    """Without digits that no clock measures."""
-    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 def _words(text: str) -> int:

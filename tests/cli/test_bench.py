@@ -318,4 +318,6 @@ def test_without_a_server(command: Command, tmp_path: Path) -> None:
     assert re.match(r"Avg latency: [\d.e-]+ seconds\n10% percentile latency: [\d.e-]+ seconds\n", said.out)
     found = json.loads(file.read_text())
     assert len(found["latencies"]) == 3 and found["percentiles"]["50"] == sorted(found["latencies"])[1]
+    numbers = re.findall(r"\d+\.\d+", file.read_text() + said.out)
+    assert len(numbers) > 10 and all(len(number.replace(".", "").strip("0")) <= 8 for number in numbers)
     one_error(command("bench", "latency", model, "--num-iters", "0"), 2, "--num-iters is 0")

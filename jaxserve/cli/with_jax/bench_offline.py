@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxserve bench throughput` and `jaxserve bench latency`: an engine in this process with random prompts."""
 
-import json as json_module
 import random
 import time
 from collections.abc import Mapping
@@ -48,7 +47,7 @@ class Offline:
 
     def write(self, results: Mapping[str, Any]) -> None:
         if self.json is not None:
-            results_file.write(self.json, json_module.dumps(results))
+            results_file.write(self.json, results_file.text_of(results))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ class BenchLatency(Offline):
         times = [once() for _ in range(self.num_iters)]
         ordered, mean = sorted(times), sum(times) / len(times)
         shares = {share: percentile(ordered, share) for share in (10, 25, 50, 75, 90, 99)}
-        print(f"Avg latency: {mean} seconds")
+        print(f"Avg latency: {mean:.6g} seconds")
         for share, value in shares.items():
-            print(f"{share}% percentile latency: {value} seconds")
+            print(f"{share}% percentile latency: {value:.6g} seconds")
         self.write({"avg_latency": mean, "latencies": times, "percentiles": {str(k): v for k, v in shares.items()}})
