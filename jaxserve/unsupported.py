@@ -54,7 +54,8 @@ SETTINGS = {
     **_planned("compilation_config", "optimization_level", "cudagraph_capture_sizes", "performance_mode"),
     **_planned("jit_monitor_mode", "use_fp64_gumbel", "disable_cascade_attn", "attention_backend"),
     **_planned("tokenizer_mode", "code_revision", "hf_overrides", "hf_config_path"),
-    **_planned("override_generation_config", "ignore_patterns", "safetensors_load_strategy", "task", "runner"),
+    **_planned("override_generation_config", "ignore_patterns", "safetensors_load_strategy"),
+    **_planned("task", "runner", "convert", "pooler_config", "override_pooler_config"),
     **_planned("prefix_caching_hash_algo", "long_prefill_token_threshold", "max_num_scheduled_tokens"),
     **_planned("scheduler_cls", "scheduler_reserve_full_isl", "watermark", "stream_interval"),
     **_planned("prefill_schedule_interval", "disable_sliding_window", "disable_hybrid_kv_cache_manager"),
@@ -92,6 +93,8 @@ class NoEffect(NamedTuple):
     note: str = "this is the default"
 
 
+_ROUTES = "every route is there, for what the model can do"
+
 # By setting. Its other values are refused, for the reason above.
 NO_EFFECT = {
     "enable_chunked_prefill": NoEffect(YES, "prompts are always processed in chunks"),
@@ -111,8 +114,9 @@ NO_EFFECT = {
     "chat_template_content_format": NoEffect(("auto", "string"), "templates get content as a string"),
     "distributed_executor_backend": NoEffect(("mp", "uni"), "one process runs all devices"),
     "prefix_caching_hash_algo": NoEffect(("sha256",)),
-    "task": NoEffect(("auto", "generate")),
-    "runner": NoEffect(("auto", "generate")),
+    "task": NoEffect(("auto", "generate", "embed", "embedding", "classify", "score"), _ROUTES),
+    "runner": NoEffect(("auto", "generate", "pooling"), _ROUTES),
+    "convert": NoEffect(("auto", "none", "embed"), _ROUTES),
     **dict.fromkeys(("enable_lora", "enable_auto_tool_choice", "enable_eplb", "enable_dbo"), NoEffect(NO)),
     **dict.fromkeys(("headless", "enable_expert_parallel", "fully_sharded_loras"), NoEffect(NO)),
     "limit_mm_per_prompt": NoEffect((), "models read text only"),

@@ -97,6 +97,10 @@ def test_the_first_lines_of_output(command: Command, served: Served, model: Path
         (["--limit-mm-per-prompt", "image=0,video=0"], ["--limit-mm-per-prompt has no effect"]),
         (["--swap-space", "0", "--cpu-offload-gb=0"], ["--swap-space has no effect", "--cpu-offload-gb has no"]),
         (["--task", "generate"], ["--task has no effect"]),
+        (
+            ["--runner", "pooling", "--convert", "embed"],
+            ["--runner has no effect: every route", "--convert has no effect"],
+        ),
         (["--no-enable-expert-parallel=true"], ["--no-enable-expert-parallel has no effect"]),
     ],
 )
