@@ -10,7 +10,6 @@ its result is applied, it ends with an error and the others are not affected. If
 dead: all requests in flight end with an error, and it accepts no more.
 """
 
-import sys
 import time
 import traceback
 import weakref
@@ -32,6 +31,7 @@ from jaxserve.engine.execute.profiling import Profiler
 from jaxserve.engine.execute.recorder import Recorder
 from jaxserve.engine.execute.runner import Handle, ProgramKey, Runner
 from jaxserve.engine.execute.weights import Conversion
+from jaxserve.engine.progress import Report, StartProgress, to_stderr
 from jaxserve.engine.schedule.drafts import Drafter
 from jaxserve.engine.schedule.masks import Masks
 from jaxserve.engine.schedule.packing import Batcher, StepMessage
@@ -44,12 +44,6 @@ from jaxserve.models.spec import ModelSpec
 from jaxserve.types.metrics import Counters, EngineMetrics, StepClock
 from jaxserve.types.outputs import FinishReason, Update
 from jaxserve.types.request import Request
-
-type Report = Callable[[str], None]
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class Engine:
@@ -92,7 +86,7 @@ class Engine:
                 self.runner.params = reading.result()
                 self.runner.allocate()
             else:
-                shown = _Progress(report, on_progress, reading)
+                shown = StartProgress(report, on_progress, reading)
                 self._warm(shown, reading)
                 shown.close()
         self.scheduler = Scheduler(
@@ -112,7 +106,7 @@ class Engine:
         self.error: str | None = None
         self._background = self._compile_the_rest() if config.warmup == "staged" else None
 
-    def _warm(self, progress: "_Progress", reading: Future[Params]) -> None:
+    def _warm(self, progress: StartProgress, reading: Future[Params]) -> None:
         runner = self.runner
         if self.config.warmup == "all":
             runner.warm(progress, reading)
@@ -469,33 +463,3 @@ class Engine:
             programs_pending=pending,
             step_seconds=list(self._times.seconds),
         )
-
-
-class _Progress:
-    """Reports `compiling 7/18 (12 s)` once the weights are read: in place on a terminal, else every `EVERY` seconds and
-    at the end."""
-
-    EVERY = 15.0  # seconds
-
-    def __init__(self, report: Report, on_progress: OnProgress | None, reading: Future[Params]) -> None:
-        self._report, self._on_progress, self._reading, self._last = report, on_progress, reading, ""
-        self._live = report is to_stderr and sys.stderr.isatty()
-        self._next = self.EVERY
-
-    def __call__(self, done: int, count: int, seconds: float) -> None:
-        self._last = f"compiling {done}/{count} ({seconds:.0f} s)"
-        if not self._reading.done():
-            return
-        if self._on_progress is not None:
-            self._on_progress("compiling", done, count)
-        if self._live:
-            print(f"\r{self._last}", end="", file=sys.stderr, flush=True)
-        elif seconds >= self._next and done < count:
-            self._next = seconds + self.EVERY
-            self._report(self._last)
-
-    def close(self) -> None:
-        if self._live and self._last:
-            print(f"\r{self._last}", file=sys.stderr)
-        elif self._last:
-            self._report(self._last)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.engine import Engine, Report
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.progress import Report
 from jaxserve.engine.schedule.drafts import MOST, Drafter
 from jaxserve.models import decoder, param_layout
 from jaxserve.models.cache_groups import groups_of

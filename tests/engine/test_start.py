@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from jaxserve.config import ConfigError, EngineConfig
-from jaxserve.engine.engine import Engine, _Progress
+from jaxserve.engine.engine import Engine
 from jaxserve.engine.execute import compiler, loading, memory
 from jaxserve.engine.execute.runner import Runner
+from jaxserve.engine.progress import StartProgress
 from jaxserve.errors import JaxserveError
 from jaxserve.models.decoder import Params
 from jaxserve.parallel.mesh import make_mesh
@@ -128,7 +129,7 @@ def test_a_mesh_that_would_replicate_the_model_is_refused(axis: str) -> None:
 
 def test_long_compilation_is_reported_now_and_then() -> None:
     lines: list[str] = []
-    progress = _Progress(lines.append, None, loading.done({}))
+    progress = StartProgress(lines.append, None, loading.done({}))
     for done, seconds in ((1, 10.0), (2, 16.0), (3, 20.0), (4, 31.0), (9, 50.0)):
         progress(done, 9, seconds)
     progress.close()
