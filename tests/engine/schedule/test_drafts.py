@@ -157,6 +157,23 @@ def test_prompts_and_other_rows_come_first() -> None:
     engine.check_over()
 
 
+@pytest.mark.parametrize("wants", [dict(embed=True, pool="mean"), dict(score_only=True)], ids=["mean", "scores"])
+def test_they_leave_the_entries_to_what_needs_all_hidden_states_of_a_prompt(wants: dict[str, Any]) -> None:
+    """An engine has a fixed number of entries in a step, which `turn` checks."""
+    engine = FakeEngine(limits(), score_rows=8)
+    shown = dict(prompt_logprobs=0) if "score_only" in wants else {}
+    engine.add(request("long", STEMS[0][:36], request=wants, **shown))
+    made = request("drafted", STEMS[1][:4], **LONG)
+    engine.add(made, drafted_by=Fixed(engine, made, 7))
+    while engine.answers["long", 0].reason is None:
+        assert not any(slice.drafts for plan in engine.plans[:-1] for slice in plan.slices)
+        engine.turn()
+    engine.drain()
+    assert any(slice.drafts for plan in engine.plans for slice in plan.slices)
+    check_answers(engine, made, set())
+    engine.check_over()
+
+
 def test_drafts_preempt_nothing() -> None:
     """They get blocks that no sequence needs in the same step."""
     drafted = preemptions = 0
