@@ -21,11 +21,11 @@ class Mean:
 
     def add(self, states: np.ndarray) -> None:
         """The hidden states [n, hidden] of the next tokens."""
-        weights = np.arange(self._count + 1, self._count + len(states) + 1) if self._weighted else np.ones(len(states))
-        each = states.astype(np.float64) * weights[:, None]
-        # numpy adds the rows of a matrix in their order.
-        self._total = np.concatenate([self._total[None], each]).sum(axis=0) if self._count else each.sum(axis=0)
-        self._count += len(states)
+        if not self._count:
+            self._total = np.zeros(states.shape[1])
+        for state in states:  # as fast as one sum of the matrix, which would need a copy in float64
+            self._count += 1
+            self._total += state * np.float64(self._count) if self._weighted else state
 
     def value(self) -> np.ndarray:
         weight = self._count * (self._count + 1) // 2 if self._weighted else self._count
