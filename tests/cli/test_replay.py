@@ -83,7 +83,7 @@ def test_other_models_and_compiler_flags(dump: Path, tmp_path: Path, capsys: pyt
     [
         (dict(policy_version=2), "the weights were version 2, set by update_weights"),
         (dict(has_folder=False), "the weights came from a program, not from a folder"),
-        (dict(form=7), "has format 7, expected 2"),
+        (dict(form=7), "has format 7, expected 3"),
     ],
 )
 def test_what_cannot_be_replayed(

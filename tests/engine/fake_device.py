@@ -208,7 +208,7 @@ class FakeDevice:
         fed: dict[int, tuple[int, int]] = {}
         ended: set[int] = set()
         embeddings: list[list[int]] = []
-        embeds = 0
+        embeds = list[bool]()
         for entry in entries[: packed.entries].tolist():
             at, row, numbers = entry[TOKEN], entry[ROW], entry[FIXED:]
             # A fork samples from the logits of a token of another row; the token after it is what is asked for.
@@ -228,15 +228,17 @@ class FakeDevice:
                     ended.add(row)
             else:
                 assert row == rows[at]
-                embeds += token < 0
-            tokens.append(token)
-            likely.append(likelihood(drawn, token))
+            embeds.append(not entry[SAMPLES] and token < 0)
+            if not embeds[-1]:
+                tokens.append(token)
+                likely.append(likelihood(drawn, token))
         assert ended == fed.keys()
         for row, found in fed.items():
             self.last[row] = found
-        assert embeds == packed.embeds
+        assert embeds == [False] * (packed.entries - packed.embeds) + [True] * packed.embeds
+        assert packed.head_rows >= len(tokens) and bool(packed.head_rows) == bool(tokens)
         result = self._result(packed.head, tokens, valid, likely)
-        if embeds:
+        if packed.embeds:
             result.embeddings = np.array(embeddings, np.float32)
         return result
 

@@ -36,7 +36,7 @@ from jaxserve.errors import JaxserveError
 from jaxserve.models.spec import ModelSpec
 
 SUFFIX = ".steps"
-_FORM = 2  # version of the file format
+_FORM = 3  # version of the file format
 
 
 class ArrayData(msgspec.Struct, array_like=True):

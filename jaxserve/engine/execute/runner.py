@@ -437,7 +437,7 @@ class Runner:
             embed = self._executable(("embed", message.embed_rows))
             handle.embeddings = embed(self._head, hidden)
             handle.embeddings.copy_to_host_async()
-        if message.entries > message.embeds:
+        if message.logits:
             handle.result = self._pick(message, hidden, handle.entries)
             handle.result.copy_to_host_async()
         if message.entries:
@@ -470,12 +470,11 @@ class Runner:
         result = StepResult([], []) if handle.result is None else self._read_table(handle)
         if handle.embeddings is not None:
             result.embeddings = np.asarray(handle.embeddings)[: handle.message.entries]
-            finite = np.isfinite(result.embeddings).all(axis=1)
-            result.valid = (finite & (result.valid or True)).tolist()
+            result.valid += np.isfinite(result.embeddings[handle.message.logits :]).all(axis=1).tolist()
         return result
 
     def _read_table(self, handle: Handle) -> StepResult:
-        table = np.asarray(handle.result)[: handle.message.entries]
+        table = np.asarray(handle.result)[: handle.message.logits]
         result = StepResult(table[:, 0].tolist(), table[:, 1].astype(bool).tolist())
         if table.shape[1] > 2:
             count = (table.shape[1] - 4) // 2

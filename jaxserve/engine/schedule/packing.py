@@ -4,8 +4,9 @@
 `Layout` describes the vector; the device programs use the same slices. Sizes depend only on the bucket. A decoding step
 of B rows has B tokens and B entries; a mixed step has the maximum of rows and of entries, whatever its token count.
 
-An entry describes one row of hidden states: its token, its row, and how to sample from its logits. Floats are stored as
-their bits. Its position is filled in on the device, which knows where each row starts.
+An entry describes one row of hidden states: its token, its row, and how to sample from its logits. Those that are
+returned as embeddings come last: the head computes logits of the others alone. Floats are stored as their bits. Its
+position is filled in on the device, which knows where each row starts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -107,7 +108,7 @@ class StepMessage:
 
     layout: Layout
     entries: int  # the rows of hidden states that the step needs
-    embeds: int  # how many of them are returned as embeddings; the others become logits
+    embeds: int  # how many of them are returned as embeddings: the last ones
     # The programs that follow the model, and their sizes; 0 if one is not needed.
     head: Variant
     head_rows: int
@@ -122,6 +123,11 @@ class StepMessage:
     masks: list[Ints] = field(default_factory=list[Ints])
     # For `copy_states`, which runs before the step too.
     states: list[Ints] = field(default_factory=list[Ints])
+
+    @property
+    def logits(self) -> int:
+        """How many entries become logits: the first ones."""
+        return self.entries - self.embeds
 
 
 class Batcher:
@@ -157,7 +163,7 @@ class Batcher:
             plan.entries,
             plan.embeds,
             head,
-            self._available.fitting(head, plan.entries) if plan.entries > plan.embeds else 0,
+            self._available.fitting(head, plan.logits) if plan.logits else 0,
             self._available.fitting("embed", plan.entries) if plan.embeds else 0,
             vector,
             edits,
@@ -180,9 +186,9 @@ class Batcher:
     def _head_for(self, plan: StepPlan) -> Variant:
         """The cheapest available head that does what the rows need. The last one does everything."""
         for covered, head in self._heads.items():
-            if not plan.need & ~covered and self._available.fits(head, plan.entries):
+            if not plan.need & ~covered and self._available.fits(head, plan.logits):
                 return head
-        raise RuntimeError(f"no head has {plan.entries} rows with all that they need")
+        raise RuntimeError(f"no head has {plan.logits} rows with all that they need")
 
     def at_fault(self, plan: StepPlan) -> list[Sequence]:
         """The sequences of a plan that cannot be packed even alone; all of them if each can."""
@@ -233,11 +239,14 @@ class Batcher:
         for i, s in enumerate(slices):
             if s.score_to > s.score_from:
                 used[i, GIVEN] = s.sequence.tokens[s.score_from]
+        if plan.embeds:
+            used[:] = used[np.argsort([s.embeds for s in slices], stable=True)]
 
     def _fill_mixed(self, plan: StepPlan, parts: dict[str, Ints], entries: Ints) -> None:
         starts, tokens = [0], list[int]()
         rows, lengths = list[int](), list[int]()
         table: list[tuple[int, int, int, int, int]] = []
+        states: list[tuple[int, int, int, int, int]] = []  # of entries that are returned as embeddings
         singles = 0
         last: dict[int, int] = {}  # the position of each slice's last token, for the forks that sample from it
         for s in plan.slices:
@@ -258,7 +267,7 @@ class Batcher:
                 table.append((at, sequence.row, 0, draft, 1))
             if s.samples:
                 table.append((end, sequence.row, 0, -1, 1))
-            table += [(at, sequence.row, 0, -1, 0) for at in range(end + 1 - s.embeds, end + 1)]
+            states += [(at, sequence.row, 0, -1, 0) for at in range(end + 1 - s.embeds, end + 1)]
         self._check(np.array(rows), np.array(lengths))
         count = len(rows)
         parts["tokens"][: len(tokens)] = tokens
@@ -269,6 +278,7 @@ class Batcher:
         parts["starts"][:] = len(tokens)
         parts["starts"][: count + 1] = starts
         parts["distribution"][:] = singles, count
+        table += states
         if table:
             used = entries[: len(table)]
             used[:, :FIXED] = table

@@ -59,6 +59,11 @@ class StepPlan:
     arrivals: list[Sequence] = field(default_factory=list[Sequence])  # sequences that took a row since the last step
 
     @property
+    def logits(self) -> int:
+        """How many entries become logits: the first ones."""
+        return self.entries - self.embeds
+
+    @property
     def masked(self) -> bool:
         """Whether the head waits for masks that depend on the tokens of the step before."""
         return bool(self.need & MASK) and any(s.samples and s.sequence.masks is not None for s in self.slices)
@@ -109,10 +114,10 @@ class PlanBuilder:
 
 @dataclass(slots=True)
 class StepResult:
-    """One entry per row of logits or embedding, in the order of the plan's slices. Of a slice with drafts only those
-    count that sampled its drafts, and the next: see `commit.counted`."""
+    """One entry per row of logits, in the order of the plan's slices, then one per embedding. Of a slice with drafts
+    only those count that sampled its drafts, and the next: see `commit.counted`."""
 
-    tokens: list[int]
+    tokens: list[int]  # of the rows of logits
     valid: list[bool]
     logprobs: np.ndarray | None = None  # float32 [entries]
     ranks: np.ndarray | None = None

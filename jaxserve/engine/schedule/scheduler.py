@@ -427,10 +427,10 @@ class Scheduler:
         """Apply a step's result. Returns its updates, and those of sequences that ended outside a step."""
         updates = self.take_ended()
         sound, ends = all(result.valid), self.limits.eos_token_ids
-        end = 0
+        places = [0, plan.logits]  # of the next row of logits, and of the next embedding
         for slice in plan.slices:
-            first = end
-            end += slice.entries
+            first = places[slice.embeds > 0]
+            places[slice.embeds > 0] = end = first + slice.entries
             sequence = slice.sequence
             if slice.epoch != sequence.epoch:
                 continue

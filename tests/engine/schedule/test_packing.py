@@ -124,6 +124,24 @@ def test_embeddings_are_entries_that_sample_nothing() -> None:
     assert entries[:4] == [[0, 3, 0, -1, 0], [1, 1, 0, -1, 0], [2, 1, 0, -1, 0], [0, 4, 0, -1, 0]]
 
 
+def test_the_head_computes_no_logits_of_embeddings() -> None:
+    """Their entries come last."""
+    embedded, greedy, mean = sequence(3, [1, 2]), sequence(0, [7, 8], temperature=0), sequence(1, [4] * 9)
+    slices = [Slice(embedded, 1, 1, 0), Slice(greedy, 1, 1, 1)]
+    slices[0].embeds = 1
+    packed = batcher().pack(plan(slices))
+    assert (packed.layout, packed.entries, packed.embeds) == (packing.decode_layout(2), 2, 1)
+    assert (packed.head.top_n, packed.head_rows, packed.embed_rows) == (None, 1, 4)
+    entries = np.reshape(parts(packed)["entries"], (2, len(packing.ENTRY)))[:, :5].tolist()
+    assert entries == [[1, 0, 0, -1, 1], [0, 3, 0, -1, 0]]
+    slices.append(Slice(mean, 0, 9, 0))
+    slices[2].embeds = 9
+    packed = batcher().pack(plan(slices))
+    assert (packed.head.top_n, packed.head_rows, packed.embed_rows) == (None, 1, 12)
+    entries = np.reshape(parts(packed)["entries"], (12, len(packing.ENTRY)))[:, :5].tolist()
+    assert entries[:3] == [[1, 0, 0, -1, 1], [0, 3, 0, -1, 0], [2, 1, 0, -1, 0]] and entries[10][0] == 10
+
+
 def test_drafts_and_a_length_that_only_the_devices_know() -> None:
     unsure, drafted = sequence(3, [1, 2], max_tokens=9), sequence(1, [4, 5], max_tokens=9)
     unsure.computed, unsure.pending, unsure.unsure = 4, 3, 2
