@@ -52,7 +52,11 @@ class Preparer:
 
     def default_params(self) -> SamplingParams:
         """The defaults of the model's generation_config.json."""
-        return SamplingParams(**self._defaults)
+        return self.params({})
+
+    def params(self, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters with these values, else the model's defaults."""
+        return SamplingParams(**{**self._defaults, **values})
 
     def next_id(self) -> str:
         return str(next(self._ids))

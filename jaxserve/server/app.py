@@ -6,8 +6,8 @@ observe (id, load, log, metrics) -> faults (errors as JSON) -> admit (origin, ke
 
 import asyncio
 import logging
+import os
 import time
-import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -31,6 +31,7 @@ from jaxserve.server.state import GRANT, HELD, RECORD, SERVING, TRACE, Serving
 LEFT = 499  # status in logs and metrics when the client disconnects before the response
 MAX_ID = 128
 ID_HEADER = "X-Request-Id"
+_RANDOM: list[bytes] = []  # for the ids of the next requests
 
 
 def make_app(serving: Serving) -> web.Application:
@@ -119,7 +120,16 @@ def _request_id(request: web.Request) -> str:
     """The client's X-Request-Id, or a new one. Only correlates logs; it grants no access."""
     sent = request.headers.get(ID_HEADER, "")
     good = 0 < len(sent) <= MAX_ID and sent.isascii() and sent.isprintable()
-    return sent if good else uuid.uuid4().hex
+    return sent if good else _new_id()
+
+
+def _new_id() -> str:
+    """32 random hexadecimal digits. The system is asked for many at a time: each call may hand Python's lock to another
+    thread."""
+    if not _RANDOM:
+        data = os.urandom(16 * 256)
+        _RANDOM.extend(data[begin : begin + 16] for begin in range(0, len(data), 16))
+    return _RANDOM.pop().hex()
 
 
 @web.middleware
@@ -166,6 +176,7 @@ def _admit(serving: Serving, table: dict[tuple[str, str], Route], *, origins: Or
         if route.scope != "admin":
             serving.check_awake()  # before the request counts against a rate limit
         with _granted(serving, request, route, key), serving.working():
+            await serving.entrance.enter()
             held = request[HELD] = await bodies.read(request)
             try:
                 return await handler(request)

@@ -110,7 +110,7 @@ def sampling_params(
         "detokenize": preparer.tokenizer is not None,
         "output_kind": RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY,
     }
-    return replace(preparer.default_params(), **values)
+    return preparer.params(values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from jaxserve.server.errors import SHUT_DOWN, ApiError
 from jaxserve.server.estimate import Estimator, Load
 from jaxserve.server.http.api_keys import KeyRing
 from jaxserve.server.http.auth import Access
+from jaxserve.server.http.entrance import Entrance
 from jaxserve.server.http.guard import Held
 from jaxserve.server.http.rate_limit import Grant, Limiter
 from jaxserve.server.observe.prometheus import Metrics
@@ -50,6 +51,7 @@ class Serving:
         self.asleep = False
         self.in_flight = 0  # HTTP requests that a shutdown waits for
         self.workers = Workers(config.tokenizer_workers)
+        self.entrance = Entrance()
         self._idle = asyncio.Event()
         self._idle.set()
         self.estimator = Estimator()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads for slow work: parsing large bodies, chat templates, tokenizing, checks, large answers.
 
-Long texts are handled by separate threads, so that short requests never wait for them.
+Long texts are handled by separate threads, so that short requests never wait for them. What takes no longer than to
+pass it to a thread is done at once.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from jaxserve.server.protocol.bounds import SMALL
+
+QUICK = 2**12  # bytes of a body whose prompts are encoded and checked in less than a millisecond
 
 
 class Workers:
@@ -22,6 +25,10 @@ class Workers:
         """Call the function in a thread. `size`: bytes of the body that it works on."""
         pool = self._short if size <= SMALL else self._long
         return await asyncio.get_running_loop().run_in_executor(pool, partial(function, *args, **kwargs))
+
+    async def prepare[**P, T](self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Like `run`, for work that takes as long as the body is: a short one's is done at once."""
+        return function(*args, **kwargs) if size <= QUICK else await self.run(size, function, *args, **kwargs)
 
     def shutdown(self) -> None:
         """Cancel what has not begun. Does not wait for the rest."""

@@ -53,3 +53,11 @@ def test_beams_wider_than_the_engine_allows() -> None:
         preparer.prepare_beams([5], replace(BEAMS, beam_width=5))
     with pytest.raises(RequestError, match="twice as many log probabilities exceed max_logprobs 20"):
         preparer.prepare_beams([5], replace(BEAMS, beam_width=11))
+
+
+def test_a_value_of_a_request_leaves_the_models_other_defaults() -> None:
+    """Greedy sampling has no top_p; a request that sets a temperature samples with the model's."""
+    preparer = Preparer(None, LIMITS, defaults={"temperature": 0, "top_p": 0.5, "max_tokens": 7})
+    assert preparer.default_params().top_p == 1
+    params = preparer.params({"temperature": 0.75})
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.75, 0.5, 7)

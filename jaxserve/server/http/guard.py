@@ -211,6 +211,8 @@ class Bodies:
         if (request.content_length or 0) > self._config.max_body_bytes:
             raise _too_large(self._config)
         begin = asyncio.get_running_loop().time()
+        if request.content.is_eof() and request.content.exception() is None:  # all of it is here already
+            return await self._read(request, None, begin)
         try:
             async with asyncio.timeout_at(begin + self._patience(0)) as limit:
                 return await self._read(request, limit, begin)
@@ -227,7 +229,7 @@ class Bodies:
         """Seconds from the start within which more than `size` bytes must have arrived."""
         return min(max(self._config.header_timeout, size / SLOWEST), self._config.body_timeout)
 
-    async def _read(self, request: web.Request, limit: asyncio.Timeout, begin: float) -> int:
+    async def _read(self, request: web.Request, limit: asyncio.Timeout | None, begin: float) -> int:
         chunks, size = list[bytes](), 0
         until = begin + self._patience(0)
         try:
@@ -236,7 +238,7 @@ class Bodies:
                 size += len(chunk)
                 self.held += len(chunk)
                 due = begin + self._patience(size)
-                if due > until:
+                if limit is not None and due > until:
                     until = due
                     limit.reschedule(due)
                 if size > self._config.max_body_bytes:

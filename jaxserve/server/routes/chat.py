@@ -29,7 +29,10 @@ async def create(request: web.Request) -> web.StreamResponse:
     preparer = serving.check_ready().preparer
     body = await params.read(request, ChatRequest)
     order = params.order(request, body, kind="chatcmpl", add_special_tokens=False)
-    prepared = await serving.workers.run(request[RECORD].body_size, prepared_chat, serving, preparer, body, order)
+    size = request[RECORD].body_size
+    # A template of a client may run for long.
+    prepares = serving.workers.prepare if body.chat_template is None else serving.workers.run
+    prepared = await prepares(size, prepared_chat, serving, preparer, body, order)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     answer = Answer(request, body, prepared, id=order.name, object=kind)
     choices = _ChatChoices(answer)

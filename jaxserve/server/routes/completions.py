@@ -28,7 +28,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     preparer = serving.check_ready().preparer
     body = await params.read(request, CompletionRequest)
     order = params.order(request, body, kind="cmpl", add_special_tokens=True)
-    prepared = await serving.workers.run(request[RECORD].body_size, prepared_completions, preparer, body, order)
+    prepared = await serving.workers.prepare(request[RECORD].body_size, prepared_completions, preparer, body, order)
     answer = Answer(request, body, prepared, id=order.name, object="text_completion")
     choices = _CompletionChoices(answer)
     if body.stream:

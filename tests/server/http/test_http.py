@@ -382,6 +382,8 @@ def test_ids_of_requests() -> None:
             for sent in ("", "a" * 129, "tab\there", "ümlaut")
         }
         assert len(made) == 4
+        made |= {server.get("/version").headers["x-request-id"] for _ in range(300)}  # more than are drawn at once
+        assert len(made) == 304
         assert all(len(name) == 32 and name.isalnum() for name in made)
         # The id of another request in flight may be used again.
         assert server.get("/nothing", X_Request_Id="mine-7").headers["x-request-id"] == "mine-7"

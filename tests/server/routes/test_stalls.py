@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from jaxserve.frontend.prepare import Preparer
 from jaxserve.server.protocol.bounds import SMALL
+from jaxserve.server.workers import QUICK
+from tests.server.live import answer, post
 from tests.server.routes.served import Served
 
 SENTENCE = "The sum of two and three is five, as everyone knows. "
@@ -89,3 +92,42 @@ def test_many_prompts_of_a_body_are_answered_in_order(served: Served) -> None:
     choices = reply.json["choices"]
     assert [choice["index"] for choice in choices] == list(range(40))
     assert [choice["prompt_token_ids"] for choice in choices] == prompts
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("size", [20, 4 * QUICK])
+def test_short_bodies_need_no_thread(served: Served, monkeypatch: pytest.MonkeyPatch, *, path: str, size: int) -> None:
+    """Passing a short body to a thread takes longer than its work; the work of a longer one would stop the loop."""
+    names: list[str] = []
+    prepare = Preparer.prepare
+
+    def seen(self: Preparer, *args: Any, **more: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return prepare(self, *args, **more)
+
+    monkeypatch.setattr(Preparer, "prepare", seen)
+    body = {"prompt": "the"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "the"}]}
+    raw = json.dumps({**body, "max_tokens": 1}).encode().ljust(size)
+    assert served.post(path, raw).status == 200
+    assert len(names) == 1 and names[0].startswith("jaxserve-preparer") == (size > QUICK)
+
+
+def test_bodies_that_have_arrived_are_read_without_timers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    timers: list[float] = []
+    timeout_at = asyncio.timeout_at
+
+    def seen(when: float) -> asyncio.Timeout:
+        timers.append(when)
+        return timeout_at(when)
+
+    monkeypatch.setattr("jaxserve.server.http.guard.asyncio.timeout_at", seen)
+    raw = json.dumps({"prompt": [5, 6], "max_tokens": 1}).encode()
+    for pieces, count in (([raw], 0), ([raw[:9], raw[9:]], 1)):
+        head = post("/v1/completions", raw, "Connection: close").removesuffix(raw)
+        with served.connect() as sock:
+            sock.sendall(head + pieces[0])
+            for piece in pieces[1:]:
+                time.sleep(0.2)
+                sock.sendall(piece)
+            assert answer(sock, "POST").status == 200
+        assert len(timers) == count
