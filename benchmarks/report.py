@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_gpu, report_picture
-from benchmarks.report_kinds import KINDS, MISSED, ResultKind
+from benchmarks.report_kinds import KINDS, ResultKind
+from benchmarks.report_tables import MISSED
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 ABOUT = """
@@ -27,7 +28,7 @@ ABOUT = """
 Comparisons are medians of rounds in which the sides take turns. `vs NAME` is jaxserve's output tokens per second
 divided by the other side's, and `TTFT ratio` is the other side's time to first token divided by jaxserve's: above 1,
 jaxserve is ahead. The model `demo` is part of the package; `110m` and `1b` are Llamas with random weights. On CPUs
-everything runs in float32.
+everything runs in float32, except where a table names each server's setting.
 """.strip()
 TILES = "tuning.json"  # lies beside the sections of a GPU run, but is no result
 PICTURE = Path("pictures", "performance.svg")

@@ -7,7 +7,7 @@ Knows the format of a section's file (gpu/book.py), not its kernels.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.report_kinds import MISSED, Content, table
+from benchmarks.report_tables import MISSED, Content, table
 
 SHOWN = ("machine", "engine_", "time_steps")  # sections whose rows are shown one by one
 COLUMNS = {

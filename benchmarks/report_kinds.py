@@ -13,17 +13,10 @@ from typing import Any
 from benchmarks import kernels, kv_memory, load, server, startup
 from benchmarks.engine_host import AIM_MS, AIM_ROWS, FLAT_AIM
 from benchmarks.kv_memory import CacheReport
+from benchmarks.report_servers import compare_lines, compare_rows
+from benchmarks.report_tables import MISSED, Content, Rows, judged, table
 from jaxserve import demo
 
-type Content = dict[str, Any]
-type Rows = Mapping[Hashable, Any]
-
-MISSED = "**missed**"
-# Targets: jaxserve's output tokens per second divided by a peer's, and the peer's TTFT divided by jaxserve's.
-FIXED_AIMS = {"vllm": (1.2, 1.0), "transformers": (2.0, 1.0)}
-FIXED_STREAMS = (1, 8, 32)
-SHARED_AIMS = {"jaxserve-uncached": (3.0, None)}
-MIXES = {"fixed": "fixed lengths", "sharegpt": "chat-like lengths", "shared": "shared prefixes"}
 LOADING_AIM = 2.0  # a warm start may take this many times the loading of the weights
 
 
@@ -35,74 +28,9 @@ class ResultKind:
     lines: Callable[[Content, Rows], list[str]]  # of the rows that count
 
 
-def judged(value: float, form: str, aim: float | None, *, at_most: bool = False) -> str:
-    """The value as shown, marked if what is shown misses the target."""
-    shown = format(value, form)
-    if aim is None:
-        return shown
-    near = float(shown.replace(",", ""))
-    return shown if (near <= aim if at_most else near >= aim) else f"{shown} {MISSED}"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def first_row(content: Content) -> Mapping[str, Any]:
     rows = content.get("rows") or [{}]
     return rows[0]
-
-
-# --- servers side by side -------------------------------------------------------------------------------------------
-
-
-def compare_rows(content: Content) -> Rows:
-    settings = content["settings"]
-    about = Path(settings["model"]).name, settings["mix"], settings["prompt"]
-    ours = settings["servers"][0]
-    return {(*about, row["streams"], row["server"]): row for row in content["rows"] if row["server"] != ours}
-
-
-def aims(mix: str, peer: str, streams: int | None = None) -> tuple[float | None, float | None]:
-    """Targets for the speed and the first token; without `streams`, those of any stream count."""
-    if mix == "fixed" and streams in (None, *FIXED_STREAMS):
-        return FIXED_AIMS.get(peer, (None, None))
-    return SHARED_AIMS.get(peer, (None, None)) if mix == "shared" else (None, None)
-
-
-def compare_lines(content: Content, rows: Rows) -> list[str]:
-    settings = content["settings"]
-    ours, mix = settings["servers"][0], settings["mix"]
-    peers = list(dict.fromkeys(row["server"] for row in rows.values()))
-    base = {row["streams"]: row for row in content["rows"] if row["server"] == ours}
-    by_place = {(row["streams"], row["server"]): row for row in rows.values()}
-    heads = ["streams", f"{ours} tok/s", "TTFT p50"]
-    for peer in peers:
-        aim, _ = aims(mix, peer)
-        heads += [f"vs {peer}" + (f" (target {aim:g})" if aim else ""), "TTFT ratio"]
-    shown: list[list[str]] = []
-    for streams in dict.fromkeys(row["streams"] for row in rows.values()):
-        line = [str(streams), f"{base[streams]['tokens_per_second']:,.0f}", f"{base[streams]['ttft_p50_ms']:,.0f} ms"]
-        for peer in peers:
-            row = by_place.get((streams, peer), {})
-            found = row.get("speedup"), row.get("ttft_ratio")
-            wanted = aims(mix, peer, streams)
-            pairs = zip(found, wanted, strict=True)
-            faster, later = ["-" if one is None else judged(one, ".2f", aim) for one, aim in pairs]
-            line += [faster + (" ({:.2f} to {:.2f})".format(*row["speedups"]) if row.get("speedups") else ""), later]
-        shown.append(line)
-    same = ", ".join(f"{peer} {content['same'][peer]:.0%}" for peer in peers)
-    lost = {name: sum(row["failed"] for row in content["rows"] if row["server"] == name) for name in (ours, *peers)}
-    failed = ", ".join(f"{name} {count}" for name, count in lost.items() if count) or "none"
-    sizes = f"prompts of {settings['prompt']} tokens, answers of {settings['new']}"
-    return [
-        f"Model `{Path(settings['model']).name}`, {MIXES[mix]}, {sizes}, {settings['rounds']} rounds:",
-        "",
-        *table(heads, shown),
-        "",
-        f"Greedy answers identical to jaxserve's: {same}. Failed requests: {failed}.",
-    ]
 
 
 # --- batching, memory -----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the picture of the performance tables that the READMEs show: four charts of the newest results.
 
-All charts are of one machine, the one of the newest comparison with other servers.
+All charts are of one machine, the one of the newest comparison with other servers, and of float32: results whose
+servers have settings are left to the tables.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import plot
 from benchmarks.plot import Panel
-from benchmarks.report_kinds import Content
+from benchmarks.report_tables import Content
 
 TITLE = "Output tokens per second of jaxserve, other servers and transformers"
 MODELS = {"110m": "Llama with 110 M random weights", "demo": "demo model, 1.6 M parameters"}
@@ -25,6 +26,7 @@ NAMES = {
 
 def draw(results: Sequence[tuple[str, Content]]) -> str | None:
     """The SVG of these results, each with its machine's name, newest first; None if none compares servers."""
+    results = [(machine, content) for machine, content in results if "runs" not in content.get("settings", {})]
     compared = [(machine, content) for machine, content in results if "same" in content and content["rows"]]
     if not compared:
         return None

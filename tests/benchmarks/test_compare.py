@@ -16,9 +16,10 @@ from xml.etree import ElementTree
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks import compare, plot, serving, words
-from benchmarks.peers import servers
+from benchmarks import compare, plot, quality, report, serving, words
+from benchmarks.peers import commands
 from benchmarks.serving import CHAT, Objectives, Target, Work
+from jaxserve import demo
 from jaxserve.cli.load import Outcome, Sample
 
 TARGET = Target(url="http://127.0.0.1:1", model="m", path=CHAT)
@@ -152,6 +153,7 @@ class Ending(Fake):
     def __init__(self, name: str, model: Path, **_: Any) -> None:
         super().__init__(name, [8.0, 8.0], 1.0)
         self.start_seconds, self.closed = 0.0, False
+        self.started = commands.start_command(name, model, 1, longest=64, venv=None)
         ALL.append(self)
 
     def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
@@ -159,6 +161,9 @@ class Ending(Fake):
         if found is None:
             raise self.how("jaxserve died; its log ends: no memory")
         return found
+
+    def perplexity(self, those: quality.Passages, folder: Path) -> float:
+        return 40.0 + len(those.chunks)
 
     def close(self) -> None:
         self.closed = True
@@ -183,6 +188,10 @@ def test_finished_rounds_are_reported(
     assert "1 of 3 rounds were finished" in capsys.readouterr().out
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["settings"]["rounds"] == 1 and content["rows"][0]["tokens_per_second"] == 8
+    assert content["perplexity"] == dict.fromkeys(("jaxserve", "jaxserve-uncached"), 40.0 + compare.CHUNKS)
+    assert content["settings"]["runs"]["jaxserve"] == "its default: --dtype=auto"
+    assert "| jaxserve | its default: --dtype=auto | 72.000 |" in (tmp_path / "found.md").read_text()
+    assert content["rows"][0]["speeds"] == [8.0] and report.kind_of(report.Result(tmp_path, content, ()))
     assert len(ALL) == 2 and all(server.closed for server in ALL)
 
 
@@ -198,14 +207,29 @@ def test_agreement_is_the_share_of_equal_answers() -> None:
     assert found == {"a": 1.0, "b": 0.5}
 
 
+ALL_NAMES = [
+    name
+    for server, settings in commands.SETTINGS.items()
+    for name in (server, *(f"{server}:{one}" for one in settings))
+]
+
+
 def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
-    for name in servers.NAMES:
-        made = servers.start_command(name, tmp_path, 81, longest=512, venv=tmp_path)
+    started = {
+        name: commands.start_command(name, tmp_path, 81, longest=512, venv=tmp_path, place=tmp_path)
+        for name in ALL_NAMES
+    }
+    for made in started.values():
         assert str(tmp_path) in made.command and "81" in made.command and "127.0.0.1" in made.command
-    assert (
-        "--no-enable-prefix-caching"
-        in servers.start_command("jaxserve-uncached", tmp_path, 1, longest=9, venv=None).command
-    )
+    assert "--no-enable-prefix-caching" in started["jaxserve-uncached"].command
+    plain, whole = started["vllm"].command, started["vllm:float32"].command
+    assert "--dtype" not in plain and whole == [*plain, "--dtype", "float32"]
+    assert started["jaxserve:int8"].command == [*started["jaxserve"].command, "--quantization=int8"]
+    assert started["jaxserve-uncached:bfloat16"].command[-1] == "--dtype=bfloat16"
+    assert "--compile" in started["transformers:compile"].command
+    export = started["openvino:int8"].prepare[0]
+    assert export.command[-3:] == ["--weight-format", "int8", str(export.makes)]
+    assert started["openvino:f32"].command[-6:-4] == ["--precision", "f32"]
 
 
 @pytest.mark.parametrize(
@@ -216,11 +240,23 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
         ("jaxserve,vllm", "vllm needs an environment, vllm=FOLDER"),
         ("jaxserve,transformers=/nonexistent", "there is no virtual environment in /nonexistent"),
         ("jaxserve,jaxserve", "has duplicates"),
+        ("jaxserve:int4", "jaxserve has no setting 'int4'; choose from float32, bfloat16, int8"),
+        ("jaxserve=/tmp", "jaxserve runs from this checkout"),
+        ("vllm:float32", "vllm needs an environment, vllm:float32=FOLDER"),
     ],
 )
 def test_servers_that_cannot_start_are_reported_before_any_is_started(named: str, problem: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=problem):
         compare.named(named)
+
+
+def test_a_server_can_take_part_with_several_settings(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    found = compare.named(f"jaxserve:float32,vllm={tmp_path},vllm:float32={tmp_path},llamacpp:f32={tmp_path}")
+    assert found == {"jaxserve:float32": None} | dict.fromkeys(("vllm", "vllm:float32", "llamacpp:f32"), tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match="llamacpp:q4_0 needs llama-quantize beside llama-server"):
+        compare.named(f"llamacpp:q4_0={tmp_path}")
 
 
 def test_failures_are_reported() -> None:
@@ -234,6 +270,48 @@ def test_failures_are_reported() -> None:
 def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"jaxserve did not start: .*does not exist"):
         compare.TimedServer("jaxserve", tmp_path / "none", longest=64, log=tmp_path / "log")
+
+
+# --- perplexity -----------------------------------------------------------------------------------------------------
+
+
+def test_passages_are_chunks_of_the_text_s_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("one two three " * 600)
+    ids = (
+        Tokenizer.from_file(str(demo.FOLDER / "tokenizer.json")).encode(file.read_text(), add_special_tokens=False).ids
+    )
+    those = quality.passages(demo.FOLDER, 2, file)
+    assert [token for chunk in those.chunks for token in chunk] == ids[:512] and those.scored == 254
+    with pytest.raises(SystemExit, match=r"90 chunks need 23,040  hint: set a smaller --quality-chunks"):
+        quality.passages(demo.FOLDER, 90, file)
+    assert quality.passages(demo.FOLDER, 32).scored == 32 * 127, "of the text that comes with Python"
+
+
+def test_the_perplexity_of_a_server_is_that_of_the_second_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def post(_: object, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        asked.append((path, body["prompt"]))
+        known = math.log(0.25)
+        scores = [{str(token): {"logprob": known if at > 128 else -99.0}} for at, token in enumerate(body["prompt"])]
+        return {"choices": [{"prompt_logprobs": [None, *scores[1:]]}]}
+
+    monkeypatch.setattr("jaxserve.cli.client.Client.post", post)
+    chunks = [list(range(256)), list(range(256, 512))]
+    assert quality.by_route(TARGET, quality.Passages("", chunks)) == pytest.approx(4.0)
+    assert asked == [("/v1/completions", chunk) for chunk in chunks]
+
+
+def test_llama_cpp_s_program_is_asked_for_the_same_chunks(tmp_path: Path) -> None:
+    program = tmp_path / "llama-perplexity"
+    program.write_text('#!/bin/sh\necho "$@" >&2\ncat "$4"\necho "Final estimate: PPL = 12.3456 +/- 0.1"\n')
+    program.chmod(0o755)
+    those = quality.Passages("the text", [[1] * 256] * 3)
+    assert quality.by_command([str(program), "--model", "m"], those, tmp_path) == 12.3456
+    program.write_text("#!/bin/sh\necho no such model\n")
+    with pytest.raises(SystemExit, match="printed no perplexity; it ends: no such model"):
+        quality.by_command([str(program), "--model", "m"], those, tmp_path)
 
 
 # --- its parts ------------------------------------------------------------------------------------------------------

@@ -153,6 +153,50 @@ def test_what_is_shown_decides_and_not_what_is_cut_off(tmp_path: Path) -> None:
     assert "Every target" in section_of(tmp_path, {"a.json": compared({"vllm": 1.1999}, ttft=0.9999)})
 
 
+def own_settings(speeds: dict[str, list[float]], perplexity: dict[str, float | None]) -> dict[str, Any]:
+    """Servers with their settings, each with its speed in three rounds and a TTFT of 10 ms."""
+    settings = {"model": "/models/smol", "mix": "fixed", "prompt": 100, "new": 48, "rounds": 3, "streams": [1]}
+    settings |= {"servers": [*speeds], "runs": {name: f"setting of {name}" for name in speeds}}
+    rows = [
+        {"server": name, "streams": 1, "tokens_per_second": sorted(those)[1], "ttft_p50_ms": 10.0, "failed": 0}
+        | {"speeds": those, "ttfts_ms": [10.0, 10.0, 10.0]}
+        for name, those in speeds.items()
+    ]
+    return result(settings=settings, same=dict.fromkeys(speeds, 0.5), rows=rows, perplexity=perplexity)
+
+
+def test_servers_with_their_own_settings(tmp_path: Path) -> None:
+    speeds = {
+        "jaxserve:float32": [50.0, 50.0, 50.0],
+        "jaxserve:bfloat16": [110.0, 240.0, 130.0],
+        "jaxserve:int8": [190.0, 190.0, 190.0],
+        "vllm": [100.0, 100.0, 100.0],
+        "llamacpp:q8_0": [200.0, 200.0, 200.0],
+    }
+    perplexity = {"jaxserve:float32": 20.0, "jaxserve:bfloat16": 20.02, "jaxserve:int8": 20.2, "vllm": None}
+    text = section_of(tmp_path, {"a.json": own_settings(speeds, perplexity)})
+    assert "Model `smol`, fixed lengths, prompts of 100 words, answers of 48 tokens, 3 rounds, each server" in text
+    setting = "setting of jaxserve:bfloat16"
+    assert cells(text, "jaxserve:bfloat16") == ["jaxserve:bfloat16", setting, "20.02 (+0.10 %)", "130", "10 ms"]
+    assert cells(text, "jaxserve:int8")[2] == "20.20 (+1.00 **missed** %)"
+    assert cells(text, "jaxserve:float32")[2] == "20.00" and cells(text, "vllm")[2] == "-"
+    assert cells(text, "llamacpp:q8_0")[2] == "-", "it has none"
+    assert cells(text, "jaxserve:bfloat16 vs vllm")[1:] == ["1.2", "1.30", "1.00"], "the median of 1.1, 2.4 and 1.3"
+    assert cells(text, "jaxserve:int8 vs vllm")[1:] == ["1.8", "1.90", "1.00"]
+    assert cells(text, "jaxserve:int8 vs llamacpp:q8_0")[1:] == ["1.1 (0.9 at 1 stream)", "0.95", "1.00"]
+    assert "Targets missed: 1," in text
+    assert "identical to those of jaxserve:float32: jaxserve:bfloat16 50%," in text
+
+
+def test_own_settings_and_float32_stand_side_by_side(tmp_path: Path) -> None:
+    own = own_settings({"jaxserve": [1.0, 1.0, 1.0], "vllm": [1.0, 0.0, 1.0]}, {})
+    own["settings"] |= {"model": "demo", "prompt": 64, "streams": [8]}
+    own["rows"] = [row | {"streams": 8} for row in own["rows"]]
+    text = section_of(tmp_path, {"new.json": own, "old.json": compared({"vllm": 1.31})})
+    assert "1.31" in text and cells(text, "jaxserve vs vllm")[2] == "-", "a round in which all requests failed"
+    assert drawn(compared({"vllm": 2.0}), own) == drawn(compared({"vllm": 2.0})), "the picture is of float32"
+
+
 # --- kinds ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from benchmarks import offline, words
-from benchmarks.peers import servers
+from benchmarks.peers import commands, servers
 from jaxserve import demo
 
 
@@ -92,10 +92,28 @@ def test_unknown_content_is_an_error(tmp_path: Path, written: Any) -> None:
         written(tmp_path)
 
 
-def test_the_server_of_it(tmp_path: Path) -> None:
-    made = servers.start_command("llamacpp", tmp_path, 81, longest=512, venv=tmp_path)
-    assert made.leaves and str(made.leaves) in made.command and made.prepare[-2:] == [str(tmp_path), str(made.leaves)]
-    assert str(servers.ROWS * 512) in made.command
+@pytest.mark.parametrize("config", [{"rope_theta": 1e5}, {"rope_parameters": {"rope_theta": 1e5}}])
+def test_both_places_of_the_rotation_s_base_are_read(config: dict[str, Any], tmp_path: Path, written: Any) -> None:
+    shape = offline.TINY
+    folder = offline.make_checkpoint(tmp_path / "model", shape, seed=0)
+    words.write_tokenizer(folder, shape.vocab)
+    whole = json.loads((folder / "config.json").read_text())
+    whole = {name: value for name, value in whole.items() if not name.startswith("rope_")}
+    (folder / "config.json").write_text(json.dumps(whole | config))
+    assert written(folder)["rope_freq_base"] == 1e5
+
+
+@pytest.mark.parametrize(("name", "cache"), [("llamacpp:f32", "f32"), ("llamacpp:q8_0", None), ("llamacpp", None)])
+def test_the_server_of_it(name: str, cache: str | None, tmp_path: Path) -> None:
+    made = commands.start_command(name, tmp_path, 81, longest=512, venv=tmp_path, place=tmp_path)
+    write, *quantize = made.prepare
+    assert write.command[-2:] == [str(tmp_path), str(write.makes)]
+    assert [step.command[1] for step in quantize] == [str(write.makes)] * (cache is None)
+    last = made.prepare[-1].makes
+    assert str(last) in made.command and str(commands.ROWS * 512) in made.command
+    if quantize:
+        assert quantize[0].command[2:] == [str(last), "Q8_0" if name.endswith("q8_0") else "F16"]
+    assert made.command.count("f32") == (2 if cache else 0), "the types of keys and values"
 
 
 def test_a_model_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
