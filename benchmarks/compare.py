@@ -6,7 +6,7 @@ chats over HTTP. Each runs in its default precision, or in the one that follows 
 `vllm:float32=VENV` and `llamacpp:q8_0=VENV`; peers/servers.py lists them, starts the servers and says what their
 environments need. They take turns: in each round every load goes to one server after another, and the first server
 changes from round to round, so that other work on the machine affects all of them alike. Answers have their full
-length, except those of transformers' server, which cannot ignore the end of a sequence.
+length: the end of a sequence is ignored.
 
 The results are medians over the rounds with their spread, and for each peer the median and range of the ratios round
 by round. After Ctrl-C, or if a server dies, the results cover the finished rounds. Before timing, greedy answers are
@@ -164,7 +164,7 @@ class TimedServer(ComparedServer):
         ]  # servers differ in whether a space after the prompt is part of the answer
 
     def load(self, work: Work, count: int, streams: int) -> dict[str, float]:
-        target = replace(self.target, extra=(("ignore_eos", True),)) if self.started.ignores_eos else self.target
+        target = replace(self.target, extra=self.started.full_length)
         outcome = serving.run(target, serving.jobs(target, work, count), concurrency=streams)
         if self.process.poll() is not None:
             raise Died(f"{self.name} died; its log ends: {self.last_words()}")
@@ -255,7 +255,8 @@ def compare(options: argparse.Namespace, folder: Path) -> Comparison:
 def write(out: Path, options: argparse.Namespace, found: Comparison, rows: Sequence[ServerResult], text: str) -> None:
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "servers", "text")}
     settings |= {"servers": list(options.servers), "rounds": len(found.rounds), "runs": found.runs}
-    settings |= {"text": options.text.name if options.text else None}
+    # Without the machine's paths.
+    settings |= {"model": Path(options.model).name, "text": options.text.name if options.text else None}
     content: dict[str, Any] = facts.collect() | {"processor": facts.processor()}
     content |= {"settings": settings, "same": found.same, "perplexity": found.perplexities}
     content["rows"] = [asdict(row) for row in rows]

@@ -6,12 +6,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROWS = 32  # concurrent sequences per server
 JAXSERVE = {"float32": "--dtype=float32", "bfloat16": "--dtype=bfloat16", "int8": "--quantization=int8"}
 DTYPES = ("float32", "bfloat16")
-# Options of transformers' server; `compile` is bfloat16 through torch.compile.
-TRANSFORMERS = {**{dtype: ["--dtype", dtype] for dtype in DTYPES}, "compile": ["--dtype", "bfloat16", "--compile"]}
 LLAMACPP = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # The weights, as optimum-cli names them, and the precision of the products, if not OpenVINO's choice. bfloat16 weights
 # are exported as float16: optimum-cli has no name for them.
@@ -21,7 +20,7 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "jaxserve": tuple(JAXSERVE),
     "jaxserve-uncached": tuple(JAXSERVE),
     "vllm": DTYPES,
-    "transformers": tuple(TRANSFORMERS),
+    "transformers": DTYPES,
     "llamacpp": LLAMACPP,
     "openvino": tuple(OPENVINO),
 }
@@ -51,7 +50,7 @@ class StartCommand:
     cwd: Path = _OUTSIDE
     prepare: tuple[PrepareStep, ...] = ()
     keep_alive: bool = True  # False: it closes the connection after a stream, and the next request on it would be lost
-    ignores_eos: bool = True  # whether its chat route has `ignore_eos`
+    full_length: tuple[tuple[str, Any], ...] = (("ignore_eos", True),)  # fields of requests that must not end early
     prompt_logprobs: bool = False  # whether its completions route has them
     perplexity: tuple[str, ...] = ()  # the command that computes the perplexity of a text, if its routes cannot
 
@@ -153,14 +152,16 @@ def _vllm(asked: _Asked) -> StartCommand:
 
 
 def _transformers(asked: _Asked) -> StartCommand:
-    flags = TRANSFORMERS[asked.setting] if asked.setting else []
-    start = [asked.program("transformers"), "serve", str(asked.model), *asked.address]
+    flags = ["--dtype", asked.setting] if asked.setting else []
+    start = [asked.program("transformers"), "serve", str(asked.model), *asked.address, "--device", "cpu"]
+    # Its KV cache would fill the memory that the other servers need too.
+    batching = ["--continuous-batching", "--cb-max-memory-percent", "0.1"]
     return StartCommand(
-        command=[*start, "--continuous-batching", "--device", "cpu", *flags],
+        command=[*start, *batching, *flags],
         ready="/v1/models",
         runs=" ".join(flags) or "its default: the checkpoint's dtype",
         environment=_OFFLINE | {"HF_HUB_CACHE": tempfile.gettempdir()},  # it must exist
-        ignores_eos=False,
+        full_length=(("generation_config", '{"eos_token_id": -1}'),),  # it has no `ignore_eos`
     )
 
 

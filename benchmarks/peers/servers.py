@@ -11,7 +11,7 @@ Environments are given as NAME=FOLDER, settings as NAME:SETTING or NAME:SETTING=
 
     jaxserve      float32, bfloat16, int8 (`--quantization int8`)
     vllm          float32, bfloat16
-    transformers  float32, bfloat16, compile (bfloat16 with `--compile`)
+    transformers  float32, bfloat16 (its `--compile` does not reach its continuous batching)
     llamacpp      f32 (weights and KV cache), f16, bf16, q8_0, q4_0 (weights; the KV cache is f16)
     openvino      f32, bf16, int8 (weights)
 
@@ -20,7 +20,7 @@ checkpoint's dtype, openvino in what optimum-cli exports. llama.cpp has no defau
 
 For transformers, with Python 3.11:
 
-    pip install torch==2.13.0 "transformers[serving]==5.23.0"
+    pip install torch==2.13.0 "transformers[serving]==5.23.0" accelerate
 
 For vllm, with Python 3.11:
 

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,7 +21,7 @@ from benchmarks import compare, plot, quality, report, serving, words
 from benchmarks.peers import commands
 from benchmarks.serving import CHAT, Objectives, Target, Work
 from jaxserve import demo
-from jaxserve.cli.load import Outcome, Sample
+from jaxserve.cli.load import Job, Outcome, Sample
 
 TARGET = Target(url="http://127.0.0.1:1", model="m", path=CHAT)
 
@@ -191,6 +192,7 @@ def test_finished_rounds_are_reported(
     assert content["perplexity"] == dict.fromkeys(("jaxserve", "jaxserve-uncached"), 40.0 + compare.CHUNKS)
     assert content["settings"]["runs"]["jaxserve"] == "its default: --dtype=auto"
     assert "| jaxserve | its default: --dtype=auto | 72.000 |" in (tmp_path / "found.md").read_text()
+    assert content["settings"]["model"] == "demo"
     assert content["rows"][0]["speeds"] == [8.0] and report.kind_of(report.Result(tmp_path, content, ()))
     assert len(ALL) == 2 and all(server.closed for server in ALL)
 
@@ -200,6 +202,24 @@ def test_both_get_the_same_work_and_never_the_same_twice() -> None:
     list(compare.measure([ours, theirs], Work(), streams=[1, 2], rounds=3, each=1))
     assert ours.asked == theirs.asked
     assert len({work.seed for work in ours.asked}) == len(ours.asked) == 8
+
+
+def test_timed_answers_have_their_full_length(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """vLLM's field, or what transformers' server has instead."""
+    bodies: list[dict[str, Any]] = []
+
+    def run(_: Target, work: list[Job], **__: Any) -> Outcome:
+        bodies.extend(job.body for job in work)
+        return Outcome([], 1.0, 1)
+
+    monkeypatch.setattr(serving, "run", run)
+    for name in ("vllm", "transformers"):
+        server: Any = object.__new__(compare.TimedServer)
+        server.target, server.process = TARGET, SimpleNamespace(poll=lambda: None)
+        server.started = commands.start_command(name, tmp_path, 81, longest=64, venv=tmp_path)
+        server.load(Work(prompt=3), 1, 1)
+    assert bodies[0]["ignore_eos"] is True and "ignore_eos" not in bodies[1]
+    assert json.loads(bodies[1]["generation_config"]) == {"eos_token_id": -1}
 
 
 def test_agreement_is_the_share_of_equal_answers() -> None:
@@ -226,7 +246,7 @@ def test_servers_are_started_with_the_same_sizes(tmp_path: Path) -> None:
     assert "--dtype" not in plain and whole == [*plain, "--dtype", "float32"]
     assert started["jaxserve:int8"].command == [*started["jaxserve"].command, "--quantization=int8"]
     assert started["jaxserve-uncached:bfloat16"].command[-1] == "--dtype=bfloat16"
-    assert "--compile" in started["transformers:compile"].command
+    assert started["transformers:bfloat16"].command == [*started["transformers"].command, "--dtype", "bfloat16"]
     export = started["openvino:int8"].prepare[0]
     assert export.command[-3:] == ["--weight-format", "int8", str(export.makes)]
     assert started["openvino:f32"].command[-6:-4] == ["--precision", "f32"]
