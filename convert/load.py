@@ -15,6 +15,7 @@ import numpy as np
 from convert import orbax
 from convert.files.reader import Array, OnBytes, Reader, aligned
 from convert.plan import LoadPlan, plan
+from jaxserve import machine
 from jaxserve.errors import CheckpointError, JaxserveError
 from jaxserve.models import param_layout, registry
 from jaxserve.models.decoder import Params
@@ -27,7 +28,7 @@ __all__ = ["LoadPlan", "load", "load_model", "open_model", "open_spec", "param_d
 def load_model(folder: str | Path, *, dtype: Any = None, progress: OnBytes | None = None) -> tuple[ModelSpec, Params]:
     """Load the model in `folder`, a Hugging Face or converted folder, onto the mesh in context.
 
-    `dtype=None` means the checkpoint's dtype, or float32 on CPU.
+    `dtype=None` means the checkpoint's dtype, or on a CPU the one that `machine.cpu_dtype` chooses for it.
     """
     opened = open_model(Path(folder).expanduser())
     opened = opened.in_dtype(param_dtype(opened, dtype))
@@ -52,12 +53,10 @@ def load(folder: Path, spec: ModelSpec, family: Family, *, dtype: Any, progress:
 
 
 def param_dtype(plan: LoadPlan, wanted: Any = None) -> Any:
-    """The dtype of parameters: `wanted`, or the checkpoint's dtype by default.
-
-    On CPU the default is float32, because XLA's 16-bit arithmetic is far slower there.
-    """
+    """The dtype of parameters: `wanted`, or by default the checkpoint's, unless it is slow on this machine's CPU."""
     if wanted is None:
-        return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else plan.stored_dtype()
+        stored = jnp.dtype(plan.stored_dtype())
+        return jnp.dtype(machine.cpu_dtype(stored.name)) if jax.default_backend() == "cpu" else stored
     try:
         dtype = jnp.dtype(wanted)
     except TypeError:

@@ -22,7 +22,7 @@ from convert.files.header import BITS, TensorInfo, quote
 from convert.files.reader import Array, TensorCopy, equal_bytes
 from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.models import param_layout, registry
+from jaxserve.models import online, param_layout, registry
 from jaxserve.models.registry import Family
 from jaxserve.models.spec import Layer, ModelSpec
 from jaxserve.models.weight import component_at
@@ -52,11 +52,12 @@ _HINT = "check that config.json belongs to these weights"
 @dataclass(frozen=True)
 class Piece:
     """A public tensor, or one expert's part of it: its location and an optional view of it. A packed component of a
-    quantized weight is unpacked first."""
+    quantized weight is unpacked first. A component that the checkpoint lacks is encoded from the plain weight."""
 
     info: TensorInfo
     view: View | None = None
     unpack: Callable[[Array], Array] | None = None
+    encode: Callable[[Array], Array] | None = None
 
     @property
     def dtype(self) -> Any:
@@ -67,7 +68,8 @@ class Piece:
 
     def look(self, data: Array, layer: Layer | None) -> Array:
         data = self.unpacked(data)
-        return data if self.view is None else self.view(data, layer)
+        data = data if self.view is None else self.view(data, layer)
+        return data if self.encode is None else self.encode(data)
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,32 @@ class LoadPlan:
         """The plan of the same model with parameters of this dtype."""
         return replace(self, spec=replace(self.spec, dtype=jnp.dtype(dtype).name))
 
+    def quantized(self, name: online.Online) -> Self:
+        """The plan of the same model with weights that are quantized while they are read."""
+        spec = online.quantized(self.spec, name)
+        pieces: dict[param_layout.Path, Sequence[Piece]] = {}
+        shapes = dict(param_layout.leaves(param_layout.abstract_public(spec)))
+        for path in shapes:
+            component = component_at(spec, path)
+            if component is None:
+                pieces[path] = self.pieces[path]
+                continue
+            codes = shapes[*path[:-1], online.CODES]
+            scheme = spec.scheme_of(path[:-1])
+            assert scheme is not None
+            encode = online.host_encoder(scheme, component, codes.shape[-1])
+            pieces[path] = [replace(piece, encode=encode) for piece in self.pieces[path[:-1]]]
+        return replace(self, spec=spec, pieces=pieces)
+
     @property
     def bytes(self) -> int:
-        infos = {piece.info for pieces in self.pieces.values() for piece in pieces}
-        return sum(info.stop - info.start for info in infos)
+        """What reading copies from files, or encodes."""
+        stored = {piece.info for pieces in self.pieces.values() for piece in pieces if piece.encode is None}
+        leaves = param_layout.leaves(param_layout.abstract_public(self.spec)) if self.spec.quantized else ()
+        encoded = (leaf for path, leaf in leaves if self.pieces[path][0].encode is not None)
+        return sum(info.stop - info.start for info in stored) + sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in encoded
+        )
 
     def size(self, dtype: Any = None) -> int:
         """The approximate size of the parameters in bytes, as `dtype` or as stored."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of this machine that the process may use: memory and CPUs, within the limits of its control groups.
+"""The part of this machine that the process may use: memory and CPUs, within the limits of its control groups; and
+what these CPUs compute fast.
 
 A container's limit is that of a cgroup, which `sysconf` and `os.cpu_count` do not know. Both versions are read, and all
 parents, since each group is limited by the ones that contain it. Without Linux or cgroups, the machine is the limit.
@@ -7,10 +8,14 @@ parents, since each group is limited by the ones that contain it. Without Linux 
 
 import math
 import os
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from jaxserve.errors import JaxserveError
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,33 @@ def cpus() -> int:
     """The CPUs that this process can keep busy, at least 1: for the number of its threads."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([here, *(math.ceil(share) for share in CGROUPS.cpus())]))
+
+
+# --- the processor --------------------------------------------------------------------------------------------------
+
+CPUINFO = Path("/proc/cpuinfo")  # tests replace it
+CPU_DTYPE = "JAXSERVE_CPU_DTYPE"
+_BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86's names, and Arm's
+
+
+def processor() -> str:
+    """The processor's model and features; two with equal ones compute alike."""
+    try:
+        first = CPUINFO.read_text().split("\n\n")[0]
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", first, re.MULTILINE)
+    return f"{platform.machine()} {named}"
+
+
+def cpu_dtype(stored: str) -> str:
+    """The dtype of parameters on a CPU, if none is set, of a checkpoint in this one: bfloat16 where both the checkpoint
+    and the processor have it, else float32, because 16-bit arithmetic is slow without units for it. JAXSERVE_CPU_DTYPE
+    sets another, such as the one that all machines of a fleet have."""
+    if wanted := os.environ.get(CPU_DTYPE):
+        if wanted not in ("bfloat16", "float16", "float32"):
+            problem = f"{CPU_DTYPE} is {wanted!r}, which is not a supported dtype"
+            raise JaxserveError(problem, "choose bfloat16, float16 or float32")
+        return wanted
+    has_units = bool(_BFLOAT16_UNITS & {*processor().replace("'", " ").split()})
+    return "bfloat16" if stored == "bfloat16" and has_units else "float32"

@@ -38,7 +38,7 @@ SAMPLING_PARAMETERS = {
 }
 
 SETTINGS = {
-    **_planned("quantization", "kv_cache_dtype", "kv_cache_dtype_skip_layers"),
+    **_planned("kv_cache_dtype", "kv_cache_dtype_skip_layers"),
     **_planned("enable_lora", "lora_modules", "max_loras", "max_lora_rank", "max_cpu_loras", "fully_sharded_loras"),
     **_planned("lora_dtype", "lora_target_modules"),
     **_planned("speculative_config", "spec_method", "spec_model", "spec_tokens"),
@@ -134,7 +134,7 @@ def no_effect(setting: str, value: str) -> str | None:
 
 # vLLM's short flags of settings above.
 SHORT_FLAGS = {
-    **{"-q": "quantization", "-pp": "pipeline_parallel_size", "-dp": "data_parallel_size"},
+    **{"-pp": "pipeline_parallel_size", "-dp": "data_parallel_size"},
     **{
         "-O": "optimization_level",
         "-cc": "compilation_config",

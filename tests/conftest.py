@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _configure_jax() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAXSERVE_CPU_DTYPE"] = "float32"  # what tests expect is the same on all processors
     os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)  # read once
     import jax
 

@@ -15,7 +15,8 @@ PACKAGES = ("jaxserve", "pallas_kernels", "convert")
 # The order of the house, lowest first. A unit, which is a folder or a loose module, may import units of the lines above
 # its own, and itself; units of one line do not know each other.
 ORDER = (
-    ("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "pallas_kernels"),
+    ("jaxserve.errors", "jaxserve.unsupported", "pallas_kernels"),
+    ("jaxserve.machine",),
     (
         "jaxserve.exit_codes",
         "jaxserve.log_lines",

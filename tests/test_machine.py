@@ -11,7 +11,7 @@ from jaxserve import machine
 from jaxserve.cli import preflight
 from jaxserve.config import EngineConfig
 from jaxserve.engine.execute import memory
-from jaxserve.errors import UsageError
+from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.machine import Cgroups
 
 MIB, GIB = 2**20, 2**30
@@ -132,3 +132,41 @@ def test_the_engine_and_the_checks_before_it_keep_within_a_container(
     preflight.check_machine(EngineConfig(model="any", kv_cache_memory_bytes=GIB))
     with pytest.raises(UsageError, match=f"{3 * GIB:,}, but this machine has {2 * GIB:,} bytes of memory for it"):
         preflight.check_machine(EngineConfig(model="any", kv_cache_memory_bytes=3 * GIB))
+
+
+# --- the processor ----------------------------------------------------------------------------------------------------
+
+CPUINFO = "processor\t: 0\nmodel name\t: {name}\nflags\t\t: fpu {flags} sse\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "stored", "dtype"),
+    [
+        ("avx512_bf16", "bfloat16", "bfloat16"),
+        ("amx_bf16", "bfloat16", "bfloat16"),
+        ("avx512f", "bfloat16", "float32"),
+        ("avx512_bf16x", "bfloat16", "float32"),
+        ("avx512_bf16", "float16", "float32"),
+        ("avx512_bf16", "float32", "float32"),
+    ],
+)
+def test_bfloat16_where_checkpoint_and_processor_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, stored: str, dtype: str
+) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPUINFO.format(name="A processor", flags=flags))
+    monkeypatch.setattr(machine, "CPUINFO", file)
+    monkeypatch.delenv("JAXSERVE_CPU_DTYPE")
+    assert machine.cpu_dtype(stored) == dtype
+    assert "A processor" in machine.processor() and flags in machine.processor()
+    monkeypatch.setenv("JAXSERVE_CPU_DTYPE", "float16")
+    assert machine.cpu_dtype(stored) == "float16"
+    monkeypatch.setenv("JAXSERVE_CPU_DTYPE", "int8")
+    with pytest.raises(JaxserveError, match=r"JAXSERVE_CPU_DTYPE is 'int8'.*; choose bfloat16, float16 or float32"):
+        machine.cpu_dtype(stored)
+
+
+def test_a_machine_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "absent")
+    monkeypatch.delenv("JAXSERVE_CPU_DTYPE")
+    assert machine.processor() and machine.cpu_dtype("bfloat16") == "float32"

@@ -139,7 +139,7 @@ def check_sizes(engine: EngineConfig, folder: Path) -> None:
 def least(engine: EngineConfig, spec: ModelSpec) -> Capacity:
     """The capacity on the device where a sequence needs the fewest bytes: with the defaults of a CPU, which are the
     lowest, and 16-bit numbers unless the device is certain to be a CPU."""
-    auto = "bfloat16" if cpu_devices(os.environ) is None else "float32"
+    auto = "bfloat16" if cpu_devices(os.environ) is None else machine.cpu_dtype("bfloat16")
     dtype = auto if engine.dtype == "auto" else engine.dtype
 
     def resolved() -> Capacity:

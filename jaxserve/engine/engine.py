@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.execute import jax_start, loading, memory, program_store, weights
+from jaxserve.engine.execute import cpu_forms, jax_start, loading, memory, program_store, weights
 from jaxserve.engine.execute.background import Background
 from jaxserve.engine.execute.loading import OnProgress
 from jaxserve.engine.execute.profiling import Profiler
@@ -71,6 +71,8 @@ class Engine:
             self.model, held = loading.open_folder(config, on), None
         else:
             self.model, held = loading.open_params(config, spec, params, on)
+        if store is not None and on is None and weights.device_of(self.model.shapes).platform == "cpu":
+            cpu_forms.prepare(store.folder, self.model.spec)
         free = memory.available(config, self.model)
         with loading.reading(self.model, held, on_progress) as reading:
             self.capacity = capacity = memory.sized(config, self.model, free, store)

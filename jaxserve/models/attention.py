@@ -105,12 +105,14 @@ class Paged:
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
     ) -> tuple[jax.Array, LayerCache | None]:
+        dtype = self.cache["k"].dtype
+
         def local(
             q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, cache: LayerCache, tokens: PagedTokens
         ) -> tuple[jax.Array, LayerCache]:
-            written = kv_write(cache["k"], cache["v"], k, v, tokens.slots)
+            written = kv_write(cache["k"], cache["v"], k.astype(dtype), v.astype(dtype), tokens.slots)
             out = paged_attention(
-                q.reshape(q.shape[0], -1, q.shape[-1]),
+                q.astype(dtype).reshape(q.shape[0], -1, q.shape[-1]),
                 written.k_pool,
                 written.v_pool,
                 tokens.ragged,
@@ -119,7 +121,8 @@ class Paged:
                 window=options.window,
                 soft_cap=options.soft_cap,
             )
-            return out.reshape(*q.shape[:-1], v.shape[-1]), {"k": written.k_pool, "v": written.v_pool}
+            out = out.reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
+            return out, {"k": written.k_pool, "v": written.v_pool}
 
         heads, pool = mesh.partition((None, "kv_heads")), mesh.partition((None, None, "kv_heads"))
         pools = {"k": pool, "v": pool}
@@ -132,8 +135,9 @@ class Paged:
         """q [tokens, heads, latent + rope] over latents [tokens, latent + rope] -> [tokens, heads, latent]."""
 
         def local(q: jax.Array, latent: jax.Array, pool: jax.Array, tokens: PagedTokens) -> tuple[jax.Array, jax.Array]:
-            pool = latent_write(pool, latent, tokens.slots)
-            return mla_attention(q, pool, tokens.ragged, latent_dim=latent_dim, scale=scale), pool
+            pool = latent_write(pool, latent.astype(pool.dtype), tokens.slots)
+            out = mla_attention(q.astype(pool.dtype), pool, tokens.ragged, latent_dim=latent_dim, scale=scale)
+            return out.astype(q.dtype), pool
 
         heads = mesh.partition((None, "heads"))
         run = mesh.island(local, (heads, P(), P(), P()), (heads, P()))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.linear import matmul, take
+from jaxserve.models.linear import activations, matmul, take
 from jaxserve.models.spec import Activation, ClampedSwiglu, Norm
 from jaxserve.models.weight import AxisSizes, param, weight
 
@@ -25,7 +25,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = matmul(x, self.kernel, ins=len(self.ins), outs=self.outs)
-        return y if self.bias is None else y + lift(self.bias[...], y)
+        return y if self.bias is None else y + lift(self.bias[...].astype(y.dtype), y)
 
 
 class Normalize(nnx.Module):
@@ -58,7 +58,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # Callers check ids on the host; an invalid id must give NaN, not another token's row.
-        return take(self.weight, ids, dtype=self.dtype)
+        return take(self.weight, ids, dtype=activations(self.dtype))
 
 
 def activate(name: Activation, x: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ serves as the output head unchanged.
 """
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ from jaxserve.parallel import mesh
 from jaxserve.quant.tensor import QuantTensor
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.on_cpu.matmul import matmul as matmul_on_cpu
 
-# Up to this many tokens a product with the weights on the left is faster. Measured on two CPU cores with AVX-512, for
-# all layers of a 110M model: 14 instead of 19 ms with 8 tokens, 24 instead of 29 with 32, 66 instead of 75 with 128,
-# but 130 instead of 125 with 256.
-FEW_TOKENS = 128
+
+def activations(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of activations beside weights of this dtype. On a CPU float32: XLA computes in it there anyway, and
+    would round to 16 bits after every operation."""
+    return jnp.dtype(jnp.float32) if dispatch.implementation() == "cpu" and not mesh.in_mesh() else dtype
 
 
 def matmul(
@@ -34,8 +37,9 @@ def matmul(
     if isinstance(weight, Components):
         return _matmul_components(x, weight, lead, outs, dtype)
     kernel = weight[...]
+    x = x.astype(kernel.dtype)
     if dispatch.implementation() == "cpu" and not mesh.in_mesh():
-        return _matmul_on_cpu(x, kernel, lead, ins, dtype)
+        return _as_matrices(x, kernel, lead, ins, dtype)
     pairs = tuple(range(lead, x.ndim)), tuple(range(kernel.ndim - ins, kernel.ndim))
     return jax.lax.dot_general(
         x,
@@ -46,21 +50,13 @@ def matmul(
     )
 
 
-def _matmul_on_cpu(x: jax.Array, kernel: jax.Array, lead: int, count: int, dtype: jnp.dtype) -> jax.Array:
+def _as_matrices(x: jax.Array, kernel: jax.Array, lead: int, count: int, dtype: jnp.dtype) -> jax.Array:
     """The same as a single matrix product. For a kernel with more than two axes, XLA's CPU compiler makes a transposed
     copy in every call, which takes ten times as long as the product with one token."""
     outs, ins = kernel.shape[: kernel.ndim - count], kernel.shape[kernel.ndim - count :]
     tokens = x.reshape(-1, math.prod(ins))
     matrix = kernel.reshape(math.prod(outs), math.prod(ins))
-    if 1 < tokens.shape[0] <= FEW_TOKENS:
-        # Weights on the left are read in place; on the right they are packed first, even for few tokens. The barriers
-        # keep XLA from swapping the operands back.
-        columns = jax.lax.optimization_barrier(tokens.T)
-        y = jnp.matmul(matrix, columns, preferred_element_type=dtype)
-        y = jax.lax.optimization_barrier(y).T
-    else:
-        y = jax.lax.dot_general(tokens, matrix, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-    return y.reshape(*x.shape[:lead], *outs)
+    return matmul_on_cpu(tokens, matrix).astype(dtype).reshape(*x.shape[:lead], *outs)
 
 
 def _matmul_components(
@@ -78,8 +74,18 @@ def _matmul_components(
 
 def matmul_each(expression: str, x: jax.Array, weight: Weight) -> jax.Array:
     """An einsum of activations with a stack of weights, one for each head."""
-    kernel = dense(weight, x.dtype) if isinstance(weight, Components) else weight[...]
-    return jnp.einsum(expression, x, kernel, preferred_element_type=x.dtype)
+    kernel, dtype = dense(weight, x.dtype) if isinstance(weight, Components) else weight[...], x.dtype
+    x = x.astype(kernel.dtype)
+    if x.dtype == dtype:
+        return jnp.einsum(expression, x, kernel, preferred_element_type=dtype)
+    # XLA's CPU compiler fails at products with wider results, unless the heads of both come first.
+    inputs, kernels, outputs = re.split(",|->", expression)
+    heads = kernels[0]
+    if heads in inputs:
+        x = jax.lax.optimization_barrier(jnp.moveaxis(x, inputs.index(heads), 0))
+        inputs = heads + inputs.replace(heads, "")
+    expression = f"{inputs},{kernels}->{heads}{outputs.replace(heads, '')}"
+    return jnp.moveaxis(jnp.einsum(expression, x, kernel, preferred_element_type=dtype), 0, outputs.index(heads))
 
 
 def matmul_grouped(x: jax.Array, weight: "jax.Array | QuantTensor", offsets: jax.Array) -> jax.Array:
@@ -88,7 +94,7 @@ def matmul_grouped(x: jax.Array, weight: "jax.Array | QuantTensor", offsets: jax
     if isinstance(weight, QuantTensor):
         return weight.grouped_matmul(x, offsets)
     experts, *_, columns = weight.shape
-    return grouped_matmul(x, weight.reshape(experts, -1, columns), offsets)
+    return grouped_matmul(x.astype(weight.dtype), weight.reshape(experts, -1, columns), offsets, out_dtype=x.dtype)
 
 
 def as_argument(weight: Weight, axes: tuple[str | None, ...]) -> tuple[Any, Any]:
@@ -99,7 +105,7 @@ def as_argument(weight: Weight, axes: tuple[str | None, ...]) -> tuple[Any, Any]
 
 
 def take(weight: Weight, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """The weight's rows with these ids; NaN for an invalid id, which must not give another row."""
+    """The weight's rows with these ids, as `dtype`; NaN for an invalid id, which must not give another row."""
     leading = mesh.leading_spec(ids, ids.ndim)
 
     def pick(array: jax.Array, ids: jax.Array) -> jax.Array:
@@ -113,7 +119,7 @@ def take(weight: Weight, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
         )
 
     if not isinstance(weight, Components):
-        return pick(weight[...], ids)
+        return pick(weight[...], ids).astype(dtype)
     tensor = weight.tensor()
     rows = tensor.shape[0]
     picked = tensor.take(ids, pick)

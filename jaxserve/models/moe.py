@@ -133,12 +133,12 @@ class Experts(nnx.Module):
         both = matmul_grouped(tokens, arrays["gate_up"], offsets)
         both = both.reshape(-1, 2, width)
         if "gate_up_bias" in arrays:
-            both = both + arrays["gate_up_bias"][mine]
+            both = both + arrays["gate_up_bias"][mine].astype(both.dtype)
         out = matmul_grouped(gate(self.spec.activation, both[:, 0], both[:, 1]), arrays["down"], offsets)
         if "down_bias" in arrays:
             # Add the bias on one slice of the width only, and not to rows of other shards.
             ours = (rows >= offsets[0]) & (rows < offsets[-1]) & (mesh.shard_index("mlp") == 0)
-            out = out + jnp.where(ours[:, None], arrays["down_bias"][mine], jnp.zeros((), out.dtype))
+            out = out + jnp.where(ours[:, None], arrays["down_bias"][mine].astype(out.dtype), jnp.zeros((), out.dtype))
         # Back to the tokens' order by a gather, since a scatter-add would sum in an undefined order.
         unsorted = out[place].reshape(*chosen.shape, hidden).astype(jnp.float32)
         total = jnp.sum(unsorted * weights[..., None], axis=-2)

@@ -6,8 +6,8 @@ so the work follows the tokens that exist and not the width of the block table: 
 times slower at short contexts. One row's result does not depend on other rows, except for rounding: where a token's KV
 is narrow, decode rows of similar length are computed a few at a time.
 
-The loop does not know what a block holds: an op passes `read`. All arithmetic is float32, because XLA's CPU matmuls
-are much slower in bfloat16.
+The loop does not know what a block holds: an op passes `read`. Products of bfloat16 KV are those of bfloat16 values,
+summed in float32, which the matrix units of newer CPUs compute about twice as fast; all other arithmetic is float32.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ GROUP, GROUP_CHUNK, GROUP_BELOW_COLUMNS = 8, 128, 512
 
 
 class Chunk(NamedTuple):
-    """KV tokens of some blocks, heads first, in float32 and with their scales applied."""
+    """KV tokens of some blocks, heads first, with their scales applied, in the dtype that `product_dtype` chose."""
 
     keys: jax.Array  # [kv_heads, tokens, key_dim]
     values: jax.Array  # [kv_heads, tokens, value_dim]
@@ -64,6 +64,26 @@ type ReadChunk = Callable[[jax.Array], Chunk]  # block ids [n] -> Chunk
 type ReadRows = Callable[[jax.Array], RowChunks]  # block ids [rows, n] -> RowChunks
 
 
+def product_dtype(q: jax.Array, pool: jax.Array) -> jnp.dtype:
+    """The dtype of what is multiplied: bfloat16 if all of it is, else float32."""
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    return bfloat16 if q.dtype == pool.dtype == bfloat16 else jnp.dtype(jnp.float32)
+
+
+def _multiply(expression: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum with float32 results of a [batch, rows, ...], in the dtype of b."""
+    a, rows = a.astype(b.dtype), a.shape[1]
+    if rows == 1 and b.dtype != jnp.float32:
+        a = jnp.pad(a, ((0, 0), (0, 1), (0, 0)))  # XLA has no fast 16-bit product of a vector
+    return jnp.einsum(expression, a, b, preferred_element_type=jnp.float32)[:, :rows]
+
+
+def _scores(expression: str, queries: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
+    if keys.dtype == jnp.float32:
+        return _multiply(expression, queries.astype(jnp.float32) * scale, keys)
+    return _multiply(expression, queries, keys) * scale  # scaled queries would be rounded again
+
+
 def chunk_blocks(block_size: int, columns: int, query_tile: int) -> tuple[int, int]:
     """Blocks per large and per small chunk; `columns` is kv_heads * dim of a token."""
     # A row alone is summed in the same chunks as a row in a group.
@@ -88,7 +108,7 @@ def _attend_tile(
     most blocks that a row can have."""
     kv_heads, group, tile, dim = query.shape
     block_size, soft_cap, window, sinks = attention.block_size, attention.soft_cap, attention.window, attention.sinks
-    flat = query.reshape(kv_heads, group * tile, dim) * attention.scale
+    flat = query.reshape(kv_heads, group * tile, dim)
     where = jnp.broadcast_to(positions[None, :], (group, tile)).reshape(-1)
 
     def step(first: jax.Array, per_chunk: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -97,8 +117,8 @@ def _attend_tile(
         token = first * block_size + jnp.arange(per_chunk * block_size, dtype=jnp.int32)
         exists = (token >= start) & (token < stop)
         # Slots that were never written may hold NaN, which a weight of zero does not cancel: zero the values.
-        values = jnp.where(exists[None, :, None], chunk.values, 0.0)
-        scores = jnp.einsum("hrd,htd->hrt", flat, chunk.keys)
+        values = jnp.where(exists[None, :, None], chunk.values, jnp.zeros((), chunk.values.dtype))
+        scores = _scores("hrd,htd->hrt", flat, chunk.keys, attention.scale)
         if soft_cap is not None:
             scores = jnp.tanh(scores / soft_cap) * soft_cap
         visible = exists[None, :] & (token[None, :] <= where[:, None])
@@ -108,7 +128,7 @@ def _attend_tile(
         new_maximum = jnp.maximum(maximum, scores.max(-1))
         rescale = jnp.exp(maximum - new_maximum)
         weights = jnp.exp(scores - new_maximum[..., None])
-        out = out * rescale[..., None] + jnp.einsum("hrt,htd->hrd", weights, values)
+        out = out * rescale[..., None] + _multiply("hrt,htd->hrd", weights, values)
         return new_maximum, total * rescale + weights.sum(-1), out
 
     rows = (kv_heads, group * tile)
@@ -145,8 +165,8 @@ def _attend_group(
     group, per_chunk = heads // kv_heads, max(1, GROUP_CHUNK // block_size)
     # Queries as a block-diagonal matrix, zero for the other KV heads: one product multiplies all heads with the keys as
     # they lie in memory. It does several times the multiplications, but those are not what takes the time.
-    own = jnp.eye(kv_heads, dtype=jnp.float32)[None, :, None, :, None]
-    spread = (query.reshape(count, kv_heads, group, 1, dim) * scale * own).reshape(count, heads, kv_heads * dim)
+    own = jnp.eye(kv_heads, dtype=query.dtype)[None, :, None, :, None]
+    spread = (query.reshape(count, kv_heads, group, 1, dim) * own).reshape(count, heads, kv_heads * dim)
     starts = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0)
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -154,15 +174,15 @@ def _attend_group(
         keys, values = read_rows(lax.dynamic_slice(blocks, (0, i * per_chunk), (count, per_chunk)))
         token = i * per_chunk * block_size + jnp.arange(per_chunk * block_size, dtype=jnp.int32)
         visible = (token[None] >= starts[:, None]) & (token[None] < lengths[:, None])
-        values = jnp.where(visible[:, :, None], values, 0.0)  # as in _attend_tile
-        scores = jnp.einsum("rhk,rtk->rht", spread, keys)
+        values = jnp.where(visible[:, :, None], values, jnp.zeros((), values.dtype))  # as in _attend_tile
+        scores = _scores("rhk,rtk->rht", spread, keys, scale)
         if soft_cap is not None:
             scores = jnp.tanh(scores / soft_cap) * soft_cap
         scores = jnp.where(visible[:, None], scores, NEG)
         new_maximum = jnp.maximum(maximum, scores.max(-1))
         rescale, weights = jnp.exp(maximum - new_maximum), jnp.exp(scores - new_maximum[..., None])
         weights = jnp.where(visible[:, None], weights, 0.0)  # for rows that have no tokens in this chunk
-        every = jnp.einsum("rht,rtk->rhk", weights, values).reshape(count, kv_heads, group, kv_heads, value_dim)
+        every = _multiply("rht,rtk->rhk", weights, values).reshape(count, kv_heads, group, kv_heads, value_dim)
         new = jnp.stack([every[:, head, :, head] for head in range(kv_heads)], axis=1).reshape(out.shape)
         return new_maximum, total * rescale + weights.sum(-1), out * rescale[..., None] + new
 
@@ -236,7 +256,7 @@ def attend(
     short_tile = SHORT_TILE if query_tile > SHORT_TILE else 0
     over = max(chunk_blocks(attention.block_size, kv_heads * dim, tile)[0] for tile in (1, query_tile))
     tables = jnp.pad(block_tables, ((0, 0), (0, over)))
-    queries = jnp.pad(q.astype(jnp.float32), ((0, query_tile), (0, 0), (0, 0)))
+    queries = jnp.pad(q, ((0, query_tile), (0, 0), (0, 0)))
 
     def one_tile(r: jax.Array, offset: jax.Array, tile: int) -> jax.Array:
         begin, count, kv_len = cu_q_lens[r], cu_q_lens[r + 1] - cu_q_lens[r], kv_lens[r]

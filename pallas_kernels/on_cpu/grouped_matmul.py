@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash import next_power_of_two
+from pallas_kernels.on_cpu.matmul import matmul
 
 
 def grouped_matmul(
@@ -18,12 +19,12 @@ def grouped_matmul(
     width = rhs.shape[2 if transposed else 1]
 
     def group(g: jax.Array, begin: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
-        weight = lax.dynamic_index_in_dim(rhs, g, keepdims=False).astype(jnp.float32)
+        weight = lax.dynamic_index_in_dim(rhs, g, keepdims=False)
 
         def tile(at: jax.Array, owned: jax.Array, out: jax.Array) -> jax.Array:
             size = owned.shape[0]
-            x = lax.dynamic_slice_in_dim(lhs, at, size).astype(jnp.float32)
-            y = lax.dot_general(x, weight, (((1,), (0 if transposed else 1,)), ((), ())))
+            x = lax.dynamic_slice_in_dim(lhs, at, size)
+            y = matmul(x, weight.T if transposed else weight)
             before = lax.dynamic_slice_in_dim(out, at, size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(owned[:, None], y.astype(out_dtype), before), at, 0)
 

@@ -2,7 +2,6 @@
 """Latent attention on CPUs: how a chunk of latents is read for the loop in `blockwise`."""
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.on_cpu import blockwise
 from pallas_kernels.ragged import Ragged
@@ -20,7 +19,7 @@ def mla_attention(
     """See `pallas_kernels.mla_attention`."""
 
     def read(blocks: jax.Array) -> blockwise.Chunk:
-        latent = pool[blocks].astype(jnp.float32)
+        latent = pool[blocks].astype(blockwise.product_dtype(q, pool))
         if pool_scale is not None:
             latent = latent * pool_scale[0]
         latent = latent.reshape(1, -1, pool.shape[2])

@@ -2,7 +2,6 @@
 """Paged attention on CPUs: how a chunk of blocks is read for the loop in `blockwise`."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.on_cpu import blockwise
@@ -24,9 +23,11 @@ def paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`."""
     _, block_size, kv_heads, _ = k_pool.shape
+    dtype = blockwise.product_dtype(q, k_pool)
 
     def take(pool: jax.Array, pool_scale: jax.Array | None, blocks: jax.Array) -> jax.Array:
-        x = pool[blocks].astype(jnp.float32)  # [*blocks, block_size, kv_heads, dim]
+        # Blocks that are gathered as rows of a matrix take half the time, but then XLA copies pools in some programs.
+        x = pool[blocks].astype(dtype)  # [*blocks, block_size, kv_heads, dim]
         if pool_scale is not None:
             per_slot = pool_scale[blocks] if pool_scale.ndim == 3 else lax.expand_dims(pool_scale, range(x.ndim - 2))
             x = x * per_slot[..., None]

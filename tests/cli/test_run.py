@@ -216,7 +216,7 @@ def test_spellings_of_warmup(
     ("content", "parts"),
     [
         ("max-modle-len: 5", ("unknown setting max-modle-len", "did you mean max-model-len?")),
-        ("quantization: awq", ("--quantization is not supported yet",)),
+        ("kv_cache_dtype: fp8", ("--kv-cache-dtype is not supported yet",)),
         ("pipeline-parallel-size: 2", ("--pipeline-parallel-size is not supported yet",)),
         ("enable-chunked-prefill: false", ("--enable-chunked-prefill is not needed",)),
         ("port: [1, 2]", ("--port is [1, 2]",)),
@@ -251,7 +251,8 @@ def test_no_such_file(command: Command, tmp_path: Path) -> None:
     ("words", "parts"),
     [
         (["--max-modle-len", "5"], ("unknown option --max-modle-len", "did you mean --max-model-len?")),
-        (["--quantization", "awq"], ("--quantization is not supported yet",)),
+        (["--speculative-config", "{}"], ("--speculative-config is not supported yet",)),
+        (["--quantization", "awq"], ("--quantization is 'awq'", "choose one of int8")),
         (["--speculative-config={}"], ("--speculative-config is not supported yet",)),
         (["-pp", "2"], ("-pp (--pipeline-parallel-size) is not supported yet",)),
         (["--no_enable_chunked_prefill"], ("--no-enable-chunked-prefill is not needed: prompts",)),

@@ -70,14 +70,15 @@ def read(config: EngineConfig, folder: Path) -> Described:
 def planned(config: EngineConfig, model: Described, total: int | None) -> Capacity:
     """The capacity on devices with `total` bytes each; None means this machine's CPU."""
     import jax
-    import jax.numpy as jnp
 
     from jaxserve.engine.execute import loading, memory
-    from jaxserve.models import param_layout
+    from jaxserve.models import online, param_layout
 
     on_cpu = total is None
-    auto: Any = jnp.dtype(jnp.float32) if on_cpu else model.stored
-    spec = replace(model.spec, dtype=auto.name if config.dtype == "auto" else config.dtype)
+    auto = machine.cpu_dtype(model.stored.name) if on_cpu else model.stored.name
+    spec = replace(model.spec, dtype=auto if config.dtype == "auto" else config.dtype)
+    if config.quantization is not None:
+        spec = online.quantized(spec, config.quantization)
     mesh = loading.on_mesh(config, None)
     with jax.set_mesh(mesh):
         shapes = param_layout.abstract_params(spec)

@@ -21,7 +21,7 @@ from convert.files import hub, progress
 from convert.load import LoadPlan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.execute import weights
-from jaxserve.models import hf, param_layout
+from jaxserve.models import hf, online, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
@@ -70,6 +70,8 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
     folder = hub.fetch(config.model, revision=config.revision, cache_dir=cache, check=load.open_spec)
     plan = load.open_model(folder)
     plan = plan.in_dtype(load.param_dtype(plan, None if config.dtype == "auto" else config.dtype))
+    if config.quantization is not None:
+        plan = plan.quantized(config.quantization)
     [device] = jax.device_put(0).devices()  # jax's default
     with _on(on, device):
         shapes = param_layout.abstract_params(plan.spec)
@@ -156,6 +158,8 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
         spec = param_layout.with_dtype_of(spec, weights.leaves_of(spec, params))
     else:
         spec = replace(spec, dtype=config.dtype)
+    if config.quantization is not None:
+        spec = online.quantized(spec, config.quantization)
     engine = weights.as_engine(spec, params, on, device=None if on is not None else _only_device(params))
     shapes = weights.shapes_of(engine)
     if known is None:

@@ -15,7 +15,6 @@ import hashlib
 import os
 import pickle
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,8 @@ from jax.experimental import serialize_executable
 
 import jaxserve
 import pallas_kernels
+from jaxserve import machine
+from pallas_kernels.on_cpu import matmul
 
 SUFFIX, PARTIAL = ".executable", ".partial"
 DAYS = 30  # a file not read for this long is deleted
@@ -138,7 +139,7 @@ def environment() -> str:
     settings = {name: getattr(jax.config, name, value) for name, value in known if "cache" not in name}
     flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "NPROC")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return repr((_FORM, settings, flags, cores, _machine(), LOADED))
+    return repr((_FORM, settings, flags, cores, _machine(), matmul.forms(), LOADED))
 
 
 @functools.cache
@@ -146,18 +147,7 @@ def _machine() -> tuple[object, ...]:
     """Versions of libraries, and the hardware properties that compilers use."""
     versions = (jax.__version__, jaxlib.version.__version__, flax.__version__, np.__version__)
     devices = [(device.id, device.device_kind) for device in jax.devices()]
-    return (versions, platform.python_version(), jax.devices()[0].client.platform_version, devices, _processor())
-
-
-def _processor() -> str:
-    """The processor's model and features."""
-    try:
-        content = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    first = content.split("\n\n")[0]
-    named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", first, re.MULTILINE)
-    return f"{platform.machine()} {named}"
+    return (versions, platform.python_version(), jax.devices()[0].client.platform_version, devices, machine.processor())
 
 
 def sources(*roots: Path) -> str:

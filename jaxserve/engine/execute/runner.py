@@ -44,6 +44,7 @@ from jaxserve.engine.schedule.packing import Ints, Layout, StepMessage
 from jaxserve.engine.schedule.plan import StepResult
 from jaxserve.models import decoder, kv_cache
 from jaxserve.models.decoder import Params
+from jaxserve.models.linear import activations
 from jaxserve.models.spec import ModelSpec
 from jaxserve.sampling import control_row, controls
 
@@ -406,7 +407,9 @@ class Runner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
 
     def _hidden(self) -> jax.ShapeDtypeStruct:
-        return self._abstract((self.buckets.entries, self.spec.hidden), self.dtype)
+        with jax.set_mesh(self.mesh):
+            dtype = activations(self.dtype)
+        return self._abstract((self.buckets.entries, self.spec.hidden), dtype)
 
     def _vector(self, size: int) -> jax.ShapeDtypeStruct:
         return self._abstract((size,), jnp.int32)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.errors import JaxserveError
-from jaxserve.models import param_layout
+from jaxserve.models import online, param_layout
 from jaxserve.models.decoder import Params
 from jaxserve.models.param_layout import Path, TensorPart
 from jaxserve.models.spec import ModelSpec
@@ -67,7 +67,7 @@ def conversions(spec: ModelSpec, params: Params, on: Any, *, device: Any = None)
     tensor if they are not of this model, or if one was deleted. They become the spec's dtype.
     """
     with jax.set_mesh(on):
-        given = leaves_of(spec, params)
+        given = online.encoded(spec, leaves_of(spec, params))
         where = None if on is not None else SingleDeviceSharding(device or jax.devices()[0])
         targets = _targets(spec, where)
         if targets.keys() == given.keys():
