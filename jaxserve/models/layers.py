@@ -58,7 +58,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # Callers check ids on the host; an invalid id must give NaN, not another token's row.
-        return take(self.weight, ids, dtype=activations(self.dtype))
+        rows = take(self.weight, ids, dtype=activations(self.dtype))
+        return rows.astype(activations(rows.dtype))
 
 
 def activate(name: Activation, x: jax.Array) -> jax.Array:

@@ -105,7 +105,8 @@ def as_argument(weight: Weight, axes: tuple[str | None, ...]) -> tuple[Any, Any]
 
 
 def take(weight: Weight, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """The weight's rows with these ids, as `dtype`; NaN for an invalid id, which must not give another row."""
+    """The weight's rows with these ids, as `dtype` if it has components; NaN for an invalid id, which must not give
+    another row."""
     leading = mesh.leading_spec(ids, ids.ndim)
 
     def pick(array: jax.Array, ids: jax.Array) -> jax.Array:
@@ -119,7 +120,7 @@ def take(weight: Weight, ids: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
         )
 
     if not isinstance(weight, Components):
-        return pick(weight[...], ids).astype(dtype)
+        return pick(weight[...], ids)
     tensor = weight.tensor()
     rows = tensor.shape[0]
     picked = tensor.take(ids, pick)
