@@ -6,6 +6,7 @@ pass it to a thread is done at once.
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,9 +18,9 @@ QUICK = 2**12  # bytes of a body whose prompts are encoded and checked in less t
 
 class Workers:
     def __init__(self, count: int) -> None:
-        self._short = ThreadPoolExecutor(count, thread_name_prefix="jaxserve-preparer")
+        self._short = _started(count, "jaxserve-preparer")
         # Fewer, because each may hold Python's lock for up to some tens of milliseconds at a time.
-        self._long = ThreadPoolExecutor(max(count // 2, 1), thread_name_prefix="jaxserve-long-preparer")
+        self._long = _started(max(count // 2, 1), "jaxserve-long-preparer")
 
     async def run[**P, T](self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the function in a thread. `size`: bytes of the body that it works on."""
@@ -34,3 +35,12 @@ class Workers:
         """Cancel what has not begun. Does not wait for the rest."""
         for pool in (self._short, self._long):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _started(count: int, name: str) -> ThreadPoolExecutor:
+    """A pool that has all of its threads: a server whose threads become more over time looks like one that leaks."""
+    pool, together = ThreadPoolExecutor(count, thread_name_prefix=name), threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(together.wait)
+    together.wait()
+    return pool
