@@ -12,6 +12,8 @@ import pytest
 
 from convert import load
 from jaxserve import LLM, SamplingParams
+from jaxserve.config import EngineConfig
+from jaxserve.engine.execute import loading
 from jaxserve.errors import JaxserveError
 from jaxserve.models import decoder, param_layout
 from jaxserve.models.weight import component_at
@@ -178,6 +180,19 @@ def test_an_engine_serves_and_updates_it(tmp_path: Path) -> None:
     assert changed == fresh.generate(prompt, greedy)[0].outputs[0].token_ids != first
     llm.update_weights(param_layout.to_public_layout(spec, load.load_model(folder, dtype="float32")[1]))
     assert llm.generate(prompt, greedy)[0].outputs[0].token_ids == first
+
+
+def test_loading_counts_its_bytes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = golden.write_checkpoint("llama-mha", tmp_path)
+    config = EngineConfig(model=str(folder), quantization="int8")
+    model = loading.open_folder(config, None)
+    assert model.plan is not None
+    total, counted, calls = model.plan.bytes, list[tuple[int, int]](), list[str]()
+    abstract = param_layout.abstract_public
+    monkeypatch.setattr(param_layout, "abstract_public", lambda spec: calls.append("") or abstract(spec))
+    loading.read(model, lambda what, done, all_of_it: counted.append((done, all_of_it)))
+    assert len(counted) > 5 and counted[-1] == (total, total)
+    assert len(calls) == 1  # it traces the whole model: once per tensor made a start five times as long
 
 
 def test_two_devices_compute_the_same(tmp_path: Path) -> None:

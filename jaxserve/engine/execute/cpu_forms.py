@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How products are computed on this machine's CPU: measured once, and kept beside the compiled programs.
 
-All processes of a machine must agree, or the same prompt could round differently in each: a measured rule is written
-only if there is none yet, and read back.
+All processes of a machine must agree, or the same prompt could round differently in each. Therefore the first process
+to finish writes the rule, and the others read it instead of using what they measured themselves.
 """
 
 import contextlib

@@ -84,14 +84,15 @@ def read(opened: Opened, on_progress: OnProgress | None = None) -> Params:
     """Read a folder's parameters into their shardings."""
     plan, so_far = opened.plan, 0
     assert plan is not None
-    with _on(opened.mesh, _device(opened)), progress.bar("loading", plan.bytes) as shown:
+    total = plan.bytes
+    with _on(opened.mesh, _device(opened)), progress.bar("loading", total) as shown:
 
         def count(size: int) -> None:
             nonlocal so_far
             so_far += size
             shown(size)
             if on_progress is not None:
-                on_progress("loading", so_far, plan.bytes)
+                on_progress("loading", so_far, total)
 
         return load.read(plan, count)
 
