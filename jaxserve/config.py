@@ -200,6 +200,17 @@ class EngineConfig:
         ),
     ] = 1
 
+    cpu_threads: Annotated[
+        int | None,
+        Setting(
+            "Threads that compute where the model runs on a CPU (default: one for each core that this process may "
+            "use). Fewer leave cores to the server and to other programs.",
+            "Devices",
+            low=1,
+            high=4096,
+        ),
+    ] = None
+
     max_logprobs: Annotated[
         int,
         Setting(

@@ -19,12 +19,16 @@ class Tune:
     compilation_cache_dir: Annotated[
         str, Setting("Folder of the engines' compiled programs, where they look for the result.")
     ] = EngineConfig.compilation_cache_dir
+    cpu_threads: Annotated[
+        int | None, Setting("The --cpu-threads of the engines, if they set it.", low=1, high=4096)
+    ] = None
 
     def run(self) -> None:
         import jax
 
-        from jaxserve.engine.execute import cpu_forms, program_store
+        from jaxserve.engine.execute import cpu_forms, jax_start, program_store
 
+        jax_start.start(EngineConfig(model="none is loaded", cpu_threads=self.cpu_threads))
         problems: list[str] = []
         with jax.default_device("cpu"):
             store = program_store.open_store(self.compilation_cache_dir, problems.append)

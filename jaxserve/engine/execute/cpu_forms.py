@@ -16,6 +16,7 @@ from pathlib import Path
 import jaxlib.version
 
 from jaxserve import machine
+from jaxserve.engine.execute import jax_start
 from jaxserve.models.spec import ModelSpec
 from pallas_kernels.on_cpu import matmul
 from pallas_kernels.on_cpu.matmul import Forms
@@ -46,7 +47,8 @@ def tune(folder: Path, report: Callable[[str], None]) -> Forms:
 
 def place_of(folder: Path, name: str) -> Path:
     """The file of a dtype's rule on this machine, with these libraries."""
-    about = (machine.processor(), machine.cpus(), jaxlib.version.__version__, os.environ.get("XLA_FLAGS"), name)
+    here = (machine.processor(), jax_start.cpu_threads())
+    about = (*here, jaxlib.version.__version__, os.environ.get("XLA_FLAGS"), name)
     return folder / _NAME.format(hashlib.sha256(repr(about).encode()).hexdigest()[:32])
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts jax's devices with the settings that an engine needs, and knows which settings they were started with.
 
-Environment variables decide how jax manages a GPU's memory. They are read once, when it first uses a device; after
-that, nothing here has an effect. By default jax takes a share of the memory at once, and never returns any to the
-system. What the user has set takes precedence. Our settings are removed once jax has started, so that no other program
-inherits them.
+Environment variables decide how jax manages a GPU's memory, and how many threads compute on a CPU. They are read once,
+when it first uses a device; after that, nothing here has an effect. By default jax takes a share of a GPU's memory at
+once, and never returns any to the system; and it starts a thread for each core that this process may run on, even if a
+container's quota lets fewer run at a time. What the user has set takes precedence. Our settings are removed once jax
+has started, so that no other program inherits them.
 """
 
 import os
@@ -14,7 +15,8 @@ from typing import Any
 import jax
 from jax._src import xla_bridge  # jax has no public function that tells whether it has started
 
-from jaxserve.config import EngineConfig
+from jaxserve import machine
+from jaxserve.config import ConfigError, EngineConfig
 
 # The share of a GPU's memory that jax manages. jaxlib refuses to start a GPU if both names are set.
 MEMORY_SHARE, DEPRECATED_SHARE = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -23,7 +25,11 @@ PREALLOCATE, ALLOCATOR = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALL
 KEEPS_MEMORY = f"jax keeps freed memory unless it starts on a GPU with {ALLOCATOR}=platform"
 RETURNING = ("platform", "address")  # the allocators that return a deleted array's memory to the system
 
-_started: dict[str, str] = {}  # the variables, if jax was started here and has a GPU
+# How many threads XLA computes with on a CPU; the first takes precedence, empty is as if it were not set.
+THREADS, COMMON_THREADS = "PJRT_NPROC", "NPROC"
+
+_started: dict[str, str] = {}  # the variables of memory, if jax was started here and has a GPU
+_threads: int | None = None  # if jax was started here
 
 
 def environment(config: EngineConfig, given: Mapping[str, str]) -> dict[str, str]:
@@ -35,17 +41,26 @@ def environment(config: EngineConfig, given: Mapping[str, str]) -> dict[str, str
         found[MEMORY_SHARE] = str(config.gpu_memory_utilization)
     if config.enable_sleep_mode and not found.get(ALLOCATOR):
         found |= {ALLOCATOR: "platform", PREALLOCATE: "false"}
+    if config.cpu_threads is not None:
+        found |= {THREADS: str(config.cpu_threads)}
+    elif not (found.get(THREADS) or found.get(COMMON_THREADS)):
+        found |= {THREADS: str(machine.cpus())}
     return found
 
 
 def start(config: EngineConfig) -> None:
     """Start jax's devices, unless the program has used one already."""
+    global _threads
     if xla_bridge.backends_are_initialized():
+        if config.cpu_threads not in (None, cpu_threads()):
+            problem = f"cpu_threads is {config.cpu_threads}, but JAX has already started with {cpu_threads()} threads"
+            raise ConfigError(problem, f"make the engine before using JAX, or set {COMMON_THREADS} in the environment")
         return
     before, wanted = dict(os.environ), environment(config, os.environ)
     try:
         _change(before, wanted)
         on_gpu = any(device.platform == "gpu" for device in jax.devices())
+        _threads = _asked_threads(wanted)
     finally:
         _change(wanted, before)
     if on_gpu:
@@ -73,3 +88,15 @@ def share_of(device: Any) -> float:
 def returns_memory(device: Any) -> bool:
     """Whether the memory of a deleted array is free for other processes, not only for this one."""
     return device.platform == "cpu" or (device.platform == "gpu" and _setting(ALLOCATOR).lower() in RETURNING)
+
+
+def cpu_threads() -> int:
+    """How many threads compute on a CPU."""
+    return _threads or _asked_threads(os.environ)
+
+
+def _asked_threads(variables: Mapping[str, str]) -> int:
+    for name in (THREADS, COMMON_THREADS):
+        if variables.get(name, "").isdecimal() and int(variables[name]):
+            return int(variables[name])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,6 +30,7 @@ from jax.experimental import serialize_executable
 import jaxserve
 import pallas_kernels
 from jaxserve import machine
+from jaxserve.engine.execute import jax_start
 from pallas_kernels.on_cpu import matmul
 
 SUFFIX, PARTIAL = ".executable", ".partial"
@@ -137,9 +138,8 @@ def environment() -> str:
     # Not cached: a program may change settings between two engines, some of them only for this thread.
     known = sorted(jax.config.values.items())
     settings = {name: getattr(jax.config, name, value) for name, value in known if "cache" not in name}
-    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "NPROC")}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return repr((_FORM, settings, flags, cores, _machine(), matmul.forms(), LOADED))
+    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES")}
+    return repr((_FORM, settings, flags, jax_start.cpu_threads(), _machine(), matmul.forms(), LOADED))
 
 
 @functools.cache

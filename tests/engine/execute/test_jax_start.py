@@ -66,6 +66,49 @@ def test_jaxlib_refuses_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
         xla_client.generate_pjrt_gpu_plugin_options()
 
 
+THREADS = """
+import json, os, jax, jax.numpy as jnp
+from jaxserve import machine
+from jaxserve.config import EngineConfig
+from jaxserve.engine.execute import jax_start
+machine.cpus = lambda: 3  # a container's quota
+before = dict(os.environ)
+jax_start.start(EngineConfig(model="any", cpu_threads=ASKED))
+jax.jit(lambda x: x @ x)(jnp.ones((512, 512))).block_until_ready()
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+said = {"unchanged": dict(os.environ) == before, "known": jax_start.cpu_threads(), "run": names.count("tf_XLAEigen")}
+jax_start.start(EngineConfig(model="any", cpu_threads=said["known"]))
+try:
+    jax_start.start(EngineConfig(model="any", cpu_threads=77))
+except Exception as error:
+    said["refused"] = str(error)
+print(json.dumps(said))
+"""
+HOW_MANY: dict[str, tuple[dict[str, str], int | None, int]] = {
+    "nothing is set": ({}, None, 3),
+    "the setting": ({}, 2, 2),
+    "the environment": ({"NPROC": "5"}, None, 5),
+    "XLA's own variable": ({"NPROC": "5", "PJRT_NPROC": "4"}, None, 4),
+    "the setting, and the environment": ({"NPROC": "5", "PJRT_NPROC": "4"}, 1, 1),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("case", HOW_MANY)
+def test_threads_that_compute_on_a_cpu(case: str) -> None:
+    given, asked, wanted = HOW_MANY[case]
+    names = ("NPROC", "PJRT_NPROC", "XLA_FLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in names} | given | {"JAX_PLATFORMS": "cpu"}
+    code = THREADS.replace("ASKED", str(asked))
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert said["run"] == said["known"] == wanted and said["unchanged"]
+    assert f"cpu_threads is 77, but JAX has already started with {wanted} threads" in said["refused"]
+
+
 class Device:
     def __init__(self, platform: str, ordinal: int = 0) -> None:
         self.platform, self.local_hardware_id = platform, ordinal

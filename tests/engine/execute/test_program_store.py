@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.engine.execute import compiler, program_store
+from jaxserve.engine.execute import compiler, jax_start, program_store
 from jaxserve.engine.execute.compiler import Executables
 from jaxserve.engine.execute.program_store import Store
 from jaxserve.engine.execute.runner import Runner
@@ -182,7 +182,7 @@ def test_the_key_covers_everything_that_matters(monkeypatch: pytest.MonkeyPatch,
             patch.setattr(program_store, name, value)
             assert new()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5, 6})
+        patch.setattr(jax_start, "cpu_threads", lambda: 7)
         assert new()
     assert not new()
 
@@ -221,7 +221,7 @@ def test_nothing_is_stored_if_the_key_is_uncertain(
     memory = compiler._extra
 
     def meanwhile(executable: Any) -> int:
-        monkeypatch.setenv("NPROC", "7")
+        monkeypatch.setattr(jax_start, "cpu_threads", lambda: 7)
         return memory(executable)
 
     monkeypatch.setattr(compiler, "_extra", meanwhile)
