@@ -18,8 +18,9 @@ from jaxserve.errors import JaxserveError
 from jaxserve.models.mesh_fit import Fit
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
+from jaxserve.quant.kinds import KINDS
 from jaxserve.quant.scheme import Component, Scheme
-from jaxserve.quant.tensor import KINDS, QuantTensor
+from jaxserve.quant.tensor import QuantTensor
 
 AxisSizes = Mapping[str, int]  # logical axis -> size, in order
 Path = tuple[str | int, ...]

@@ -15,11 +15,28 @@ def grouped_matmul(
     lhs: jax.Array, rhs: jax.Array, offsets: jax.Array, *, transposed: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul`; `transposed` contracts n of rhs instead of k."""
-    rows, _ = lhs.shape
-    width = rhs.shape[2 if transposed else 1]
+
+    def pick(g: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(rhs, g, keepdims=False)
+
+    shape = (rhs.shape[0], rhs.shape[2 if transposed else 1])
+    return grouped_matmul_by(pick, lhs, offsets, shape=shape, transposed=transposed, out_dtype=out_dtype)
+
+
+def grouped_matmul_by(
+    pick: Callable[[jax.Array], jax.Array],
+    lhs: jax.Array,
+    offsets: jax.Array,
+    *,
+    shape: tuple[int, int],
+    transposed: bool = False,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """The same with weights that `pick(group)` computes, once for each group that owns rows; `shape` is [groups, n]."""
+    rows, (groups, width) = lhs.shape[0], shape
 
     def group(g: jax.Array, begin: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
-        weight = lax.dynamic_index_in_dim(rhs, g, keepdims=False)
+        weight = pick(g)
 
         def tile(at: jax.Array, owned: jax.Array, out: jax.Array) -> jax.Array:
             size = owned.shape[0]
@@ -28,7 +45,7 @@ def grouped_matmul(
             before = lax.dynamic_slice_in_dim(out, at, size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(owned[:, None], y.astype(out_dtype), before), at, 0)
 
-        return _fold_tiles(tile, begin, end, rows, rhs.shape[0], out)
+        return _fold_tiles(tile, begin, end, rows, groups, out)
 
     return _fold_groups(group, offsets, rows, jnp.zeros((rows, width), out_dtype))
 
