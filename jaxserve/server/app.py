@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import cast
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
@@ -19,7 +20,7 @@ from jaxserve.server import unknown_fields
 from jaxserve.server.errors import ApiError, as_api_error, bad_request
 from jaxserve.server.http.api_keys import ApiKey
 from jaxserve.server.http.auth import Origins
-from jaxserve.server.http.guard import Bodies
+from jaxserve.server.http.guard import Bodies, Connection
 from jaxserve.server.http.limits import UNSET
 from jaxserve.server.observe import logs
 from jaxserve.server.observe.prometheus import UNKNOWN
@@ -91,6 +92,7 @@ def _observe(serving: Serving, table: dict[tuple[str, str], Route]) -> Middlewar
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         record = request[RECORD] = RequestRecord(_request_id(request), time.monotonic())
+        cast(Connection, request.protocol).begin(request)
         route = _route(table, request)
         status = LEFT
         if serving.tracer is not None and route is not None and route.work:
@@ -144,7 +146,7 @@ async def _faults(request: web.Request, handler: Handler) -> web.StreamResponse:
         fault = as_api_error(error)
         # The engine logs its own failure once; do not repeat it for each request that it lost.
         if fault.status >= 500 and not isinstance(error, ApiError | EngineError | web.HTTPException):
-            logs.LOG.error("%s %s failed", request.method, request.match_info.route.name or "", exc_info=error)
+            logs.LOG.error("%s %s failed", request.method, one_line(request.path, limit=80), exc_info=error)
         request[RECORD].error = fault.message
         response = fault.response()
         if response.headers.get(hdrs.CONNECTION) == "close":

@@ -24,6 +24,7 @@ SPARE_FILES = 64  # file descriptors reserved for other uses
 MAX_BODIES = 2**29  # bytes of all request bodies in memory; above it only small bodies are accepted
 SMALL_BODY = 2**16
 ENCODINGS = ("identity", "gzip", "deflate")
+LINGER = 2.0  # seconds for which the rest of a refused request's body is read
 LONGEST_LINE = 8190  # bytes of the URL or a header: aiohttp's limit
 SLOWEST = 1024  # minimum average bytes/s of a body after header_timeout
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -71,7 +72,7 @@ class Connection(RequestHandler):
     def __init__(self, connections: Connections, server: web.Server, *, loop: asyncio.AbstractEventLoop) -> None:
         config = connections.config
         # No access log: middleware logs more detail. The short lingering_time drains bodies of refused requests.
-        options: dict[str, Any] = {"access_log": None, "lingering_time": 2.0}
+        options: dict[str, Any] = {"access_log": None, "lingering_time": LINGER}
         super().__init__(server, loop=loop, keepalive_timeout=config.keep_alive_timeout, **options)
         self._connections = connections
         self._timer: asyncio.TimerHandle | None = None
@@ -81,6 +82,11 @@ class Connection(RequestHandler):
     def idle(self) -> bool:
         """Between two requests, or before the first."""
         return self._waiter is not None and not self._waiter.done()
+
+    def begin(self, request: web.Request) -> None:
+        """Call before a request is handled. The rest of a compressed body that nobody wants is not read: unpacking it
+        would stop the event loop, and a few kilobytes can unpack to gigabytes."""
+        self._lingering_time = LINGER if encoding_of(request) == "identity" else 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not self._connections.admit(self):
@@ -230,7 +236,7 @@ class Bodies:
         return min(max(self._config.header_timeout, size / SLOWEST), self._config.body_timeout)
 
     async def _read(self, request: web.Request, limit: asyncio.Timeout | None, begin: float) -> int:
-        chunks, size = list[bytes](), 0
+        chunks, size, packed = list[bytes](), 0, encoding_of(request) != "identity"
         until = begin + self._patience(0)
         try:
             while chunk := await request.content.readany():
@@ -243,6 +249,8 @@ class Bodies:
                     limit.reschedule(due)
                 if size > self._config.max_body_bytes:
                     raise _too_large(self._config)
+                if packed:  # each piece is unpacked on the event loop, and the next one is already here
+                    await asyncio.sleep(0)
                 if self.held > MAX_BODIES and size > SMALL_BODY:
                     raise ApiError(
                         503, "Too many large request bodies at once. Retry later.", headers={"Retry-After": "5"}
@@ -256,9 +264,13 @@ class Bodies:
 
 def _check_encoding(request: web.Request) -> None:
     """Encodings that aiohttp does not know would be taken for none."""
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+    encoding = encoding_of(request)
     if encoding not in ENCODINGS:
         raise _unsupported_encoding(one_line(encoding, limit=40))
+
+
+def encoding_of(request: web.Request) -> str:
+    return request.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
 
 
 def _unsupported_encoding(name: str) -> ApiError:

@@ -19,6 +19,7 @@ INTERNALS = {
     "_waiter": "http/guard.py",  # RequestHandler: waits for the next request
     "_request_count": "http/guard.py",  # RequestHandler: requests whose head was read
     "_loop": "http/guard.py",
+    "_lingering_time": "http/guard.py",  # RequestHandler: how long it reads the rest of a body after the response
     "_read_bytes": "http/guard.py",  # Request: what read() has returned and returns again
     "output_size": "app.py",  # StreamWriter: bytes written so far
     "_send_headers_immediately": "answers/sse.py",  # StreamResponse: else the headers are sent with the first write

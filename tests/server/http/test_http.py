@@ -2,17 +2,20 @@
 """Malformed, huge, slow, silent and unread HTTP. Each connection ends, and every answer is the server's."""
 
 import contextlib
+import functools
 import gzip
 import logging
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from jaxserve.server.http import guard
 from tests.server.live import answer, closed, post, wait
 from tests.server.shell import Shell
+from tests.server.watch import Watch
 
 FAST = {"header_timeout": 1.0, "body_timeout": 1.0, "keep_alive_timeout": 1.0, "stream_timeout": 1.0}
 MANY = 300
@@ -143,10 +146,16 @@ def test_probes_over_http_1_0_need_no_host(shell: Shell, path: str) -> None:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-def test_bodies_that_are_too_large(ready: Shell) -> None:
-    head = b"POST /sleep HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+@functools.cache
+def unpacks_to_much_more() -> bytes:
     packed = gzip.compress(b"0" * 200_000_000)
     assert len(packed) < 250_000
+    return packed
+
+
+def test_bodies_that_are_too_large(ready: Shell) -> None:
+    head = b"POST /sleep HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    packed = unpacks_to_much_more()
     for data in (
         head + b"Content-Length: 1000000000\r\n\r\n",
         head + b"Content-Length: 1048577\r\n\r\n" + b" " * 1048577,
@@ -158,6 +167,22 @@ def test_bodies_that_are_too_large(ready: Shell) -> None:
         assert (reply.status, reply.error["type"]) == (413, "RequestTooLargeError")
         assert time.monotonic() - begin < 3
     assert ready.send("POST", "/sleep?level=7", b" " * 2**20).status == 400  # exactly as much as may be
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/sleep", 413), ("/nothing", 404), ("/health", 405), ("/v1/completions/", 413)]
+)
+def test_bodies_that_unpack_to_much_more_do_not_stop_the_event_loop(ready: Shell, path: str, status: int) -> None:
+    """Neither before nor after the response: the rest of the body was read for two seconds."""
+    packed = unpacks_to_much_more()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    data = head.encode() + b"Content-Length: %d\r\n\r\n" % len(packed) + packed
+    watch = Watch(ready.loop)
+    with ThreadPoolExecutor(8) as clients:
+        replies = list(clients.map(lambda _: ready.raw(data).status, range(8)))
+    time.sleep(0.5)  # the rest of a body would be read after its response
+    assert replies == [status] * 8
+    assert watch.end() < 0.7
 
 
 @pytest.mark.parametrize("encoding", ["compress", "x-gzip2", "gzip, gzip", "utf-8", "br", "zstd"])
@@ -389,7 +414,9 @@ def test_ids_of_requests() -> None:
         assert server.get("/nothing", X_Request_Id="mine-7").headers["x-request-id"] == "mine-7"
 
 
-def test_details_of_a_fault_are_not_revealed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_details_of_a_fault_are_not_revealed(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails() -> None:
         raise KeyError("/home/secret at 0x7fffdeadbeef")
 
@@ -397,3 +424,4 @@ def test_details_of_a_fault_are_not_revealed(shell: Shell, monkeypatch: pytest.M
     reply = shell.get("/metrics")
     assert (reply.status, reply.error["type"]) == (500, "InternalServerError")
     assert "secret" not in reply.body.decode()
+    assert "GET /metrics failed" in [record.getMessage() for record in caplog.records]

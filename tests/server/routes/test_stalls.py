@@ -15,6 +15,7 @@ from jaxserve.server.protocol.bounds import SMALL
 from jaxserve.server.workers import QUICK
 from tests.server.live import answer, post
 from tests.server.routes.served import Served
+from tests.server.watch import Watch
 
 SENTENCE = "The sum of two and three is five, as everyone knows. "
 TEXT = SENTENCE * (2**18 // len(SENTENCE))
@@ -28,25 +29,6 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
     "message": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\u4e2d\n" * 2**20}]}),
     "detokenize": ("/detokenize", {"tokens": list(range(20, 148)) * 1024}),
 }
-
-
-class Watch:
-    """The event loop's largest gap: with Python's lock held elsewhere, it cannot run either."""
-
-    def __init__(self, served: Served) -> None:
-        self.gap = 0.0
-        self._running = asyncio.run_coroutine_threadsafe(self._watch(), served.loop)
-
-    async def _watch(self) -> None:
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            self.gap, last = max(self.gap, now - last), now
-
-    def end(self) -> float:
-        self._running.cancel()
-        return self.gap
 
 
 def seconds_with_the_lock(served: Served, text: str) -> float:
@@ -65,7 +47,7 @@ def test_the_event_loop_goes_on_under_long_requests(served: Served, name: str) -
     assert len(raw) > SMALL
     before = seconds_with_the_lock(served, TEXT)
     with ThreadPoolExecutor(CLIENTS) as clients:
-        watch = Watch(served)
+        watch = Watch(served.loop)
         replies = list(clients.map(lambda _: served.post(path, raw), range(CLIENTS)))
         gap = watch.end()
     assert {reply.status for reply in replies} <= {200, 400}
