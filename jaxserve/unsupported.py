@@ -12,7 +12,7 @@ REMOVE = "remove it"
 class Reason(NamedTuple):
     problem: str  # after the name
     hint: str
-    neutral: tuple[str, ...] = ()  # values of a request's field that mean the same as no value
+    neutral: tuple[str | bool, ...] = ()  # values of a request's field that mean the same as no value
     empty: bool = True  # an empty value of a request's field means the same as no value
 
     def about(self, name: str) -> tuple[str, str]:
@@ -145,7 +145,7 @@ SHORT_FLAGS = {
 }
 
 # Fields of request bodies: of completions and chats, of completions alone, of everything that is made of messages, of
-# chats alone, of embeddings, of one message.
+# chats alone, of scores, of embeddings, of one message.
 GENERATION_FIELDS = {
     **_planned("structured_outputs", "guided_regex", "guided_choice", "guided_grammar"),
     **_planned("guided_decoding_backend", "guided_whitespace_pattern", "logits_processors", "logprob_token_ids"),
@@ -162,7 +162,15 @@ CHAT_FIELDS = {
     "verbosity": Reason("is not supported yet", REMOVE, neutral=("medium",)),
     "web_search_options": Reason("is not supported yet", REMOVE, empty=False),  # without options it searches too
 }
-EMBEDDING_FIELDS = _planned("messages", "embed_dtype", "endianness", "use_activation")
+SCORE_FIELDS = {
+    name: Reason("is not supported yet", REMOVE, neutral=(True,)) for name in ("use_activation", "activation")
+}
+EMBEDDING_FIELDS = {
+    **_planned("messages", "embed_dtype", "endianness"),
+    **SCORE_FIELDS,
+    **{name: Reason("is not supported yet", REMOVE, neutral=(True,)) for name in ("normalize", "softmax")},
+    "task": Reason("is not supported", "remove it, and use /v1/embeddings for embeddings, /classify for labels"),
+}
 MESSAGE_FIELDS = _planned("refusal", "audio", "function_call", "tool_calls", "tool_call_id")
 
 # Fields that cannot change the answer of a model for text. They are treated like unknown fields.

@@ -160,8 +160,10 @@ def prepare(
     order: Order,
     *,
     field: str,
+    places: Sequence[tuple[str, int | None]] | None = None,
 ) -> list[Request]:
-    """A checked request for each prompt. `field`: the name of the prompts' field in the body."""
+    """A checked request for each prompt. `field`: the name of the prompts' field in the body. `places`: each prompt's
+    field, and place in it, if they are of several."""
     if not order.embed:
         _check_queue(len(prompts), preparer.limits, field)
     made: list[Request] = []
@@ -169,12 +171,13 @@ def prepare(
         try:
             made.append(_prepared(preparer, prompt, sampling, order))
         except RequestError as error:
+            field, shown = (field, place if len(prompts) > 1 else None) if places is None else places[place]
             named = field if error.field == "prompt" else error.field
             problem, hint = error.problem, error.hint
             if order.embed:  # use the field's name in the body
                 problem, hint = problem.replace("prompt", field), hint.replace("prompt", field)
-            if len(prompts) > 1 and named == field:
-                problem = f"{field} {place}: {problem}"
+            if shown is not None and named == field:
+                problem = f"{field} {shown}: {problem}"
             raise type(error)(named, problem, hint) from None
     return made
 

@@ -23,11 +23,16 @@ type Form = Literal["float", "base64"] | None
 
 
 def prepared(
-    preparer: Preparer, prompts: Sequence[str] | Sequence[list[int]], order: Order, *, field: str
+    preparer: Preparer,
+    prompts: Sequence[str] | Sequence[list[int]],
+    order: Order,
+    *,
+    field: str,
+    places: Sequence[tuple[str, int | None]] | None = None,
 ) -> list[Request]:
     """A request for each prompt; `order` embeds."""
     sampling = SamplingParams(max_tokens=1, detokenize=False)
-    return params.prepare(preparer, prompts, sampling, order, field=field)
+    return params.prepare(preparer, prompts, sampling, order, field=field, places=places)
 
 
 async def run(request: web.Request, asked: list[Request]) -> list[RequestOutput]:

@@ -43,6 +43,7 @@ class Expected:
     """Annotates a field with a description of valid values, for errors."""
 
     words: str
+    each: str | None = None  # of an element of a list, where it may be of several kinds
 
 
 class Strict(BaseModel):
@@ -87,9 +88,10 @@ def _unknown_fields(body: BaseModel, prefix: str) -> Iterator[tuple[str, type[Ba
     for name in body.model_fields_set:
         value: object = getattr(body, name) if name in type(body).model_fields else None
         listed = cast("list[object]", value) if isinstance(value, list) else [value]
-        if listed and isinstance(listed[0], BaseModel):
-            for each in cast("list[BaseModel]", listed):
-                yield from _unknown_fields(each, f"{prefix}{name}.")
+        if listed and not isinstance(listed[0], int | list):  # long lists of token ids hold nothing else
+            for each in listed:
+                if isinstance(each, BaseModel):
+                    yield from _unknown_fields(each, f"{prefix}{name}.")
 
 
 def as_api_error(error: ValidationError, kind: type[BaseModel], raw: bytes | None = None) -> ApiError:
@@ -116,9 +118,11 @@ def as_api_error(error: ValidationError, kind: type[BaseModel], raw: bytes | Non
     notes = field.metadata if field is not None else []
     if reason := next((note for note in notes if isinstance(note, Reason)), None):
         return bad_request(path, *reason.about(path))
-    expected = next((note.words for note in notes if isinstance(note, Expected)), None)
+    expected = next(
+        (note.each if path.endswith("]") else note.words for note in notes if isinstance(note, Expected)), None
+    )
     # For an element of a list, pydantic's fault is more specific than what is expected of the field.
-    wanted = _wanted(fault) if expected is None or path.endswith("]") else f"be {expected}"
+    wanted = _wanted(fault) if expected is None else f"be {expected}"
     if wanted == "be a whole number" and not path.endswith("]"):
         wanted += _range(notes)
     return ApiError(400, f"{path} must {wanted}.", param=path)

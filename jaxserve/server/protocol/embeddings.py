@@ -11,7 +11,7 @@ from jaxserve.server.protocol.completion import Ids, one_or_many
 from jaxserve.server.protocol.generated import with_unsupported
 from jaxserve.server.protocol.long_values import LONG
 from jaxserve.server.protocol.sampling import Ordered
-from jaxserve.unsupported import EMBEDDING_FIELDS
+from jaxserve.unsupported import EMBEDDING_FIELDS, SCORE_FIELDS
 
 MAX_INPUTS = 2048  # OpenAI's limit
 
@@ -46,10 +46,10 @@ class ClassifyRequest(with_unsupported(Ordered, EMBEDDING_FIELDS)):
 
 
 Texts = str | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
-_TEXTS = Expected(f"a string or a list of up to {MAX_INPUTS} strings")
+_TEXTS = Expected(f"a string or a list of 1 to {MAX_INPUTS} strings")
 
 
-class ScoreRequest(Ordered):
+class ScoreRequest(with_unsupported(Ordered, SCORE_FIELDS)):
     text_1: Annotated[Texts | None, _TEXTS] = None
     text_2: Annotated[Texts | None, _TEXTS] = None
     queries: Annotated[Texts | None, Field(description="Same as text_1."), _TEXTS] = None
@@ -73,10 +73,14 @@ class Document(Strict):
 Documents = Annotated[list[str | Document], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 
 
-class RerankRequest(Ordered):
+class RerankRequest(with_unsupported(Ordered, SCORE_FIELDS)):
     query: Annotated[str, Field(min_length=1)]
     documents: Annotated[
-        Documents, Expected(f"a list of up to {MAX_INPUTS} documents, each a string or an object with a text")
+        Documents,
+        Expected(
+            f"a list of 1 to {MAX_INPUTS} documents, each a string or an object with a text",
+            each="a string or an object with a text",
+        ),
     ]
     top_n: Annotated[
         int | None,

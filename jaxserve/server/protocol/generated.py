@@ -42,7 +42,9 @@ def _none_if_neutral(reason: Reason, value: Any) -> Any:
     """The value, or None if it asks for nothing: many clients send empty lists and defaults."""
     if value in ("", [], {}):
         return None if reason.empty else value
-    return None if value is False or value in reason.neutral else value
+    if value is False and True not in reason.neutral:
+        return None
+    return None if value in reason.neutral else value
 
 
 def _extended[B: BaseModel](base: type[B], fields: dict[str, Any]) -> type[B]:

@@ -90,11 +90,16 @@ async def _scored(
 
 
 def _of_texts(preparer: Preparer, pairs: Pairs, order: Order, names: tuple[str, str]) -> list[Request]:
-    for first, second in pairs:
-        for name, text in zip(names, (first, second), strict=True):
+    places: dict[str, tuple[str, int | None]] = {}  # where each text is first
+    alone = len({first for first, _ in pairs}) == 1  # a query for many documents
+    for index, pair in enumerate(pairs):
+        for name, text in zip(names, pair, strict=True):
             if not text:
                 raise bad_request(name, f"{name} has an empty text", "remove it")
-    return vectors.prepared(preparer, texts_of(pairs), order, field=names[1])
+            single = len(pairs) == 1 or (alone and name == names[0])
+            places.setdefault(text, (name, None if single else index))
+    texts = texts_of(pairs)
+    return vectors.prepared(preparer, texts, order, field=names[1], places=[places[text] for text in texts])
 
 
 def _of_pairs(serving: Serving, preparer: Preparer, pairs: Pairs, order: Order, field: str) -> list[Request]:

@@ -17,6 +17,7 @@ from tests.tiny_llm import SPEC, Reference
 HEAD = np.random.default_rng(5).normal(size=(3, SPEC.hidden)).astype(np.float32)
 CLASSES = Pooling(classifier=Classifier(DenseLayer(HEAD, None, "softmax"), ("bad", "so-so", "good")))
 SCORER = Pooling(classifier=Classifier(DenseLayer(HEAD[:1], None, "sigmoid"), ("LABEL_0",)))
+LONG = "x y " * 5000
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{# 'query' 'document' #}"
 
 
@@ -155,7 +156,16 @@ def test_reranking(pooled: Served, path: str) -> None:
         ("/score", {"text_1": "a", "text_2": 5}, "text_2 must be a string or a list"),
         ("/rerank", {"query": "a", "documents": []}, "documents must"),
         ("/rerank", {"query": "", "documents": ["a"]}, "query must not be empty"),
-        ("/rerank", {"query": "a", "documents": ["b", {"title": "c"}]}, "documents"),
+        (
+            "/rerank",
+            {"query": "a", "documents": ["b", {"title": "c"}]},
+            "documents[1] must be a string or an object with",
+        ),
+        ("/rerank", {"query": "a", "documents": ["b", 5]}, "documents[1] must be a string or an object with a text"),
+        ("/score", {"text_1": "a", "text_2": "b", "use_activation": False}, "use_activation is not supported yet"),
+        ("/pooling", {"input": "a", "use_activation": False}, "use_activation is not supported yet"),
+        ("/pooling", {"input": "a", "task": "token_embed"}, "Remove it, and use /v1/embeddings"),
+        ("/v1/embeddings", {"input": "a", "normalize": False}, "normalize is not supported yet"),
         ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n must be at least 0"),
         ("/classify", {}, "input is missing"),
     ],
@@ -163,6 +173,37 @@ def test_reranking(pooled: Served, path: str) -> None:
 def test_bad_bodies(pooled: Served, path: str, body: dict[str, Any], message: str) -> None:
     refused = pooled.post(path, body)
     assert refused.status == 400 and message in refused.json["error"]["message"], refused.json
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("/score", {"text_1": LONG, "text_2": ["b", "c"]}, "text_1", "this model's maximum"),
+        ("/score", {"text_1": "a", "text_2": ["b", LONG]}, "text_2", "text_2 1: this model's maximum"),
+        ("/score", {"text_1": ["a", LONG], "text_2": ["b", "c"]}, "text_1", "text_1 1: this model's maximum"),
+        ("/score", {"text_1": "a", "text_2": LONG}, "text_2", "this model's maximum"),
+        ("/rerank", {"query": "a", "documents": ["b", "a", LONG]}, "documents", "documents 2: this model's maximum"),
+        ("/rerank", {"query": LONG, "documents": ["b"]}, "query", "this model's maximum"),
+    ],
+)
+def test_a_text_that_is_too_long_is_named(
+    pooled: Served, path: str, body: dict[str, Any], param: str, message: str
+) -> None:
+    error = pooled.post(path, body).error
+    assert error["param"] == param and error["message"].lower().startswith(message)
+    assert f"the {param} has" in error["message"]
+
+
+def test_documents_of_both_kinds_with_unknown_fields(pooled: Served) -> None:
+    for documents in (["hello", {"text": "x", "title": "y"}], [{"text": "x", "title": "y"}, "hello"]):
+        reply = pooled.post("/rerank", {"query": "hello", "documents": documents})
+        assert reply.status == 200 and reply.headers["x-jaxserve-ignored"] == "documents.title"
+        assert reply.json["results"][0]["document"] == {"text": "hello"}
+
+
+@pytest.mark.parametrize("name", ["use_activation", "normalize", "softmax", "activation"])
+def test_what_vectors_are_anyway_may_be_asked_for(pooled: Served, name: str) -> None:
+    assert pooled.post("/pooling", {"input": "a", name: True}).status == 200
 
 
 def test_dimensions(pooled: Served) -> None:
