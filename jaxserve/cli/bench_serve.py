@@ -277,6 +277,8 @@ def limits(goodput: Sequence[str]) -> dict[str, float]:
         name, _, value = text.partition(":")
         if name not in ("ttft", "tpot", "e2el"):
             raise UsageError(f"--goodput has {one_line(text)!r}", "use ttft:MS, tpot:MS or e2el:MS, such as ttft:200")
+        if name in found:
+            raise UsageError(f"--goodput has {name} twice", "remove one of them")
         try:
             found[name] = float(value) / 1000
         except ValueError:

@@ -94,7 +94,9 @@ def until_loaded(*, done: int, total: int, seconds: float) -> int:
 
 
 def shown(seconds: float) -> str:
-    """In a sentence: 0.05, 2.5, 30."""
+    """In a sentence: 0.0004, 0.05, 2.5, 30."""
+    if seconds < 0.0095:  # else it would be 0.00
+        return f"{seconds:.1g}"
     digits = 0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2
     return f"{seconds:.{digits}f}".removesuffix(".0")
 

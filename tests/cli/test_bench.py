@@ -291,6 +291,7 @@ def test_goodput_is_reported(command: Command, server: FakeServer) -> None:
         ("ttft:-1", "ttft"),
     ):
         one_error(command(*words, "--goodput", wrong), 2, f"--goodput has '{wrong}'", part)
+    one_error(command(*words, "--goodput", "ttft:1", "tpot:2", "ttft:3"), 2, "--goodput has ttft twice")
 
 
 # Few shapes, each compiled when it is needed.

@@ -188,7 +188,16 @@ def test_a_timeout_that_is_no_decimal_number_is_refused(server: Live, text: str)
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0512, "0.05"), (0.947, "0.95"), (0.96, "1"), (2.4999, "2.5"), (9.96, "10"), (59.7, "60"), (1234.5, "1234")],
+    [
+        (0.00012, "0.0001"),
+        (0.0512, "0.05"),
+        (0.947, "0.95"),
+        (0.96, "1"),
+        (2.4999, "2.5"),
+        (9.96, "10"),
+        (59.7, "60"),
+        (1234.5, "1234"),
+    ],
 )
 def test_seconds_in_sentences_are_rounded(seconds: float, text: str) -> None:
     assert shown(seconds) == text

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 from jaxserve.config import ConfigError
+from jaxserve.errors import one_line
 from jaxserve.flags import values
 
 FORM = "write for example rpm=600,tpm=200k,concurrent=32; none lifts a limit"
@@ -30,8 +31,10 @@ class RateLimit:
         options: dict[str, str] = {}
         for part in text.split(","):
             name, equals, value = part.strip().partition("=")
-            if not equals or name not in LIMITS or name in options:
-                raise ConfigError(f"{where} is {text!r}", FORM)
+            if not equals or name not in LIMITS:
+                raise ConfigError(f"{where} has {one_line(part.strip())!r}, which is no limit", FORM)
+            if name in options:
+                raise ConfigError(f"{where} sets {name} twice", "remove one of them")
             options[name] = value
         return cls.of(options, where=where)
 

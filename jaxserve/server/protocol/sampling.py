@@ -34,7 +34,7 @@ class Ordered(RequestBody):
     effect."""
 
     user: Name | None = None
-    metadata: Annotated[dict[Name, Name] | None, Field(max_length=MAX_METADATA)] = None
+    metadata: Annotated[dict[Name, Any] | None, Field(max_length=MAX_METADATA)] = None
     store: NeverTrue = None
     service_tier: Annotated[
         Literal["auto", "default"] | None, Field(description="No effect."), Expected('"auto" or "default"')

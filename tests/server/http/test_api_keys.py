@@ -68,6 +68,20 @@ def test_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ("rpm=600,foo=1", "rate_limit has 'foo=1', which is no limit"),
+        ("600", "rate_limit has '600', which is no limit"),
+        ("rpm=1,tpm=2,rpm=3", "rate_limit sets rpm twice"),
+        ("rpm=0", "rate_limit: rpm is '0', expected a whole number"),
+    ],
+)
+def test_wrong_limits_are_named(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        RateLimit.parse(text, where="rate_limit")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
         ("", "contains no key"),
         ("# sk-secret\n", "contains no key"),
         ("sk-secret\nsk-secret\n", "API key key-2 is the same as key-1"),

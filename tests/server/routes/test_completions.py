@@ -287,7 +287,13 @@ def test_errors_raised_by_the_client(strict: Served) -> None:
 
 def test_fields_without_effect_change_nothing(served: Served) -> None:
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 4}
-    advice = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "prompt_cache_key": "k"}
+    advice = {
+        "user": "u",
+        "metadata": {"a": "b", "c": {"d": [1, None]}},
+        "store": False,
+        "service_tier": "auto",
+        "prompt_cache_key": "k",
+    }
     plain = served.post("/v1/completions", body).json["choices"]
     assert served.post("/v1/completions", {**body, **advice, "safety_identifier": "s"}).json["choices"] == plain
     assert served.post("/v1/completions", {**body, "priority": 3}).json["choices"] == plain
