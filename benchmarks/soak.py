@@ -47,6 +47,7 @@ CONFIG = {
     "max_num_batched_tokens": 256,
     "max_model_len": 256,
     "num_blocks": 33,  # too few for 16 rows: some requests are preempted
+    "warmup": "all",  # programs that join later would take memory
 }
 FLAT = ("api_fds", "engine_fds", "api_threads", "engine_threads", "compiled_late", "blocks")
 

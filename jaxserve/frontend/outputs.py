@@ -95,6 +95,16 @@ class OutputBuilder:
     def finished(self) -> bool:
         return self._unfinished == 0
 
+    @property
+    def generated(self) -> list[int]:
+        """How many tokens each sample has so far, also those of outputs to come."""
+        return [sample.count for sample in self._samples]
+
+    @property
+    def cached(self) -> int:
+        """How many tokens of the prompt came from the prefix cache."""
+        return self._num_cached_tokens
+
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
         return RequestOutput(  # by position, which takes half as long
             self._request.id,
@@ -117,6 +127,7 @@ class _Sample:
 
     def __init__(self, index: int, tokenizer: Tokenizer | None, params: SamplingParams, prompt: list[int]) -> None:
         self.index = index
+        self.count = 0  # its tokens so far
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
         self._wanted = params.logprobs
@@ -145,6 +156,7 @@ class _Sample:
                 self.finish_reason, self._stop_reason, self._error = "stop", stop, None
                 token_ids = token_ids[: self._detokenizer.token_count - before]
         self._token_ids += token_ids
+        self.count += len(token_ids)
         if self._logprobs is not None and update.logprobs is not None and self._cumulative is not None:
             for token in update.logprobs[: len(token_ids)]:
                 self._logprobs.append(position_logprobs(token, self._wanted, self._tokenizer))

@@ -47,7 +47,8 @@ class Outbox:
         try:
             with memoryview(self._kept) as rest:
                 while done < len(rest):
-                    done += self._end.send(rest[done:], socket.MSG_DONTWAIT)
+                    with rest[done:] as piece:  # if a debugger holds it, it must not keep what was sent
+                        done += self._end.send(piece, socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass
         except OSError:  # the parent is gone

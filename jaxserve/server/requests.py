@@ -188,12 +188,8 @@ class _Tally:
 
     def __init__(self, serving: Serving, record: RequestRecord, request: Request) -> None:
         self._serving, self._record, self._request = serving, record, request
-        self._generated = [0] * request.params.n
-        self._cached = 0
         self._seen = 0  # the number of gaps between tokens that were measured
         self._last: list[float | None] = [None] * request.params.n  # when each sample's last tokens arrived
-        # The counts come with the outputs, so they are unknown for a non-streamed answer without an output.
-        self._counted = request.params.output_kind is RequestOutputKind.DELTA
         self.ended = False  # whether the engine has ended it
         self._closed = False
 
@@ -208,14 +204,11 @@ class _Tally:
                     self._serving.metrics.token_gap((came - last) / count, count)
                     self._seen += count
                 self._last[sample.index] = came
-            self._generated[sample.index] = count + (self._generated[sample.index] if adds else 0)
             if sample.finish_reason is not None:
                 self._record.finish_reasons.append(sample.finish_reason)
             if self._serving.config.enable_log_outputs and self._record.text_length < LONGEST_LOGGED:
                 self._record.texts.append(sample.text)
                 self._record.text_length += len(sample.text)
-        self._cached = output.num_cached_tokens
-        self._counted = True
         if self._late(now) and any(sample.finish_reason == "abort" for sample in output.outputs):
             seconds = (self._request.deadline or now) - self._record.arrival
             raise ApiError(504, f"The request exceeded its deadline of {estimate.shown(seconds)} seconds.")
@@ -226,17 +219,16 @@ class _Tally:
 
     def end(self, stream: Stream, *, refused: bool = False) -> list[int]:
         """At its end, or when its stream is closed before. Returns how many tokens each sample has."""
-        self._finish(stream, refused=refused)
-        return self._generated
+        generated = stream.builder.generated
+        if not self._closed:
+            self._finish(stream, generated, refused=refused)
+        return generated
 
-    def _finish(self, stream: Stream, *, refused: bool) -> None:
-        if self._closed:
-            return
+    def _finish(self, stream: Stream, generated: list[int], *, refused: bool) -> None:
         self._closed = True
         record, metrics = self._record, self._serving.metrics
-        record.generated_tokens += sum(self._generated)
-        record.all_counted &= self._counted
-        record.cached_tokens += self._cached
+        record.generated_tokens += sum(generated)
+        record.cached_tokens += stream.builder.cached
         if stream.scheduled is not None:
             record.scheduled = min(record.scheduled or stream.scheduled, stream.scheduled)
         if stream.first_output is not None and stream.last_output is not None:
@@ -248,9 +240,9 @@ class _Tally:
             return
         if stream.scheduled is not None and stream.last_output is not None:
             self._serving.estimator.ended(stream.last_output - stream.scheduled)
-        longest = max(self._generated)
+        longest = max(generated)
         # For tokens that arrived together, or with the whole answer, use the mean gap.
-        rest = sum(max(count - 1, 0) for count in self._generated) - self._seen
+        rest = sum(max(count - 1, 0) for count in generated) - self._seen
         if rest > 0 and stream.first_output is not None and stream.last_output is not None:
             metrics.token_gap((stream.last_output - stream.first_output) / (longest - 1), rest)
         metrics.request(
@@ -261,8 +253,8 @@ class _Tally:
                 last_token=stream.last_output,
                 end=stream.last_output or time.monotonic(),
                 prompt_tokens=len(self._request.prompt_token_ids),
-                cached_tokens=self._cached,
-                generated_tokens=self._generated,
+                cached_tokens=stream.builder.cached,
+                generated_tokens=generated,
                 max_tokens=self._request.params.max_tokens,
             )
         )

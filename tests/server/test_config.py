@@ -292,18 +292,17 @@ def test_the_log_line_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_unknown_speeds(caplog: pytest.LogCaptureFixture) -> None:
-    """Requests that ended before their first tokens were reported, those whose counts are incomplete, and those too
-    short to measure."""
+    """Requests that ended before their first tokens were reported, and those too short to measure."""
     logging.getLogger("jaxserve.server").propagate = True
     prompt = Request(id="a", prompt_token_ids=[5], params=SamplingParams())
     with caplog.at_level(logging.INFO, "jaxserve.server"):
-        for count, known, last in ((0, True, 2), (1, True, 2), (9, False, 2), (5, True, 2), (5, True, 1.019)):
+        for count, last in ((0, 2), (1, 2), (5, 2), (5, 1.019)):
             record = RequestRecord("x", arrival=0.0, first_token=1.0, last_token=last, prepared=[prompt])
-            record.generated_tokens, record.all_counted = count, known
+            record.generated_tokens = count
             logs.request_line(record, method="POST", path="/a", status=504, config=ServerConfig())
     lines = [vars(entry)["fields"] for entry in caplog.records]
-    assert [line["tokens_per_second"] for line in lines] == [None, None, None, 4.0, None]
-    assert [line["generated_tokens"] for line in lines] == [0, 1, None, 5, 5]
+    assert [line["tokens_per_second"] for line in lines] == [None, None, 4.0, None]
+    assert [line["generated_tokens"] for line in lines] == [0, 1, 5, 5]
 
 
 def test_how_a_request_ended(caplog: pytest.LogCaptureFixture) -> None:

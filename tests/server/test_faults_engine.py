@@ -7,6 +7,7 @@ Each test has its own server, whose engine is a fake. `started` fails if a proce
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -193,7 +194,7 @@ def test_an_engine_that_fails(tmp_path: Path, fault: str) -> None:
         check_broken(answer(other), status=500)
         assert health(one) in (503, 0)
         [whole] = [line for line in one.log.splitlines() if "status=500" in line]
-        assert "generated_tokens" not in whole and "tokens_per_second" not in whole  # unknown
+        assert re.search(r"generated_tokens=\d", whole)
         assert one.wait_exit(10) == 1
         assert time.monotonic() - begin < 5
         assert "the engine failed: " in one.log

@@ -51,7 +51,7 @@ def request_line(
         shown |= {
             "prompt_tokens": record.prompt_tokens,
             "cached_tokens": record.cached_tokens,
-            "generated_tokens": record.generated_tokens if record.all_counted else None,
+            "generated_tokens": record.generated_tokens,
             "ttft": None if record.first_token is None else record.first_token - record.arrival,
             "tokens_per_second": _pace(record),
             "finish": ",".join(sorted(set(record.finish_reasons))) or ("error" if record.error else "left"),
@@ -67,8 +67,6 @@ def request_line(
 def _pace(record: RequestRecord) -> float | None:
     """Tokens per second after the first."""
     if record.first_token is None or record.last_token is None or record.last_token - record.first_token < SHORTEST:
-        return None
-    if not record.all_counted:
         return None
     later = record.generated_tokens - len(record.finish_reasons or (1,))
     return later / (record.last_token - record.first_token) if later > 0 else None

@@ -18,7 +18,6 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    all_counted: bool = True  # whether generated_tokens counts every sample that ran
     scheduled: float | None = None  # when the first sequence got a row
     first_token: float | None = None
     last_token: float | None = None

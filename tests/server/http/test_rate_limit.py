@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rate limits: what a minute lets in, by a clock of the test; and the responses of a server."""
 
+import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -213,7 +215,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("limits")
     (folder / "keys").write_text(
         "free concurrent=none\nslow name=slow rpm=2\nlong name=long tpm=100\nwide name=wide concurrent=1\n"
-        "pair name=pair tpm=100\nvectors name=vectors tpm=100\nscrape scope=metrics"
+        "pair name=pair tpm=100\nvectors name=vectors tpm=100\nleft name=left tpm=600\nscrape scope=metrics"
     )
     settings = {"api_key_file": str(folder / "keys"), "rate_limit": "concurrent=50", "admin_api_key": ["root"]}
     with living.started(folder, fake="slow=0.02", server=settings) as one:
@@ -255,6 +257,25 @@ def test_tokens_per_minute(server: Live) -> None:
     assert (large.status, large.error["code"]) == (429, "rate_limit_exceeded")
     assert large.error["message"].startswith("Request too large for key long: limit 100 tokens per minute, requested")
     assert "retry-after" not in large.headers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_charged_for_what_was_generated(server: Live, stream: bool) -> None:
+    """Also if its answer was to come in one piece."""
+    begun, before = time.monotonic(), int(complete(server, "left").headers["x-ratelimit-remaining-tokens"])
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "stream": stream})
+    with server.connect() as sock:
+        sock.sendall(living.post("/v1/completions", body.encode(), "Authorization: Bearer left"))
+        time.sleep(1.5)  # about 75 tokens
+    wait(
+        lambda: re.search(
+            rb"num_requests_running\{.*\} 0\.0", server.get("/metrics", Authorization="Bearer scrape").body
+        )
+    )
+    left = int(complete(server, "left").headers["x-ratelimit-remaining-tokens"])
+    refilled = 10 * (time.monotonic() - begun) + 1
+    assert left <= before + refilled - 2 * len(PROMPT) - 20
+    assert left >= before - 2 * len(PROMPT) - 210
 
 
 def test_parallel_requests_do_not_exceed_the_tokens_of_a_minute(server: Live) -> None:
