@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled clean
+.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled golden-quantized clean
 
 install: .venv/.test-installed
 
@@ -124,6 +124,13 @@ golden: .venv-golden/.installed
 golden-pooled: .venv-golden/.installed
 	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt sentence-transformers
 	.venv-golden/bin/python -m tests.golden.make_pooled
+
+# Tiny quantized checkpoints by the packers of each format, and transformers' logits: tests/golden/data/quantized.
+# autoawq and gptqmodel want dozens of packages to be imported; without them, their source is there to pack with.
+golden-quantized: .venv-golden/.installed
+	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt compressed-tensors accelerate bitsandbytes ml_dtypes
+	$(GOLDEN_PIP) --no-deps autoawq==0.2.9 gptqmodel==7.7.0
+	.venv-golden/bin/python -m tests.golden.make_quantized
 
 # torch without CUDA, a tenth of the size, where PyTorch's own index can be reached; else the usual one.
 # The newest numpy and scipy are not for 3.11; any will do, as only numpy's raw random bits are used.

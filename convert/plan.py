@@ -5,11 +5,13 @@ Every parameter must exist with the right shape, and the checkpoint must contain
 is found before any data is read, and reported in one line that names the file, the tensor and what was expected.
 """
 
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.files.header import BITS, TensorInfo, quote
-from convert.files.reader import Array, TensorCopy, equal_bytes
+from convert.files.reader import Array, TensorCopy, equal_bytes, read_bytes
 from convert.files.safetensors import read_checkpoint
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import online, param_layout, registry
@@ -27,6 +29,7 @@ from jaxserve.models.registry import Family
 from jaxserve.models.spec import Layer, ModelSpec
 from jaxserve.models.weight import component_at
 from jaxserve.models.weights import Rule, View
+from jaxserve.quant.formats.format import Format, Source
 from jaxserve.quant.scheme import Component
 
 # Supported dtypes of stored weights. The others hold components of quantized weights.
@@ -46,28 +49,39 @@ COMPONENT_DTYPES: dict[str, Any] = DTYPES | {
 # Buffers that some checkpoints store although every model computes them: never weights.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias)$")
 
+logger = logging.getLogger(__name__)
+
 _HINT = "check that config.json belongs to these weights"
 
 
 @dataclass(frozen=True)
 class Piece:
     """A public tensor, or one expert's part of it: its location and an optional view of it. A packed component of a
-    quantized weight is unpacked first. A component that the checkpoint lacks is encoded from the plain weight."""
+    quantized weight is unpacked first, with the small tensors in `others`, after its `problem` was looked for. A
+    component that the checkpoint lacks is encoded from the plain weight."""
 
     info: TensorInfo
     view: View | None = None
-    unpack: Callable[[Array], Array] | None = None
+    unpack: Callable[..., Array] | None = None
     encode: Callable[[Array], Array] | None = None
+    problem: Callable[..., str | None] | None = None
+    others: tuple[TensorInfo, ...] = ()
+    name: str = ""
 
     @property
     def dtype(self) -> Any:
         return COMPONENT_DTYPES[self.info.dtype]
 
-    def unpacked(self, data: Array) -> Array:
-        return data if self.unpack is None else self.unpack(data)
+    @property
+    def computed(self) -> bool:
+        return self.unpack is not None or self.encode is not None
 
     def look(self, data: Array, layer: Layer | None) -> Array:
-        data = self.unpacked(data)
+        others = [_values(info) for info in self.others]
+        if self.problem is not None and (found := self.problem(data, *others)):
+            fail(self.info, self.name, found)
+        if self.unpack is not None:
+            data = self.unpack(data, *others)
         data = data if self.view is None else self.view(data, layer)
         return data if self.encode is None else self.encode(data)
 
@@ -108,12 +122,12 @@ class LoadPlan:
 
     @property
     def bytes(self) -> int:
-        """What reading copies from files, or encodes."""
-        stored = {piece.info for pieces in self.pieces.values() for piece in pieces if piece.encode is None}
+        """What reading copies from files, or computes."""
+        stored = {piece.info for pieces in self.pieces.values() for piece in pieces if not piece.computed}
         leaves = param_layout.leaves(param_layout.abstract_public(self.spec)) if self.spec.quantized else ()
-        encoded = (leaf for path, leaf in leaves if self.pieces[path][0].encode is not None)
+        computed = (leaf for path, leaf in leaves if self.pieces[path][0].computed)
         return sum(info.stop - info.start for info in stored) + sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in encoded
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in computed
         )
 
     def size(self, dtype: Any = None) -> int:
@@ -159,6 +173,10 @@ class LoadPlan:
             yield TensorCopy(piece.info, piece.dtype, partial(look, piece, place), place)
 
 
+def _values(info: TensorInfo) -> Array:
+    return read_bytes(info).view(COMPONENT_DTYPES[info.dtype]).reshape(info.shape)
+
+
 PREFIX = "model."
 CLASSIFIERS = (r"^score\.weight$",)  # heads of classification models, which frontend/pooling_files.py reads
 
@@ -179,9 +197,14 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
         tensors = bare
         if not any(rule.path == "head" and rule.source in tensors for rule in family.WEIGHTS) and not spec.tied:
             spec = spec.without_head()
-    if spec.tied and _heads_differ(family.WEIGHTS, tensors):
+    chosen, spec = registry.quantization(folder, spec, family, _Tensors(tensors))
+    if spec.tied and (
+        _head_is_quantized(family.WEIGHTS, tensors, spec, chosen) or _heads_differ(family.WEIGHTS, tensors)
+    ):
         spec = replace(spec, tied=False)
-    planner = _Planner(folder, spec, family.WEIGHTS, tensors)
+    for note in chosen.notes if chosen else ():
+        logger.warning("%s", note)
+    planner = _Planner(folder, spec, family.WEIGHTS, tensors, chosen)
     pieces = {path: planner.find(path, leaf) for path, leaf in param_layout.leaves(param_layout.abstract_public(spec))}
     planner.check_used((*getattr(family, "IGNORED", ()), *(() if spec.generates else CLASSIFIERS)))
     return LoadPlan.of(spec, pieces)
@@ -200,6 +223,17 @@ def _with_prefix(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> 
     }
 
 
+def _head_is_quantized(
+    weights: Iterable[Rule], tensors: Mapping[str, TensorInfo], spec: ModelSpec, chosen: Format | None
+) -> bool:
+    """Whether the head is stored, and quantized: then it is not the embedding."""
+    scheme = spec.scheme_of(("head",))
+    modules = [rule.source.removesuffix(".weight") for rule in weights if rule.path == "head"]
+    if scheme is None or chosen is None:
+        return False
+    return any(module + chosen.source(module, scheme.components[0]).suffix in tensors for module in modules)
+
+
 def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether embedding and head are both stored and differ: then they are not tied, regardless of the config."""
     stored = {rule.path: tensors[rule.source] for rule in weights if rule.source in tensors}
@@ -209,13 +243,28 @@ def _heads_differ(weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]) ->
     return head.dtype != embed.dtype or not equal_bytes(embed, head)
 
 
+class _Tensors(dict[str, TensorInfo]):
+    """As formats of quantized checkpoints want them."""
+
+    def small(self, name: str) -> Array:
+        return _values(self[name])
+
+    def where(self, name: str) -> str:
+        return f"{_shown(self[name].file)}: tensor {quote(name)}"
+
+
 class _Planner:
     def __init__(
-        self, folder: Path, spec: ModelSpec, weights: Iterable[Rule], tensors: Mapping[str, TensorInfo]
+        self,
+        folder: Path,
+        spec: ModelSpec,
+        weights: Iterable[Rule],
+        tensors: Mapping[str, TensorInfo],
+        chosen: Format | None,
     ) -> None:
-        self._folder, self._spec, self._tensors = folder, spec, tensors
-        self._format, self._settings = registry.quantization(folder) if spec.quantized else (None, {})
-        self._used: Counter[str] = Counter()  # number of values used per tensor
+        self._folder, self._spec, self._tensors, self._format = folder, spec, tensors, chosen
+        self._used: dict[str, Fraction] = {}  # the share of each tensor that is used
+        self._unpacked: dict[Any, Array] = {}  # what unpacking makes of zeros
         self._rules: dict[str, list[Rule]] = {}
         for rule in weights:
             self._rules.setdefault(rule.path, []).append(rule)
@@ -236,29 +285,79 @@ class _Planner:
                 f"config.json has {shape[0]:,} experts, but the checkpoint has only {len(self._tensors):,} tensors"
             )
             raise CheckpointError(f"{_shown(self._folder)}: {problem}", _HINT)
-        source = self._format.source(component, self._settings) if self._format and component else None
-        suffix = "" if source is None else source.suffix
-        rules = [rule if source is None else _suffixed(rule, suffix) for rule in rules]
-        choices = [(rule, _names(rule, path, shape)) for rule in rules]
-        rule, names = next((c for c in choices if any(name in self._tensors for name in c[1])), choices[0])
+        choices = [(rule, list(self._sources(rule, path, shape, component))) for rule in rules]
+        rule, found = next((c for c in choices if any(name in self._tensors for name, _ in c[1])), choices[0])
         each = shape[1:] if "{expert}" in rule.source else shape
+        view = None if component and not component.rows else rule.view  # views select rows
         pieces: list[Piece] = []
-        for name in names:
-            if name not in self._tensors:
-                problem = f"tensor {quote(name)} is missing, expected for {param_layout.dotted(path)} {list(shape)}"
-                raise CheckpointError(f"{_shown(self._folder)}: {problem}", f"download it again, or {_HINT}")
-            view = None if component and not component.rows else rule.view  # views select rows
-            piece = Piece(self._tensors[name], view, source and source.unpack)
-            self._used[name] += _check(piece, name, each, layer, leaf.dtype if component else None)
+        for name, source in found:
+            for needed in (name, *source.also):
+                if needed not in self._tensors:
+                    problem = f"tensor {quote(needed)} is missing, expected for {param_layout.dotted(path)}"
+                    raise CheckpointError(
+                        f"{_shown(self._folder)}: {problem} {list(shape)}", f"download it again, or {_HINT}"
+                    )
+            others = tuple(self._tensors[other] for other in source.also)
+            piece = Piece(self._tensors[name], view, source.unpack, problem=source.problem, others=others, name=name)
+            share = self._check(piece, each, layer, leaf.dtype if component else None)
+            self._used[name] = self._used.get(name, Fraction(0)) + share
+            self._used |= dict.fromkeys(source.also, Fraction(1))
             pieces.append(piece)
         return pieces
 
+    def _sources(
+        self, rule: Rule, path: param_layout.Path, shape: tuple[int, ...], component: Component | None
+    ) -> Iterator[tuple[str, Source]]:
+        """The names of the tensors that a rule names, one or one for each expert; and of those that belong to them."""
+        for name in _names(rule, path, shape):
+            module = name.removesuffix(".weight")
+            if component is None or self._format is None:
+                yield name, Source(suffix="")
+            else:
+                source = self._format.source(module, component)
+                yield module + source.suffix, replace(source, also=tuple(module + suffix for suffix in source.also))
+
+    def _check(self, piece: Piece, shape: tuple[int, ...], layer: Layer | None, dtype: Any) -> Fraction:
+        """Check that the piece can be viewed as `shape`, and as a component of this `dtype`; return the share of its
+        tensor that it uses."""
+        info, name = piece.info, piece.name
+        if info.dtype not in (DTYPES if dtype is None else COMPONENT_DTYPES):
+            kind = "a quantized format" if BITS[info.dtype] <= 8 else "which is not a weight dtype"
+            fail(info, name, f"has dtype {info.dtype}, {kind}, expected one of {', '.join(DTYPES)}")
+        try:
+            whole = self._unpack_zeros(piece)
+            seen = whole if piece.view is None else piece.view(whole, layer)
+        except (ValueError, IndexError) as error:
+            wanted = f"expected one that can be viewed as {list(shape)} ({error})"
+            fail(info, name, f"has shape {list(info.shape)}, {wanted}")
+        if not _regroups(seen.shape, shape):
+            found = f"has shape {list(info.shape)}"
+            if seen.shape != info.shape:
+                found += f", of which {list(seen.shape)} is used"
+            fail(info, name, f"{found}, expected {list(shape)}, possibly with adjacent axes merged")
+        floats = jnp.issubdtype(seen.dtype, jnp.floating)
+        plain = floats and dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        if dtype is not None and seen.dtype != dtype and not plain:
+            fail(info, name, f"has dtype {info.dtype}, expected {dtype} for this quantization")
+        return Fraction(seen.size, max(whole.size, 1))
+
+    def _unpack_zeros(self, piece: Piece) -> Array:
+        """The shape and dtype that unpacking gives. It computes, unlike views; most layers have the same shapes."""
+        shapes = tuple((other.dtype, other.shape) for other in piece.others)
+        key = piece.unpack, piece.dtype, piece.info.shape, shapes
+        if key not in self._unpacked:
+            zeros = [_zeros(each) for each in (piece.info, *piece.others)]
+            whole = zeros[0] if piece.unpack is None else piece.unpack(*zeros)
+            self._unpacked[key] = np.broadcast_to(np.zeros((), whole.dtype), whole.shape)
+        return self._unpacked[key]
+
     def check_used(self, ignored: Sequence[str]) -> None:
         """Check that every tensor is used, and used completely."""
-        for name, count in self._used.items():
+        for name, share in self._used.items():
             info = self._tensors[name]
-            if count < math.prod(info.shape):
-                taken = f"of which the model uses {count:,} of {math.prod(info.shape):,} values"
+            if share < 1:
+                count = math.prod(info.shape)
+                taken = f"of which the model uses {int(share * count):,} of {count:,} values"
                 fail(info, name, f"has shape {list(info.shape)}, {taken}, expected all")
         known = {rule.source for rule in self._rules.get("head", []) if self._spec.tied}  # a copy of the embedding
         ignored = (*ignored, *(self._format.ignored if self._format else ()))
@@ -274,38 +373,13 @@ class _Planner:
             fail(self._tensors[extra[0]], extra[0], f"is not part of the model that config.json describes{more}")
 
 
-def _suffixed(rule: Rule, suffix: str) -> Rule:
-    """The rule for a component of its weight."""
-    return replace(rule, source=rule.source.removesuffix(".weight") + suffix)
-
-
 def _names(rule: Rule, path: param_layout.Path, shape: tuple[int, ...]) -> list[str]:
     source = rule.source.replace("{layer}", str(path[1]) if len(path) > 1 else "")
     return [source.replace("{expert}", str(i)) for i in range(shape[0])] if "{expert}" in source else [source]
 
 
-def _check(piece: Piece, name: str, shape: tuple[int, ...], layer: Layer | None, dtype: Any) -> int:
-    """Check that the piece can be viewed as `shape`, and as a component of this `dtype`; return how many values of its
-    tensor it uses."""
-    info = piece.info
-    if info.dtype not in (DTYPES if dtype is None else COMPONENT_DTYPES):
-        kind = "a quantized format" if BITS[info.dtype] <= 8 else "which is not a weight dtype"
-        fail(info, name, f"has dtype {info.dtype}, {kind}, expected one of {', '.join(DTYPES)}")
-    try:
-        # Unpacking computes, views do not.
-        whole = piece.unpacked(np.broadcast_to(np.zeros((), piece.dtype), info.shape))
-        seen = whole if piece.view is None else piece.view(whole, layer)
-    except (ValueError, IndexError) as error:
-        fail(info, name, f"has shape {list(info.shape)}, expected one that can be viewed as {list(shape)} ({error})")
-    if not _regroups(seen.shape, shape):
-        found = f"has shape {list(info.shape)}"
-        if seen.shape != info.shape:
-            found += f", of which {list(seen.shape)} is used"
-        fail(info, name, f"{found}, expected {list(shape)}, possibly with adjacent axes merged")
-    floats = jnp.issubdtype(seen.dtype, jnp.floating)
-    if dtype is not None and seen.dtype != dtype and not (floats and dtype in (jnp.float32, jnp.bfloat16, jnp.float16)):
-        fail(info, name, f"has dtype {info.dtype}, expected {dtype} for this quantization")
-    return seen.size * math.prod(info.shape) // max(whole.size, 1)
+def _zeros(info: TensorInfo) -> Array:
+    return np.broadcast_to(np.zeros((), COMPONENT_DTYPES[info.dtype]), info.shape)
 
 
 def _regroups(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -33,7 +33,9 @@ from jaxserve.models.families import (
 )
 from jaxserve.models.spec import MAX_LAYERS, ModelSpec
 from jaxserve.models.weights import Rule
-from jaxserve.quant.scheme import FORMATS, Format, Quantized, Scheme
+from jaxserve.quant.formats import FORMATS
+from jaxserve.quant.formats.format import Format, Tensors
+from jaxserve.quant.scheme import Quantized, Scheme
 
 
 class Family(Protocol):
@@ -123,9 +125,26 @@ def family_of(raw: Mapping[str, Any]) -> Family:
 
 
 def read_config(folder: Path) -> tuple[ModelSpec, Family]:
-    """Read a model folder's spec, and the family whose WEIGHTS map its tensors."""
-    raw = hf.read_json(folder / "config.json")
+    """Read a model folder's spec, and the family whose WEIGHTS map its tensors. Which weights are quantized is a guess
+    until the headers of the files are read; see `quantization`."""
+    raw = read_raw(folder)
     return spec_of(raw), family_of(raw)
+
+
+# Where older tools put what is now the quantization_config of config.json, and the method if the file names none.
+_OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def read_raw(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, with the quantization_config that may be in a file beside it."""
+    raw = hf.read_json(folder / "config.json")
+    text = raw.get("text_config")
+    if not raw.get("quantization_config") and isinstance(text, Mapping) and "quantization_config" in text:
+        raw["quantization_config"] = cast(Mapping[str, Any], text)["quantization_config"]
+    for name, method in _OTHER_FILES.items():
+        if not raw.get("quantization_config") and (folder / name).is_file():
+            raw["quantization_config"] = {"quant_method": method, **hf.read_json(folder / name)}
+    return raw
 
 
 def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
@@ -135,7 +154,9 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         spec = family.spec(config)
         if not generates(raw):
             spec = spec.without_head()
-        return replace(spec, quantized=_quantized(raw, family, len(spec.layers)))
+        if raw.get("quantization_config"):
+            spec = replace(spec, quantized=_quantized(_format(raw, NoTensors()), family, len(spec.layers), NoTensors()))
+        return spec
     except CheckpointError:
         raise
     except (AttributeError, TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
@@ -143,37 +164,65 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         raise CheckpointError(problem, "check the file") from None
 
 
-def quantization(folder: Path) -> tuple[Format, Mapping[str, Any]]:
-    """The format of a folder with a quantized model, and its settings."""
-    return _format(hf.read_json(folder / "config.json"))
+class NoTensors(dict[str, Any]):
+    """The tensors of a checkpoint whose files are not at hand."""
+
+    def small(self, name: str) -> Any:
+        raise KeyError(name)
+
+    def where(self, name: str) -> str:
+        return name
 
 
-def _format(raw: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]]:
+def quantization(folder: Path, spec: ModelSpec, family: Family, tensors: Tensors) -> tuple[Format | None, ModelSpec]:
+    """The format of a folder with these tensors, and the spec with the schemes of its weights; None if no weight is
+    quantized."""
+    raw = read_raw(folder)
+    if not raw.get("quantization_config"):
+        return None, spec
+    chosen = _format(raw, tensors)
+    schemes = _quantized(chosen, family, len(spec.layers), tensors)
+    return chosen if schemes else None, replace(spec, quantized=schemes)
+
+
+def _format(raw: Mapping[str, Any], tensors: Tensors) -> Format:
     given = raw["quantization_config"]
     settings: Mapping[str, Any] = cast(Any, given if isinstance(given, Mapping) else {})
     found = FORMATS.get(str(settings.get("quant_method")))
     if found is None:
         problem = f"the checkpoint is quantized ({one_line(repr(raw['quantization_config']))}), which is not supported"
-        raise CheckpointError(problem, "name the unquantized checkpoint")
-    return found, settings
+        supported = ", ".join(FORMATS)
+        raise CheckpointError(problem, f"name the unquantized checkpoint, or one quantized by {supported}")
+    return found(settings, tensors)
 
 
-def _quantized(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[Quantized, ...]:
+def _quantized(chosen: Format, family: Family, layers: int, tensors: Tensors) -> tuple[Quantized, ...]:
     """The schemes of the model's weights, as few entries as there are different ones."""
-    if not raw.get("quantization_config"):
-        return ()
-    chosen, settings = _format(raw)
-    found: dict[str, Scheme | None] = {}
+    found: dict[str, list[Scheme | None]] = {}
+    known: dict[str, list[bool]] = {}
     for rule in family.WEIGHTS:
         if not rule.is_weight:
             continue
         module = rule.source.removesuffix(".weight").replace("{expert}", "0")
-        each = [chosen.scheme(module.replace("{layer}", str(i)), settings) for i in range(layers)]
+        numbers = range(layers) if "{layer}" in rule.path else range(1)
+        modules = [module.replace("{layer}", str(i)) for i in numbers]
+        schemes = [chosen.scheme(each) for each in modules]
+        stored = [_is_stored(*each, rule, chosen, tensors) for each in zip(modules, schemes, strict=True)]
+        # Several rules may name one tensor: the first that the checkpoint has applies.
+        before, seen = found.setdefault(rule.path, schemes), known.setdefault(rule.path, stored)
+        for i in numbers:
+            if stored[i] and not seen[i]:
+                before[i], seen[i] = schemes[i], True
+    entries: dict[str, Scheme | None] = {}
+    for path, each in found.items():
         alike = len({*each}) == 1
-        for path, scheme in zip([rule.path] if alike else _numbered(rule.path, layers), each, strict=False):
-            # Several rules may name one tensor. Formats list the layers that are left out, by their true names.
-            found[path] = scheme if found.get(path, scheme) else None
-    return tuple(Quantized(path=path, scheme=scheme) for path, scheme in found.items() if scheme)
+        entries |= zip([path] if alike else _numbered(path, layers), each, strict=False)
+    return tuple(Quantized(path=path, scheme=scheme) for path, scheme in entries.items() if scheme)
+
+
+def _is_stored(module: str, scheme: Scheme | None, rule: Rule, chosen: Format, tensors: Tensors) -> bool:
+    suffix = rule.source[len(rule.source.removesuffix(".weight")) :]
+    return module + (chosen.source(module, scheme.components[0]).suffix if scheme else suffix) in tensors
 
 
 def _numbered(path: str, layers: int) -> list[str]:
@@ -201,8 +250,6 @@ def _check_raw(part: Mapping[str, Any]) -> None:
 
 def as_config(raw: Mapping[str, Any]) -> hf.Config:
     """The config as transformers reads it, without fields that could name code or a backend."""
-    if raw.get("quantization_config"):
-        _format(raw)
     for part in (raw, raw.get("text_config")):
         if isinstance(part, Mapping):
             _check_raw(cast(Mapping[str, Any], part))

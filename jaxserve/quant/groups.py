@@ -8,12 +8,12 @@ side by side again takes CPUs longer than anything else about decoding.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.quant.schemes import CODES, MINIMUMS, ORDER, ROW_SCALES, SCALES, ZEROS
+from jaxserve.quant.tables import VALUES
 from jaxserve.quant.tensor import QuantTensor, register
 from pallas_kernels import dispatch
 from pallas_kernels.on_cpu.grouped_matmul import grouped_matmul_by
@@ -108,18 +108,20 @@ class Grouped(QuantTensor):
 @register("float8")
 @dataclass(frozen=True)
 class Float8(Grouped):
-    """Codes that are floating-point numbers."""
-
-
-@dataclass(frozen=True)
-class Table(Grouped):
-    values: ClassVar[tuple[float, ...]]
-
-    def _decode(self, codes: jax.Array) -> jax.Array:
-        return jnp.asarray(self.values, _FLOAT32).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+    """Codes that are floating-point numbers. uint8 scales are exponents."""
 
     def _as_float(self, values: jax.Array) -> jax.Array:
         return _powers_of_two(values) if values.dtype == jnp.uint8 else super()._as_float(values)
+
+
+@register("e2m1", "nf4", "fp4")
+@dataclass(frozen=True)
+class Table(Float8):
+    """Codes that a table has values for, the one of their kind."""
+
+    def _decode(self, codes: jax.Array) -> jax.Array:
+        values = jnp.asarray(VALUES[self.scheme.kind], _FLOAT32)
+        return values.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 def _powers_of_two(exponents: jax.Array) -> jax.Array:
@@ -127,37 +129,3 @@ def _powers_of_two(exponents: jax.Array) -> jax.Array:
     and 255 stands for NaN."""
     found = jax.lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32)
     return jnp.where(exponents == 255, jnp.nan, jnp.where(exponents == 0, jnp.float32(0), found))
-
-
-@register("e2m1")
-@dataclass(frozen=True)
-class E2m1(Table):
-    """A sign, 2 bits of exponent, 1 of mantissa."""
-
-    _HALF: ClassVar[tuple[float, ...]] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    values = (*_HALF, *(-each for each in _HALF))
-
-
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-
-
-@register("nf4")
-@dataclass(frozen=True)
-class Nf4(Table):
-    """Quantiles of the normal distribution."""
-
-    values = NF4
-
-
-@register("fp4")
-@dataclass(frozen=True)
-class Fp4(Table):
-    """bitsandbytes' floats of 4 bits, of which the largest is 1."""
-
-    _HALF: ClassVar[tuple[float, ...]] = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
-    values = (*_HALF, *(-each for each in _HALF))

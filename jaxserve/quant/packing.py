@@ -24,6 +24,21 @@ def pack(codes: Array, bits: int) -> Array:
     return found.view(codes.dtype)
 
 
+def codes_of(words: Array, bits: int, columns: int, *, signed: bool) -> Array:
+    """int32 words [rows, n], a stream of unsigned codes along each row, as this many codes per row in our bytes;
+    `signed`: with the middle of their range as zero."""
+    middle = np.uint8(1 << (bits - 1))
+    if bits in (2, 4, 8):  # our order already
+        found = np.ascontiguousarray(words).view(np.uint8)[:, : columns * bits // 8]
+        # The middle becomes zero when the highest bit of each code is flipped.
+        return (found ^ np.uint8(_EACH[bits] * int(middle))).view(np.int8) if signed else found
+    found = bits_of(words, bits)[:, :columns]
+    return pack((found - middle).view(np.int8) if signed else found, bits)
+
+
+_EACH = {2: 0b01010101, 4: 0b00010001, 8: 1}  # the lowest bit of each code in a byte
+
+
 def bits_of(words: Array, bits: int) -> Array:
     """Codes of int32 words on the last axis, which are one stream of `bits` bits each, lowest first: uint8
     [..., words * 32 / bits]."""

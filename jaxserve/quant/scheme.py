@@ -2,13 +2,13 @@
 """Describes weights that are stored as several arrays, such as codes, scales and zero points. Plain data, without jax.
 
 A weight is a matrix: rows are outputs, columns are inputs, both flattened. Its Scheme lists its arrays, which are
-sharded, fused, repeated and padded along rows and columns as the matrix is; `tensor.py` computes with them. A Format
-reads a kind of checkpoint: it chooses the scheme of each layer and names the tensors that hold its components.
+sharded, fused, repeated and padded along rows and columns as the matrix is; `tensor.py` computes with them. Quantized
+checkpoints are read by `formats/`, and schemes.py has what most of them need.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 type StorageDtype = Literal[
     "int8",
@@ -62,33 +62,3 @@ def problems(scheme: Scheme) -> Iterator[str]:
     codes = scheme.components[0] if scheme.components else None
     if codes is None or not codes.rows or codes.columns is None or codes.whole:
         yield f"the first component of scheme {scheme.kind!r} has no value for each row and group of columns"
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint holds a component: the tensor's name is that of the layer with this `suffix`. `unpack` returns
-    the tensor's values in the order of the plain weight in such checkpoints, usually [rows, columns / n] or [rows]."""
-
-    suffix: str
-    unpack: Callable[[Any], Any] | None = None  # from numpy array to numpy array, untyped to avoid the import
-
-
-class Format(Protocol):
-    """A format of quantized checkpoints. `settings` is the quantization_config of config.json."""
-
-    @property
-    def ignored(self) -> Sequence[str]:
-        """Patterns of the names of tensors that are not read."""
-        ...
-
-    def scheme(self, layer: str, settings: Mapping[str, Any]) -> Scheme | None:
-        """How the weight of the layer with this name, such as model.layers.0.mlp.up_proj, is stored."""
-        ...
-
-    def source(self, component: Component, settings: Mapping[str, Any]) -> Source: ...
-
-
-FORMATS: dict[str, Format] = {}  # by the quant_method of quantization_config

@@ -19,6 +19,12 @@ ROW_SCALES, ORDER = "row_scales", "order"
 
 type Kind = Literal["groups", "float8", "e2m1", "nf4", "fp4"]
 
+# The kind in int8.py, without a tilt of the columns, which checkpoints do not have.
+INT8 = Scheme(
+    kind="int8",
+    components=(Component(name=CODES, dtype="int8"), Component(name=SCALES, dtype="float32", columns=None)),
+)
+
 
 def per_byte(bits: int) -> int:
     """How many codes of so many bits a byte holds: codes of 3 bits take 4, and those of 5 to 7 take 8."""

@@ -74,11 +74,11 @@ class QuantTensor:
 KINDS: dict[str, type[QuantTensor]] = {}
 
 
-def register[Kind: QuantTensor](name: str) -> Callable[[type[Kind]], type[Kind]]:
-    """A decorator that registers a subclass of QuantTensor as the arithmetic of schemes of this kind."""
+def register[Kind: QuantTensor](*names: str) -> Callable[[type[Kind]], type[Kind]]:
+    """A decorator that registers a subclass of QuantTensor as the arithmetic of schemes of these kinds."""
 
     def decorate(kind: type[Kind]) -> type[Kind]:
-        KINDS[name] = kind
+        KINDS.update(dict.fromkeys(names, kind))
         return jax.tree_util.register_dataclass(kind, data_fields=["arrays"], meta_fields=["scheme", "experts"])
 
     return decorate

@@ -337,7 +337,7 @@ def test_weights_of_unsupported_models_are_not_downloaded(
     config = golden.read(CASE).config
     for change, complaint in (
         ({"architectures": ["NewForCausalLM"]}, "'NewForCausalLM' is not supported  hint: supported: "),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "is quantized"),
     ):
         hub.commit("org/tiny", files | {"config.json": json.dumps(config | change).encode()})
         user_error(convert("org/tiny", tmp_path / "new"), complaint)

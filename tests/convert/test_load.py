@@ -98,7 +98,7 @@ def test_other_folders(tmp_path: Path) -> None:
 
 
 def test_quantized_checkpoint(tmp_path: Path) -> None:
-    refused(write(tmp_path, BIAS, quantization_config={"quant_method": "awq"}), "is quantized", "awq")
+    refused(write(tmp_path, BIAS, quantization_config={"quant_method": "tea"}), "is quantized", "tea")
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ REFUSED: list[tuple[str, Mapping[str, Any], str]] = [
     ("gpt2", {"n_inner": 0}, "width is 0"),
     ("gpt_neox", {"hidden_act": "mish"}, "mish"),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act"),
-    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "quark"}}, "quark"),
     ("gpt_oss", {"sliding_window": None}, "sliding_window"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("ministral", {"attention_bias": True}, "attention_bias"),

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.quant.scheme import FORMATS, Component, Scheme, Source
+from jaxserve.quant.formats import FORMATS
+from jaxserve.quant.formats.format import Source, Tensors
+from jaxserve.quant.scheme import Component, Scheme
 from jaxserve.quant.tensor import QuantTensor, register
 from tests.golden import load as golden
 
@@ -56,10 +58,10 @@ def _turned(zeros: np.ndarray) -> np.ndarray:
 
 
 SOURCES = {
-    "codes": Source(".weight_packed", _codes),
-    "scales": Source(".weight_scale"),
-    "zeros": Source(".weight_zeros", _turned),
-    "tilt": Source(".weight_tilt"),
+    "codes": Source(suffix=".weight_packed", unpack=_codes),
+    "scales": Source(suffix=".weight_scale"),
+    "zeros": Source(suffix=".weight_zeros", unpack=_turned),
+    "tilt": Source(suffix=".weight_tilt"),
 }
 
 
@@ -70,15 +72,19 @@ def ignored(layer: str, names: Sequence[str]) -> bool:
 
 class ToyFormat:
     ignored: Sequence[str] = (r"\.weight_shape$",)
+    notes: Sequence[str] = ()
 
-    def scheme(self, layer: str, settings: Mapping[str, Any]) -> Scheme | None:
-        return None if ignored(layer, settings["ignore"]) else SCHEME
+    def __init__(self, settings: Mapping[str, Any], tensors: Tensors) -> None:
+        self.settings = settings
 
-    def source(self, component: Component, settings: Mapping[str, Any]) -> Source:
+    def scheme(self, layer: str) -> Scheme | None:
+        return None if ignored(layer, self.settings["ignore"]) else SCHEME
+
+    def source(self, layer: str, component: Component) -> Source:
         return SOURCES[component.name]
 
 
-FORMATS["toy"] = ToyFormat()
+FORMATS["toy"] = ToyFormat
 
 
 def quantize(name: str, shape: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
