@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled golden-quantized clean
+.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled golden-quantized golden-gguf clean
 
 install: .venv/.test-installed
 
@@ -131,6 +131,11 @@ golden-quantized: .venv-golden/.installed
 	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt compressed-tensors accelerate bitsandbytes ml_dtypes
 	$(GOLDEN_PIP) --no-deps autoawq==0.2.9 gptqmodel==7.7.0
 	.venv-golden/bin/python -m tests.golden.make_quantized
+
+# What transformers makes of GGUF files: tests/golden/data/gguf.
+golden-gguf: .venv-golden/.installed
+	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt accelerate gguf
+	.venv-golden/bin/python -m tests.golden.make_gguf
 
 # torch without CUDA, a tenth of the size, where PyTorch's own index can be reached; else the usual one.
 # The newest numpy and scipy are not for 3.11; any will do, as only numpy's raw random bits are used.

@@ -18,7 +18,8 @@ class Convert:
     """Convert a model to Orbax format, which loads fastest."""
 
     source: Annotated[
-        str, Setting("Model folder, or Hugging Face Hub ID such as org/name.", given_as="word", metavar="SRC")
+        str,
+        Setting("Model folder, .gguf file, or Hugging Face Hub ID such as org/name.", given_as="word", metavar="SRC"),
     ]
     destination: Annotated[Path, Setting("Folder to create.", given_as="word", metavar="DST")]
     revision: Annotated[str | None, Setting("Branch, tag or commit of the Hub model.", empty=True)] = None

@@ -14,6 +14,7 @@ import numpy as np
 
 from convert import orbax
 from convert.files.reader import Array, OnBytes, Reader, aligned
+from convert.gguf import folder as gguf
 from convert.plan import LoadPlan, plan
 from jaxserve import machine
 from jaxserve.errors import CheckpointError, JaxserveError
@@ -26,11 +27,11 @@ __all__ = ["LoadPlan", "load", "load_model", "open_model", "open_spec", "param_d
 
 
 def load_model(folder: str | Path, *, dtype: Any = None, progress: OnBytes | None = None) -> tuple[ModelSpec, Params]:
-    """Load the model in `folder`, a Hugging Face or converted folder, onto the mesh in context.
+    """Load the model in `folder`, a Hugging Face or converted folder or a GGUF file, onto the mesh in context.
 
     `dtype=None` means the checkpoint's dtype, or on a CPU the one that `machine.cpu_dtype` chooses for it.
     """
-    opened = open_model(Path(folder).expanduser())
+    opened = open_model(gguf.resolved(Path(folder).expanduser()))
     opened = opened.in_dtype(param_dtype(opened, dtype))
     return opened.spec, read(opened, progress)
 

@@ -20,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.files import safetensors
 from convert.files.header import BITS, TensorInfo, quote
 from convert.files.reader import Array, TensorCopy, equal_bytes, read_bytes
 from convert.files.safetensors import read_checkpoint
+from convert.gguf import names as gguf
+from convert.gguf.names import BlockTensor
 from jaxserve.errors import CheckpointError, one_line
 from jaxserve.models import online, param_layout, registry
 from jaxserve.models.registry import Family
@@ -70,6 +73,8 @@ class Piece:
 
     @property
     def dtype(self) -> Any:
+        if isinstance(self.info, BlockTensor) and self.info.quantized:
+            return COMPONENT_DTYPES["BF16"]  # the least that models are computed in
         return COMPONENT_DTYPES[self.info.dtype]
 
     @property
@@ -170,11 +175,41 @@ class LoadPlan:
 
         for at, piece in zip(np.ndindex(shape[:stack]), pieces, strict=True):
             place = into[*at, ...]
+            if isinstance(piece.info, BlockTensor):
+                yield from _decoded(piece, piece.info, layer, place, shape[stack:])
+                continue
             yield TensorCopy(piece.info, piece.dtype, partial(look, piece, place), place)
 
 
 def _values(info: TensorInfo) -> Array:
     return read_bytes(info).view(COMPONENT_DTYPES[info.dtype]).reshape(info.shape)
+
+
+DECODED = 1 << 20  # values that are decoded at a time
+
+
+def _decoded(
+    piece: Piece, info: BlockTensor, layer: Layer | None, place: Array, shape: tuple[int, ...]
+) -> Iterator[TensorCopy]:
+    """Copies of the values, viewed as `shape` and broadcast, of a tensor that is decoded a few rows at a time."""
+    rows = np.arange(info.rows) if piece.view is None else piece.view(np.arange(info.rows), layer).reshape(-1)
+    first, count = int(rows[0]), len(rows)
+    assert np.array_equal(rows, np.arange(first, first + count))  # views of these tensors select adjacent rows
+    parts = shape[0] if piece.encode is None and len(shape) > 1 and place.shape[0] == shape[0] else 1
+    each = count // parts  # rows of one index of the first axis; these are whole heads, if there are any
+    step = max(1, DECODED // max(1, math.prod(shape) // parts))
+
+    def look(into: Array, raw: Array) -> Array:
+        values = info.decoded(raw)
+        values = values if piece.encode is None else piece.encode(values)
+        return np.broadcast_to(values.reshape(-1, *shape[1:]), into.shape)
+
+    for at in range(0, parts, step):
+        into = place[at : at + step] if parts > 1 else place
+        taken = each * (min(at + step, parts) - at)
+        start = info.start + (first + at * each) * info.row_bytes
+        stored = TensorInfo("U8", (taken, info.row_bytes), start, start + taken * info.row_bytes, info.file)
+        yield TensorCopy(stored, np.dtype(np.uint8), partial(look, into), into, computes=True)
 
 
 PREFIX = "model."
@@ -191,7 +226,8 @@ def layer_of(spec: ModelSpec, path: param_layout.Path) -> Layer | None:
 
 def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
     """The plan of a Hugging Face folder, by the family's WEIGHTS."""
-    tensors = read_checkpoint(folder)
+    file = safetensors.gguf_of(folder)
+    tensors = gguf.read(file) if file else read_checkpoint(folder)
     bare = _with_prefix(family.WEIGHTS, tensors)
     if bare is not None:
         tensors = bare
@@ -204,7 +240,7 @@ def plan(folder: Path, spec: ModelSpec, family: Family) -> LoadPlan:
         spec = replace(spec, tied=False)
     for note in chosen.notes if chosen else ():
         logger.warning("%s", note)
-    planner = _Planner(folder, spec, family.WEIGHTS, tensors, chosen)
+    planner = _Planner(spec, family.WEIGHTS, tensors, chosen, shown=_shown(file.resolve() if file else folder))
     pieces = {path: planner.find(path, leaf) for path, leaf in param_layout.leaves(param_layout.abstract_public(spec))}
     planner.check_used((*getattr(family, "IGNORED", ()), *(() if spec.generates else CLASSIFIERS)))
     return LoadPlan.of(spec, pieces)
@@ -256,13 +292,14 @@ class _Tensors(dict[str, TensorInfo]):
 class _Planner:
     def __init__(
         self,
-        folder: Path,
         spec: ModelSpec,
         weights: Iterable[Rule],
         tensors: Mapping[str, TensorInfo],
         chosen: Format | None,
+        *,
+        shown: str,
     ) -> None:
-        self._folder, self._spec, self._tensors, self._format = folder, spec, tensors, chosen
+        self._shown, self._spec, self._tensors, self._format = shown, spec, tensors, chosen
         self._used: dict[str, Fraction] = {}  # the share of each tensor that is used
         self._unpacked: dict[Any, Array] = {}  # what unpacking makes of zeros
         self._rules: dict[str, list[Rule]] = {}
@@ -284,7 +321,7 @@ class _Planner:
             problem = (
                 f"config.json has {shape[0]:,} experts, but the checkpoint has only {len(self._tensors):,} tensors"
             )
-            raise CheckpointError(f"{_shown(self._folder)}: {problem}", _HINT)
+            raise CheckpointError(f"{self._shown}: {problem}", _HINT)
         choices = [(rule, list(self._sources(rule, path, shape, component))) for rule in rules]
         rule, found = next((c for c in choices if any(name in self._tensors for name, _ in c[1])), choices[0])
         each = shape[1:] if "{expert}" in rule.source else shape
@@ -294,9 +331,7 @@ class _Planner:
             for needed in (name, *source.also):
                 if needed not in self._tensors:
                     problem = f"tensor {quote(needed)} is missing, expected for {param_layout.dotted(path)}"
-                    raise CheckpointError(
-                        f"{_shown(self._folder)}: {problem} {list(shape)}", f"download it again, or {_HINT}"
-                    )
+                    raise CheckpointError(f"{self._shown}: {problem} {list(shape)}", f"download it again, or {_HINT}")
             others = tuple(self._tensors[other] for other in source.also)
             piece = Piece(self._tensors[name], view, source.unpack, problem=source.problem, others=others, name=name)
             share = self._check(piece, each, layer, leaf.dtype if component else None)
@@ -321,7 +356,7 @@ class _Planner:
         """Check that the piece can be viewed as `shape`, and as a component of this `dtype`; return the share of its
         tensor that it uses."""
         info, name = piece.info, piece.name
-        if info.dtype not in (DTYPES if dtype is None else COMPONENT_DTYPES):
+        if not isinstance(info, BlockTensor) and info.dtype not in (DTYPES if dtype is None else COMPONENT_DTYPES):
             kind = "a quantized format" if BITS[info.dtype] <= 8 else "which is not a weight dtype"
             fail(info, name, f"has dtype {info.dtype}, {kind}, expected one of {', '.join(DTYPES)}")
         try:
@@ -346,7 +381,8 @@ class _Planner:
         shapes = tuple((other.dtype, other.shape) for other in piece.others)
         key = piece.unpack, piece.dtype, piece.info.shape, shapes
         if key not in self._unpacked:
-            zeros = [_zeros(each) for each in (piece.info, *piece.others)]
+            zeros = [_zeros(piece.info, piece.dtype)]
+            zeros += [_zeros(each, COMPONENT_DTYPES[each.dtype]) for each in piece.others]
             whole = zeros[0] if piece.unpack is None else piece.unpack(*zeros)
             self._unpacked[key] = np.broadcast_to(np.zeros((), whole.dtype), whole.shape)
         return self._unpacked[key]
@@ -378,8 +414,8 @@ def _names(rule: Rule, path: param_layout.Path, shape: tuple[int, ...]) -> list[
     return [source.replace("{expert}", str(i)) for i in range(shape[0])] if "{expert}" in source else [source]
 
 
-def _zeros(info: TensorInfo) -> Array:
-    return np.broadcast_to(np.zeros((), COMPONENT_DTYPES[info.dtype]), info.shape)
+def _zeros(info: TensorInfo, dtype: Any) -> Array:
+    return np.broadcast_to(np.zeros((), dtype), info.shape)
 
 
 def _regroups(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -32,7 +32,8 @@ class EngineConfig:
     model: Annotated[
         str,
         Setting(
-            "Model to load: a folder (Hugging Face format or converted) or a Hugging Face Hub ID such as org/name.",
+            "Model to load: a folder (Hugging Face format or converted), a .gguf file, or a Hugging Face Hub ID such "
+            "as org/name.",
             "Model",
             given_as="either",
             metavar="MODEL",

@@ -56,7 +56,8 @@ JAX_FREE = (
         "jaxserve.demo",
         "jaxserve.models.families",
     ),
-    *("jaxserve.engine.schedule", "jaxserve.frontend", "jaxserve.server", "jaxserve.cli", "convert.files"),
+    *("jaxserve.engine.schedule", "jaxserve.frontend", "jaxserve.server", "jaxserve.cli"),
+    *("convert.files", "convert.gguf"),
 )
 # Folders inside those, for what starts jax on purpose.
 JAX_ALLOWED = ("jaxserve.cli.with_jax",)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resolves a model name to a local folder; a model with a Hub ID is downloaded.
+"""Resolves a model name to a local folder; a model with a Hub ID is downloaded, and a GGUF file is given a folder.
 
 huggingface_hub downloads into its own cache, so its settings (HF_TOKEN, HF_HOME, HF_ENDPOINT, ...) apply. This module
 decides which files to download, all from one commit, and in which order, and reports each failure in one line.
@@ -23,6 +23,7 @@ from convert.files.header import quote
 from convert.files.hub_faults import HINT_AGAIN, HINT_ENDPOINT, HINT_ROOM, HubModel, explained, few, reason, shown
 from convert.files.pooled import MODULE, MODULES
 from convert.files.safetensors import read_index
+from convert.gguf.source import is_gguf, source_of
 from jaxserve import __version__
 from jaxserve.errors import CheckpointError
 
@@ -68,7 +69,7 @@ def fetch(
     progress: bool | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Return the local folder of the model `source`: a folder, or a Hub ID such as org/name.
+    """Return the local folder of the model `source`: a folder, a GGUF file, or a Hub ID such as org/name.
 
     A local folder takes precedence over a Hub model of the same name. `revision` is a branch, tag or commit of a Hub
     model (default main); it is resolved once, and the returned folder is named after its commit. `check` is called with
@@ -99,16 +100,23 @@ def _local_folder(source: str) -> Path | None:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL
-        if not _LOOKS_LIKE_PATH.match(source):
+        if not (_LOOKS_LIKE_PATH.match(source) or is_gguf(source)):
             return None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise CheckpointError(f"folder {quote(source)} does not exist", hint) from None
+            kind = "file" if is_gguf(source) else "folder"
+            raise CheckpointError(f"{kind} {quote(source)} does not exist", hint) from None
         raise CheckpointError(f"cannot read folder {quote(source)} ({reason(error)})", hint) from None
+    if file := source_of(Path(path)):
+        from convert.gguf import folder
+
+        return folder.of(file)
     if not stat.S_ISDIR(mode):
-        raise CheckpointError(f"{quote(source)} is a file, not a model folder", "name the folder that contains it")
+        problem = f"{quote(source)} is a file, not a model folder"
+        raise CheckpointError(problem, "name the folder that contains it, or a .gguf file")
     if not os.path.isfile(os.path.join(path, _CONFIG)):
         problem = f"folder {quote(source)} has no {_CONFIG}"
-        hint = "name a Hugging Face model folder (a local folder takes precedence over a Hub model of the same name)"
+        hint = "name a Hugging Face model folder or a .gguf file"
+        hint += " (a local folder takes precedence over a Hub model of the same name)"
         raise CheckpointError(problem, hint)
     return Path(path)
 
@@ -231,7 +239,7 @@ def _refuse_for_weights(model: HubModel, names: Iterable[str]) -> NoReturn:
     if ".bin" in found:
         hint = "choose a revision with safetensors (often refs/pr/N), or convert it with transformers' save_pretrained"
     elif ".gguf" in found:
-        hint = "name the repository that the GGUF files were made from"
+        hint = "download one of the GGUF files and name it, or name the repository that the GGUF files were made from"
     raise CheckpointError(problem, hint)
 
 

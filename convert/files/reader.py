@@ -41,6 +41,7 @@ class TensorCopy:
     dtype: Any
     look: Callable[[Array], Array]
     into: Array
+    computes: bool = False  # `look` returns computed values, not a view: threads call it, with what was read
 
 
 class Reader:
@@ -59,7 +60,7 @@ class Reader:
         """Make the copies, opening the files that they need."""
         with ExitStack() as stack:
             files: dict[Path, _File] = {}
-            tasks: list[_Task] = []
+            tasks: list[_Task | _Computation] = []
             for copy in copies:
                 path = copy.info.file
                 if path not in files:
@@ -70,7 +71,7 @@ class Reader:
                 if self._progress is not None:
                     self._progress(size)
 
-    def _do(self, task: "_Task") -> int:
+    def _do(self, task: "_Task | _Computation") -> int:
         return task.run(self._buffer)
 
     def _buffer(self, size: int) -> Array:
@@ -165,9 +166,7 @@ class _Task:
         offset = start - self.file.start
         with np.errstate(over="ignore"):
             self._copy(offset, start, stop, buffer)
-        if into.dtype == np.float16 and source.dtype != np.float16 and np.isinf(into).any():
-            problem = f"{one_line(str(self.file.path), limit=1000)} contains values outside the range of float16"
-            raise CheckpointError(problem, "choose bfloat16 or float32")
+        _check_range(into, source.dtype, self.file)
         return source.nbytes
 
     def _copy(self, offset: int, start: int, stop: int, buffer: Callable[[int], Array]) -> None:
@@ -184,7 +183,34 @@ class _Task:
             np.copyto(into, seen, casting="unsafe")
 
 
-def _tasks(file: _File, copy: TensorCopy) -> Iterator[_Task]:
+@dataclass(frozen=True, eq=False)
+class _Computation:
+    """A tensor whose values are computed from its bytes."""
+
+    file: _File
+    copy: TensorCopy
+
+    def run(self, buffer: Callable[[int], Array]) -> int:
+        info, into = self.copy.info, self.copy.into
+        held = buffer(info.stop - info.start)
+        self.file.read(info.start, held)
+        values = self.copy.look(held.view(self.copy.dtype).reshape(info.shape))
+        with np.errstate(over="ignore"):
+            np.copyto(into, values, casting="unsafe")
+        _check_range(into, values.dtype, self.file)
+        return held.nbytes
+
+
+def _check_range(into: Array, given: Any, file: _File) -> None:
+    if into.dtype == np.float16 and given != np.float16 and np.isinf(into).any():
+        problem = f"{one_line(str(file.path), limit=1000)} contains values outside the range of float16"
+        raise CheckpointError(problem, "choose bfloat16 or float32")
+
+
+def _tasks(file: _File, copy: TensorCopy) -> "Iterator[_Task | _Computation]":
+    if copy.computes:
+        yield _Computation(file, copy)
+        return
     source = copy.look(file.tensor(copy.info, copy.dtype))
     if source.size == 0:
         return

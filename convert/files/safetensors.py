@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists the tensors of a safetensors checkpoint: names, dtypes, shapes and offsets, never the data.
+"""Lists the tensors of a checkpoint: names, dtypes, shapes and offsets, never the data.
 
-A checkpoint is one file, or a folder with model.safetensors or an index and its shards. Any fault raises a one-line
+A checkpoint is one safetensors or GGUF file, or a folder with model.safetensors, with an index and its shards, or with
+one GGUF file. Any fault raises a one-line
 CheckpointError that names the file, the tensor and what was expected. header.py parses the headers.
 """
 
@@ -15,29 +16,33 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from convert.files import header
 from convert.files.header import MalformedError, TensorInfo, quote
+from convert.gguf.source import is_gguf
 from jaxserve.errors import CheckpointError, one_line
 
-__all__ = ["TensorInfo", "read_checkpoint", "read_header", "read_index"]
+__all__ = ["TensorInfo", "gguf_of", "read_checkpoint", "read_header", "read_index"]
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_INDEX = 32_000_000  # DeepSeek-V3 (91k tensors) has 9 MB
 
-# Formats that are not supported. All except gguf are pickles, which run code when opened.
-_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf"}
+# Formats that are not supported, because they are pickles, which run code when opened.
+_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _HINT_SAVE = "save the model as safetensors (save_pretrained does by default)"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of a file, or of a folder with model.safetensors or an index and shards."""
+    """Every tensor of a file, or of a folder with model.safetensors, an index and shards, or a GGUF file. The names are
+    those in the file."""
     path = Path(path)
     if not _is_folder(path):
-        return read_header(path)
+        return _read_gguf(path) if is_gguf(path) else read_header(path)
     single = path / "model.safetensors"
     if os.path.lexists(single):
         return read_header(single)
     index = path / "model.safetensors.index.json"
     if os.path.lexists(index):
         return _read_shards(index)
+    if file := gguf_of(path):
+        return _read_gguf(file)
     suffixes = {Path(name).suffix for name in _listing(path)}
     if ".safetensors" in suffixes:
         problem = "has neither model.safetensors nor model.safetensors.index.json"
@@ -45,6 +50,19 @@ def read_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
     if suffixes & _FOREIGN:
         _fail(path, "contains weights only in an unsupported format", _HINT_SAVE)
     _fail(path, "contains no safetensors checkpoint", "name a model folder or a .safetensors file")
+
+
+def gguf_of(folder: Path) -> Path | None:
+    """The folder's GGUF file, if it has one and no safetensors."""
+    names = _listing(folder)
+    found = [name for name in names if is_gguf(name)]
+    return folder / found[0] if len(found) == 1 and not any(".safetensors" in name for name in names) else None
+
+
+def _read_gguf(file: Path) -> dict[str, TensorInfo]:
+    from convert.gguf import header
+
+    return header.read(file).tensors
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:

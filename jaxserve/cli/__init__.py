@@ -37,7 +37,7 @@ COMMANDS = {
     "convert": Command("convert.command", "Convert", "Convert a model to Orbax format, which loads fastest."),
     "version": Command(".version", "Version", "Print the versions of jaxserve, its dependencies and Python."),
     "devices": Command(".with_jax.devices", "Devices", "List the devices that JAX sees and the kernel backend."),
-    "inspect": Command(".inspect", "Inspect", "List the tensors of a safetensors checkpoint."),
+    "inspect": Command(".inspect", "Inspect", "List the tensors of a checkpoint."),
     "completion": Command(".completion", "Completion", "Print a shell completion script for bash, zsh or fish."),
 }
 ALIASES = {"serve": "run"}

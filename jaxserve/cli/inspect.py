@@ -16,9 +16,9 @@ from jaxserve.flags.setting import Setting
 
 @dataclass(frozen=True)
 class Inspect:
-    """List the tensors of a safetensors checkpoint."""
+    """List the tensors of a checkpoint."""
 
-    path: Annotated[Path, Setting("A .safetensors file or a model folder.", given_as="word")]
+    path: Annotated[Path, Setting("A .safetensors or .gguf file, or a model folder.", given_as="word")]
     json: Annotated[bool, Setting("Print one JSON object instead of a table.")] = False
 
     def run(self) -> None:

@@ -21,6 +21,7 @@ from jaxserve.models import mesh_fit, spec_json
 from jaxserve.models.spec import ModelSpec
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.http import listening
+from jaxserve.text import missing
 
 # The same as in the tokenizer's loader, which is slow to import.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -52,7 +53,8 @@ def check_model(engine: EngineConfig) -> None:
     if not (folder.exists() or _HUB_ID.fullmatch(engine.model)) or engine.model.startswith((".", "~")):
         hub.fetch(engine.model)  # raises what is wrong with the path
     if folder.exists():
-        hub.fetch(engine.model, revision=engine.revision)  # no network: a local folder takes precedence over the Hub
+        # No network: a local folder takes precedence over the Hub.
+        folder = hub.fetch(engine.model, revision=engine.revision)
         check_weights(folder)
         check_sizes(engine, folder)
     check_tokenizer(engine, folder)
@@ -76,6 +78,7 @@ def check_tokenizer(engine: EngineConfig, model: Path) -> None:
         if engine.tokenizer is not None and not _HUB_ID.fullmatch(engine.tokenizer):
             raise CheckpointError(f"no such folder: {one_line(engine.tokenizer)}", "check --tokenizer")
         return
+    missing.check(folder)
     if not any((folder / name).is_file() for name in VOCABULARIES):
         problem = f"{one_line(str(folder))} has no tokenizer: none of {', '.join(VOCABULARIES)}"
         raise ConfigError(problem, "set --tokenizer, or set --skip-tokenizer-init and send prompts as token ids")

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from convert.files import hub
+from convert.gguf import folder as gguf
 from jaxserve.config import EngineConfig
 from jaxserve.engine.capacity import Limits
 from jaxserve.engine.schedule import admission
@@ -250,7 +251,7 @@ def tokenizer_of(config: EngineConfig, *, loads_model: bool, model_folder: Path 
     if config.skip_tokenizer_init:
         return None
     source = config.tokenizer or config.model
-    folder = Path(source).expanduser()
+    folder = gguf.resolved(Path(source).expanduser())
     if not folder.is_dir():
         if config.tokenizer is None and not loads_model:
             return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jaxserve.errors import CheckpointError, RequestError, message_of
+from jaxserve.text import missing
 from jaxserve.text.chat_template import chat_text as chat_template_text
 from jaxserve.text.text_length import TextLength, text_length
 from jaxserve.text.token_bytes import BROKEN, Decoding, TextStream
@@ -22,6 +23,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 def load(folder: str | Path) -> "Tokenizer":
     """Load the tokenizer of a model folder."""
     folder = Path(folder)
+    missing.check(folder)
     if not any((folder / name).is_file() for name in VOCABULARIES):
         problem = f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}"
         raise CheckpointError(problem, "set --tokenizer to a folder that has one, or send prompts as token ids")

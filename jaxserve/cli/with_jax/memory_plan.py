@@ -50,7 +50,7 @@ def read(config: EngineConfig, folder: Path) -> Described:
     from jaxserve.models import hf, param_layout
 
     raw = hf.read_json(folder / "config.json")
-    if (folder / "spec.json").exists() or any(folder.glob("*.safetensors*")):
+    if (folder / "spec.json").exists() or any(folder.glob("*.safetensors*")) or any(folder.glob("*.gguf")):
         opened = load.open_model(folder)
         spec, stored = opened.spec, np.dtype(opened.stored_dtype())
     else:

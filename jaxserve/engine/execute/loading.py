@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from convert import load
 from convert.files import hub, progress
+from convert.gguf import folder as gguf
 from convert.load import LoadPlan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.execute import weights
@@ -147,7 +148,7 @@ def _on(mesh: Any, device: Any) -> Any:
 
 def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on: Any) -> tuple[Opened, Params]:
     """Parameters that a program already holds, in engine or public layout. The rest comes from the folder, if any."""
-    folder = Path(config.model).expanduser()
+    folder = gguf.resolved(Path(config.model).expanduser())
     known = folder if (folder / "config.json").is_file() else None
     if spec is None:
         if known is None:
