@@ -10,6 +10,7 @@ from jaxserve.flags.values import check
 from jaxserve.types.checks import check_names
 
 type DtypeSetting = Literal["auto", "bfloat16", "float16", "float32", "half", "float"]
+type KvCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"]
 type QuantizationSetting = Literal["int8"]
 type Policy = Literal["fcfs", "priority"]
 type Warmup = Literal["all", "staged", "none"]
@@ -53,8 +54,9 @@ class EngineConfig:
     dtype: Annotated[
         DtypeSetting,
         Setting(
-            "Data type of the weights and the KV cache; auto uses the checkpoint's, but on a CPU float32, unless both "
-            "checkpoint and processor have bfloat16. half is float16, float is float32.",
+            "Data type of the weights, and of the KV cache unless kv_cache_dtype sets it; auto uses the checkpoint's, "
+            "but on a CPU float32, unless both checkpoint and processor have bfloat16. half is float16, float is "
+            "float32.",
             "Model",
             common=True,
         ),
@@ -113,6 +115,15 @@ class EngineConfig:
             spellings=("--num-gpu-blocks-override",),
         ),
     ] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDtype,
+        Setting(
+            "Data type of the KV cache; auto is that of the weights. int8 and fp8 (which is fp8_e4m3) take about half "
+            "of bfloat16's memory. Each token and head has a scale, computed when the token is stored.",
+            "Memory",
+            common=True,
+        ),
+    ] = "auto"
     block_size: Annotated[int, Setting("Tokens per KV cache block.", "Memory", low=8, high=256, power_of_two=True)] = 16
     enable_sleep_mode: Annotated[
         bool,

@@ -38,7 +38,7 @@ SAMPLING_PARAMETERS = {
 }
 
 SETTINGS = {
-    **_planned("kv_cache_dtype", "kv_cache_dtype_skip_layers"),
+    **_planned("kv_cache_dtype_skip_layers"),
     **_planned("enable_lora", "lora_modules", "max_loras", "max_lora_rank", "max_cpu_loras", "fully_sharded_loras"),
     **_planned("lora_dtype", "lora_target_modules"),
     **_planned("speculative_config", "spec_method", "spec_model", "spec_tokens"),
@@ -109,7 +109,7 @@ NO_EFFECT = {
     **dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size"), NoEffect(("1",))),
     **dict.fromkeys(("nnodes", "api_server_count", "stream_interval"), NoEffect(("1",))),
     **dict.fromkeys(("node_rank", "ssl_cert_reqs", "cpu_offload_gb", "swap_space"), NoEffect(("0", "0.0"))),
-    **dict.fromkeys(("kv_cache_dtype", "tokenizer_mode", "guided_decoding_backend"), NoEffect(("auto",))),
+    **dict.fromkeys(("tokenizer_mode", "guided_decoding_backend"), NoEffect(("auto",))),
     "load_format": NoEffect(("auto", "safetensors"), "checkpoints are read from safetensors files"),
     "chat_template_content_format": NoEffect(("auto", "string"), "templates get content as a string"),
     "distributed_executor_backend": NoEffect(("mp", "uni"), "one process runs all devices"),

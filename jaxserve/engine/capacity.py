@@ -21,12 +21,20 @@ from jaxserve.flags.sizes import given_size, shown_size
 from jaxserve.models import cache_groups
 from jaxserve.models.cache_groups import Groups
 from jaxserve.models.mesh_fit import Fit
-from jaxserve.models.spec import Mlp, ModelSpec, Recurrent
+from jaxserve.models.spec import LatentAttention, Layer, Mlp, ModelSpec, Recurrent
 
 GIB = 2**30
 CPU_CACHE = 4 * GIB
 SLACK = 256 * 2**20  # for libraries and the allocator
 WHOLE = Fit()  # a model on one device
+KV_DTYPES = {
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}  # jax's names of those in the settings
+ONE_BYTE, SCALE = ("int8", "float8_e4m3fn", "float8_e5m2"), "float32"  # dtypes of KV that have scales, and theirs
+# Kernels cannot address a pool of one-byte values with between so many bytes.
+UNADDRESSED = range(2**31, 2**32 + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +97,7 @@ class Memory:
     """What `resolve` needs to know about the devices; bytes are per device."""
 
     on_cpu: bool
-    dtype: str  # of parameters and KV
+    dtype: str  # of parameters
     fitted: Fit = WHOLE
     weights: int = 0
     usable: int | None = None  # by this process; None: unknown, the KV cache is large enough for all rows
@@ -108,6 +116,7 @@ class Capacity:
     insisted: bool  # max_model_len is configured, so it must not be reduced
     fixed: tuple[str, int] | None  # the setting that fixes the KV cache's size, and its value
     groups: Groups  # of layers that keep KV of the same tokens
+    kv_dtype: str
     token_bytes: int  # one token's KV in all layers
     block_bytes: int
     state: int  # block tables, last tokens and lengths, sampling controls
@@ -278,6 +287,7 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         hidden_size=spec.embed_dim or spec.hidden,
         generates=spec.generates,
     )
+    kv_dtype = stored_kv(config, spec, memory.dtype)
     buckets = Buckets.of(rows, tokens)
     found = Capacity(
         limits=limits,
@@ -287,14 +297,18 @@ def resolve(config: EngineConfig, spec: ModelSpec, memory: Memory) -> Capacity:
         insisted=config.max_model_len is not None,
         fixed=_fixed(config),
         groups=groups,
-        token_bytes=token_bytes(spec, memory.dtype, memory.fitted),
-        block_bytes=block_bytes(spec, groups, memory) * config.block_size,
+        kv_dtype=kv_dtype,
+        token_bytes=token_bytes(spec, kv_dtype, memory.fitted),
+        block_bytes=block_bytes(spec, groups, kv_dtype, memory.fitted) * config.block_size,
         state=_state_bytes(limits, spec),
         step=_step_estimate(spec, buckets, shards=memory.fitted.shards, item=item_bytes(memory.dtype))
         if memory.step is None
         else memory.step,
     )
-    return _with_blocks(found, _num_blocks(found))
+    blocks = _num_blocks(found)
+    if kv_dtype in ONE_BYTE:
+        blocks = _addressed(blocks, config, max(map(memory.fitted.slot_values, spec.layers)) // 2 * config.block_size)
+    return _with_blocks(found, blocks)
 
 
 def step_sizes(config: EngineConfig, *, on_cpu: bool) -> tuple[int, int]:
@@ -339,6 +353,18 @@ def _num_blocks(sizes: Capacity) -> int:
     return max(0, free - sizes.state - sizes.step - SLACK) // per_block
 
 
+def _addressed(blocks: int, config: EngineConfig, pool_bytes: int) -> int:
+    """At most so many blocks, of which each takes `pool_bytes` in a pool, that kernels can address them."""
+    if blocks * pool_bytes not in UNADDRESSED:
+        return blocks
+    most = (UNADDRESSED.start - 1) // pool_bytes
+    if config.num_blocks is not None:
+        problem = f"num_blocks is {blocks}: GPU kernels cannot address one-byte pools of 2 to 4 GiB, as each would have"
+        more = UNADDRESSED.stop // pool_bytes + 1
+        raise ConfigError(problem, f"use at most {most} or at least {more}, or another kv_cache_dtype")
+    return most
+
+
 def _with_blocks(sizes: Capacity, blocks: int) -> Capacity:
     """The same with this many blocks; reduces the length to what they hold, unless it is configured."""
     found = replace(sizes, limits=replace(sizes.limits, num_blocks=blocks))
@@ -367,15 +393,33 @@ def _step_estimate(spec: ModelSpec, buckets: Buckets, *, shards: int, item: int)
     return max(buckets.tokens * widest * item, logits)
 
 
-def token_bytes(spec: ModelSpec, dtype: str, fitted: Fit = WHOLE) -> int:
+def stored_kv(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
+    """The dtype that KV is stored in, for parameters of this dtype."""
+    setting = config.kv_cache_dtype
+    found = dtype if setting == "auto" else KV_DTYPES.get(setting, setting)
+    latent = any(isinstance(layer.attention, LatentAttention) for layer in spec.layers)
+    if found in ONE_BYTE and latent:
+        problem = (
+            f"kv_cache_dtype is {setting}, but this model caches latents (MLA), for which one byte is not supported"
+        )
+        raise ConfigError(problem, "use bfloat16 or auto; latents are small")
+    return found
+
+
+def token_bytes(spec: ModelSpec, kv_dtype: str, fitted: Fit = WHOLE) -> int:
     """The bytes of one token's KV over all layers, per device."""
-    return sum(map(fitted.slot_values, spec.layers)) * item_bytes(dtype)
+    return sum(_slot_bytes(layer, kv_dtype, fitted) for layer in spec.layers)
 
 
-def block_bytes(spec: ModelSpec, groups: Groups, memory: Memory) -> int:
+def block_bytes(spec: ModelSpec, groups: Groups, kv_dtype: str, fitted: Fit = WHOLE) -> int:
     """The bytes of one token's KV in the layers of one group, per device."""
-    layers = (spec.layers[layer] for layer in groups.layers())
-    return sum(map(memory.fitted.slot_values, layers)) * item_bytes(memory.dtype)
+    return sum(_slot_bytes(spec.layers[layer], kv_dtype, fitted) for layer in groups.layers())
+
+
+def _slot_bytes(layer: Layer, kv_dtype: str, fitted: Fit) -> int:
+    """One token's KV in a layer, and its scales, per device."""
+    scales = fitted.slot_heads(layer) * item_bytes(SCALE) if kv_dtype in ONE_BYTE else 0
+    return fitted.slot_values(layer) * item_bytes(kv_dtype) + scales
 
 
 def item_bytes(dtype: str) -> int:

@@ -15,13 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.cache_groups import STATE, one_group
 from jaxserve.models.inputs import ModelInputs, PagedTokens
-from jaxserve.models.kv_cache import LayerCache
+from jaxserve.models.kv_cache import SCALES, LayerCache
 from jaxserve.models.layers import Linear, Normalize, lift
 from jaxserve.models.recurrent import Stateful
 from jaxserve.models.rope import Angles, rotate
 from jaxserve.models.spec import Attention, ModelSpec
 from jaxserve.models.weight import param
 from jaxserve.parallel import mesh
+from pallas_kernels import dispatch
 from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
@@ -106,13 +107,20 @@ class Paged:
         self, q: jax.Array, k: jax.Array, v: jax.Array, *, sinks: jax.Array | None, options: Options
     ) -> tuple[jax.Array, LayerCache | None]:
         dtype = self.cache["k"].dtype
+        one_byte = dtype.itemsize == 1
+        # Kernels compute in the dtype of the queries. Values of one byte are exact in float16, and reach it in fewer
+        # instructions than bfloat16; scales are applied in float32.
+        computed = dtype if not one_byte else q.dtype if dispatch.implementation() == "cpu" else jnp.dtype(jnp.float16)
 
         def local(
             q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, cache: LayerCache, tokens: PagedTokens
         ) -> tuple[jax.Array, LayerCache]:
-            written = kv_write(cache["k"], cache["v"], k.astype(dtype), v.astype(dtype), tokens.slots)
+            new = (k, v) if one_byte else (k.astype(dtype), v.astype(dtype))
+            scales = {name: cache[name] for name in SCALES if name in cache}
+            written = kv_write(cache["k"], cache["v"], *new, tokens.slots, **scales)
+            scales = {name: getattr(written, name) for name in scales}
             out = paged_attention(
-                q.astype(dtype).reshape(q.shape[0], -1, q.shape[-1]),
+                q.astype(computed).reshape(q.shape[0], -1, q.shape[-1]),
                 written.k_pool,
                 written.v_pool,
                 tokens.ragged,
@@ -120,12 +128,13 @@ class Paged:
                 scale=options.scale,
                 window=options.window,
                 soft_cap=options.soft_cap,
+                **scales,
             )
             out = out.reshape(*q.shape[:-1], v.shape[-1]).astype(q.dtype)
-            return out, {"k": written.k_pool, "v": written.v_pool}
+            return out, {"k": written.k_pool, "v": written.v_pool, **scales}
 
         heads, pool = mesh.partition((None, "kv_heads")), mesh.partition((None, None, "kv_heads"))
-        pools = {"k": pool, "v": pool}
+        pools = dict.fromkeys(self.cache, pool)
         specs = heads, heads, heads, None if sinks is None else mesh.partition(("kv_heads",)), pools, P()
         return mesh.island(local, specs, (heads, pools))(q, k, v, sinks, self.cache, self.tokens)
 

@@ -4,7 +4,8 @@ updated in place separately. One layer of every group writes to each dict, in it
 
 Recurrent layers have a dict of states instead: an array [rows, ...] for each part of the state.
 
-{"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim].
+{"k", "v"}: [blocks, block_size, kv_heads, head_dim]; {"latent"}: [blocks, block_size, kv_rank + rope_dim]. Pools of one
+byte per value also have {"k_scale", "v_scale"}: float32 [blocks, block_size, kv_heads].
 """
 
 from typing import Any
@@ -21,10 +22,13 @@ from pallas_kernels.block_copy import copy_blocks
 
 LayerCache = dict[str, jax.Array]
 
+SCALES = ("k_scale", "v_scale")
+
 _AXES: dict[str, mesh.Axes] = {
     "k": ("blocks", "slots", "kv_heads", "head_dim"),
     "v": ("blocks", "slots", "kv_heads", "head_dim"),
     "latent": ("blocks", "slots", "latent"),
+    **dict.fromkeys(SCALES, ("blocks", "slots", "kv_heads")),
 }
 
 
@@ -41,9 +45,12 @@ def abstract_cache(
                 part.name: jax.ShapeDtypeStruct((rows, *part.shape), jnp.dtype(part.dtype), sharding=mesh.here(()))
                 for part in layer.attention.state
             }
+        pools = {name: (slot, jnp.dtype(dtype)) for name, slot in fitted.slots(layer).items()}
+        if jnp.dtype(dtype).itemsize == 1:
+            pools |= {f"{name}_scale": (slot[:1], jnp.dtype(jnp.float32)) for name, (slot, _) in pools.items()}
         return {
-            name: jax.ShapeDtypeStruct((blocks, block_size, *slot), dtype, sharding=mesh.here(_AXES[name]))
-            for name, slot in fitted.slots(layer).items()
+            name: jax.ShapeDtypeStruct((blocks, block_size, *slot), of, sharding=mesh.here(_AXES[name]))
+            for name, (slot, of) in pools.items()
         }
 
     return [arrays(spec.layers[layer]) for layer in (groups or one_group(spec)).layers()]

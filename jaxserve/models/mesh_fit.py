@@ -47,6 +47,11 @@ class Fit:
             return 0
         return 2 * attention.kv_heads * self.kv_repeat // self.shards * attention.head_dim
 
+    def slot_heads(self, layer: Layer) -> int:
+        """The number of a token's keys and values per layer and device, each of one head."""
+        attention = layer.attention
+        return 2 * attention.kv_heads * self.kv_repeat // self.shards if isinstance(attention, Attention) else 0
+
 
 def _up(count: int, unit: int) -> int:
     return -(-count // unit) * unit

@@ -216,7 +216,7 @@ def test_spellings_of_warmup(
     ("content", "parts"),
     [
         ("max-modle-len: 5", ("unknown setting max-modle-len", "did you mean max-model-len?")),
-        ("kv_cache_dtype: fp8", ("--kv-cache-dtype is not supported yet",)),
+        ("kv_cache_dtype: fp4", ("--kv-cache-dtype is 'fp4'",)),
         ("pipeline-parallel-size: 2", ("--pipeline-parallel-size is not supported yet",)),
         ("enable-chunked-prefill: false", ("--enable-chunked-prefill is not needed",)),
         ("port: [1, 2]", ("--port is [1, 2]",)),

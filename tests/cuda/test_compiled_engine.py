@@ -53,8 +53,8 @@ def params() -> Any:
 
 
 @cache
-def pools() -> Any:
-    return kv_cache.abstract_cache(SPEC, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.bfloat16)
+def pools(kv: str = "bfloat16") -> Any:
+    return kv_cache.abstract_cache(SPEC, blocks=BLOCKS, block_size=BLOCK_SIZE, dtype=jnp.dtype(kv))
 
 
 def nbytes(tree: Any) -> int:
@@ -90,14 +90,14 @@ def check(name: str, compiled: Compiled) -> launch_plan.LaunchPlan:
     return plan
 
 
-def check_model(name: str, shape: packing.Layout) -> None:
-    arguments = params(), pools(), ints(1, BUCKETS.rows, WIDTH), ints(BUCKETS.rows, 2), ints(shape.size)
+def check_model(name: str, shape: packing.Layout, *, kv: str = "bfloat16") -> None:
+    arguments = params(), pools(kv), ints(1, BUCKETS.rows, WIDTH), ints(BUCKETS.rows, 2), ints(shape.size)
     program = partial(programs.model, StepSpec(SPEC, one_group(SPEC), shape, BUCKETS.entries, 0, BLOCK_SIZE))
     compiled = compile_for_h200(program, *arguments, donate=(1, 2))
     # The block tables of all rows are gathered: the largest array except for those that a layer computes.
     largest = max(BUCKETS.rows * WIDTH, shape.tokens * 2 * SPEC.layers[0].mlp.width)  # pyright: ignore
     assert copied(compiled, largest + 1) == []
-    assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH
+    assert compiled.alias_bytes == nbytes(pools(kv)) + 4 * BUCKETS.rows * WIDTH
     plan = check(name, compiled)
     assert plan.launches.count("kv_write") == LAYERS
     assert (plan.per_layer() or 0) <= MOST_PER_LAYER
@@ -106,6 +106,11 @@ def check_model(name: str, shape: packing.Layout) -> None:
 @pytest.mark.parametrize("rows", [1, 8, 64, 256])
 def test_decode(rows: int) -> None:
     check_model(f"engine decode[{rows}]", packing.decode_layout(rows))
+
+
+@pytest.mark.parametrize("kv", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_one_byte_kv(kv: str) -> None:
+    check_model(f"engine decode[64] kv {kv}", packing.decode_layout(64), kv=kv)
 
 
 @pytest.mark.parametrize("tokens", [64, 2048])
@@ -151,5 +156,5 @@ def test_block_moves_and_edits() -> None:
     arguments = pools(), ints(1, BUCKETS.rows, WIDTH), ints(packing.EDIT_SIZE)
     compiled = compile_for_h200(programs.edit, *arguments, donate=(0, 1))
     assert copied(compiled, math.prod(pools()[0]["k"].shape)) == []
-    assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH
+    assert compiled.alias_bytes == nbytes(pools(kv)) + 4 * BUCKETS.rows * WIDTH
     check("engine edit", compiled)

@@ -124,6 +124,8 @@ def _changes(config: EngineConfig, plan: Capacity, most: int) -> Iterator[tuple[
         for tensor in (config.tensor_parallel_size * 2, config.tensor_parallel_size // 2):
             if 1 <= tensor <= MAX_DEVICES // config.expert_parallel_size:
                 yield "tensor_parallel_size", tensor
+    if plan.kv_dtype not in capacity.ONE_BYTE:
+        yield "kv_cache_dtype", "fp8"
     for dtype in ("float32", "bfloat16"):
         if dtype != plan.memory.dtype:
             yield "dtype", dtype

@@ -126,7 +126,7 @@ class Runner:
         # A program gets what it reads and no more: every call passes over all arguments.
         self._body_names, self._head_names = (decoder.names(part, spec) for part in (decoder.Body, decoder.Head))
         self._body_shapes, self._head_shapes = shapes_of((self._body, self._head))
-        self.dtype = jnp.dtype(spec.dtype)
+        self.dtype, self.kv_dtype = jnp.dtype(spec.dtype), jnp.dtype(capacity.kv_dtype)
         self.device = None if mesh is not None else device_of(params)
         self._everywhere = SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, P())
         self._executables: dict[ProgramKey, Any] = {}
@@ -172,7 +172,7 @@ class Runner:
                 self.spec,
                 blocks=limits.num_blocks,
                 block_size=limits.block_size,
-                dtype=self.dtype,
+                dtype=self.kv_dtype,
                 groups=self.groups,
                 rows=rows,
             )
