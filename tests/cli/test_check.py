@@ -246,7 +246,7 @@ def test_the_effect_of_each_flag_is_as_predicted(command: Command, tmp_path: Pat
     model = golden.write_checkpoint("mistral-full", tmp_path / "tiny")
     found = json.loads(command("check", model, "--json").out)["alternatives"]
     flags = {name.split()[0] for name in found}
-    assert flags == {"--max-model-len", "--max-num-seqs", "--kv-cache-memory-bytes", "--dtype"}
+    assert flags == {"--max-model-len", "--max-num-seqs", "--kv-cache-memory-bytes", "--kv-cache-dtype", "--dtype"}
     for name, change in found.items():
         assert json.loads(command("check", model, "--json", *name.split()).out)["plan"] == {
             **change,

@@ -84,8 +84,8 @@ def test_the_first_lines_of_output(command: Command, served: Served, model: Path
         (["--disable-log-requests"], ["--disable-log-requests has no effect: their parameters are logged only with"]),
         (["-pp", "1", "--data-parallel-size=1"], ["-pp has no effect: this is", "--data-parallel-size has no effect"]),
         (
-            ["--kv-cache-dtype", "auto", "--load-format", "auto", "--tokenizer-mode", "auto"],
-            ["--kv-", "--load", "--tok"],
+            ["--guided-decoding-backend", "auto", "--load-format", "auto", "--tokenizer-mode", "auto"],
+            ["--guided", "--load", "--tok"],
         ),
         (
             ["--trust-remote-code"],
@@ -260,7 +260,7 @@ def test_no_such_file(command: Command, tmp_path: Path) -> None:
         (["--pipeline-parallel-size=2"], ("--pipeline-parallel-size is not supported yet",)),
         (["-dp"], ("-dp (--data-parallel-size) is not supported yet",)),
         (["--swap-space", "4"], ("--swap-space is not supported", "recomputed")),
-        (["--kv-cache-dtype", "fp8"], ("--kv-cache-dtype is not supported yet",)),
+        (["--kv-cache-dtype", "fp4"], ("--kv-cache-dtype is 'fp4'", "choose one of auto, bfloat16")),
         (["--load-format", "dummy"], ("--load-format is not supported",)),
         (["--limit-mm-per-prompt", '{"image": 1}'], ("--limit-mm-per-prompt is not supported yet",)),
         (["--enable-lora"], ("--enable-lora is not supported yet",)),

@@ -156,5 +156,5 @@ def test_block_moves_and_edits() -> None:
     arguments = pools(), ints(1, BUCKETS.rows, WIDTH), ints(packing.EDIT_SIZE)
     compiled = compile_for_h200(programs.edit, *arguments, donate=(0, 1))
     assert copied(compiled, math.prod(pools()[0]["k"].shape)) == []
-    assert compiled.alias_bytes == nbytes(pools(kv)) + 4 * BUCKETS.rows * WIDTH
+    assert compiled.alias_bytes == nbytes(pools()) + 4 * BUCKETS.rows * WIDTH
     check("engine edit", compiled)
