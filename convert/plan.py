@@ -69,6 +69,7 @@ class Piece:
     encode: Callable[[Array], Array] | None = None
     problem: Callable[..., str | None] | None = None
     others: tuple[TensorInfo, ...] = ()
+    computes: bool = False  # unpacking does more than to view the values
     name: str = ""
 
     @property
@@ -76,10 +77,6 @@ class Piece:
         if isinstance(self.info, BlockTensor) and self.info.quantized:
             return COMPONENT_DTYPES["BF16"]  # the least that models are computed in
         return COMPONENT_DTYPES[self.info.dtype]
-
-    @property
-    def computed(self) -> bool:
-        return self.unpack is not None or self.encode is not None
 
     def look(self, data: Array, layer: Layer | None) -> Array:
         others = [_values(info) for info in self.others]
@@ -127,12 +124,14 @@ class LoadPlan:
 
     @property
     def bytes(self) -> int:
-        """What reading copies from files, or computes."""
-        stored = {piece.info for pieces in self.pieces.values() for piece in pieces if not piece.computed}
+        """What reading copies from files, or encodes. What is unpacked counts as often as it is needed."""
+        pieces = [piece for pieces in self.pieces.values() for piece in pieces if piece.encode is None]
+        stored = [*{piece.info for piece in pieces if not piece.computes}]
+        stored += [piece.info for piece in pieces if piece.computes]
         leaves = param_layout.leaves(param_layout.abstract_public(self.spec)) if self.spec.quantized else ()
-        computed = (leaf for path, leaf in leaves if self.pieces[path][0].computed)
+        encoded = (leaf for path, leaf in leaves if self.pieces[path][0].encode is not None)
         return sum(info.stop - info.start for info in stored) + sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in computed
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in encoded
         )
 
     def size(self, dtype: Any = None) -> int:
@@ -178,7 +177,7 @@ class LoadPlan:
             if isinstance(piece.info, BlockTensor):
                 yield from _decoded(piece, piece.info, layer, place, shape[stack:])
                 continue
-            yield TensorCopy(piece.info, piece.dtype, partial(look, piece, place), place)
+            yield TensorCopy(piece.info, piece.dtype, partial(look, piece, place), place, piece.computes)
 
 
 def _values(info: TensorInfo) -> Array:
@@ -301,7 +300,7 @@ class _Planner:
     ) -> None:
         self._shown, self._spec, self._tensors, self._format = shown, spec, tensors, chosen
         self._used: dict[str, Fraction] = {}  # the share of each tensor that is used
-        self._unpacked: dict[Any, Array] = {}  # what unpacking makes of zeros
+        self._unpacked: dict[Any, tuple[Array, bool]] = {}
         self._rules: dict[str, list[Rule]] = {}
         for rule in weights:
             self._rules.setdefault(rule.path, []).append(rule)
@@ -337,7 +336,7 @@ class _Planner:
             share = self._check(piece, each, layer, leaf.dtype if component else None)
             self._used[name] = self._used.get(name, Fraction(0)) + share
             self._used |= dict.fromkeys(source.also, Fraction(1))
-            pieces.append(piece)
+            pieces.append(replace(piece, computes=self._unpacked_zeros(piece)[1]))
         return pieces
 
     def _sources(
@@ -360,7 +359,7 @@ class _Planner:
             kind = "a quantized format" if BITS[info.dtype] <= 8 else "which is not a weight dtype"
             fail(info, name, f"has dtype {info.dtype}, {kind}, expected one of {', '.join(DTYPES)}")
         try:
-            whole = self._unpack_zeros(piece)
+            whole, _ = self._unpacked_zeros(piece)
             seen = whole if piece.view is None else piece.view(whole, layer)
         except (ValueError, IndexError) as error:
             wanted = f"expected one that can be viewed as {list(shape)} ({error})"
@@ -376,15 +375,17 @@ class _Planner:
             fail(info, name, f"has dtype {info.dtype}, expected {dtype} for this quantization")
         return Fraction(seen.size, max(whole.size, 1))
 
-    def _unpack_zeros(self, piece: Piece) -> Array:
-        """The shape and dtype that unpacking gives. It computes, unlike views; most layers have the same shapes."""
+    def _unpacked_zeros(self, piece: Piece) -> tuple[Array, bool]:
+        """What unpacking makes of zeros, for its shape and dtype, and whether it computes. Most layers have the same
+        shapes."""
         shapes = tuple((other.dtype, other.shape) for other in piece.others)
         key = piece.unpack, piece.dtype, piece.info.shape, shapes
         if key not in self._unpacked:
             zeros = [_zeros(piece.info, piece.dtype)]
             zeros += [_zeros(each, COMPONENT_DTYPES[each.dtype]) for each in piece.others]
             whole = zeros[0] if piece.unpack is None else piece.unpack(*zeros)
-            self._unpacked[key] = np.broadcast_to(np.zeros((), whole.dtype), whole.shape)
+            computes = not np.may_share_memory(whole, zeros[0])
+            self._unpacked[key] = np.broadcast_to(np.zeros((), whole.dtype), whole.shape), computes
         return self._unpacked[key]
 
     def check_used(self, ignored: Sequence[str]) -> None:

@@ -11,7 +11,21 @@ from jaxserve.types.checks import check_names
 
 type DtypeSetting = Literal["auto", "bfloat16", "float16", "float32", "half", "float"]
 type KvCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"]
-type QuantizationSetting = Literal["int8"]
+type QuantizationSetting = Literal[
+    "int8",
+    "awq",
+    "awq_marlin",
+    "bitsandbytes",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
+    "gpt_oss_mxfp4",
+    "gptq",
+    "gptq_marlin",
+    "modelopt",
+    "modelopt_fp4",
+    "mxfp4",
+]
 type Policy = Literal["fcfs", "priority"]
 type Warmup = Literal["all", "staged", "none"]
 type LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
@@ -64,8 +78,9 @@ class EngineConfig:
     quantization: Annotated[
         QuantizationSetting | None,
         Setting(
-            "Quantize the weights of an unquantized checkpoint while loading it. int8 needs half of bfloat16's memory, "
-            "and is faster on CPUs.",
+            "Quantize the weights of an unquantized checkpoint while loading it: int8 needs half of bfloat16's memory, "
+            "and is faster on CPUs. Any other method must be the one that the checkpoint is quantized by, which is the "
+            "default.",
             "Model",
             spellings=("-q",),
             common=True,

@@ -44,6 +44,7 @@ SMALL = {
         "vocab.txt",
     ),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),  # of quantized models, by older tools
     MODULES,
 }
 TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")

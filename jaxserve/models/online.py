@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes a model's weights while they are loaded, from a checkpoint that stores them plainly."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -16,16 +17,47 @@ from jaxserve.models.param_layout import Path
 from jaxserve.models.spec import ModelSpec
 from jaxserve.models.weight import public_paths
 from jaxserve.quant import int8
+from jaxserve.quant.formats import FORMATS
 from jaxserve.quant.int8 import CODES
 from jaxserve.quant.scheme import Component, Quantized, Scheme
 
 type Online = Literal["int8"]
 
-__all__ = ["CODES", "Online", "encoded", "host_encoder", "quantized"]
+__all__ = ["CODES", "Online", "encoded", "host_encoder", "quantized", "to_apply"]
+
+logger = logging.getLogger(__name__)
+ONLINE: tuple[Online, ...] = get_args(Online.__value__)
+# vLLM's names of kernels and variants, and the method of the checkpoints that they are for.
+SAME = {
+    "awq_marlin": "awq",
+    "gptq_marlin": "gptq",
+    "gpt_oss_mxfp4": "mxfp4",
+    "modelopt_fp4": "modelopt",
+}
 
 SCHEMES = (int8.FUSED, int8.ALONE)
 # Small weights that decide much: routers choose experts; MLA multiplies k_up and v_up head by head, not as one matrix.
 PLAIN = ("router", "k_up", "v_up", "shared_gate")
+
+
+def to_apply(name: str, spec: ModelSpec, stored: str | None) -> Online | None:
+    """The method to quantize a plain checkpoint with; None if it is quantized by the named one. `stored`: the method of
+    the checkpoint, if that is known."""
+    wanted = SAME.get(name, name)
+    if not spec.quantized:
+        for each in ONLINE:
+            if each == wanted:
+                return each
+        problem = f"quantization is {name!r}, but the checkpoint is not quantized"
+        raise JaxserveError(problem, f"leave it out, or choose {' or '.join(ONLINE)} to quantize it now")
+    if wanted in ONLINE and wanted not in FORMATS:
+        raise JaxserveError("the checkpoint is already quantized", f"leave out quantization={name!r}")
+    if stored not in (None, wanted):
+        problem = f"quantization is {name!r}, but the checkpoint is quantized by {stored}"
+        raise JaxserveError(problem, "leave it out: the checkpoint's config has the method")
+    if wanted != name:
+        logger.info("quantization %s is read as %s: there is no choice of kernels", name, wanted)
+    return None
 
 
 def quantized(spec: ModelSpec, name: Online) -> ModelSpec:

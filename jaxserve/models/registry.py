@@ -164,6 +164,12 @@ def spec_of(raw: Mapping[str, Any]) -> ModelSpec:
         raise CheckpointError(problem, "check the file") from None
 
 
+def method_of(folder: Path) -> str | None:
+    """The method that a folder's config says its weights are quantized by."""
+    given = read_raw(folder).get("quantization_config")
+    return str(cast(Mapping[str, Any], given).get("quant_method")) if isinstance(given, Mapping) else None
+
+
 class NoTensors(dict[str, Any]):
     """The tensors of a checkpoint whose files are not at hand."""
 

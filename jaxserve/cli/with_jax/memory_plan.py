@@ -31,6 +31,7 @@ class Described:
     spec: ModelSpec
     stored: Any  # dtype of the checkpoint
     parameters: int
+    method: str | None  # by which the checkpoint is quantized
 
 
 def fetch(config: EngineConfig) -> Path:
@@ -47,7 +48,7 @@ def read(config: EngineConfig, folder: Path) -> Described:
     import numpy as np
 
     from convert import load
-    from jaxserve.models import hf, param_layout
+    from jaxserve.models import hf, param_layout, registry
 
     raw = hf.read_json(folder / "config.json")
     if (folder / "spec.json").exists() or any(folder.glob("*.safetensors*")) or any(folder.glob("*.gguf")):
@@ -64,6 +65,7 @@ def read(config: EngineConfig, folder: Path) -> Described:
         spec=spec,
         stored=stored,
         parameters=param_layout.count(spec),
+        method=registry.method_of(folder),
     )
 
 
@@ -78,7 +80,8 @@ def planned(config: EngineConfig, model: Described, total: int | None) -> Capaci
     auto = machine.cpu_dtype(model.stored.name) if on_cpu else model.stored.name
     spec = replace(model.spec, dtype=auto if config.dtype == "auto" else config.dtype)
     if config.quantization is not None:
-        spec = online.quantized(spec, config.quantization)
+        chosen = online.to_apply(config.quantization, spec, model.method)
+        spec = spec if chosen is None else online.quantized(spec, chosen)
     mesh = loading.on_mesh(config, None)
     with jax.set_mesh(mesh):
         shapes = param_layout.abstract_params(spec)

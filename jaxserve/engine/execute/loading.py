@@ -22,7 +22,7 @@ from convert.gguf import folder as gguf
 from convert.load import LoadPlan
 from jaxserve.config import ConfigError, EngineConfig
 from jaxserve.engine.execute import weights
-from jaxserve.models import hf, online, param_layout
+from jaxserve.models import hf, online, param_layout, registry
 from jaxserve.models.decoder import Params
 from jaxserve.models.spec import ModelSpec
 from jaxserve.parallel import mesh
@@ -72,7 +72,8 @@ def open_folder(config: EngineConfig, on: Any) -> Opened:
     plan = load.open_model(folder)
     plan = plan.in_dtype(load.param_dtype(plan, None if config.dtype == "auto" else config.dtype))
     if config.quantization is not None:
-        plan = plan.quantized(config.quantization)
+        chosen = online.to_apply(config.quantization, plan.spec, registry.method_of(folder))
+        plan = plan if chosen is None else plan.quantized(chosen)
     [device] = jax.device_put(0).devices()  # jax's default
     with _on(on, device):
         shapes = param_layout.abstract_params(plan.spec)
@@ -161,7 +162,8 @@ def open_params(config: EngineConfig, spec: ModelSpec | None, params: Params, on
     else:
         spec = replace(spec, dtype=config.dtype)
     if config.quantization is not None:
-        spec = online.quantized(spec, config.quantization)
+        chosen = online.to_apply(config.quantization, spec, None if known is None else registry.method_of(known))
+        spec = spec if chosen is None else online.quantized(spec, chosen)
     engine = weights.as_engine(spec, params, on, device=None if on is not None else _only_device(params))
     shapes = weights.shapes_of(engine)
     if known is None:
