@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxserve.quant import packing, schemes
+from jaxserve.quant import groups, packing, schemes
 from jaxserve.quant.kinds import KINDS
 from jaxserve.quant.scheme import Scheme
 from jaxserve.quant.tensor import QuantTensor
@@ -158,6 +158,20 @@ def test_rows_are_taken_as_they_are(name: str) -> None:
     ids = jnp.asarray([3, 0, 3])
     taken = tensor(scheme, arrays).take(ids, lambda array, ids: array[ids])
     np.testing.assert_array_equal(np.asarray(taken.dense(FLOAT32)), weight.astype(np.float32)[[3, 0, 3]])
+
+
+@pytest.mark.parametrize("name", ["4 bits, zeros, bfloat16", "4 bits in any order", "2 bits, rows", "float8", "nf4"])
+def test_products_are_made_a_few_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs, for matrices that do not fit the cache; the last rows are computed twice if the rest is not even."""
+    bits, scheme = SCHEMES[name]
+    arrays, weight = made(bits, scheme)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, COLUMNS)), jnp.float32)
+    monkeypatch.setattr(groups, "_DECODED", 4 * COLUMNS)
+    found = tensor(scheme, arrays).matmul(x, FLOAT32)
+    np.testing.assert_allclose(found, x @ weight.T, rtol=1e-4, atol=1e-5 * np.abs(weight).sum(1).max())
+    stack = {part: np.stack([array, array]) for part, array in arrays.items()}
+    each = tensor(scheme, stack, experts=True).grouped_matmul(x, jnp.asarray([0, 1, 3], jnp.int32))
+    np.testing.assert_allclose(each, found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
