@@ -87,8 +87,8 @@ def _compressed(form: str, *, activations: Any = None, ordered: bool = False, **
 
 
 def _mixed() -> Case:
-    four = dict(num_bits=4, type="int", strategy="group", group_size=16, symmetric=True)
-    eight = dict(num_bits=8, type="int", strategy="channel", symmetric=True)
+    four: dict[str, Any] = dict(num_bits=4, type="int", strategy="group", group_size=16, symmetric=True)
+    eight: dict[str, Any] = dict(num_bits=8, type="int", strategy="channel", symmetric=True)
     settings = _ct("pack-quantized", targets="re:.*mlp.*", **eight)
     other = _ct("pack-quantized", **four)["config_groups"]["group_0"]
     settings["config_groups"]["group_1"] = other
@@ -142,9 +142,9 @@ def _bnb(kind: str, *, nested: bool = False) -> Case:
     return Case(settings, pack)
 
 
-INT8 = dict(num_bits=8, type="int", strategy="channel", symmetric=True)
+INT8: dict[str, Any] = dict(num_bits=8, type="int", strategy="channel", symmetric=True)
 DYNAMIC = dict(num_bits=8, type="int", strategy="token", symmetric=True, dynamic=True)
-FLOAT8 = dict(num_bits=8, type="float", symmetric=True)
+FLOAT8: dict[str, Any] = dict(num_bits=8, type="float", symmetric=True)
 STATIC8 = dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
 CASES: dict[str, Case] = {
     "awq-32": _awq(32),
@@ -182,7 +182,7 @@ CASES: dict[str, Case] = {
     "ct-fp8-block": _compressed(
         "float-quantized",
         activations={**STATIC8, "strategy": "group", "group_size": 32, "dynamic": True},
-        **dict(strategy="block", block_structure=[32, 32], **FLOAT8),
+        **{"strategy": "block", "block_structure": [32, 32], **FLOAT8},
     ),
     "ct-nvfp4": _compressed(
         "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16, symmetric=True

@@ -52,7 +52,9 @@ def symmetric(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 def awq(weight: torch.Tensor, group: int, *, zeros: bool = True) -> Tensors:
     """By AutoAWQ's WQLinear_GEMM."""
     tree = ast.parse(_source("awq", "modules", "linear", "gemm.py"))
-    wanted = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "WQLinear_GEMM"]
+    wanted: list[ast.stmt] = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "WQLinear_GEMM"
+    ]
     scope: dict[str, Any] = {"torch": torch, "nn": nn, "get_best_device": lambda: "cpu"}
     exec(compile(ast.Module(wanted, []), "gemm.py", "exec"), scope)
     group = weight.shape[1] if group == -1 else group
