@@ -15,7 +15,7 @@ from convert.files.safetensors import read_checkpoint
 from tests.golden import load, weights
 from tests.golden.cases import CASES
 
-LIMIT = 3_000_000
+LIMIT = 4_000_000
 
 
 def test_cases_and_files_agree() -> None:
