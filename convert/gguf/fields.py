@@ -18,7 +18,7 @@ class Fields:
         self.architecture = self.text("general.architecture")
 
     def value(self, key: str) -> Any:
-        """The value of a key of the architecture; None if there is none. A list with equal items, one for each layer,
+        """The value of a key of the architecture; None if it is missing. A list with equal items, one for each layer,
         is one of them."""
         full = f"{self.architecture}.{key}"
         value = self.header.pairs.get(full)
@@ -59,7 +59,7 @@ class Fields:
         return value
 
     def items[Item](self, key: str, kind: type[Item]) -> list[Item] | None:
-        """The list under a key with its full name; None if there is none."""
+        """The list under a key with its full name; None if the file lacks it."""
         value = self.header.pairs.get(key)
         if value is None:
             return None
@@ -71,7 +71,7 @@ class Fields:
         return self.header.tensors.get(name)
 
     def factors(self, name: str) -> list[float] | None:
-        """The values of a small tensor; None if there is none."""
+        """The values of a small tensor; None if the file lacks it."""
         info = self.tensor(name)
         if info is None:
             return None

@@ -49,7 +49,7 @@ def _longrope(fields: Fields, short: list[float], long: list[float]) -> dict[str
 
 
 def _divided(fields: Fields, divisors: list[float], theta: float, head_dim: int) -> dict[str, Any]:
-    """For frequencies that are each divided by a number of its own, as Llama 3's are. The file has the numbers and not
+    """For frequencies with a divisor each, as Llama 3's are. The file has the numbers and not
     what they were computed from."""
     if len(divisors) * 2 == head_dim and theta > 1:
         guess = _LLAMA3 | {"factor": max(divisors)}

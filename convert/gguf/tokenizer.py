@@ -144,7 +144,7 @@ def _byte_level(fields: Fields, vocabulary: Vocabulary) -> dict[str, Any]:
             if name
             else "no 'tokenizer.ggml.pre', which names its pre-tokenizer"
         )
-        _refuse(fields, f"has {shown}: it cannot be told how text is split into tokens")
+        _refuse(fields, f"has {shown}: its rule for splitting text into tokens is unknown")
     listed = fields.items("tokenizer.ggml.merges", str)
     if listed is None:
         _refuse(fields, "has no 'tokenizer.ggml.merges', which byte-level BPE needs")

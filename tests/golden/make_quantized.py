@@ -323,7 +323,7 @@ def make(name: str, case: Case, folder: Path) -> str:
 
 
 def _check_values(folder: Path, theirs: Mapping[str, torch.Tensor]) -> None:
-    """That what the packers' own code dequantizes is the same, but for their rounding."""
+    """Check that the packers' own code dequantizes to the same values, except for rounding."""
     ours = unpackers.plain(folder)
     for name, value in theirs.items():
         error = np.abs(ours[name] - value.double().numpy()).max() / np.abs(ours[name]).max()

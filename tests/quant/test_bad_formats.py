@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[str, dict[str, Edit | None], dict[str, Any], str]] = {
         {"bits": 8},
         "'model.layers.0.self_attn.q_proj.scales' has shape [2, 64], expected [1, 64]",
     ),
-    "bits that nobody has": ("gptq-4", {}, {"bits": 5}, "by GPTQ with 5 bits, which is not supported"),
+    "an unsupported number of bits": ("gptq-4", {}, {"bits": 5}, "by GPTQ with 5 bits, which is not supported"),
     "g_idx out of range": (
         "gptq-4-ordered",
         {UP + "g_idx": with_value(2, 9)},
@@ -116,7 +116,7 @@ WRONG: dict[str, tuple[str, dict[str, Edit | None], dict[str, Any], str]] = {
     "a transform": ("ct-w4a16", {}, {"transform_config": {"config_groups": {}}}, "with transform_config"),
     "sparsity": ("ct-w4a16", {}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "with sparsity"),
     "a format of another tool": ("ct-w4a16", {}, {"format": "marlin-24"}, "with format 'marlin-24'"),
-    "a pattern that is none": ("ct-w4a16", {}, {"config_groups": {"g": {"targets": ["re:("]}}}, "invalid regular expr"),
+    "an invalid pattern": ("ct-w4a16", {}, {"config_groups": {"g": {"targets": ["re:("]}}}, "invalid regular expr"),
     "a divisor of zero": (
         "ct-nvfp4",
         {UP + "weight_global_scale": np.zeros_like},

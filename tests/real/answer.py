@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what the real model answers, as JSON. A program of its own, because tests compile without optimization."""
+"""Prints what the real model answers, as JSON. A separate program, because tests compile without optimization."""
 
 import json
 from typing import Any
