@@ -115,11 +115,9 @@ class LoadPlan:
             if component is None:
                 pieces[path] = self.pieces[path]
                 continue
-            codes = shapes[*path[:-1], online.CODES]
-            scheme = spec.scheme_of(path[:-1])
-            assert scheme is not None
-            encode = online.host_encoder(scheme, component, codes.shape[-1])
-            pieces[path] = [replace(piece, encode=encode) for piece in self.pieces[path[:-1]]]
+            stored = self.pieces[path[:-1]]
+            encode = online.host_encoder(spec, path, shapes, count=len(stored))
+            pieces[path] = [replace(piece, encode=encode) for piece in stored]
         return replace(self, spec=spec, pieces=pieces)
 
     @property

@@ -13,12 +13,16 @@ type DtypeSetting = Literal["auto", "bfloat16", "float16", "float32", "half", "f
 type KvCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"]
 type QuantizationSetting = Literal[
     "int8",
+    "int8_per_channel_weight_only",
+    "int4",
+    "fp8",
+    "fp8_per_channel",
+    "fp8_per_block",
     "awq",
     "awq_marlin",
     "bitsandbytes",
     "compressed-tensors",
     "fbgemm_fp8",
-    "fp8",
     "gpt_oss_mxfp4",
     "gptq",
     "gptq_marlin",
@@ -78,9 +82,11 @@ class EngineConfig:
     quantization: Annotated[
         QuantizationSetting | None,
         Setting(
-            "Quantize the weights of an unquantized checkpoint while loading it: int8 needs half of bfloat16's memory, "
-            "and is faster on CPUs. Any other method must be the one that the checkpoint is quantized by, which is the "
-            "default.",
+            "Quantize the weights of an unquantized checkpoint while loading it. int8 needs half of bfloat16's memory, "
+            "and is the fastest on CPUs; int8_per_channel_weight_only rounds no activations; fp8, fp8_per_channel and "
+            "fp8_per_block are float8 with a scale for each matrix, row, or block of 128 x 128; int4 needs about a "
+            "third of bfloat16's memory, and loses more quality. Any other method, and fp8, names the one that the "
+            "checkpoint is quantized by, which is the default.",
             "Model",
             spellings=("-q",),
             common=True,

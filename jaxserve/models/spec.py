@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
 from jaxserve.errors import CheckpointError, one_line
-from jaxserve.quant.scheme import Quantized, Scheme
+from jaxserve.quant.scheme import Quantized, Rounding, Scheme
 from jaxserve.quant.scheme import problems as scheme_problems
 
 
@@ -235,15 +235,24 @@ class ModelSpec:
 
     def scheme_of(self, path: Sequence[str | int]) -> Scheme | None:
         """How the public tensor at this path is stored; None: as one array."""
+        found = self._quantized(path)
+        return found.scheme if found else None
+
+    def rounding_of(self, path: Sequence[str | int]) -> Rounding | None:
+        """How a plain weight is rounded to the scheme of this path; None if it is not."""
+        found = self._quantized(path)
+        return found.rounding if found else None
+
+    def _quantized(self, path: Sequence[str | int]) -> Quantized | None:
         exact, general = list(path), list(path)
         if len(path) > 1 and path[0] == "layers":
             general[1] = "{layer}"
         keys = (".".join(map(str, each)) for each in (exact, general))
-        return next((self._schemes[key] for key in keys if key in self._schemes), None)
+        return next((self._by_path[key] for key in keys if key in self._by_path), None)
 
     @cached_property
-    def _schemes(self) -> dict[str, Scheme | None]:
-        return {each.path: each.scheme for each in self.quantized}
+    def _by_path(self) -> dict[str, Quantized]:
+        return {each.path: each for each in self.quantized}
 
     @property
     def unit(self) -> int:

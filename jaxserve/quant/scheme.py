@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+# How plain weights become codes; see rounding.py.
+type Rounding = Literal["int8", "rows", "groups", "float8_tensor", "float8_rows", "float8_blocks"]
 type StorageDtype = Literal[
     "int8",
     "uint8",
@@ -48,10 +50,11 @@ class Scheme:
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
     """The scheme of the weights with this public path, in which `{layer}` stands for any layer's number. A path with a
-    number takes precedence. None: one plain array."""
+    number takes precedence. None: one plain array. `rounding`: how plain weights are rounded to it as they come."""
 
     path: str
     scheme: Scheme | None
+    rounding: Rounding | None = None
 
 
 def problems(scheme: Scheme) -> Iterator[str]:

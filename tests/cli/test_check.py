@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxserve import machine
@@ -77,6 +78,7 @@ SAME: list[tuple[str, int | None, dict[str, Any]]] = [
     ("deepseek-v3", 2, dict(tensor_parallel_size=4, block_size=32)),
     ("qwen2-moe", 4, dict(tensor_parallel_size=2, expert_parallel_size=2, dtype="float16")),
     ("llama-gqa-tied", 8, dict(num_blocks=100, max_model_len=64)),
+    ("qwen2-moe", None, dict(tensor_parallel_size=2, quantization="int4")),
 ]
 
 
@@ -128,7 +130,7 @@ def plain(found: Capacity) -> Capacity:
 
 def pools_of(model: Opened, sizes: Capacity) -> list[Any]:
     with jax.set_mesh(model.mesh) if model.mesh is not None else nullcontext():
-        dtype = model.shapes["embed"]["weight"].dtype
+        dtype = jnp.dtype(model.spec.dtype)
         size = sizes.limits.block_size
         cache = kv_cache.abstract_cache(model.spec, blocks=1, block_size=size, dtype=dtype, groups=sizes.groups)
         return jax.tree.leaves(cache)
@@ -182,6 +184,9 @@ def test_a_published_model(command: Command, llama: Path) -> None:
     assert half["weights"] == pytest.approx(plan["weights"] / 2, rel=0.01)
     assert half["block_bytes"] * 2 == plan["block_bytes"]
     assert found["alternatives"]["--max-model-len 8192"]["concurrency"] > 50
+    tables, layers = 2 * 128256 * 4096, 8_030_261_248 - 2 * 128256 * 4096  # layers with few values besides weights
+    for name, size in {"int4": tables + layers * 67 / 128, "int8": 8.03e9, "fp8": 2 * tables + layers}.items():
+        assert found["alternatives"][f"--quantization {name}"]["weights"] == pytest.approx(size, rel=0.003), name
 
 
 def test_layers_with_a_window_keep_no_more_than_it(command: Command, tmp_path: Path) -> None:
@@ -246,7 +251,8 @@ def test_the_effect_of_each_flag_is_as_predicted(command: Command, tmp_path: Pat
     model = golden.write_checkpoint("mistral-full", tmp_path / "tiny")
     found = json.loads(command("check", model, "--json").out)["alternatives"]
     flags = {name.split()[0] for name in found}
-    assert flags == {"--max-model-len", "--max-num-seqs", "--kv-cache-memory-bytes", "--kv-cache-dtype", "--dtype"}
+    sizes = {"--max-model-len", "--max-num-seqs", "--kv-cache-memory-bytes"}
+    assert flags == {*sizes, "--kv-cache-dtype", "--dtype", "--quantization"}
     for name, change in found.items():
         assert json.loads(command("check", model, "--json", *name.split()).out)["plan"] == {
             **change,

@@ -252,7 +252,10 @@ def test_no_such_file(command: Command, tmp_path: Path) -> None:
     [
         (["--max-modle-len", "5"], ("unknown option --max-modle-len", "did you mean --max-model-len?")),
         (["--speculative-config", "{}"], ("--speculative-config is not supported yet",)),
-        (["--quantization", "torchao"], ("--quantization is 'torchao'", "choose one of int8, awq, ")),
+        (
+            ["--quantization", "torchao"],
+            ("--quantization is 'torchao'", "choose one of int8, int8_per_channel_weight_only, int4, fp8, "),
+        ),
         (["--speculative-config={}"], ("--speculative-config is not supported yet",)),
         (["-pp", "2"], ("-pp (--pipeline-parallel-size) is not supported yet",)),
         (["--no_enable_chunked_prefill"], ("--no-enable-chunked-prefill is not needed: prompts",)),

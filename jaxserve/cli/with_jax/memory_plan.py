@@ -98,7 +98,7 @@ def planned(config: EngineConfig, model: Described, total: int | None) -> Capaci
 
 def alternatives(config: EngineConfig, model: Described, total: int | None) -> Iterator[tuple[str, Capacity]]:
     """Capacities with one flag changed: halved, doubled, or another choice."""
-    for name, value in _changes(config, planned(config, model, total), model.spec.max_positions):
+    for name, value in _changes(config, model, planned(config, model, total)):
         flag = "--" + name.replace("_", "-")
         try:
             yield f"{flag} {_flag_value(name, value)}", planned(replace(config, **{name: value}), model, total)
@@ -106,10 +106,12 @@ def alternatives(config: EngineConfig, model: Described, total: int | None) -> I
             continue
 
 
-def _changes(config: EngineConfig, plan: Capacity, most: int) -> Iterator[tuple[str, Any]]:
+def _changes(config: EngineConfig, model: Described, plan: Capacity) -> Iterator[tuple[str, Any]]:
+    from jaxserve.models import online
+
     longest, rows = plan.wanted_len, plan.limits.max_num_seqs
     lengths = {longest * 2, longest // 2, *(length for length in (32768, 8192, 2048) if length < longest)}
-    for length in sorted((length for length in lengths if 2 <= length <= most), reverse=True):
+    for length in sorted((length for length in lengths if 2 <= length <= model.spec.max_positions), reverse=True):
         yield "max_model_len", length
     for count in (rows * 2, rows // 2):
         if count >= 1:
@@ -129,6 +131,8 @@ def _changes(config: EngineConfig, plan: Capacity, most: int) -> Iterator[tuple[
                 yield "tensor_parallel_size", tensor
     if plan.kv_dtype not in capacity.ONE_BYTE:
         yield "kv_cache_dtype", "fp8"
+    if not model.spec.quantized:
+        yield from (("quantization", name) for name in online.ONLINE if name != config.quantization)
     for dtype in ("float32", "bfloat16"):
         if dtype != plan.memory.dtype:
             yield "dtype", dtype
