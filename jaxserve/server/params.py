@@ -58,7 +58,7 @@ async def parsed[B: BaseModel](
     """The body, with its unknown fields noted, or refused if that is the policy. A large one is parsed in a thread."""
     serving = request.app[SERVING]
     work = partial(_parsed, kind, raw, policy or serving.ignored.policy)
-    body, unknown = work() if len(raw) <= SMALL else await serving.workers.run(len(raw), work)
+    body, unknown = work() if len(raw) <= SMALL else await serving.workers.run_alone(len(raw), work)
     serving.ignored.note_fields(request, unknown)
     return body
 

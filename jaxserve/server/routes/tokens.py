@@ -12,7 +12,7 @@ from jaxserve.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxserve.server.routes.chat import prompt_text
 from jaxserve.server.routes.table import Route
 from jaxserve.server.state import RECORD, SERVING, Serving
-from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Encoded, Tokenizer
 
 # Tokenizing this much takes a second or more. Clients send longer texts in pieces.
 MAX_CHARACTERS = 2**20
@@ -22,7 +22,10 @@ async def tokenize(request: web.Request) -> web.Response:
     serving = request.app[SERVING]
     preparer = serving.check_ready().preparer
     body = await params.read(request, TokenizeRequest)
-    return await serving.workers.run(request[RECORD].body_size, _tokens, serving, preparer, body)
+    size, tokenizer = request[RECORD].body_size, _tokenizer(serving)
+    encoded = await serving.workers.run(size, _encoded, serving, tokenizer, body)
+    strings, limit = bool(body.return_token_strs), preparer.limits.max_model_len
+    return await serving.workers.run_alone(size, _tokens, tokenizer, encoded, strings=strings, limit=limit)
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -38,8 +41,7 @@ def _tokenizer(serving: Serving) -> Tokenizer:
     return serving.tokenizer
 
 
-def _tokens(serving: Serving, preparer: Preparer, body: TokenizeRequest) -> web.Response:
-    tokenizer = _tokenizer(serving)
+def _encoded(serving: Serving, tokenizer: Tokenizer, body: TokenizeRequest) -> Encoded:
     field = "messages" if body.prompt is None else "prompt"
     text = prompt_text(serving, body) if body.prompt is None else body.prompt
     if len(text) > MAX_CHARACTERS:
@@ -47,11 +49,14 @@ def _tokens(serving: Serving, preparer: Preparer, body: TokenizeRequest) -> web.
         raise bad_request(field, problem, f"send at most {MAX_CHARACTERS} per request")
     special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
     try:
-        ids = tokenizer.encode(text, add_special_tokens=special)
+        return tokenizer.encoded(text, add_special_tokens=special)
     except RequestError as error:
         raise RequestError(field, error.problem, error.hint) from None
-    names = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
-    limit = preparer.limits.max_model_len
+
+
+def _tokens(tokenizer: Tokenizer, encoded: Encoded, *, strings: bool, limit: int) -> web.Response:
+    ids = encoded.ids
+    names = [tokenizer.token_text(token) for token in ids] if strings else None
     return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
 
 

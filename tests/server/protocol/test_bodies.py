@@ -102,6 +102,22 @@ def test_unknown_fields_cannot_hide_an_object_with_too_many_keys() -> None:
         parse(CompletionRequest, large, unknown="ignore")
 
 
+@pytest.mark.parametrize("field", ["", "logit_bias", "stream_options", "other"])
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":"), (",", " : ")])
+def test_too_many_keys(field: str, separators: tuple[str, str]) -> None:
+    many = {f"k{place}": 1 for place in range(20_000)}
+    raw = json.dumps({"prompt": "x", **({field: many} if field else many)}, separators=separators).encode()
+    with pytest.raises(ApiError, match=f"{field or 'the body'} has an object with too many keys|has too many keys"):
+        parse(CompletionRequest, raw, unknown="warn")
+
+
+def test_keys_within_texts_do_not_count() -> None:
+    text = json.dumps({f"k{place}": 1 for place in range(20_000)})
+    for field in ("prompt", "other"):
+        body = parse(CompletionRequest, json.dumps({"prompt": "x", field: text}).encode(), unknown="warn")
+        assert body.prompt == (text if field == "prompt" else "x")
+
+
 @pytest.mark.parametrize("field", ["n", "top_k", "min_tokens"])
 def test_endless_numbers_are_not_repeated(field: str) -> None:
     with pytest.raises(ApiError) as refused:

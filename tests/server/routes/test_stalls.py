@@ -27,6 +27,7 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
     "ids": ("/v1/completions", {"prompt": [5] * 2**17, "max_tokens": 1}),
     "text": ("/v1/completions", {"prompt": "\u4e2d\n" * 2**20, "max_tokens": 1}),
     "message": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\u4e2d\n" * 2**20}]}),
+    "keys": ("/v1/completions", {"prompt": "x"} | {f"key_{place}": 1 for place in range(100_000)}),
     "detokenize": ("/detokenize", {"tokens": list(range(20, 148)) * 1024}),
 }
 
