@@ -137,6 +137,9 @@ def paired(first: Sequence[str], second: Sequence[str]) -> Pairs:
     if len(first) not in (1, len(second)):
         problem = f"text_1 has {len(first)} texts and text_2 has {len(second)}"
         raise RequestError("text_1", problem, "send one text_1 for all, or as many as text_2 has")
+    for name, texts in (("text_1", first), ("text_2", second)):
+        if not all(texts):
+            raise RequestError(name, f"{name} has an empty text", "remove it")
     return list(zip(list(first) * len(second) if len(first) == 1 else first, second, strict=True))
 
 

@@ -31,7 +31,8 @@ from jaxserve.types.request import Pool, Request
 from jaxserve.types.sampling_params import BEAM_FIELDS, FIELDS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
+SECONDS = re.compile(r"[0-9]{1,32}(\.[0-9]{1,32})?")
+LONGEST_DEADLINE = 1e9  # seconds
 MAX_TRUNCATED = 2**20  # tokens of a prompt before truncation
 ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._:-")
 
@@ -94,7 +95,7 @@ def deadline(request: web.Request) -> float | None:
     if seconds <= 0:
         problem = f"{TIMEOUT_HEADER} is not a positive number of seconds"
         raise bad_request(TIMEOUT_HEADER, problem, "send a decimal number, such as 30 or 2.5")
-    client = time.monotonic() + seconds
+    client = time.monotonic() + min(seconds, LONGEST_DEADLINE)
     return client if server is None else min(client, server)
 
 
@@ -141,6 +142,9 @@ def order(request: web.Request, body: Ordered, *, kind: str, add_special_tokens:
     if body.truncation_side is not None and body.truncate_prompt_tokens is None:
         problem = "truncation_side requires truncate_prompt_tokens"
         raise bad_request("truncation_side", problem, "set truncate_prompt_tokens, or remove truncation_side")
+    if body.truncate_prompt_tokens == 0:
+        problem = "truncate_prompt_tokens=0 leaves no prompt"
+        raise bad_request("truncate_prompt_tokens", problem, "set it to 1 or more, or to -1 for all that fit")
     return Order(
         name=answer_id(kind, request, body),
         deadline=deadline(request),

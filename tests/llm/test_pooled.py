@@ -98,6 +98,13 @@ def test_classes_are_made_of_the_last_token(pooled: LLM, engine: AsyncLLM, refer
         pooled.score("a", "b")
 
 
+@pytest.mark.parametrize(("first", "second", "name"), [("", "a", "text_1"), ("a", ["b", ""], "text_2")])
+def test_empty_texts_have_no_score(pooled: LLM, first: str, second: str | list[str], name: str) -> None:
+    pooled._pooling = SCORER
+    with pytest.raises(RequestError, match=f"{name} has an empty text"):
+        pooled.score(first, second)
+
+
 def test_scores_of_pairs(pooled: LLM, engine: AsyncLLM, reference: Reference) -> None:
     pooled._pooling = engine._pooling = SCORER
     pairs = [("a", "b"), ("query", "a document")]

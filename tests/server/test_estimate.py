@@ -178,7 +178,7 @@ def test_a_request_that_may_be_done_in_time_is_served(server: Live) -> None:
     assert server.post("/v1/completions", {"prompt": [5], "max_tokens": 60}, X_Request_Timeout="2").status == 200
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "1_0", "+5", "1e3", "0", "-1", "", "5s", "1" * 13, ".5", "5."])
+@pytest.mark.parametrize("text", ["nan", "inf", "1_0", "+5", "1e3", "0", "-1", "", "5s", ".5", "5."])
 def test_a_timeout_that_is_no_decimal_number_is_refused(server: Live, text: str) -> None:
     data = living.post("/v1/completions", b'{"prompt": [5]}', f"X-Request-Timeout: {text}")
     error = server.raw(data).error

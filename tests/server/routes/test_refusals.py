@@ -173,7 +173,7 @@ RANGES: list[tuple[dict[str, Any], str | None]] = [
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
-    ({"truncate_prompt_tokens": 0}, "prompt"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"truncation_side": "left"}, "truncation_side"),
     ({"truncation_side": "middle", "truncate_prompt_tokens": 1}, "truncation_side"),
     ({"service_tier": "flex"}, "service_tier"),
@@ -360,6 +360,10 @@ def test_errors_about_length_have_the_numbers(served: Served) -> None:
 @pytest.mark.parametrize("seconds", ["x", "0", "-1", "nan", "inf", "", "1" * 5000])
 def test_invalid_deadlines(served: Served, seconds: str) -> None:
     check_error(served.post(COMPLETIONS, completion(), X_Request_Timeout=seconds), 400, "X-Request-Timeout")
+
+
+def test_a_far_deadline(served: Served) -> None:
+    assert served.post(COMPLETIONS, completion(), X_Request_Timeout="9" * 20).status == 200
 
 
 def test_a_passed_deadline_is_a_504(served: Served) -> None:
