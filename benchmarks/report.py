@@ -28,7 +28,8 @@ ABOUT = """
 Comparisons are medians of rounds in which the sides take turns. `vs NAME` is jaxserve's output tokens per second
 divided by the other side's, and `TTFT ratio` is the other side's time to first token divided by jaxserve's: above 1,
 jaxserve is ahead. The model `demo` is part of the package; `110m` and `1b` are Llamas with random weights. On CPUs
-everything runs in float32, except where a table names each server's setting.
+results before 2026-12 are in float32, and later ones in the dtype that `auto` picks, except where a table names each
+server's setting.
 """.strip()
 TILES = "tuning.json"  # lies beside the sections of a GPU run, but is no result
 PICTURE = Path("pictures", "performance.svg")
