@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxserve convert` and `python -m convert`: converts a model from a folder or the Hub to the Orbax format."""
+"""`jaxserve convert` and `python -m convert`: converts a model from a folder or the Hub to the Orbax format, or to a
+quantized checkpoint."""
 
 import json
 import shutil
@@ -12,10 +13,12 @@ from typing import Annotated, Any, Literal, cast
 from jaxserve.errors import CheckpointError
 from jaxserve.flags.setting import Setting
 
+QUANTIZED = "jaxserve.json"  # what a quantized checkpoint was made of
+
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a model to Orbax format, which loads fastest."""
+    """Convert a model to Orbax format, which loads fastest, or to a quantized checkpoint."""
 
     source: Annotated[
         str,
@@ -27,8 +30,15 @@ class Convert:
         Literal["bfloat16", "float16", "float32"] | None,
         Setting("Data type to store parameters in (default: the checkpoint's)."),
     ] = None
+    quantize: Annotated[
+        Literal["int8", "int8_per_channel_weight_only", "int4", "fp8", "fp8_per_channel", "fp8_per_block"] | None,
+        Setting(
+            "Write a compressed-tensors checkpoint with weights rounded by this method, which vLLM and transformers "
+            "load too, instead of Orbax format."
+        ),
+    ] = None
     offline: Annotated[bool, Setting("Use only the local Hugging Face cache.")] = False
-    overwrite: Annotated[bool, Setting("Replace DST if it contains a converted model.")] = False
+    overwrite: Annotated[bool, Setting("Replace DST if a conversion wrote it.")] = False
 
     def run(self) -> None:
         from convert.files import hub, output
@@ -37,7 +47,7 @@ class Convert:
         # DST is checked first, then the config; jax starts only if both are valid.
         output.check(self.destination, overwrite=self.overwrite, ours=_ours)
         folder = hub.fetch(self.source, revision=self.revision, offline=self.offline, check=_check)
-        size, count = self._convert(folder)
+        size, count = self._convert(folder) if self.quantize is None else self._quantize(folder, self.quantize)
         seconds = time.monotonic() - started
         print(f"wrote {self.destination}: {size / 1e9:.2f} GB in {count:,} tensors, {seconds:.1f} s")
 
@@ -55,29 +65,61 @@ class Convert:
                 source = {"name": self.source, "revision": _commit(self.source, folder)}
                 orbax.write(plan, made, source=source, dtype=self.dtype, progress=progressed)
             with output.explained(self.destination):
-                _copy_along(folder, made)
+                _copy_along(folder, made, "config.json")
                 pooled.copy(folder, made)
             written = orbax.plan(made)  # as a reader will see it
         return written.bytes, len(written.pieces)
 
+    def _quantize(self, folder: Path, method: Any) -> tuple[int, int]:
+        import jax
+
+        cast(Any, jax.config).update("jax_platforms", "cpu")
+        from convert import load
+        from convert.files import output, pooled, progress, safetensors
+        from convert.files.reader import Reader
+        from convert.quantize import checkpoint
+        from jaxserve import __version__
+
+        source = checkpoint.PlainModel.open(folder, load.open_model(folder), method)
+        with output.folder(self.destination, overwrite=self.overwrite, ours=_ours) as made:
+            output.check_room(self.destination, checkpoint.size(source, self.dtype))
+            with progress.bar("quantizing", source.bytes) as done, Reader() as reader:
+                rounder = checkpoint.Nearest(source, reader)
+                with output.explained(self.destination):
+                    checkpoint.write(source, made, rounder=rounder, reader=reader, dtype=self.dtype, done=done)
+            with output.explained(self.destination):
+                _copy_along(folder, made)
+                pooled.copy(folder, made)
+                origin = {"name": self.source, "revision": _commit(self.source, folder)}
+                about = {"jaxserve": __version__, "source": origin, "quantize": method}
+                (made / QUANTIZED).write_text(json.dumps(about, indent=1) + "\n")
+            load.open_model(made)  # as a reader will see it
+            written = safetensors.read_checkpoint(made).values()
+        return sum(info.stop - info.start for info in written), len(written)
+
 
 def _ours(folder: Path) -> bool:
     """Whether a conversion has written this folder."""
-    spec = folder / "spec.json"
+    return _has_keys(folder / "spec.json", {"format", "jaxserve", "spec"}) or _has_keys(
+        folder / QUANTIZED, {"jaxserve", "source", "quantize"}
+    )
+
+
+def _has_keys(file: Path, keys: set[str]) -> bool:
     try:
-        status = spec.stat()
+        status = file.stat()
         plain = stat.S_ISREG(status.st_mode) and status.st_size < 10**7
-        content = json.loads(spec.read_bytes()) if plain else None
+        content = json.loads(file.read_bytes()) if plain else None
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and {"format", "jaxserve", "spec"} <= cast(Any, content).keys()
+    return isinstance(content, dict) and keys <= cast(Any, content).keys()
 
 
 def _check(folder: Path) -> None:
     """Called when the config is downloaded and the weights are not."""
     from jaxserve.models import registry
 
-    if not _ours(folder):
+    if not _has_keys(folder / "spec.json", {"spec"}):
         registry.read_config(folder)
 
 
@@ -85,12 +127,12 @@ def _commit(source: str, folder: Path) -> str | None:
     return None if Path(source).expanduser() == folder else folder.name
 
 
-def _copy_along(folder: Path, made: Path) -> None:
-    """Copies config, tokenizer and chat templates unchanged; never code or weights."""
+def _copy_along(folder: Path, made: Path, *more: str) -> None:
+    """Copies tokenizer, chat templates and these files unchanged; never code or weights."""
     from convert.files.hub import SMALL, TEMPLATE
 
     templates = (str(path.relative_to(folder)) for path in folder.glob("*/*.jinja"))
-    for name in ("config.json", *sorted(SMALL), *(name for name in templates if TEMPLATE.fullmatch(name))):
+    for name in (*more, *sorted(SMALL), *(name for name in templates if TEMPLATE.fullmatch(name))):
         if not (folder / name).is_file():
             continue
         if (folder / name).stat().st_size > 10**9:

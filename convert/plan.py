@@ -182,6 +182,15 @@ def _values(info: TensorInfo) -> Array:
     return read_bytes(info).view(COMPONENT_DTYPES[info.dtype]).reshape(info.shape)
 
 
+def whole(info: TensorInfo, into: Array) -> Iterator[TensorCopy]:
+    """Copies of a tensor's values as they are."""
+    piece = Piece(info)
+    if isinstance(info, BlockTensor):
+        yield from _decoded(piece, info, None, into, info.shape)
+    else:
+        yield TensorCopy(info, piece.dtype, lambda data: data, into)
+
+
 DECODED = 1 << 20  # values that are decoded at a time
 
 

@@ -61,6 +61,7 @@ OFFLINE = {
     "jaxserve convert SRC DST [--revision R] [--dtype bfloat16] [--offline] [--overwrite]": (
         "jaxserve convert {demo} converted --dtype bfloat16 --offline --overwrite"
     ),
+    "jaxserve convert SRC DST --quantize int4": "jaxserve convert {demo} quantized --quantize int4 --offline",
     "jaxserve completion bash|zsh|fish": "jaxserve completion bash",
     "jaxserve bench throughput|latency": "jaxserve bench throughput --help",  # tests/cli/test_bench.py runs them
 }

@@ -54,12 +54,12 @@ FLOAT8 = np.unique(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).
 FLOAT8 = FLOAT8[np.isfinite(FLOAT8)]
 
 
-def steps(how: Rounding, weight: np.ndarray) -> np.ndarray:
+def steps(how: Rounding, weight: np.ndarray, group: int = 32) -> np.ndarray:
     """The scale of each value in float64."""
     found, wide = np.zeros(weight.shape), np.abs(weight.astype(np.float64))
     for n, k in np.ndindex(weight.shape):
         if how == "groups":
-            part = weight[n, k // 32 * 32 : k // 32 * 32 + 32].astype(np.float64)
+            part = weight[n, k // group * group : (k // group + 1) * group].astype(np.float64)
             span = max(part.max(), 0) - min(part.min(), 0)
             found[n, k] = np.float64(np.float32(span / 15).astype(ml_dtypes.bfloat16))
         elif how == "float8_blocks":
@@ -71,14 +71,14 @@ def steps(how: Rounding, weight: np.ndarray) -> np.ndarray:
     return found
 
 
-def nearest(how: Rounding, weight: np.ndarray) -> np.ndarray:
+def nearest(how: Rounding, weight: np.ndarray, group: int = 32) -> np.ndarray:
     """The values after rounding, in float64."""
-    step = steps(how, weight)
+    step = steps(how, weight, group)
     ratio = weight.astype(np.float64) / np.where(step > 0, step, 1)
     if how == "rows":
         return np.rint(ratio) * step
     if how == "groups":
-        low = np.minimum(weight.astype(np.float64).reshape(len(weight), -1, 32).min(-1), 0).repeat(32, -1)
+        low = np.minimum(weight.astype(np.float64).reshape(len(weight), -1, group).min(-1), 0).repeat(group, -1)
         zeros = np.clip(np.rint(-low / np.where(step > 0, step, 1)), 0, 15)
         return (np.clip(np.rint(ratio) + zeros, 0, 15) - zeros) * step
     after = np.clip(np.searchsorted(FLOAT8, ratio), 1, len(FLOAT8) - 1)

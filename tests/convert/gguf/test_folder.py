@@ -34,6 +34,7 @@ from tests.convert.gguf.test_models import PAIRS, write
 from tests.golden import as_gguf
 from tests.golden import load as golden
 from tests.golden.load import TOKENIZERS
+from tests.quant import unpackers
 from tests.tiny_llm import OPTIONS
 
 CASE = "llama-gqa-tied"
@@ -159,6 +160,16 @@ def test_weights_are_quantized_while_they_are_decoded(file: Path, tmp_path: Path
 
     pairs = zip(loaded(folders.of(file)), loaded(golden.write_checkpoint(CASE, tmp_path / "plain")), strict=True)
     assert all(np.array_equal(one, other) for one, other in pairs)
+
+
+def test_a_quantized_checkpoint_is_made_of_it(file: Path, tmp_path: Path) -> None:
+    sources = {"gguf": file, "plain": golden.write_checkpoint(CASE, tmp_path / "source")}
+    for name, source in sources.items():
+        assert cli.main(["convert", str(source), str(tmp_path / name), "--quantize", "int4", "--dtype", "float32"]) == 0
+    found, wanted = (unpackers.plain(tmp_path / name) for name in sources)
+    assert found.keys() == wanted.keys() and len(found) > 15
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
 def test_large_tensors_are_decoded_in_parts(tmp_path: Path) -> None:
