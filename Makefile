@@ -42,7 +42,7 @@ SLOW := demo host llm quant ui cli/test_live.py cli/test_child.py cli/test_profi
   convert/test_orbax.py convert/test_convert_cli.py engine/execute engine/test_*.py \
   models/test_decoder.py models/test_golden.py models/test_sharding.py \
   $(addprefix pallas_kernels/test_,callers.py grouped_matmul.py lowering.py mla_attention.py noise.py \
-  paged_attention.py sampling.py) \
+  paged_attention.py quant_matmul.py sampling.py) \
   server/http server/observe server/routes/test_admin.py server/routes/test_real_server.py \
   server/test_faults_*.py server/test_isolation.py server/test_soak.py text/test_tokenizer.py
 test-fast: .venv/.test-installed

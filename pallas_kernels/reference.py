@@ -199,6 +199,29 @@ def grouped_matmul_gradients(lhs: Any, rhs: Any, group_offsets: Any, d_out: Any)
     return d_lhs, d_rhs
 
 
+# --- matmul with narrow weights ---------------------------------------------------------------------------------
+
+
+def quant_matmul(x: Any, codes: Any, scales: Any, zeros: Any = None) -> Array:
+    """[rows, n]: x times the transposed weight."""
+    return wide(x) @ decoded(codes, scales, zeros, columns=x.shape[1]).T
+
+
+def decoded(codes: Any, scales: Any, zeros: Any = None, *, columns: int) -> Array:
+    """The weight [n, columns] that the codes stand for."""
+    codes = np.asarray(codes)
+    values = wide(codes)
+    if codes.shape[1] != columns:
+        values = np.zeros((codes.shape[0], columns))
+        for place in (0, 1):
+            code = codes.view(np.uint8) // 16**place % 16
+            values[:, place::2] = np.where(code < 8, code, code - 16.0) if codes.dtype == np.int8 else code
+    group = columns // scales.shape[1]
+    if zeros is not None:
+        values = values - np.repeat(wide(zeros), group, axis=1)
+    return values * np.repeat(wide(scales), group, axis=1)
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 

@@ -58,7 +58,19 @@ class MatmulTiles:
     num_stages: int = 4
 
 
-type Tiles = DecodeTiles | RaggedTiles | SamplingTiles | MatmulTiles
+@dataclass(frozen=True)
+class QuantTiles:
+    """Matmul with weights of 4 or 8 bits."""
+
+    block_rows: int = 16  # rows of x per program
+    block_columns: int = 128  # rows of the weight, which are columns of the output
+    block_inner: int = 128  # columns of the weight, per loop step
+    splits: int = 1  # programs that share the contracted axis
+    num_warps: int = 2
+    num_stages: int = 4
+
+
+type Tiles = DecodeTiles | RaggedTiles | SamplingTiles | MatmulTiles | QuantTiles
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class Kernel:
     spill_bytes: int
     wgmma: int  # Hopper's warp-group matrix instructions
     mma: int  # the older, warp-wide ones
-    cp_async: int
+    cp_async: tuple[int, ...]  # the bytes of each asynchronous copy
 
     @property
     def tensor_cores(self) -> int:
@@ -139,7 +139,7 @@ def _kernels(ptx: str) -> list[Kernel]:
                 spill_bytes=int(spills),
                 wgmma=len(re.findall(r"wgmma\.mma_async", body)),
                 mma=len(re.findall(r"\bmma\.sync", body)),
-                cp_async=len(re.findall(r"cp\.async\.c", body)),
+                cp_async=tuple(int(size, 16) for size in re.findall(r"cp\.async\.c.*, 0x(\w+),", body)),
             )
         )
     return found

@@ -22,6 +22,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.kv_write import kv_write, latent_write
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.quant_matmul import default_tiles, quant_matmul
 from pallas_kernels.ragged import Ragged
 from pallas_kernels.sampling import RowParams, sample, token_logprobs
 from tests.cuda.hopper import Compiled, compile_for_h200
@@ -262,6 +263,41 @@ def test_grouped_matmul_of_odd_sides() -> None:
     """No vector loads there, and masks everywhere: slow, but it must compile."""
     compiled = compile_for_h200(grouped_matmul, S((100, 77), BF16), S((5, 101, 77), BF16), S((6,), I32))
     check_resources("grouped odd sides", compiled, products=True)
+
+
+QUANTIZED: dict[str, tuple[Any, int, bool]] = {  # codes, bits, zero points
+    "int4": (jnp.int8, 4, False),
+    "uint4": (jnp.uint8, 4, True),
+    "int8": (jnp.int8, 8, False),
+    "e4m3": (jnp.float8_e4m3fn, 8, False),
+}
+LLAMA_8B = [(4096, 4096), (4096, 14336), (14336, 4096), (6144, 4096)]
+QUANT_CASES = [("uint4", 128, n, k, rows) for n, k in LLAMA_8B for rows in (1, 16, 32, 64)]
+QUANT_CASES += [("int4", group, 14336, 4096, rows) for group in (None, 32, 64, 128) for rows in (1, 16, 32, 64)]
+QUANT_CASES += [("uint4", group, 14336, 4096, rows) for group in (None, 32, 64) for rows in (1, 16, 32, 64)]
+QUANT_CASES += [(kind, None, 14336, 4096, rows) for kind in ("int8", "e4m3") for rows in (1, 16, 32, 64)]
+QUANT_CASES += [("e4m3", 128, 14336, 4096, rows) for rows in (1, 64)]
+
+
+@pytest.mark.parametrize("kind, group, n, k, rows", QUANT_CASES)
+def test_quant_matmul(kind: str, group: int | None, n: int, k: int, rows: int) -> None:
+    """Codes are read as they are stored, without a copy, 8 or 16 bytes at a time; one row, too, is multiplied by matrix
+    instructions, which cost less than unpacking does."""
+    codes_dtype, bits, zeros = QUANTIZED[kind]
+    x, codes, scales = S((rows, k), BF16), S((n, k * bits // 8), codes_dtype), S((n, k // (group or k)), jnp.float16)
+    arrays = (x, codes, scales, S(scales.shape, jnp.uint8)) if zeros else (x, codes, scales)
+    compiled = compile_for_h200(quant_matmul, *arrays)
+    check_no_copies(compiled, codes.shape, (n, k), (n, k // 4))
+    check_resources(f"quant {kind} group={group} {n} x {k} rows={rows}", compiled, products=True)
+    kernel, launch, tiles = compiled.kernels["quant_matmul"], compiled.launches["quant_matmul"], default_tiles(x, codes)
+    # All steps under way are copied asynchronously, and their codes by wide instructions.
+    share = tiles.num_stages * tiles.block_inner / launch.threads
+    codes_share, x_share = share * tiles.block_columns * bits / 8, share * tiles.block_rows * 2
+    assert sum(kernel.cp_async) == codes_share + x_share
+    widest = 16 if bits == 4 or rows <= 32 else 8
+    assert sum(size for size in kernel.cp_async if size >= widest) >= codes_share
+    assert launch.grid[0] * launch.grid[1] >= 132
+    assert compiled.temp_bytes <= rows * (tiles.splits * n * 4 + k * 2) + 2**20
 
 
 @pytest.mark.parametrize("decode_only", [True, False])

@@ -17,7 +17,7 @@ def test_the_examples_run() -> None:
     assert len(examples) >= 7
     for example in examples:
         exec(compile(example, str(README), "exec"), found)
-    assert found["out"].shape == (10, 64) and found["token"].shape == (1,)
+    assert found["out"].shape == (10, 32) and found["token"].shape == (1,)
     assert (found["k_pool"][7] == found["k_pool"][2]).all() and found["k_pool"][7].any()
     found["ragged"].check(tokens=4, blocks=8, block_size=16)
     assert len(text.splitlines()) < 120
