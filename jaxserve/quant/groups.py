@@ -3,7 +3,8 @@
 
 schemes.py has the formula and the layout of codes. Values are computed in float32. On CPUs, products with the codes in
 each place of their bytes are added up, since to put neighbouring columns side by side again would take longer than
-anything else about decoding.
+anything else about decoding. GPUs read the codes as they are stored (pallas_kernels/quant_matmul.py): its kernel takes
+the layout that loading gives them, so there is no other one to convert to.
 """
 
 import math
@@ -20,10 +21,13 @@ from jaxserve.quant.schemes import CODES, MINIMUMS, ORDER, ROW_SCALES, SCALES, Z
 from jaxserve.quant.tables import VALUES
 from jaxserve.quant.tensor import QuantTensor, register
 from pallas_kernels import dispatch
+from pallas_kernels.checks import FLOATS
 from pallas_kernels.on_cpu.grouped_matmul import grouped_matmul_by
 from pallas_kernels.on_cpu.matmul import matmul as matmul_on_cpu
+from pallas_kernels.quant_matmul import MOST_ROWS, quant_matmul, takes
 
 _FLOAT32 = jnp.dtype(jnp.float32)
+_NUMBERS = ("groups", "float8")  # kinds whose codes are numbers themselves
 _DECODED = 1 << 19  # values of a weight that CPUs decode at a time
 
 
@@ -35,7 +39,8 @@ class Grouped(QuantTensor):
 
     def matmul(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         if dispatch.implementation() != "cpu":
-            return super().matmul(x, dtype)
+            weight = self._for_kernel(x)
+            return super().matmul(x, dtype) if weight is None else quant_matmul(x, *weight, out_dtype=dtype)
         columns = [self._columns(x, place) for place in range(self._per_byte)]
 
         bits = self._bits()
@@ -45,6 +50,26 @@ class Grouped(QuantTensor):
             return _sum(matmul_on_cpu(each, part._matrix(place)) for place, each in enumerate(columns))
 
         return self._by_rows(len(x), product).astype(dtype)
+
+    def _for_kernel(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
+        """The codes, scales and zero points of a matrix that GPUs multiply by as it is stored; None if they have to
+        decode it first: for many rows, and if the kernel has no such codes, factors or groups, such as those of columns
+        in any order."""
+        if x.shape[0] > MOST_ROWS or self.scheme.kind not in _NUMBERS or not {*self.arrays} <= {CODES, SCALES, ZEROS}:
+            return None
+        codes, scales = self._with_groups(CODES), self._with_groups(SCALES)
+        zeros = self._with_groups(ZEROS) if ZEROS in self.arrays else None
+        if self._per_byte > 2 or (codes.dtype == jnp.uint8 and self._per_byte != 2):
+            return None
+        if zeros is not None and (self._per_byte != 2 or zeros.dtype != jnp.uint8):
+            return None
+        return (codes, scales, zeros) if scales.dtype in FLOATS and takes(x, codes, scales) else None
+
+    def _with_groups(self, name: str) -> jax.Array:
+        """A component as a matrix, with one column if one value is for all columns."""
+        array = self.rows_first(name)
+        [component] = (each for each in self.scheme.components if each.name == name)
+        return array.reshape(-1, 1 if component.columns is None else array.shape[-1])
 
     def grouped_matmul(self, x: jax.Array, offsets: jax.Array) -> jax.Array:
         if dispatch.implementation() != "cpu":
