@@ -6,6 +6,7 @@ from benchmarks.gpu.checks import attention as check_attention
 from benchmarks.gpu.checks import hazards
 from benchmarks.gpu.checks import matmul as check_matmul
 from benchmarks.gpu.checks import models as check_models
+from benchmarks.gpu.checks import quant as check_quant
 from benchmarks.gpu.checks import sampling as check_sampling
 from benchmarks.gpu.checks import writes as check_writes
 from benchmarks.gpu.engine import gap as engine_gap
@@ -14,6 +15,7 @@ from benchmarks.gpu.engine import separate, throughput
 from benchmarks.gpu.times import attention as time_attention
 from benchmarks.gpu.times import machine, sweep, timing
 from benchmarks.gpu.times import matmul as time_matmul
+from benchmarks.gpu.times import quant as time_quant
 from benchmarks.gpu.times import sampling as time_sampling
 from benchmarks.gpu.times import steps as time_steps
 from benchmarks.gpu.times import writes as time_writes
@@ -26,6 +28,7 @@ SECTIONS = (
     Section("check_blocks", "block moves, exact", 10, check_writes.BLOCK_COLUMNS, check_writes.run_blocks),
     Section("check_sampling", "sampling against float64", 60, check_sampling.COLUMNS, check_sampling.run),
     Section("check_grouped", "grouped matmul against float64", 45, check_matmul.COLUMNS, check_matmul.run),
+    Section("check_quant", "products with 4 and 8 bits against float64", 40, check_quant.COLUMNS, check_quant.run),
     Section("check_models", "golden checkpoints against transformers", 60, check_models.COLUMNS, check_models.run),
     Section("hazards", "races, far offsets, grid limits, CUDA graphs, donation", 50, hazards.COLUMNS, hazards.run),
     Section("engine_decode", "whole decode steps", 70, throughput.DECODE_COLUMNS, throughput.run_decode, True),
@@ -43,6 +46,7 @@ SECTIONS = (
     Section("time_blocks", "block moves", 15, timing.COLUMNS, time_writes.run_blocks, True),
     Section("time_sampling", "sampling", 25, timing.COLUMNS, time_sampling.run, True),
     Section("time_grouped", "grouped matmul", 25, timing.COLUMNS, time_matmul.run, True),
+    Section("time_quant", "products with 4 and 8 bits", 40, timing.COLUMNS, time_quant.run, True),
     Section("time_steps", "decode steps of whole models", 90, time_steps.COLUMNS, time_steps.run, True),
     Section("sweep", "best tiles, for tuning.json", 140, sweep.COLUMNS, sweep.run),
 )

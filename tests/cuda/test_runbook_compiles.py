@@ -14,6 +14,7 @@ import pytest
 from benchmarks import models
 from benchmarks.gpu.times import attention as time_attention
 from benchmarks.gpu.times import matmul as time_matmul
+from benchmarks.gpu.times import quant as time_quant
 from benchmarks.gpu.times import sampling as time_sampling
 from benchmarks.gpu.times import sweep
 from benchmarks.gpu.times import writes as time_writes
@@ -32,6 +33,7 @@ CASES = {
     "blocks": time_writes.block_case("llama-8b", (16, 8, 128), 1024, staged=True),
     "grouped decode": time_matmul.grouped_case(time_matmul.QWEN3_30B, 64, "gate_up"),
     "grouped prefill": time_matmul.grouped_case(time_matmul.QWEN3_30B, 4096, "down"),
+    "quant": time_quant.quant_case(time_quant.AWQ, 14336, 4096, 16),
     "sampling greedy": time_sampling.sampling_case(256, "greedy"),
     "sampling filtered": time_sampling.sampling_case(256, "both"),
 }
@@ -53,9 +55,9 @@ def test_chain_holds_every_call(name: str) -> None:
     assert len(kernel_calls(several.hlo)) == 8 * len(kernel_calls(one.hlo))
     # No copies of anything: not of a cache, not of logits, not of queries.
     assert not re.findall(r"\bcopy(?:-start)?\(", several.hlo)
-    # At most one tiny kernel between two calls, which makes the second wait for the first; the matmul by group needs
-    # two kernels anyway, which contain the wait.
-    beside = 2 if name.startswith("grouped") else 1
+    # At most one tiny kernel between two calls, which makes the second wait for the first; the matmul by group and that
+    # with narrow weights need two kernels anyway, which contain the wait.
+    beside = 2 if name.startswith(("grouped", "quant")) else 1
     assert len(re.findall(r"\bfusion\(", several.hlo)) <= 8 * beside + 1
     if case.donate:
         assert several.alias_bytes >= sum(spec.size * spec.dtype.itemsize for spec in case.pool)

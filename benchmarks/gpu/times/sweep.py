@@ -24,6 +24,7 @@ from benchmarks.gpu.checks.attention import implementation
 from benchmarks.gpu.times import timing
 from benchmarks.gpu.times.attention import decode_case, mla_case, ragged_case
 from benchmarks.gpu.times.matmul import QWEN3_30B, grouped_case
+from benchmarks.gpu.times.quant import AWQ, FP8, PRODUCTS, Kind, quant_case
 from benchmarks.gpu.times.sampling import sampling_case
 from benchmarks.gpu.times.timing import Arrays, Timed
 from pallas_kernels import dispatch, tuning
@@ -55,6 +56,10 @@ MLA_RAGGED = ({"block_rows": (32, 64, 128), "block_kv": (16, 32, 64), "num_warps
 GROUPED = (
     {"block_rows": (16, 32, 64, 128), "block_columns": (32, 64, 128, 256), "block_inner": (64, 128)},
     {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5)},
+)
+QUANT = (
+    {"block_columns": (64, 128, 256), "block_inner": (64, 128), "splits": (1, 2, 4, 8, 16)},
+    {"num_warps": (2, 4, 8), "num_stages": (3, 4, 5)},
 )
 SAMPLING = ({"block": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16, 32)}, {"pivots": (4, 8, 16)})
 
@@ -89,6 +94,10 @@ def shapes(tiny: bool) -> list[Tuned]:
     def grouped(tokens: int, product: str) -> Tuned:
         return Tuned("grouped_matmul", lambda tiles: grouped_case(QWEN3_30B, tokens, product, tiles=tiles), GROUPED)
 
+    def quant(kind: Kind, product: str, rows: int) -> Tuned:
+        n, k = PRODUCTS[product]
+        return Tuned("quant_matmul", lambda tiles: quant_case(kind, n, k, rows, tiles=tiles), QUANT)
+
     llama, eight_bit = models.LLAMA_8B, "float8_e4m3fn"
     return [
         *(decode(llama, rows) for rows in (64, 8, 1, 32, 128, 256, 16, 4, 2)),
@@ -98,6 +107,7 @@ def shapes(tiny: bool) -> list[Tuned]:
         sampling("random"),
         *(sampling("both", rows) for rows in (1, 8, 64)),
         *(grouped(tokens, product) for product in QWEN3_30B.products for tokens in (64, 4096)),
+        *(quant(AWQ, product, rows) for rows in (1, 16, 64) for product in ("up", "down")),
         mla(64, 4096),
         *(decode(llama, rows, eight_bit) for rows in (64, 8, 256)),
         *(decode(models.QWEN3_30B, rows) for rows in (64, 8)),
@@ -105,6 +115,7 @@ def shapes(tiny: bool) -> list[Tuned]:
         mla(8, 4096),
         *(decode(model, rows) for model in (models.GEMMA_9B, models.QWEN3_235B) for rows in (64, 8)),
         Tuned("mla_ragged", lambda tiles: mla_case(1, 2048, tokens=2048, tiles=tiles), MLA_RAGGED),
+        *(quant(FP8, "up", rows) for rows in (1, 64)),
         mla(256, 1024),
         sampling("both", dtype="bfloat16"),
         *(decode(models.QWEN3_0_6B, rows) for rows in (64, 8)),

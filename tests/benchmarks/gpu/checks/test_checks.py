@@ -13,6 +13,7 @@ import pytest
 from benchmarks.gpu.checks import attention as check_attention
 from benchmarks.gpu.checks import matmul as check_matmul
 from benchmarks.gpu.checks import poison
+from benchmarks.gpu.checks import quant as check_quant
 from benchmarks.gpu.checks import sampling as check_sampling
 from benchmarks.gpu.checks import writes as check_writes
 from pallas_kernels import reference
@@ -35,6 +36,10 @@ def next_group(op: Callable[..., Any]) -> Callable[..., Any]:
     return lambda lhs, rhs, offsets, **options: op(lhs, jnp.roll(rhs, 1, axis=0), offsets, **options)
 
 
+def swapped_codes(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, codes, *rest, **options: op(x, codes << 4 | codes >> 4, *rest, **options)
+
+
 def next_slot(op: Callable[..., Any]) -> Callable[..., Any]:
     def write(k_pool: Any, v_pool: Any, k: Any, v: Any, slots: Any, **scales: Any) -> Any:
         return op(k_pool, v_pool, k, v, jnp.where(slots >= 0, slots ^ 1, slots), **scales)
@@ -48,10 +53,11 @@ def next_slot(op: Callable[..., Any]) -> Callable[..., Any]:
         (check_attention, "paged_attention", a_little_off, "tiny_paged_cases", "check_paged"),
         (check_attention, "mla_attention", a_little_off, "tiny_mla_cases", "check_mla"),
         (check_matmul, "grouped_matmul", next_group, "cases", "check_grouped"),
+        (check_quant, "quant_matmul", swapped_codes, "cases", "check_quant"),
         (check_sampling, "sample", wrong_tokens, "cases", "check_sampling"),
         (check_writes, "kv_write", next_slot, "write_cases", "check_kv_write"),
     ],
-    ids=["paged", "mla", "grouped", "sampling", "kv_write"],
+    ids=["paged", "mla", "grouped", "quant", "sampling", "kv_write"],
 )
 def test_wrong_kernel_fails(
     module: Any, op: str, wrong: Any, cases: str, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
