@@ -62,6 +62,7 @@ OFFLINE = {
         "jaxserve convert {demo} converted --dtype bfloat16 --offline --overwrite"
     ),
     "jaxserve convert SRC DST --quantize int4": "jaxserve convert {demo} quantized --quantize int4 --offline",
+    "jaxserve convert SRC DST --quantize awq --calibration text.jsonl": "jaxserve convert --help",  # test_calibrated.py
     "jaxserve completion bash|zsh|fish": "jaxserve completion bash",
     "jaxserve bench throughput|latency": "jaxserve bench throughput --help",  # tests/cli/test_bench.py runs them
 }

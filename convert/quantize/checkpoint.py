@@ -8,9 +8,9 @@ embeddings, the head, norms, biases, routers and MLA's up-projections of keys an
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +33,9 @@ from jaxserve.quant import rounding
 _CODES = {np.dtype(dtype): code for code, dtype in reversed(COMPONENT_DTYPES.items())}
 
 
+type Method = Online | Literal["awq", "gptq"]
+
+
 class Rounder(Protocol):
     """Makes what is written of the matrices that are rounded."""
 
@@ -51,9 +54,11 @@ class PlainModel:
     plan: LoadPlan
     tensors: Mapping[str, TensorInfo]
     chosen: Mapping[str, Rounded]
+    dtype: str | None
 
     @classmethod
-    def open(cls, folder: Path, plan: LoadPlan, method: Online) -> "PlainModel":
+    def open(cls, folder: Path, plan: LoadPlan, method: Method, *, dtype: str | None = None) -> "PlainModel":
+        """`dtype`: of what is not rounded; None: as stored."""
         if orbax.is_converted(folder):
             problem = f"{folder} is a converted model, which has no tensors with Hugging Face's names"
             raise CheckpointError(problem, "name the model that it was converted from")
@@ -61,11 +66,25 @@ class PlainModel:
             raise CheckpointError("the checkpoint is already quantized", "name the plain one, or leave out --quantize")
         file = safetensors.gguf_of(folder)
         tensors = gguf.read(file) if file else safetensors.read_checkpoint(folder)
-        return cls(folder, plan, tensors, _chosen(plan, tensors, method))
+        return cls(folder, plan, tensors, _chosen(plan, tensors, method), dtype)
 
     @property
     def bytes(self) -> int:
         return sum(info.stop - info.start for info in self.tensors.values())
+
+    @cached_property
+    def _numbers(self) -> dict[TensorInfo, int]:
+        pieces = ((path, piece) for path, those in self.plan.pieces.items() for piece in those)
+        return {piece.info: int(path[1]) for path, piece in pieces if path[0] == "layers"}
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a tensor belongs to."""
+        return self._numbers.get(self.tensors[name])
+
+    def stored(self, name: str) -> Any:
+        """The dtype in which a tensor that is not rounded is written."""
+        stored = Piece(self.tensors[name]).dtype
+        return jnp.dtype(self.dtype) if self.dtype is not None and stored in DTYPES.values() else stored
 
     def read(self, reader: Reader, name: str, dtype: Any = None) -> Array:
         info = self.tensors[name]
@@ -74,9 +93,10 @@ class PlainModel:
         return host
 
 
-def _chosen(plan: LoadPlan, tensors: Mapping[str, TensorInfo], method: Online) -> dict[str, Rounded]:
+def _chosen(plan: LoadPlan, tensors: Mapping[str, TensorInfo], method: Method) -> dict[str, Rounded]:
     names = {info: name for name, info in tensors.items()}
-    spec = online.quantized(plan.spec, "int8_per_channel_weight_only" if method == "int8" else method)
+    like: dict[Method, Online] = {"int8": "int8_per_channel_weight_only", "awq": "int4", "gptq": "int4"}
+    spec = online.quantized(plan.spec, like.get(method) or cast(Online, method))
     found: dict[str, Rounded] = {}
     for path, pieces in plan.pieces.items():
         scheme, how = spec.scheme_of(path), spec.rounding_of(path)
@@ -128,20 +148,12 @@ class Nearest:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(
-    source: PlainModel,
-    made: Path,
-    *,
-    rounder: Rounder,
-    reader: Reader,
-    dtype: str | None,
-    done: Callable[[int], object],
-) -> None:
-    """The weights and config.json, into an empty folder. `dtype`: of what is not rounded; None: as stored."""
-    shards.write(made, list(_entries(source, rounder, reader, dtype, done)))
+def write(source: PlainModel, made: Path, *, rounder: Rounder, reader: Reader, done: Callable[[int], object]) -> None:
+    """The weights and config.json, into an empty folder."""
+    shards.write(made, list(_entries(source, rounder, reader, done)))
     raw = hf.read_json(source.folder / "config.json")
     raw["quantization_config"] = compressed.config(source.chosen, _ignored(source))
-    name = dtype or jnp.dtype(source.plan.stored_dtype()).name
+    name = source.dtype or jnp.dtype(source.plan.stored_dtype()).name
     raw |= {"torch_dtype": name, **({"dtype": name} if "dtype" in raw else {})}
     (made / "config.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -157,15 +169,15 @@ def _ignored(source: PlainModel) -> set[str]:
     return stored | {rule.source.removesuffix(".weight") for rule in family.WEIGHTS if rule.path == "head"}
 
 
-def size(source: PlainModel, dtype: str | None) -> int:
+def size(source: PlainModel) -> int:
     """The bytes of the weights that `write` writes."""
     nothing: Any = None
-    return sum(entry.size for entry in _entries(source, nothing, nothing, dtype, nothing))
+    return sum(entry.size for entry in _entries(source, nothing, nothing, nothing))
 
 
-def _entries(
-    source: PlainModel, rounder: Rounder, reader: Reader, dtype: str | None, done: Callable[[int], object]
-) -> Iterator[Entry]:
+def _entries(source: PlainModel, rounder: Rounder, reader: Reader, done: Callable[[int], object]) -> Iterator[Entry]:
+    """In the order of layers."""
+
     def counted(name: str, make: Callable[[str], Mapping[str, Array]]) -> Mapping[str, Array]:
         made, info = make(name), source.tensors[name]
         done(info.stop - info.start)
@@ -175,17 +187,13 @@ def _entries(
         return compressed.tensors(name, rounder.components(name), source.chosen[name])
 
     def copied(name: str) -> Mapping[str, Array]:
-        changed, wanted = rounder.plain(name), _plain_dtype(source.tensors[name], dtype)
+        changed, wanted = rounder.plain(name), source.stored(name)
         return {name: source.read(reader, name, wanted) if changed is None else changed.astype(wanted)}
 
-    for name, info in source.tensors.items():
+    for name in sorted(source.tensors, key=lambda name: source.layer_of(name) or 0):
+        info = source.tensors[name]
         if name in source.chosen:
             yield Entry(compressed.planned(name, info.shape, source.chosen[name]), partial(counted, name, rounded))
         else:
-            plan = Planned(name, _CODES[np.dtype(_plain_dtype(info, dtype))], info.shape)
+            plan = Planned(name, _CODES[np.dtype(source.stored(name))], info.shape)
             yield Entry([plan], partial(counted, name, copied))
-
-
-def _plain_dtype(info: TensorInfo, dtype: str | None) -> Any:
-    stored = Piece(info).dtype
-    return jnp.dtype(dtype) if dtype is not None and stored in DTYPES.values() else stored

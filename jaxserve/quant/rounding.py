@@ -39,7 +39,7 @@ def encode(rounding: Rounding, scheme: Scheme, weight: jax.Array) -> dict[str, j
         return int8.encode(scheme, weight)
     wide = weight.astype(jnp.float32)
     shared = _shared(rounding, scheme, wide, jnp)
-    return shared | {CODES: _codes(scheme, wide, shared, jnp)}
+    return shared | {CODES: codes_by(scheme, wide, shared, jnp)}
 
 
 def encode_on_host(rounding: Rounding, scheme: Scheme, name: str, weight: Any) -> Any:
@@ -56,7 +56,7 @@ def encode_on_host(rounding: Rounding, scheme: Scheme, name: str, weight: Any) -
     for each in chunks:
         wide = weight[each].astype(np.float32)
         shared = _shared(rounding, scheme, wide, np, most=most)
-        found.append(_codes(scheme, wide, shared, np) if name == CODES else shared[name])
+        found.append(codes_by(scheme, wide, shared, np) if name == CODES else shared[name])
     return np.concatenate(found)
 
 
@@ -65,7 +65,7 @@ def _shared(rounding: Rounding, scheme: Scheme, wide: Any, numbers: Any, *, most
     matrix, if these are not all of its rows."""
     match rounding:
         case "groups":
-            return _of_ranges(scheme, wide, numbers)
+            return of_ranges(scheme, wide, numbers)
         case "float8_tensor":
             top = numbers.max(numbers.abs(wide)) if most is None else most
             return {SCALES: numbers.broadcast_to(top.astype(np.float32) * _PER_FLOAT8, wide.shape[:1])}
@@ -76,11 +76,14 @@ def _shared(rounding: Rounding, scheme: Scheme, wide: Any, numbers: Any, *, most
             return {SCALES: numbers.max(numbers.abs(wide), axis=-1) * step}
 
 
-def _of_ranges(scheme: Scheme, wide: Any, numbers: Any) -> _Shared:
+def of_ranges(scheme: Scheme, wide: Any, numbers: Any, *, share: float = 1) -> _Shared:
+    """The scales and zero points of groups of 4-bit codes. `share`: of the range of values that codes span."""
     scales = scheme.components[1]
     parts = wide.reshape(len(wide), -1, scales.columns)
     low = numbers.minimum(numbers.min(parts, axis=-1), np.float32(0))
     high = numbers.maximum(numbers.max(parts, axis=-1), np.float32(0))
+    if share != 1:
+        low, high = low * np.float32(share), high * np.float32(share)
     stored = ((high - low) * _PER_TOP).astype(scales.dtype)
     zeros = numbers.clip(numbers.rint(-low / _safe(stored, numbers)), 0, _TOP)
     return {SCALES: stored, ZEROS: zeros.astype(np.uint8)}
@@ -98,7 +101,8 @@ def _of_blocks(scheme: Scheme, wide: Any, numbers: Any) -> Any:
     return numbers.repeat(spread, BLOCK, axis=0)[:rows]
 
 
-def _codes(scheme: Scheme, wide: Any, shared: _Shared, numbers: Any) -> Any:
+def codes_by(scheme: Scheme, wide: Any, shared: _Shared, numbers: Any) -> Any:
+    """The codes of these rows, by their scales and zero points."""
     codes, scales = scheme.components[:2]
     parts = wide.reshape(len(wide), -1, scales.columns or wide.shape[1])
     inverse = np.float32(1) / _safe(shared[SCALES].reshape(parts.shape[:2]), numbers)
