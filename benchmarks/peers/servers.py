@@ -30,13 +30,17 @@ For vllm, with Python 3.11:
 For llamacpp, built for this processor from the sources in llama-cpp-python (20 minutes on two cores). llama-quantize is
 needed for all settings except f32, llama-perplexity for the perplexity:
 
-    pip install gguf==0.19.0 scikit-build-core
+    pip install gguf==0.19.0 scikit-build-core ninja
     pip download --no-deps --no-build-isolation --no-binary :all: llama-cpp-python==0.3.36
     tar xzf llama_cpp_python-0.3.36.tar.gz
-    cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
+    cmake -G Ninja -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
     cmake --build build --target llama-server llama-quantize llama-perplexity
     cp build/bin/llama-server build/bin/llama-quantize build/bin/llama-perplexity FOLDER/bin
+
+On a Xeon with AMX this llama-server crashed while loading quantized weights. It works if AMX is left out:
+
+    sed -i 's/-march=native/& -mno-amx-tile -mno-amx-int8 -mno-amx-bf16/' build/build.ninja
 
 For openvino, with Python 3.11:
 

@@ -88,6 +88,12 @@ def write_shape(writer: Any, config: dict[str, Any]) -> None:
     writer.add_vocab_size(config["vocab_size"])
 
 
+def _chat_template(folder: Path) -> str:
+    """From the file of its own that newer transformers write, else from the tokenizer's configuration."""
+    file = folder / "chat_template.jinja"
+    return file.read_text() if file.exists() else json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+
+
 def write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     model, special = tokenizer["model"], {one["id"] for one in tokenizer["added_tokens"]}
@@ -113,7 +119,7 @@ def write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)  # the chat template adds it
     writer.add_add_eos_token(False)
-    writer.add_chat_template(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
+    writer.add_chat_template(_chat_template(folder))
 
 
 def main() -> None:
