@@ -33,8 +33,8 @@ needed for all settings except f32, llama-perplexity for the perplexity:
     pip install gguf==0.19.0 scikit-build-core ninja
     pip download --no-deps --no-build-isolation --no-binary :all: llama-cpp-python==0.3.36
     tar xzf llama_cpp_python-0.3.36.tar.gz
-    cmake -G Ninja -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \\
-        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+    cmake -G Ninja -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release \\
+        -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
     cmake --build build --target llama-server llama-quantize llama-perplexity
     cp build/bin/llama-server build/bin/llama-quantize build/bin/llama-perplexity FOLDER/bin
 

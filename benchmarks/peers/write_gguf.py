@@ -91,7 +91,9 @@ def write_shape(writer: Any, config: dict[str, Any]) -> None:
 def _chat_template(folder: Path) -> str:
     """From the file of its own that newer transformers write, else from the tokenizer's configuration."""
     file = folder / "chat_template.jinja"
-    return file.read_text() if file.exists() else json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    if file.exists():
+        return file.read_text()
+    return json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
 
 
 def write_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
