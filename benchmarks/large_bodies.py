@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {"model": str(demo.FOLDER), "max_num_seqs": ROWS, "warm
 
 
 @dataclass(frozen=True)
-class Kind:
+class BodyKind:
     """A kind of large body, and how many clients send it."""
 
     name: str
@@ -51,15 +51,15 @@ def _many_keys() -> dict[str, Any]:
 
 
 KINDS = (
-    Kind("1 MB of text to /tokenize", 8, "/tokenize", lambda: {"prompt": _text()}),
-    Kind("1 MB of text to /v1/completions", 8, "/v1/completions", lambda: {"prompt": _text(), "max_tokens": 1}),
-    Kind(
+    BodyKind("1 MB of text to /tokenize", 8, "/tokenize", lambda: {"prompt": _text()}),
+    BodyKind("1 MB of text to /v1/completions", 8, "/v1/completions", lambda: {"prompt": _text(), "max_tokens": 1}),
+    BodyKind(
         "1 MB of text to /v1/chat/completions",
         8,
         "/v1/chat/completions",
         lambda: {"messages": [{"role": "user", "content": _text()}], "max_tokens": 1},
     ),
-    Kind("100,000 unknown keys to /v1/completions", 4, "/v1/completions", _many_keys),
+    BodyKind("100,000 unknown keys to /v1/completions", 4, "/v1/completions", _many_keys),
 )
 
 
@@ -111,7 +111,7 @@ def _gaps(port: int, until: float, new: int) -> list[float]:
     return gaps
 
 
-def measure(port: int, kind: Kind | None, seconds: float, *, new: int = NEW) -> GapResult:
+def measure(port: int, kind: BodyKind | None, seconds: float, *, new: int = NEW) -> GapResult:
     clients = kind.clients if kind else 0
     spawn = multiprocessing.get_context("spawn")
     counts = spawn.Array("q", clients, lock=False)

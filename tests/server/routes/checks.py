@@ -37,7 +37,7 @@ class Canary:
     def _ask(self) -> str:
         body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40, "ignore_eos": True, "stream": True}
         events = self._served.post("/v1/completions", body).events
-        assert events[-1] == "[DONE]"
+        assert events[-1] == "[DONE]", events[-1]
         return "".join(event["choices"][0]["text"] for event in events[:-1])
 
     def _sing(self) -> None:
