@@ -61,7 +61,8 @@ class Convert:
         folder = hub.fetch(self.source, revision=self.revision, offline=self.offline, check=_check)
         size, count = self._convert(folder) if self.quantize is None else self._quantize(folder, self.quantize)
         seconds = time.monotonic() - started
-        print(f"wrote {self.destination}: {size / 1e9:.2f} GB in {count:,} tensors, {seconds:.1f} s")
+        shown = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+        print(f"wrote {self.destination}: {shown} in {count:,} tensors, {seconds:.1f} s")
 
     def _convert(self, folder: Path) -> tuple[int, int]:
         import jax

@@ -23,7 +23,7 @@ def sequences(file: Path, folder: Path, longest: int) -> tuple[Array, Array]:
     length = min(LENGTH, longest, len(tokens) // _HELD)
     if length < min(_FEWEST, longest):
         problem = f"{one_line(str(file), limit=1000)} has {len(tokens)} tokens, expected at least {_FEWEST * _HELD}"
-        raise CheckpointError(problem, "name a longer text; 50,000 tokens are enough")
+        raise CheckpointError(problem, f"name a longer text; up to {LENGTH * MOST:,} tokens are used")
     count = min(MOST, len(tokens) // length)
     found = np.array(tokens[: count * length], np.int32).reshape(count, length)
     held = np.arange(count) % _HELD == _HELD - 1
@@ -52,6 +52,8 @@ def _texts(file: Path) -> list[str]:
         ) from None
     except UnicodeDecodeError:
         raise CheckpointError(f"{shown} is not a text in UTF-8", "name a text, or JSON lines") from None
+    if not content.strip():
+        raise CheckpointError(f"{shown} is empty", "name a text like what the model is to read")
     if file.suffix != ".jsonl":
         return [content]
     return [

@@ -34,7 +34,7 @@ COMMANDS = {
     "profile": Command(".with_jax.profile", "Profile", "Record a trace for Perfetto or XProf."),
     "replay": Command(".with_jax.replay", "Replay", "Replay the steps that led to a fault (see --record-steps)."),
     "tune": Command(".with_jax.tune", "Tune", "Measure how this machine's CPU computes products fastest."),
-    "convert": Command("convert.command", "Convert", "Convert a model to Orbax format, which loads fastest."),
+    "convert": Command("convert.command", "Convert", "Convert a model to Orbax, which loads fastest, or quantize it."),
     "version": Command(".version", "Version", "Print the versions of jaxserve, its dependencies and Python."),
     "devices": Command(".with_jax.devices", "Devices", "List the devices that JAX sees and the kernel backend."),
     "inspect": Command(".inspect", "Inspect", "List the tensors of a checkpoint."),

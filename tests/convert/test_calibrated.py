@@ -211,6 +211,8 @@ def test_wrong_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "text.jsonl, line 2 is not a text  hint: expected" in refused(capsys, out, *gptq_with, file)
     file.write_text('"too short"\n')
     assert "tokens, expected at least 288  hint: name a longer text" in refused(capsys, out, *gptq_with, file)
+    file.write_text("\n")
+    assert "text.jsonl is empty  hint: name a text" in refused(capsys, out, *gptq_with, file)
     file.write_bytes(b"\xff\xfe\x00")
     assert "is not a text in UTF-8" in refused(capsys, out, *gptq_with, file)
     assert not out.exists()
