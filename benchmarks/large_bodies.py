@@ -75,7 +75,7 @@ class GapResult:
 
 
 def _clients(port: int, path: str, body: bytes, counts: Any) -> None:
-    """Clients that send a body again and again, each time on a connection of its own. Ends with its process."""
+    """Clients that keep sending one body, each time on a new connection. Runs until the process is killed."""
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
     message = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     with ThreadPoolExecutor(len(counts)) as threads:

@@ -19,7 +19,6 @@ ORDER = (
     ("jaxserve.machine",),
     (
         "jaxserve.exit_codes",
-        "jaxserve.log_lines",
         "jaxserve.types",
         "jaxserve.flags",
         "jaxserve.demo",
@@ -49,7 +48,6 @@ OPEN = "jaxserve"
 JAX_FREE = (
     *("jaxserve.errors", "jaxserve.machine", "jaxserve.unsupported", "jaxserve.exit_codes", "jaxserve.config"),
     *(
-        "jaxserve.log_lines",
         "jaxserve.types",
         "jaxserve.flags",
         "jaxserve.text",

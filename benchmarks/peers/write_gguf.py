@@ -89,7 +89,7 @@ def write_shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _chat_template(folder: Path) -> str:
-    """From the file of its own that newer transformers write, else from the tokenizer's configuration."""
+    """From chat_template.jinja, which newer transformers write, else from the tokenizer configuration."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text()

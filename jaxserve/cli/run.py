@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxserve import __version__, demo, log_lines
+from jaxserve import __version__, demo
 from jaxserve.config import EngineConfig
 from jaxserve.errors import one_line
 from jaxserve.flags import config_file, values
 from jaxserve.flags.parser import Parser
 from jaxserve.flags.setting import Setting, build
+from jaxserve.frontend import log_lines
 from jaxserve.server.config import ServerConfig
 
 DEMO = "demo"

@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from jaxserve import log_lines
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineError, JaxserveError
 from jaxserve.exit_codes import DEBUG
-from jaxserve.frontend import wire
+from jaxserve.frontend import log_lines, wire
 from jaxserve.host.driver import Driver
 from jaxserve.host.outbox import Outbox
 from jaxserve.types.outputs import Update

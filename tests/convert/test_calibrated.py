@@ -180,10 +180,10 @@ def test_both_lose_less_than_rounding(tmp_path: Path, text: Path, capsys: pytest
         found = np.asarray(FORWARD(*load.load_model(tmp_path / method, dtype="float32"), jnp.asarray(held)))
         lost[method] = float(np.square(found - logits).mean())
         if more:  # what is reported is what the checkpoint does
-            told = re.search(r"perplexity of ([\d,]+) tokens held out: ([\d.]+) before, ([\d.]+) after", said)
-            assert told and int(told[1].replace(",", "")) == held.size
+            printed = re.search(r"perplexity of ([\d,]+) tokens held out: ([\d.]+) before, ([\d.]+) after", said)
+            assert printed and int(printed[1].replace(",", "")) == held.size
             for number, each in ((2, logits), (3, found)):
-                assert float(told[number]) == pytest.approx(perplexity(each, held), rel=1e-3)
+                assert float(printed[number]) == pytest.approx(perplexity(each, held), rel=1e-3)
     assert lost["awq"] < 0.97 * lost["int4"] and lost["gptq"] < 0.8 * lost["int4"], lost
     sizes = {method: (tmp_path / method / "model.safetensors").stat().st_size for method in lost}
     assert len({*sizes.values()}) == 1, sizes

@@ -109,7 +109,7 @@ def test_the_config_and_the_other_files(tmp_path: Path, convert: Callable[..., P
     assert {group["weights"]["group_size"] for group in groups} == {
         32,
         64,
-    }  # 96 columns, or 64, but for those of heads of 16
+    }  # 96 columns, or 64; attention output has heads of 16 columns
     assert [group["weights"]["symmetric"] for group in groups] == [False, False]
     assert set(settings["ignore"]) == {"lm_head", "model.embed_tokens"}
     those = [f"re:model\\.layers\\.\\d+\\.{name}$" for name in ("mlp\\.down_proj", "self_attn\\.o_proj")]

@@ -7,7 +7,7 @@
     .venv-golden/bin/python -m pip install compressed-tensors accelerate ml_dtypes
     .venv-golden/bin/python -m tests.golden.check_converted OUT...
 
-The weights of every layer must be equal, but for rounding to the dtype of the checkpoint, and the model must run.
+The weights of every layer must be equal up to rounding to the checkpoint's dtype, and the model must run.
 """
 
 import sys

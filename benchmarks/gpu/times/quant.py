@@ -61,7 +61,7 @@ def quant_case(kind: Kind, n: int, k: int, rows: int, *, tiles: Tiles | None = N
         factors = jnp.full((n, groups), 1 / 64, jnp.float16)
         zeros = (jnp.full((n, groups), 8, jnp.uint8),) if kind.zeros else ()
         x = jax.random.normal(jax.random.key(3), (rows, k), jnp.float32).astype(jnp.bfloat16)
-        # Factors of its own for each set: in the cache, they would be read for nothing.
+        # Each set has separate factors: shared ones would stay in the cache and cost no memory traffic.
         weights = [(codes[i], *(each + each.dtype.type(0) for each in (factors, *zeros))) for i in range(sets)]
         return Arrays(jnp.zeros((), jnp.bfloat16), x, weights)
 

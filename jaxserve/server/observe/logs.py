@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from jaxserve import log_lines
 from jaxserve.errors import one_line
-from jaxserve.log_lines import Lines
+from jaxserve.frontend import log_lines
+from jaxserve.frontend.log_lines import Lines
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.observe.request_record import RequestRecord
 from jaxserve.types.metrics import EngineMetrics

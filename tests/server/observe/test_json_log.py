@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve import log_lines
+from jaxserve.frontend import log_lines
 from tests.server import live as living
 
 
